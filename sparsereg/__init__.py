@@ -1,0 +1,3 @@
+"""L0 regularization with Hard Concrete gates."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,381 @@
+"""The Hard Concrete distribution: the only place that holds its mathematics.
+
+A gate z = min(1, max(0, s (zeta - gamma) + gamma)) is a binary concrete variable s that is stretched
+to (gamma, zeta) and clipped to [0, 1], so that it is exactly 0 and exactly 1 with finite probability
+and still differentiable in its location ``log_alpha`` in between.
+
+The mathematics are pure functions of tensors; :class:`HardConcrete` is the state (``log_alpha`` and a
+temperature). Image gates, weight gates, selectors and the survey calibration all call these functions.
+
+Source: Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization",
+ICLR 2018, https://arxiv.org/abs/1712.01312 (equation numbers below refer to it).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+GAMMA = -0.1
+"""Lower end of the stretch interval (section 4.1 of the paper)."""
+ZETA = 1.1
+"""Upper end of the stretch interval (section 4.1 of the paper)."""
+TEMPERATURE = 2 / 3
+"""beta of the binary concrete distribution (section 4.1 of the paper)."""
+
+
+def shift(temperature: float, gamma: float = GAMMA, zeta: float = ZETA) -> float:
+    """Return beta * log(-gamma / zeta), the distance between log_alpha and the logit of P(z > 0).
+
+    Args:
+        temperature: beta > 0.
+        gamma: lower end of the stretch interval, < 0.
+        zeta: upper end of the stretch interval, > 1.
+    """
+    return temperature * math.log(-gamma / zeta)
+
+
+def p_active(
+    log_alpha: Tensor, temperature: float = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
+) -> Tensor:
+    """Probability that a gate is not zero, P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta)).
+
+    Args:
+        log_alpha: locations, any shape.
+        temperature: beta > 0.
+        gamma: lower end of the stretch interval, < 0.
+        zeta: upper end of the stretch interval, > 1.
+
+    Returns:
+        Probabilities in float32 or wider, of the shape of ``log_alpha``.
+
+    Source: equation 12.
+    """
+    return torch.sigmoid(_wide(log_alpha) - shift(temperature, gamma, zeta))
+
+
+def log_alpha_at(
+    p: float | Tensor, temperature: float = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
+) -> Any:
+    """Location at which P(z > 0) equals ``p``: the inverse of :func:`p_active`.
+
+    Args:
+        p: probability in (0, 1), a number or a tensor.
+        temperature: beta > 0.
+        gamma: lower end of the stretch interval, < 0.
+        zeta: upper end of the stretch interval, > 1.
+
+    Returns:
+        A number for a number, a tensor for a tensor.
+    """
+    if isinstance(p, Tensor):
+        return torch.logit(p) + shift(temperature, gamma, zeta)
+    return math.log(p) - math.log1p(-p) + shift(temperature, gamma, zeta)
+
+
+def quantile(
+    log_alpha: Tensor,
+    u: Tensor | float,
+    temperature: float = TEMPERATURE,
+    gamma: float = GAMMA,
+    zeta: float = ZETA,
+) -> Tensor:
+    """Quantile function of the Hard Concrete: the z with P(Z <= z) = u. Sampling is u ~ Uniform(0, 1).
+
+    Args:
+        log_alpha: locations, any shape.
+        u: levels in [0, 1]; 0 gives exactly 0, and its gradient is zero, not NaN.
+        temperature: beta > 0.
+        gamma: lower end of the stretch interval, < 0.
+        zeta: upper end of the stretch interval, > 1.
+
+    Returns:
+        Gates in [0, 1] in float32 or wider, differentiable in ``log_alpha``; the broadcast shape.
+
+    Source: equations 10 and 11.
+    """
+    location = _wide(log_alpha)
+    noise = torch.logit(torch.as_tensor(u, dtype=location.dtype, device=location.device))
+    s = torch.sigmoid((location + noise) / temperature)
+    return torch.clamp(s * (zeta - gamma) + gamma, 0.0, 1.0)
+
+
+def gate_median(
+    log_alpha: Tensor, temperature: float = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
+) -> Tensor:
+    """Median of the Hard Concrete, the gate used at test time.
+
+    clip(sigmoid(log_alpha / beta) (zeta - gamma) + gamma, 0, 1) is the quantile at u = 1/2. It is zero
+    exactly when P(z > 0) <= 1/2. (Codes that leave the temperature out have neither property.)
+
+    Args:
+        log_alpha: locations, any shape.
+        temperature: beta > 0.
+        gamma: lower end of the stretch interval, < 0.
+        zeta: upper end of the stretch interval, > 1.
+
+    Returns:
+        Gates in [0, 1] in float32 or wider, of the shape of ``log_alpha``.
+
+    Source: equation 13, with the temperature of equation 10.
+    """
+    s = torch.sigmoid(_wide(log_alpha) / temperature)
+    z = torch.clamp(s * (zeta - gamma) + gamma, 0.0, 1.0)
+    # Rounding must not let the test-time gate disagree with P(z > 0) <= 1/2 at the boundary.
+    return torch.where(_wide(log_alpha) <= shift(temperature, gamma, zeta), torch.zeros_like(z), z)
+
+
+def sample(
+    log_alpha: Tensor,
+    temperature: float = TEMPERATURE,
+    gamma: float = GAMMA,
+    zeta: float = ZETA,
+    *,
+    batch_shape: Sequence[int] = (),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw gates. The noise is drawn on the device of ``log_alpha``, in float32 or wider.
+
+    ``log_alpha`` is not clamped: a clamp would keep shut gates opening at random for ever.
+
+    Args:
+        log_alpha: locations, any shape.
+        temperature: beta > 0.
+        gamma: lower end of the stretch interval, < 0.
+        zeta: upper end of the stretch interval, > 1.
+        batch_shape: draw that many independent copies, in leading dimensions.
+        generator: source of the noise, on the device of ``log_alpha``; PyTorch's default if None.
+
+    Returns:
+        Gates in [0, 1] of shape (\\*batch_shape, \\*log_alpha.shape), float32 or wider.
+    """
+    u = torch.rand(
+        (*batch_shape, *log_alpha.shape),
+        dtype=_wide_dtype(log_alpha.dtype),
+        device=log_alpha.device,
+        generator=generator,
+    )
+    return quantile(log_alpha, u, temperature, gamma, zeta)
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything narrower than float32 is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_wide_dtype(x.dtype))
+
+
+class HardConcrete(nn.Module):
+    """A tensor of Hard Concrete gates: holds ``log_alpha`` and the temperature, draws z.
+
+    In training mode a call draws gates; in eval mode it returns their medians (:func:`gate_median`).
+    The temperature is part of the state dict (as extra state), since the eval output depends on it.
+
+    Args:
+        *gate_size: shape of the gate tensor, each >= 1.
+        n_items: the same for a vector of gates, by name.
+        input_dim: first dimension, by name.
+        output_dim: second dimension, by name.
+        temperature: beta > 0.
+        stretch: the interval is (-stretch, 1 + stretch); > 0.
+        init_mean: initial P(z > 0), in (0, 1). (``l0-python`` uses this number for sigmoid(log_alpha),
+            which is not the probability of being active.)
+        log_alpha_init: initial location; instead of ``init_mean``.
+        jitter: standard deviation of normal noise on the initial location, >= 0.
+        generator: source of the jitter; PyTorch's default if None.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    gamma: float
+    zeta: float
+    log_alpha: nn.Parameter
+
+    def __init__(
+        self,
+        *gate_size: int,
+        n_items: int | None = None,
+        input_dim: int | None = None,
+        output_dim: int | None = None,
+        temperature: float = 0.5,
+        stretch: float = 0.1,
+        init_mean: float = 0.5,
+        log_alpha_init: float | None = None,
+        jitter: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate_size = _gate_size(gate_size, n_items, input_dim, output_dim)
+        if not stretch > 0 or not math.isfinite(stretch):
+            raise ValueError(f"stretch must be a number > 0, got {stretch!r}")
+        if log_alpha_init is None and not 0 < init_mean < 1:
+            raise ValueError(f"init_mean must be a probability in (0, 1), got {init_mean!r}")
+        if not jitter >= 0:
+            raise ValueError(f"jitter must be a standard deviation >= 0, got {jitter!r}")
+        self.stretch = float(stretch)
+        self.gamma = -self.stretch
+        self.zeta = 1.0 + self.stretch
+        self.temperature = temperature
+        self.init_mean = init_mean
+        self.log_alpha_init = log_alpha_init
+        self.jitter = jitter
+        self.log_alpha = nn.Parameter(torch.empty(self.gate_size))
+        self._drawn: Tensor | None = None
+        self.reset_parameters(generator)
+
+    @property
+    def temperature(self) -> float:
+        """beta > 0; setting it changes what the next call returns, in training and in eval mode."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if isinstance(value, bool) or not value > 0 or not math.isfinite(value):
+            raise ValueError(f"temperature must be a number > 0, got {value!r}")
+        self._temperature = float(value)
+
+    @property
+    def qz_logits(self) -> nn.Parameter:
+        """``log_alpha`` under the name that l0-python uses."""
+        return self.log_alpha
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set every location to its initial value, with jitter if there is any."""
+        location = self.log_alpha_init
+        if location is None:
+            location = log_alpha_at(self.init_mean, self.temperature, self.gamma, self.zeta)
+        self.log_alpha.fill_(location)
+        if self.jitter > 0:
+            noise = torch.randn(self.gate_size, generator=generator)
+            self.log_alpha.add_(noise.to(self.log_alpha), alpha=self.jitter)
+
+    def forward(
+        self, input_shape: Sequence[int] | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the gates: a draw in training mode, the medians in eval mode.
+
+        Args:
+            input_shape: shape of a tensor that the gates will multiply from the left; dimensions of
+                size one are appended until the gates have as many dimensions.
+            generator: source of the noise of a draw.
+
+        Returns:
+            Gates in [0, 1], in the dtype of ``log_alpha``.
+        """
+        if not self.training:
+            z = self.median()
+        elif self._drawn is not None and generator is None:
+            z, self._drawn = self._drawn, None
+        else:
+            z = self.sample(generator=generator)
+        z = z.to(self.log_alpha.dtype)
+        if input_shape is not None and len(input_shape) > z.dim():
+            z = z.reshape(*z.shape, *(1,) * (len(input_shape) - z.dim()))
+        return z
+
+    def sample(
+        self, batch_shape: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw gates of shape (\\*batch_shape, \\*gate_size), whatever the mode. See :func:`sample`."""
+        return sample(
+            self.log_alpha, *self._shape, batch_shape=batch_shape, generator=generator
+        )
+
+    def median(self) -> Tensor:
+        """Test-time gates. See :func:`gate_median`."""
+        return gate_median(self.log_alpha, *self._shape)
+
+    def p_active(self) -> Tensor:
+        """P(z > 0) of every gate, differentiable. See :func:`p_active`."""
+        return p_active(self.log_alpha, *self._shape)
+
+    get_active_prob = p_active
+
+    def get_penalty(self) -> Tensor:
+        """Expected number of gates that are not zero: the sum of P(z > 0), a scalar."""
+        return self.p_active().sum()
+
+    @torch.no_grad()
+    def get_sparsity(self) -> float:
+        """Expected share of gates that are zero, 1 - mean P(z > 0), accumulated in float64."""
+        return 1.0 - self.p_active().double().mean().item()
+
+    @torch.no_grad()
+    def get_num_active(self) -> int:
+        """Number of gates whose median is not zero, i.e. with P(z > 0) > 1/2."""
+        return int(torch.count_nonzero(self.median()).item())
+
+    @property
+    def _shape(self) -> tuple[float, float, float]:
+        return self.temperature, self.gamma, self.zeta
+
+    def get_extra_state(self) -> Tensor:
+        """The temperature as a float64 scalar, for the state dict."""
+        return torch.tensor(self.temperature, dtype=torch.float64)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take the temperature from a state dict."""
+        self.temperature = float(state)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # State dicts of l0-python call the locations qz_logits and have no temperature.
+        if prefix + "qz_logits" in state_dict:
+            state_dict[prefix + "log_alpha"] = state_dict.pop(prefix + "qz_logits")
+            state_dict.setdefault(prefix + "_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """What print(module) shows."""
+        size = ", ".join(str(n) for n in self.gate_size)
+        return f"{size}, temperature={self.temperature:g}, stretch={self.stretch:g}"
+
+
+def draw_together(
+    gates: Iterable[HardConcrete], generator: torch.Generator | None = None
+) -> None:
+    """Draw the gates of many modules in a handful of operations; each hands out its part once.
+
+    A network of small gate vectors pays some ten kernel launches for each of them. This pays them
+    once for all modules that share a temperature, before the forward pass. A module that was not
+    drawn for, or is called again, draws for itself: results differ only in the order of the noise.
+
+    Args:
+        gates: modules in training mode, on one device.
+        generator: source of the noise; PyTorch's default if None.
+    """
+    groups: dict[tuple[float, float, float], list[HardConcrete]] = {}
+    for gate in gates:
+        if gate.training:
+            groups.setdefault(gate._shape, []).append(gate)
+    for shape, members in groups.items():
+        z = sample(
+            torch.cat([g.log_alpha.reshape(-1) for g in members]), *shape, generator=generator
+        )
+        parts = z.split([g.log_alpha.numel() for g in members])
+        for gate, part in zip(members, parts, strict=True):
+            gate._drawn = part.view(gate.gate_size)
+
+
+def _gate_size(
+    sizes: tuple[int, ...], n_items: int | None, input_dim: int | None, output_dim: int | None
+) -> tuple[int, ...]:
+    named = {"n_items": n_items, "input_dim": input_dim, "output_dim": output_dim}
+    given = tuple(v for v in named.values() if v is not None)
+    if n_items is not None and (input_dim is not None or output_dim is not None):
+        raise ValueError("n_items and input_dim/output_dim name the same thing; give one of them")
+    # l0-python allows HardConcrete(3, output_dim=4).
+    size = tuple(n for n in sizes if n is not None) + given
+    if not size or (sizes and (n_items is not None or input_dim is not None)):
+        raise ValueError(f"give the gate size once, as in HardConcrete(256, 128), got {sizes} {named}")
+    for n in size:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"gate sizes must be integers >= 1, got {n!r}")
+    return size
