@@ -1,0 +1,150 @@
+"""Sweeps (``-m``): each job leaves a job.json, a finished job is not done twice, the end is a table and a plot.
+
+A job is known by the digest of its resolved configuration. When a sweep is started again, jobs that
+finished in an earlier one with the same configuration are taken over; ``rerun=true`` does them again.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+import sparsereg
+from sparsereg.files import write_atomically, write_json
+
+
+def run_job(
+    name: str,
+    run: Callable[[DictConfig], Path],
+    cfg: DictConfig,
+    code_of: Callable[[BaseException], int],
+) -> None:
+    """Run one job of a sweep; a failure is written down and does not stop the sweep.
+
+    Args:
+        name: the script.
+        run: does the work and returns the path of its results.json.
+        cfg: the job's configuration.
+        code_of: tells an error to the user and returns its exit code.
+    """
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.sweep.dir) / str(hydra_cfg.job.num)
+    job: dict[str, Any] = {
+        "job": int(hydra_cfg.job.num),
+        "overrides": list(hydra_cfg.overrides.task),
+        "digest": digest(name, cfg),
+    }
+    done = None if cfg.get("rerun") else _finished(folder.parent.parent, job["digest"])
+    if done is not None:
+        print(f"job {job['job']} ({' '.join(job['overrides'])}): finished before, in {done}", flush=True)
+        write_json(folder / "job.json", {**job, "status": "skipped", "results": str(done)})
+        return
+    try:
+        results = run(cfg)
+    except Exception as error:
+        code = code_of(error)
+        write_json(folder / "job.json", {**job, "status": "failed", "error": str(error), "code": code})
+    else:
+        write_json(folder / "job.json", {**job, "status": "finished", "results": str(results)})
+
+
+def digest(name: str, cfg: DictConfig) -> str:
+    """Return a digest of everything that determines a run: script, version and resolved configuration."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    plain.pop("rerun", None)
+    text = json.dumps([name, sparsereg.__version__, plain], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finished(sweeps: Path, wanted: str) -> Path | None:
+    """Return the results.json of a finished job with that digest, if one is there."""
+    for file in sorted(sweeps.glob("*/*/job.json")):
+        job = _read(file)
+        if job.get("digest") == wanted and job.get("status") in ("finished", "skipped"):
+            results = Path(job["results"])
+            if results.is_file():
+                return results
+    return None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError):  # a job that was cut off while writing an older format
+        return {}
+
+
+class SweepReport(Callback):
+    """Hydra callback: write sweep.csv and sweep.png at the end of a sweep and name what failed.
+
+    Args:
+        x: key of results.json on the horizontal axis of the plot.
+        y: key of results.json on the vertical axis.
+        label: key whose value is written beside each point.
+    """
+
+    def __init__(self, x: str, y: str, label: str) -> None:
+        self.x, self.y, self.label = x, y, label
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Read the job.json of every job below the sweep's folder."""
+        folder = Path(config.hydra.sweep.dir)
+        jobs = sorted((_read(f) for f in folder.glob("*/job.json")), key=lambda j: j.get("job", 0))
+        if not jobs:
+            return
+        rows = [_row(job) for job in jobs]
+        _write_csv(folder / "sweep.csv", rows)
+        drawn = self._plot(folder / "sweep.png", rows)
+        failed = [job for job in jobs if job.get("status") == "failed"]
+        for job in failed:
+            print(f"failed: job {job['job']} ({' '.join(job['overrides'])}): {job['error']}", file=sys.stderr)
+        print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished")
+        if drawn:
+            print(f"plot: {folder / 'sweep.png'}")
+        print(f"results: {folder / 'sweep.csv'}", flush=True)
+        if failed:
+            sys.exit(failed[0]["code"])
+
+    def _plot(self, path: Path, rows: list[dict[str, Any]]) -> bool:
+        points = [r for r in rows if r.get(self.x) is not None and r.get(self.y) is not None]
+        if not points:
+            return False
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        points.sort(key=lambda r: r[self.x])
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        axes.plot([r[self.x] for r in points], [r[self.y] for r in points], "o-")
+        for r in points:
+            text = f"{self.label}={r.get(self.label)}"
+            axes.annotate(text, (r[self.x], r[self.y]), textcoords="offset points", xytext=(4, 4), fontsize=8)
+        axes.set_xlabel(self.x)
+        axes.set_ylabel(self.y)
+        axes.grid(alpha=0.3)
+        write_atomically(path, lambda p: figure.savefig(p, dpi=150))
+        plt.close(figure)
+        return True
+
+
+def _row(job: dict[str, Any]) -> dict[str, Any]:
+    row = {"job": job.get("job"), "status": job.get("status"), "overrides": " ".join(job.get("overrides", []))}
+    if job.get("results"):
+        results = _read(Path(job["results"]))
+        row.update({k: v for k, v in results.items() if not isinstance(v, dict | list)})
+        row["results"] = job["results"]
+    return row
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pandas as pd
+
+    write_atomically(path, lambda p: pd.DataFrame(rows).to_csv(p, index=False))
