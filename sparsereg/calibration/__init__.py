@@ -1,0 +1,5 @@
+"""Calibration of survey weights: few households, many targets."""
+
+from sparsereg.calibration.problem import CalibrationProblem
+
+__all__ = ["CalibrationProblem"]
