@@ -116,7 +116,7 @@ def _is_about_outputs(error: OSError) -> bool:
 def _config_message(name: str, error: BaseException) -> str:
     """Shorten what Hydra and OmegaConf say about a configuration, and name the nearest key."""
     text = str(error)
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' (?:is )?not in", text)
+    unknown = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if unknown and "not in" in text:
         key = unknown.group(1)
         return f"unknown key {key!r}{nearest(key, _known_keys(name))}; see python {name}.py --cfg job"

@@ -279,13 +279,9 @@ class HardConcrete(nn.Module):
             z = z.reshape(*z.shape, *(1,) * (len(input_shape) - z.dim()))
         return z
 
-    def sample(
-        self, batch_shape: Sequence[int] = (), generator: torch.Generator | None = None
-    ) -> Tensor:
+    def sample(self, batch_shape: Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
         """Draw gates of shape (\\*batch_shape, \\*gate_size), whatever the mode. See :func:`sample`."""
-        return sample(
-            self.log_alpha, *self._shape, batch_shape=batch_shape, generator=generator
-        )
+        return sample(self.log_alpha, *self._shape, batch_shape=batch_shape, generator=generator)
 
     def median(self) -> Tensor:
         """Test-time gates. See :func:`gate_median`."""
@@ -338,9 +334,7 @@ class HardConcrete(nn.Module):
         return f"{size}, temperature={self.temperature:g}, stretch={self.stretch:g}"
 
 
-def draw_together(
-    gates: Iterable[HardConcrete], generator: torch.Generator | None = None
-) -> None:
+def draw_together(gates: Iterable[HardConcrete], generator: torch.Generator | None = None) -> None:
     """Draw the gates of many modules in a handful of operations; each hands out its part once.
 
     A network of small gate vectors pays some ten kernel launches for each of them. This pays them
@@ -356,9 +350,7 @@ def draw_together(
         if gate.training:
             groups.setdefault(gate._shape, []).append(gate)
     for shape, members in groups.items():
-        z = sample(
-            torch.cat([g.log_alpha.reshape(-1) for g in members]), *shape, generator=generator
-        )
+        z = sample(torch.cat([g.log_alpha.reshape(-1) for g in members]), *shape, generator=generator)
         parts = z.split([g.log_alpha.numel() for g in members])
         for gate, part in zip(members, parts, strict=True):
             gate._drawn = part.view(gate.gate_size)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path``, then rename it.
 
     Args:
@@ -32,7 +32,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object whole or not at all; NaN and infinity, which JSON does not have, become null."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(_plain(content), indent=2) + "\n") and None)
+    text = json.dumps(_plain(content), indent=2) + "\n"
+    write_atomically(path, lambda p: p.write_text(text))
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Sweeps (``-m``): each job leaves a job.json, a finished job is not done twice, the end is a table and a plot.
+"""Sweeps (``-m``): each job leaves a job.json, a finished one is not done twice, a table and a plot end it.
 
 A job is known by the digest of its resolved configuration. When a sweep is started again, jobs that
 finished in an earlier one with the same configuration are taken over; ``rerun=true`` does them again.
@@ -136,7 +136,8 @@ class SweepReport(Callback):
 
 
 def _row(job: dict[str, Any]) -> dict[str, Any]:
-    row = {"job": job.get("job"), "status": job.get("status"), "overrides": " ".join(job.get("overrides", []))}
+    row = {key: job.get(key) for key in ("job", "status")}
+    row["overrides"] = " ".join(job.get("overrides", []))
     if job.get("results"):
         results = _read(Path(job["results"]))
         row.update({k: v for k, v in results.items() if not isinstance(v, dict | list)})

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsereg.distributions import TEMPERATURE, HardConcrete
+from sparsereg.model.synchronised import batch_norm_over_processes, several_processes
 
 SAMPLING = ("batch", "example")
 HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.Identity)
@@ -94,7 +95,44 @@ class L0Gate(nn.Module):
         return f"dim={self.dim}, sampling={self.sampling}"
 
 
-class GatedBatchNorm2d(nn.BatchNorm2d):
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d that can take its statistics over the batches of several processes.
+
+    Args:
+        num_features: number of channels.
+        eps: see nn.BatchNorm2d.
+        momentum: see nn.BatchNorm2d.
+
+    Set the attribute ``synchronised`` to True to use the other processes' examples, too.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.synchronised = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise a map of shape (batch, num_features, height, width)."""
+        return self._normalise(x, self.weight, self.bias)
+
+    def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        factor = self._count_batch()
+        if self.training and self.synchronised and several_processes():
+            return batch_norm_over_processes(x, weight, bias, self, factor)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, weight, bias, self.training, factor, self.eps
+        )
+
+    def _count_batch(self) -> float:
+        """Advance num_batches_tracked and return the weight of this batch in the running mean."""
+        if not self.training or self.num_batches_tracked is None:
+            return 0.0
+        self.num_batches_tracked.add_(1)
+        # momentum None means a cumulative average, as in nn.BatchNorm2d.
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+
+class GatedBatchNorm2d(BatchNorm2d):
     """BatchNorm whose affine carries a gate: batch_norm(x; z weight, z bias).
 
     Equal to a gate behind the BatchNorm, and behind a positively homogeneous activation that follows
@@ -125,28 +163,8 @@ class GatedBatchNorm2d(nn.BatchNorm2d):
         """Normalise and gate a map of shape (batch, num_features, height, width)."""
         if self.gate.per_example:
             return self.gate(super().forward(x))
-        self._check_input_dim(x)
         z = self.gate.gates()
-        factor = self._count_batch()
-        return F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight * z,
-            self.bias * z,
-            self.training,
-            factor,
-            self.eps,
-        )
-
-    def _count_batch(self) -> float:
-        """Advance num_batches_tracked and return the weight of this batch in the running mean."""
-        if not self.training:
-            return 0.0
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        # momentum None means a cumulative average, as in nn.BatchNorm2d.
-        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        return self._normalise(x, self.weight * z, self.bias * z)
 
 
 class ConvBlock(nn.Module):
@@ -177,10 +195,7 @@ class ConvBlock(nn.Module):
             else nn.BatchNorm2d(out_channels)
         )
         self.act = act(inplace=True) if act is nn.ReLU else act()
-        if gate is not None and not fold:
-            self.gate = gate(out_channels)
-        else:
-            self.gate = nn.Identity()
+        self.gate: nn.Module = gate(out_channels) if gate is not None and not fold else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, h, w) to (batch, out_channels, h, w)."""
@@ -200,3 +215,23 @@ class GateFactory:
     def __call__(self, mask_dim: int) -> L0Gate:
         """Return a new gate for ``mask_dim`` channels."""
         return L0Gate(mask_dim, **self.settings)  # type: ignore[arg-type]
+
+
+def synchronise_batch_norm(net: nn.Module) -> nn.Module:
+    """Let every BatchNorm2d of a network take its statistics over all processes; keeps gates and names.
+
+    Args:
+        net: changed in place, except where it is itself an nn.BatchNorm2d.
+
+    Returns:
+        The network.
+    """
+    for name, child in net.named_children():
+        setattr(net, name, synchronise_batch_norm(child))
+    if type(net) is nn.BatchNorm2d:
+        synchronised = BatchNorm2d(net.num_features, net.eps, net.momentum)
+        synchronised.load_state_dict(net.state_dict())
+        net = synchronised
+    if isinstance(net, BatchNorm2d):
+        net.synchronised = True
+    return net

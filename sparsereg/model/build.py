@@ -1,0 +1,69 @@
+"""Networks by name, as the configuration group ``model`` names them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparsereg.cli import nearest
+from sparsereg.errors import InputError
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network has to do.
+
+    Attributes:
+        num_classes: number of classes.
+        image_shape: (channels, height, width) of the images.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+
+def _googlenet(
+    task: Task, gated: bool, gates: dict[str, Any], *, gate: str, act: str, sampling: str
+) -> nn.Module:
+    from sparsereg.model.googlenet import GoogleNet
+
+    return GoogleNet(
+        task.num_classes,
+        task.image_shape[0],
+        gate=gate if gated else "none",
+        act=act,
+        sampling=sampling,
+        **gates,
+    )
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"googlenet": _googlenet}
+"""Name to builder(task, gated, gate settings, **the other keys of the group)."""
+
+
+def build(settings: dict[str, Any], task: Task, gated: bool, **gates: Any) -> nn.Module:
+    """Build the network that the configuration group ``model`` describes.
+
+    Args:
+        settings: ``name`` and the keys of that network.
+        task: the data's classes and image shape.
+        gated: False leaves every gate out.
+        **gates: settings of the gates, e.g. droprate_init and temperature.
+
+    Raises:
+        InputError: unknown name or unknown key.
+        ValueError: a value is outside its range.
+    """
+    keys = dict(settings)
+    name = str(keys.pop("name"))
+    if name not in NETWORKS:
+        raise InputError(
+            f"model.name={name}: expected one of {', '.join(NETWORKS)}{nearest(name, list(NETWORKS))}"
+        )
+    try:
+        return NETWORKS[name](task, gated, gates, **keys)
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):
+            raise InputError(f"model={name}: {error}") from error
+        raise
