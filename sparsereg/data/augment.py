@@ -1,0 +1,210 @@
+"""Random changes of training images, a batch at a time, on the device that trains.
+
+The parameters of every image are drawn first (:meth:`Augmentation.draw`, on the CPU, a row per image),
+then all images are resampled in one go (:func:`resample`). A row depends on nothing but the generator
+and its place in the batch, so processes that share a batch draw all rows and use their own.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsereg.errors import InputError
+
+TOP, LEFT, HEIGHT, WIDTH, FLIP, ANGLE, RIGHT, DOWN, ZOOM = range(9)
+"""Columns of the parameters: a crop box and shifts in pixels, 0 or 1, an angle in radians, a factor."""
+_TRIES = 10
+"""Draws of a crop box before the fall-back, as in torchvision."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Which random changes are made; the default makes none.
+
+    Args:
+        flip: mirror left to right with probability 1/2.
+        crop_scale: smallest and largest share of the image's area that a crop keeps, in (0, 1]; the crop
+            is enlarged to the image's size. None: no crop.
+        crop_ratio: smallest and largest width / height of a crop, > 0.
+        degrees: rotation about the centre, uniform in +- this many degrees, in [0, 180].
+        translate: shift along each axis, uniform in +- this many pixels, >= 0.
+        zoom: the image is enlarged by a factor that is uniform in 1 +- this, in [0, 1).
+
+    Raises:
+        InputError: a value is outside its range.
+    """
+
+    flip: bool = False
+    crop_scale: tuple[float, float] | None = None
+    crop_ratio: tuple[float, float] = (0.9, 1.1)
+    degrees: float = 0.0
+    translate: float = 0.0
+    zoom: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.crop_scale is not None:
+            _check_pair("crop_scale", self.crop_scale, 1.0)
+        _check_pair("crop_ratio", self.crop_ratio, math.inf)
+        if not 0 <= self.degrees <= 180:
+            raise InputError(f"augment.degrees must lie in [0, 180], got {self.degrees!r}")
+        if not 0 <= self.translate < math.inf:
+            raise InputError(f"augment.translate must be >= 0 pixels, got {self.translate!r}")
+        if not 0 <= self.zoom < 1:
+            raise InputError(f"augment.zoom must lie in [0, 1), got {self.zoom!r}")
+
+    @property
+    def affine(self) -> bool:
+        """Whether images are rotated, shifted or zoomed."""
+        return self.degrees > 0 or self.translate > 0 or self.zoom > 0
+
+    @property
+    def identity(self) -> bool:
+        """Whether nothing is changed at all."""
+        return not self.flip and self.crop_scale is None and not self.affine
+
+    def draw(self, num_images: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """Draw the parameters of a batch.
+
+        The same number of random numbers is used whatever is switched on, so that switching the flip on
+        does not change the crops.
+
+        Args:
+            num_images: images in the batch, over all processes.
+            height: of the images, in pixels.
+            width: of the images, in pixels.
+            generator: source of the random numbers, on the CPU.
+
+        Returns:
+            float32, (images, 9), on the CPU; the columns are named in this module.
+        """
+        u = torch.rand(num_images, 2 * _TRIES + 7, generator=generator)
+        rows = torch.zeros(num_images, 9)
+        rows[:, HEIGHT], rows[:, WIDTH], rows[:, ZOOM] = height, width, 1.0
+        if self.crop_scale is not None:
+            u_size = u[:, 7:].view(num_images, _TRIES, 2)
+            rows[:, TOP : WIDTH + 1] = crop_boxes(
+                u_size, u[:, :2], height, width, self.crop_scale, self.crop_ratio
+            )
+        if self.flip:
+            rows[:, FLIP] = (u[:, 2] < 0.5).float()
+        signed = 2 * u[:, 3:7] - 1
+        rows[:, ANGLE] = signed[:, 0] * math.radians(self.degrees)
+        rows[:, RIGHT] = signed[:, 1] * self.translate
+        rows[:, DOWN] = signed[:, 2] * self.translate
+        rows[:, ZOOM] = 1 + signed[:, 3] * self.zoom
+        return rows
+
+
+def crop_boxes(
+    u_size: Tensor,
+    u_place: Tensor,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Tensor:
+    """Choose crop boxes with the law of torchvision's ``RandomResizedCrop.get_params``.
+
+    The area is uniform in ``scale``, the logarithm of width / height uniform in that of ``ratio``; the
+    first of the tries whose rounded box fits into the image is taken, and its place is uniform. When none
+    fits: the largest centred box with a permitted ratio.
+
+    Args:
+        u_size: uniform numbers, (images, tries, 2).
+        u_place: uniform numbers, (images, 2).
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+        scale: smallest and largest share of the area.
+        ratio: smallest and largest width / height.
+
+    Returns:
+        Whole pixels as float32, (images, 4): top, left, height, width.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u_size[..., 0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + (high - low) * u_size[..., 1])
+    w = torch.round(torch.sqrt(area * aspect))
+    h = torch.round(torch.sqrt(area / aspect))
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.float().argmax(dim=1, keepdim=True)
+    found = fits.any(dim=1)
+    fallback_h, fallback_w = _largest_box(height, width, ratio)
+    h = torch.where(found, h.gather(1, first)[:, 0], float(fallback_h))
+    w = torch.where(found, w.gather(1, first)[:, 0], float(fallback_w))
+    # floor(u (n + 1)) is uniform on 0..n; the minimum guards against u (n + 1) rounding up to n + 1.
+    top = torch.minimum(torch.floor(u_place[:, 0] * (height - h + 1)), height - h)
+    left = torch.minimum(torch.floor(u_place[:, 1] * (width - w + 1)), width - w)
+    top = torch.where(found, top, float((height - fallback_h) // 2))
+    left = torch.where(found, left, float((width - fallback_w) // 2))
+    return torch.stack([top, left, h, w], dim=1)
+
+
+def _largest_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
+    if width / height < ratio[0]:
+        return min(height, round(width / ratio[0])), width
+    if width / height > ratio[1]:
+        return height, min(width, round(height * ratio[1]))
+    return height, width
+
+
+def resample(images: Tensor, rows: Tensor, affine: bool = False) -> Tensor:
+    """Crop, enlarge, mirror, and rotate, shift and zoom each image: one bilinear interpolation in all.
+
+    Without ``affine`` this is torchvision's ``resized_crop`` (bilinear) followed by ``hflip``: a crop is
+    enlarged with its own border pixels repeated, never with pixels from outside the box. With ``affine``
+    the whole picture is turned, shifted and zoomed about its centre; what comes from outside is black.
+
+    Args:
+        images: (images, channels, height, width), any real type.
+        rows: (images, 9) of :meth:`Augmentation.draw`, on the device of ``images``.
+        affine: whether the last four columns are used.
+
+    Returns:
+        float32, of the shape of ``images``, on the scale of ``images``.
+    """
+    height, width = images.shape[2:]
+    # Pixel centres of the result, relative to the image's centre.
+    x = (torch.arange(width, device=images.device, dtype=torch.float32) - (width - 1) / 2).expand(1, 1, -1)
+    y = (torch.arange(height, device=images.device, dtype=torch.float32) - (height - 1) / 2).view(1, -1, 1)
+    inside = None
+    if affine:
+        x, y = _unmoved(x, y, rows)
+        # The weight that bilinear interpolation gives to the picture where the rest is black.
+        inside = _fade(x, width) * _fade(y, height)
+    x = torch.where(rows[:, FLIP, None, None] > 0, -x, x)
+    x = _into_box(x, rows[:, LEFT, None, None], rows[:, WIDTH, None, None], width)
+    y = _into_box(y, rows[:, TOP, None, None], rows[:, HEIGHT, None, None], height)
+    # grid_sample wants -1 and 1 at the outer edges of the border pixels.
+    shape = (len(images), height, width)
+    grid = torch.stack(
+        [((2 * x + 1) / width - 1).expand(shape), ((2 * y + 1) / height - 1).expand(shape)], dim=-1
+    )
+    moved = functional.grid_sample(images.float(), grid, mode="bilinear", align_corners=False)
+    return moved if inside is None else moved * inside[:, None]
+
+
+def _unmoved(x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the points of the moved picture lay before: shift, rotation and zoom undone."""
+    cos, sin = torch.cos(rows[:, ANGLE, None, None]), torch.sin(rows[:, ANGLE, None, None])
+    zoom = rows[:, ZOOM, None, None]
+    x, y = x - rows[:, RIGHT, None, None], y - rows[:, DOWN, None, None]
+    return (cos * x + sin * y) / zoom, (cos * y - sin * x) / zoom
+
+
+def _into_box(centred: Tensor, start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Coordinates of the result, relative to its centre, as pixel coordinates in the crop's box."""
+    position = (centred + size / 2) * (length / size) - 0.5 + start
+    return torch.minimum(torch.maximum(position, start), start + length - 1)
+
+
+def _fade(centred: Tensor, size: int) -> Tensor:
+    return ((size + 1) / 2 - centred.abs()).clamp(0.0, 1.0)
+
+
+def _check_pair(name: str, pair: tuple[float, float], limit: float) -> None:
+    if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= limit or not math.isfinite(pair[1]):
+        bound = "" if math.isinf(limit) else f" <= {limit:g}"
+        raise InputError(f"augment.{name} must be two numbers 0 < low <= high{bound}, got {list(pair)!r}")
