@@ -31,16 +31,24 @@ Run = Callable[[DictConfig], Path]
 """What a script does with its configuration; returns the path of the results.json that it wrote."""
 
 
-def script(name: str, run: Run) -> None:
+Choices = Callable[[list[str]], list[str]]
+"""From the user's arguments to the choices of configuration groups that they imply, e.g. ``data=npz``."""
+_implied: list[str] = []
+
+
+def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None:
     """Run a script under Hydra and leave the process with the exit code of the house.
 
     Args:
         name: name of the primary configuration, e.g. ``train`` for configs/train.yaml.
         run: does the work, see ``Run``.
+        choices: group choices that the arguments imply (those of a checkpoint, say); the user's own win.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
+    arguments = sys.argv[:]
 
     def task(cfg: DictConfig) -> None:
+        sys.argv[:] = arguments  # processes that Lightning starts get the user's arguments
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             from sparsereg.sweep import run_job
 
@@ -51,6 +59,9 @@ def script(name: str, run: Run) -> None:
     try:
         if not CONFIGS.is_dir():
             raise InputError(f"{CONFIGS} is missing: run the script from a clone of the repository")
+        named = {argument.partition("=")[0] for argument in arguments[1:]}
+        _implied[:] = [c for c in choices(arguments[1:]) if c.partition("=")[0] not in named]
+        sys.argv[1:1] = _implied
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
     except SystemExit:
         raise
@@ -59,6 +70,14 @@ def script(name: str, run: Run) -> None:
         sys.exit(130)
     except BaseException as error:
         sys.exit(report(name, error))
+
+
+def user_overrides() -> list[str]:
+    """Return the overrides that the user gave, without the choices that they imply."""
+    overrides = list(HydraConfig.get().overrides.task)
+    for choice in _implied:
+        overrides.remove(choice)
+    return overrides
 
 
 def finish(results: Path) -> None:

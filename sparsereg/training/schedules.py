@@ -36,7 +36,7 @@ def learning_rate_factor(
         raise ValueError(f"optimizer.schedule={schedule}: expected one of {', '.join(SCHEDULES)}")
     if not epochs > 0 or warmup < 0 or final < 0:
         raise ValueError(
-            "need optimizer.schedule_epochs > 0, optimizer.warmup_epochs >= 0 and optimizer.final_lr_ratio >= 0, "
+            "optimizer: expected schedule_epochs > 0, warmup_epochs >= 0 and final_lr_ratio >= 0, "
             f"got {epochs}, {warmup}, {final}"
         )
     steps = sorted(milestones)

@@ -1,0 +1,286 @@
+"""From a configuration to the objects of a run: data, network, LightningModule, Trainer."""
+
+import ctypes
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from sparsereg import data as data_sources
+from sparsereg.compression import Accountant
+from sparsereg.config import plain
+from sparsereg.data import ImageDataModule
+from sparsereg.errors import InputError
+from sparsereg.files import new_version
+from sparsereg.model import build as networks
+from sparsereg.model.basic_l0_blocks import synchronise_batch_norm
+from sparsereg.temperature import TemperatureScheduler, update_temperatures
+from sparsereg.training import callbacks as ours
+from sparsereg.training import checkpoint as checkpoints
+from sparsereg.training.checkpoint import Checkpoint
+from sparsereg.training.module import Classifier, Provenance
+from sparsereg.training.optimizers import OptimizerSettings
+
+log = logging.getLogger(__name__)
+
+RUN_FOLDER = "SPARSEREG_RUN_FOLDER"
+"""Environment variable by which the first process tells the others of a DDP run its folder."""
+OWN_TRAINER_KEYS = ("compile", "channels_last", "sync_batchnorm")
+INHERITED = ("model", "data")
+NEVER_INHERITED = ("ckpt_path", "resume_training", "without_using_gate", "rerun")
+
+
+def tune_process() -> None:
+    """Set what makes training on a CPU faster and changes no result beyond denormal numbers.
+
+    Denormals are flushed to zero. glibc is told to keep freed memory: it otherwise returns each
+    activation to the system and faults it in again, a third of the time of a small network's step.
+    """
+    torch.set_flush_denormal(True)
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def inherit(
+    cfg: DictConfig, checkpoint: Checkpoint, overrides: list[str], keys: "tuple[str, ...]"
+) -> DictConfig:
+    """Take parts of the configuration from a checkpoint; what the user named on the command line wins.
+
+    Args:
+        cfg: as composed.
+        checkpoint: holds the configuration of its run.
+        overrides: the user's overrides, such as ``data.batch_size=64``.
+        keys: top-level keys to take over.
+    """
+    named = [o.lstrip("+~").partition("=")[0] for o in overrides]
+    if "experiment" in named:
+        return cfg
+    merged = cfg.copy()
+    OmegaConf.set_struct(merged, False)
+    for key in keys:
+        if key in checkpoint.config and key not in named:
+            merged[key] = checkpoint.config[key]
+            for path in (n for n in named if n.startswith(key + ".")):
+                OmegaConf.update(merged, path, OmegaConf.select(cfg, path))
+    return merged
+
+
+def start_from(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Checkpoint | None]:
+    """Read the checkpoint, if one is given, check it against the command, and take over what it knows.
+
+    Raises:
+        InputError: it cannot be read, or the command asks for what it cannot give.
+    """
+    if cfg.ckpt_path is None:
+        return cfg, None
+    checkpoint = checkpoints.read(cfg.ckpt_path)
+    if checkpoint.gated and cfg.without_using_gate:
+        raise InputError(
+            f"ckpt_path={cfg.ckpt_path} has gates, but without_using_gate=true: leave that out, or start "
+            "from a checkpoint without gates"
+        )
+    if cfg.resume_training and not checkpoint.gated and not cfg.without_using_gate:
+        raise InputError(
+            f"ckpt_path={cfg.ckpt_path} has no gates, so its run can only be resumed with "
+            "without_using_gate=true; to fine-tune it with gates give resume_training=false"
+        )
+    keys: tuple[str, ...] = INHERITED
+    if cfg.resume_training:
+        keys = tuple(k for k in checkpoint.config if k not in NEVER_INHERITED)
+    cfg = inherit(cfg, checkpoint, overrides, keys)
+    ours_name, theirs = cfg.model.name, checkpoint.config["model"]["name"]
+    if ours_name != theirs:
+        raise InputError(f"ckpt_path={cfg.ckpt_path} is of model={theirs}, not of model={ours_name}")
+    limit = cfg.trainer.max_epochs
+    if cfg.resume_training and limit is not None and 0 <= limit <= checkpoint.epoch:
+        raise InputError(
+            f"nothing is left to train: {cfg.ckpt_path} has finished {checkpoint.epoch} epochs and "
+            f"trainer.max_epochs={limit}; give a larger trainer.max_epochs"
+        )
+    return cfg, checkpoint
+
+
+def build_data(cfg: DictConfig) -> ImageDataModule:
+    """Build the data module and load the data, so that everything wrong with it shows before training."""
+    settings = {**plain(cfg.data), "seed": cfg.seed, "channels_last": bool(cfg.trainer.channels_last)}
+    module = data_sources.build(settings)
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+def build_network(cfg: DictConfig, data: ImageDataModule) -> nn.Module:
+    """Build the network with gates at ``droprate_init``, or without any."""
+    torch.manual_seed(cfg.seed)  # the initial weights
+    task = networks.Task(data.num_classes, data.image_shape)
+    net = networks.build(
+        plain(cfg.model),
+        task,
+        gated=not cfg.without_using_gate,
+        droprate_init=cfg.droprate_init,
+        temperature=cfg.temperature.initial,
+    )
+    if cfg.trainer.channels_last:
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
+
+
+def build_module(cfg: DictConfig, net: nn.Module, data: ImageDataModule) -> Classifier:
+    """Build the LightningModule around a network."""
+    optimizer = plain(cfg.optimizer)
+    settings = OptimizerSettings(
+        **{**optimizer, "betas": tuple(optimizer["betas"]), "milestones": tuple(optimizer["milestones"])}
+    )
+    provenance = Provenance(
+        config=plain(cfg),
+        num_classes=data.num_classes,
+        image_shape=data.image_shape,
+        gated=not cfg.without_using_gate,
+    )
+    compiled = bool(cfg.trainer.compile)
+    module = Classifier(net, data.num_classes, cfg.lambda_l0, settings, provenance, compiled)
+    if compiled:
+        net.compile()  # in place: torch.compile(net) would rename the keys of the state dict
+    return module
+
+
+def start_weights(net: nn.Module, checkpoint: Checkpoint, cfg: DictConfig, overrides: list[str]) -> None:
+    """Load the weights of a checkpoint for a new run, and say what they did not have."""
+    new = checkpoints.load_weights_(net, checkpoint)
+    log.info("weights: from %s", checkpoint.path)
+    if new:
+        log.info("initialised anew at droprate_init=%g: %s", cfg.droprate_init, ", ".join(new))
+        update_temperatures(net, cfg.temperature.initial)
+    elif checkpoint.gated:
+        log.info("the gates continue from the checkpoint")
+        if any(o.startswith("droprate_init=") for o in overrides):
+            log.warning("droprate_init has no effect: the checkpoint has its own gates")
+
+
+def claim_run_folder(outputs: Path) -> Path:
+    """Make the run's folder; the other processes of a DDP run take the first one's."""
+    folder = os.environ.get(RUN_FOLDER) if int(os.environ.get("LOCAL_RANK", "0")) else None
+    if folder is None:
+        folder = str(new_version(outputs / "train" / "tblog" / "lightning_logs"))
+        os.environ[RUN_FOLDER] = folder
+    return Path(folder)
+
+
+def build_logger(name: str, folder: Path | None) -> TensorBoardLogger | bool:
+    """Build the logger that writes into the run's folder."""
+    if name == "none" or folder is None:
+        return False
+    if name != "tensorboard":
+        raise InputError(f"logger={name}: expected tensorboard or none")
+    version = int(folder.name.removeprefix("version_"))
+    return TensorBoardLogger(str(folder.parent.parent), name=folder.parent.name, version=version)
+
+
+def check_trainer(cfg: DictConfig, multirun: bool) -> None:
+    """Refuse what cannot work before anything is loaded.
+
+    Raises:
+        InputError: a GPU where there is none; DDP by subprocesses below a sweep.
+    """
+    trainer = cfg.trainer
+    if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise InputError(
+            f"trainer.accelerator={trainer.accelerator}: this machine has no GPU; use trainer=cpu"
+        )
+    strategy = str(trainer.strategy)
+    if multirun and strategy.startswith("ddp") and strategy not in ("ddp_fork", "ddp_spawn", "ddp_notebook"):
+        raise InputError(
+            "-m and trainer=ddp do not work together: every process would start the whole sweep again; "
+            "give trainer.strategy=ddp_fork, or one run at a time"
+        )
+
+
+def build_trainer(
+    cfg: DictConfig, callbacks: list[pl.Callback], logger: TensorBoardLogger | bool, folder: Path | None
+) -> pl.Trainer:
+    """Build Lightning's Trainer from the keys that are not null."""
+    keys = {k: v for k, v in plain(cfg.trainer).items() if v is not None and k not in OWN_TRAINER_KEYS}
+    bar = [ours.ProgressBar()] if keys.get("enable_progress_bar", True) else []
+    try:
+        return pl.Trainer(
+            **keys,
+            logger=logger,
+            callbacks=[*callbacks, *bar],
+            default_root_dir=None if folder is None else str(folder),
+        )
+    except (MisconfigurationException, TypeError, RuntimeError) as error:
+        raise InputError(f"trainer: {error}") from error
+
+
+def build_callbacks(
+    cfg: DictConfig, accountant: Accountant, folder: Path, logging_on: bool
+) -> "tuple[list[pl.Callback], ours.EpochTimer]":
+    """Build the callbacks of a training run; the order matters: statistics first, checkpoints last."""
+    t = cfg.temperature
+    timer = ours.EpochTimer()
+    callbacks: list[pl.Callback] = [
+        timer,
+        ours.ReproducibleEpochs(cfg.seed),
+        ours.FiniteLoss(),
+        batch_norm_estimation(cfg),
+    ]
+    if not cfg.without_using_gate:
+        scheduler = TemperatureScheduler(t.initial, t.final, t.anneal_epochs, t.schedule)
+        callbacks += [
+            ours.TemperatureSchedule(scheduler),
+            ours.SparsityMonitor(accountant, cfg.callbacks.histogram_every_n_epochs),
+        ]
+    if logging_on:
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+    if cfg.trainer.enable_checkpointing:
+        callbacks += [
+            ours.BestCheckpoint(folder / "checkpoints"),
+            ours.LastCheckpoint(folder / "checkpoints"),
+        ]
+    return callbacks, timer
+
+
+def batch_norm_estimation(cfg: DictConfig) -> ours.BatchNormEstimation:
+    """Build the callback that re-estimates BatchNorm statistics."""
+    b = cfg.callbacks.batch_norm
+    return ours.BatchNormEstimation(b.num_images, b.batch_size)
+
+
+def synchronise(cfg: DictConfig, net: nn.Module) -> nn.Module:
+    """Let BatchNorm see all processes if ``trainer.sync_batchnorm`` asks for it."""
+    return synchronise_batch_norm(net) if cfg.trainer.sync_batchnorm else net
+
+
+def example_input(data: ImageDataModule) -> torch.Tensor:
+    """Return one image of zeros, for tracing."""
+    return torch.zeros(1, *data.image_shape)
+
+
+def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that TensorBoard's HParams tab compares runs by, as flat numbers and strings."""
+    flat: dict[str, Any] = {}
+
+    def walk(node: dict[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}/")
+            elif isinstance(value, bool | str):
+                flat[f"{prefix}{key}"] = str(value)
+            elif isinstance(value, int | float):
+                flat[f"{prefix}{key}"] = value
+
+    walk({k: config[k] for k in config if k not in ("callbacks", "logger", "trainer", "rerun")}, "")
+    flat["max_epochs"] = config["trainer"]["max_epochs"]
+    return flat

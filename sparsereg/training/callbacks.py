@@ -1,0 +1,257 @@
+"""Callbacks: seeds, temperature, BatchNorm, sparsity, time, checkpoints, a loss that is not a number."""
+
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from sparsereg.compression import Accountant
+from sparsereg.files import write_atomically
+from sparsereg.penalties import hard_concretes
+from sparsereg.temperature import TemperatureScheduler, update_temperatures
+from sparsereg.training.batch_norm import estimate_batch_norm_
+from sparsereg.training.module import Classifier
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what is left."""
+
+
+class ReproducibleEpochs(Callback):
+    """Seed PyTorch's generators at the start of every epoch, by (seed, epoch).
+
+    The noise of the gates and of dropout is then a function of the epoch, so that a resumed run draws what
+    an uninterrupted one would have drawn, and every process draws the same gates.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Seed all generators of this process."""
+        torch.manual_seed((self.seed * 1_000_003 + trainer.current_epoch + 1) % 2**63)
+
+
+class TemperatureSchedule(Callback):
+    """Set the temperature of every gate at the start of every epoch and log it.
+
+    Args:
+        scheduler: temperature as a function of the epoch.
+    """
+
+    def __init__(self, scheduler: TemperatureScheduler) -> None:
+        self.scheduler = scheduler
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Apply the temperature of this epoch."""
+        temperature = self.scheduler.get_temperature(trainer.current_epoch)
+        update_temperatures(pl_module, temperature)
+        pl_module.log("temperature", temperature)
+
+
+class BatchNormEstimation(Callback):
+    """Re-estimate the BatchNorm statistics of a gated network before each validation and test.
+
+    Statistics that were estimated for exactly these weights (they travel in the checkpoint) are kept, so
+    that the network that is tested is the one that was measured.
+
+    Args:
+        num_images: training images to use.
+        batch_size: images per batch.
+    """
+
+    def __init__(self, num_images: int, batch_size: int) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before validation."""
+        self._estimate(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before test."""
+        self._estimate(trainer, pl_module)
+
+    def _estimate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, Classifier)
+        if not module.gated or module.batch_norm_is_current:
+            return
+        batches: Iterator[Tensor] = trainer.datamodule.estimation_batches(  # type: ignore[attr-defined]
+            self.num_images, self.batch_size
+        )
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, trainer.precision_plugin.forward_context():
+            estimate_batch_norm_(module.net, batches)
+        module.batch_norm_is_current = True
+
+
+class SparsityMonitor(Callback):
+    """Log expected and exact sparsity and the open gates of each layer after every validation.
+
+    Args:
+        accountant: counts the parameters of the network as it would be compacted now.
+        histogram_every_n_epochs: how often TensorBoard gets histograms of the gates; 0 for never.
+    """
+
+    def __init__(self, accountant: Accountant, histogram_every_n_epochs: int) -> None:
+        self.accountant = accountant
+        self.every = histogram_every_n_epochs
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count, and draw histograms."""
+        assert isinstance(pl_module, Classifier)
+        if not pl_module.gated:
+            return
+        gates = hard_concretes(pl_module.net)
+        with torch.no_grad():
+            active = {name: gate.p_active().flatten() for name, gate in gates.items()}
+            open_gates = {name: float((gate.median() > 0).sum()) for name, gate in gates.items()}
+            expected = 1 - torch.cat(list(active.values())).double().mean().item()
+        scalars = {"expected_sparsity": expected, "exact_sparsity": self.accountant.count().exact_sparsity}
+        pl_module.log_dict(scalars, prog_bar=True)
+        pl_module.log("open_gates", sum(open_gates.values()))
+        pl_module.log_dict({f"open_gates/{_short(name)}": n for name, n in open_gates.items()})
+        logger = trainer.logger
+        if isinstance(logger, TensorBoardLogger) and self.every and trainer.current_epoch % self.every == 0:
+            step = trainer.global_step
+            for name, gate in gates.items():
+                logger.experiment.add_histogram(f"p_active/{_short(name)}", active[name], step)
+                logger.experiment.add_histogram(f"log_alpha/{_short(name)}", gate.log_alpha.detach(), step)
+
+
+def _short(name: str) -> str:
+    """Leave out the parts of a gate's name that all of them share."""
+    return name.removesuffix(".gates").removesuffix(".gate").removesuffix(".norm")
+
+
+class FiniteLoss(Callback):
+    """Stop as soon as the loss is not a number, before anything is saved.
+
+    The check is kept on the device and read when the logs are, and before each validation, so that a GPU
+    does not wait for it at every step.
+    """
+
+    def __init__(self) -> None:
+        self._finite: Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember whether this loss is finite."""
+        now = torch.isfinite(outputs["loss"].detach())
+        self._finite = now if self._finite is None else self._finite & now
+        if trainer._logger_connector.should_update_logs:
+            self._check(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check before anything is measured or saved."""
+        self._check(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check where there was no validation."""
+        self._check(trainer)
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        if self._finite is None or bool(self._finite):
+            return
+        kept = [c.best_model_path for c in trainer.checkpoint_callbacks if getattr(c, "best_model_path", "")]  # type: ignore[attr-defined]
+        left = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
+        raise TrainingError(
+            f"the loss is not a finite number in epoch {trainer.current_epoch}; {left}; "
+            "try a smaller optimizer.lr or trainer.gradient_clip_val=1"
+        )
+
+
+class EpochTimer(Callback):
+    """Take the time of each training epoch: data, augmentation, steps and logging, without validation."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    @property
+    def seconds_per_epoch(self) -> float | None:
+        """Median over the epochs; None if there was none."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the clock at the last batch, before validation."""
+        if trainer.is_last_batch:
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter() - self._start)
+            pl_module.log("seconds_per_epoch", self.seconds[-1])
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar without the version number, which costs room and says nothing."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Return what the bar shows: losses, L_C0, accuracy and sparsities."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        return items
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Write ``last.ckpt`` at the end of every epoch, after validation.
+
+    Args:
+        folder: where to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            dirpath=folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Leave the file of the run that is resumed alone."""
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Write ``best.ckpt`` whenever the validation accuracy is higher than ever.
+
+    Args:
+        folder: where to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="best",
+            monitor="val_acc",
+            mode="max",
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Bring the best checkpoint of the run that is resumed into this run's folder."""
+        before = Path(state_dict.get("best_model_path") or "")
+        score = state_dict.get("best_model_score")
+        if score is None or not before.is_file() or self.dirpath is None:
+            return
+        here = Path(self.dirpath) / before.name
+        write_atomically(here, lambda p: shutil.copyfile(before, p))
+        self.best_model_path = str(here)
+        self.best_model_score = self.current_score = self.kth_value = score
+        self.kth_best_model_path = str(here)
+        self.best_k_models = {str(here): score}

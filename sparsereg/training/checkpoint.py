@@ -1,0 +1,149 @@
+"""Checkpoints: reading them safely, saying what is wrong with them, starting another run from them."""
+
+import logging
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsereg.errors import InputError
+from sparsereg.penalties import hard_concretes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training checkpoint.
+
+    Attributes:
+        path: the file.
+        weights: state dict of the network.
+        config: resolved configuration of the run that wrote it.
+        num_classes: classes of its data.
+        image_shape: (channels, height, width) of its images.
+        gated: whether its network has gates.
+        epoch: number of finished epochs.
+        content: everything in the file.
+    """
+
+    path: Path
+    weights: dict[str, Tensor]
+    config: dict[str, Any]
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    gated: bool
+    epoch: int
+    content: dict[str, Any]
+
+
+def read(path: str | Path) -> Checkpoint:
+    """Read a checkpoint; only tensors, numbers, strings and containers of them are ever loaded.
+
+    Raises:
+        InputError: the file is missing, truncated, or not a checkpoint of train.py.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"ckpt_path={path}: no such file; expected a checkpoint such as RUN/checkpoints/last.ckpt"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        zipfile.BadZipFile,
+        ValueError,
+        KeyError,
+    ) as error:
+        raise InputError(
+            f"ckpt_path={path}: cannot be read, it is truncated or not a checkpoint ({type(error).__name__})"
+        ) from error
+    if not isinstance(content, dict) or "sparsereg" not in content or "state_dict" not in content:
+        raise InputError(f"ckpt_path={path}: not a checkpoint that train.py wrote")
+    ours = content["sparsereg"]
+    prefix = "net."
+    channels, height, width = ours["image_shape"]
+    return Checkpoint(
+        path=path,
+        weights={k[len(prefix) :]: v for k, v in content["state_dict"].items() if k.startswith(prefix)},
+        config=ours["config"],
+        num_classes=ours["num_classes"],
+        image_shape=(channels, height, width),
+        gated=ours["gated"],
+        epoch=int(content["epoch"]) + 1,
+        content=content,
+    )
+
+
+def group_choices(arguments: list[str]) -> list[str]:
+    """Return the choices ``model=...`` and ``data=...`` of the checkpoint that the arguments name.
+
+    Args:
+        arguments: of train.py or test.py, such as ``ckpt_path=F``.
+
+    Raises:
+        InputError: the checkpoint cannot be read.
+    """
+    paths = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("ckpt_path=")]
+    informative = any(a in ("-h", "--help", "--hydra-help", "--info", "-i") for a in arguments)
+    experiment = any(a.startswith("experiment=") for a in arguments)
+    if not paths or paths[-1] in ("", "null") or "," in paths[-1] or informative or experiment:
+        return []
+    config = read(paths[-1]).config
+    return [f"{group}={config[group]['name']}" for group in ("model", "data")]
+
+
+def gate_keys(net: nn.Module) -> set[str]:
+    """Return the keys of a network's state dict that belong to its gates."""
+    return {
+        f"{name}.{key}" if name else key
+        for name, gate in hard_concretes(net).items()
+        for key in gate.state_dict()
+    }
+
+
+def load_weights_(net: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Start a network from a checkpoint: everything must fit but the gates, which may be new.
+
+    Args:
+        net: changed in place.
+        checkpoint: of the same network, with or without gates.
+
+    Returns:
+        The keys that the checkpoint does not have: gates, which stay as they were initialised.
+
+    Raises:
+        InputError: a key is missing, left over or of another shape.
+    """
+    own = net.state_dict()
+    gates = gate_keys(net)
+    absent = [k for k in own if k not in checkpoint.weights]
+    new = tuple(k for k in absent if k in gates)
+    problems = {
+        "missing in it": [k for k in absent if k not in gates],
+        "unknown here": [k for k in checkpoint.weights if k not in own],
+        "of another shape": [
+            f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
+            for k, v in checkpoint.weights.items()
+            if k in own and isinstance(v, Tensor) and v.shape != own[k].shape
+        ],
+    }
+    found = [f"{what}: {_some(keys)}" for what, keys in problems.items() if keys]
+    if 0 < len(new) < len(gates):
+        found.append(f"it has only some of the gates; missing: {_some(list(new))}")
+    if found:
+        raise InputError(f"ckpt_path={checkpoint.path} does not fit this network: {'; '.join(found)}")
+    net.load_state_dict({**{k: own[k] for k in new}, **checkpoint.weights})
+    return new
+
+
+def _some(keys: list[str], most: int = 4) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more

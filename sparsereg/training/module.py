@@ -1,0 +1,158 @@
+"""The LightningModule: a gated (or plain) classifier and its loss."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from sparsereg.distributions import draw_together
+from sparsereg.model.basic_l0_blocks import L0Gate
+from sparsereg.model.synchronised import several_processes
+from sparsereg.penalties import hard_concretes, l_c0
+from sparsereg.training.optimizers import OptimizerSettings, build_optimizer
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a checkpoint must know to be tested or resumed without the command that made it.
+
+    Attributes:
+        config: the resolved configuration, plain dicts and numbers.
+        num_classes: classes of the data.
+        image_shape: (channels, height, width) of the images.
+        gated: whether the network has gates.
+    """
+
+    config: dict[str, Any]
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    gated: bool
+
+
+class Classifier(pl.LightningModule):
+    """Minimises cross-entropy + lambda_l0 * L_C0, where L_C0 is the mean of P(z > 0) over all gates.
+
+    Args:
+        net: images (batch, channels, height, width) to logits (batch, num_classes).
+        num_classes: number of classes.
+        lambda_l0: weight of the penalty, >= 0.
+        optimizer: optimizer and schedule.
+        provenance: stored in checkpoints.
+        compiled: whether ``net`` is compiled.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int,
+        lambda_l0: float,
+        optimizer: OptimizerSettings,
+        provenance: Provenance,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.lambda_l0 = lambda_l0
+        self.optimizer_settings = optimizer
+        self.provenance = provenance
+        self.batch_norm_is_current = False
+        """Whether the BatchNorm statistics were estimated for exactly these weights and gates."""
+        self._gates = tuple(hard_concretes(net).values())
+        # Small vectors of gates; a compiled network fuses its own draws, and weight gates are large.
+        self._vectors = tuple(
+            m.gates for m in net.modules() if isinstance(m, L0Gate) and m.sampling == "batch" and not compiled
+        )
+        accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.train_acc = accuracy
+        self.val_acc = accuracy.clone()
+        self.test_acc = accuracy.clone()
+
+    @property
+    def gated(self) -> bool:
+        """Whether the network has gates."""
+        return bool(self._gates)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.net(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of a batch; log its parts every ``trainer.log_every_n_steps`` steps."""
+        images, labels = batch
+        self.batch_norm_is_current = False
+        draw_together(self._vectors)
+        logits = self.net(images)
+        acc_loss = F.cross_entropy(logits.float(), labels)
+        scalars = {"acc_loss": acc_loss.detach()}
+        loss = acc_loss
+        if self._gates:
+            mean_p_active = l_c0(self.net)
+            loss = acc_loss + self.lambda_l0 * mean_p_active
+            scalars["L_C0"] = mean_p_active.detach()
+        self.train_acc.update(logits.detach(), labels)
+        # Every self.log call costs about half a millisecond, whether or not anything is written.
+        if self.trainer._logger_connector.should_update_logs:
+            scalars["train_loss"] = loss.detach()
+            self.log_dict(scalars, prog_bar=True, sync_dist=several_processes())
+        return loss * _share(labels)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the accuracy on the training images as they were seen (augmented, under sampled gates)."""
+        self.log("train_acc", self.train_acc.compute(), prog_bar=True)
+        self.train_acc.reset()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count what is right among a batch of validation images."""
+        self._evaluate("val", self.val_acc, batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count what is right among a batch of test images."""
+        self._evaluate("test", self.test_acc, batch)
+
+    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        logits = self.net(images)
+        accuracy.update(logits, labels)
+        loss = F.cross_entropy(logits.float(), labels)
+        self.log(f"{stage}_loss", loss, on_epoch=True, batch_size=len(labels), sync_dist=several_processes())
+        self.log(f"{stage}_acc", accuracy, on_step=False, on_epoch=True, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and step its schedule after every batch."""
+        optimizer = build_optimizer(self.net, self.optimizer_settings)
+        factor = self.optimizer_settings.factor()
+        steps = max(self._steps_per_epoch(), 1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _steps_per_epoch(self) -> float:
+        self.trainer.fit_loop.setup_data()
+        return self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what test.py needs."""
+        p = self.provenance
+        checkpoint["sparsereg"] = {
+            "config": p.config,
+            "num_classes": p.num_classes,
+            "image_shape": list(p.image_shape),
+            "gated": p.gated,
+            "batch_norm_is_current": self.batch_norm_is_current,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember whether the statistics in the checkpoint were estimated for its weights."""
+        self.batch_norm_is_current = bool(checkpoint["sparsereg"]["batch_norm_is_current"])
+
+
+def _share(labels: Tensor) -> Tensor | float:
+    """Weight of this process's mean loss, so that the mean over processes is the mean over examples."""
+    if not several_processes():
+        return 1.0
+    total = torch.tensor(float(len(labels)), device=labels.device)
+    torch.distributed.all_reduce(total)
+    return len(labels) * torch.distributed.get_world_size() / total
