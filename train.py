@@ -22,6 +22,7 @@ def run(cfg: DictConfig) -> Path:
     overrides = user_overrides()
     with wrong_input():
         build.tune_process()
+        build.quieten_lightning()
         cfg, checkpoint = build.start_from(checked(cfg), overrides)
         cfg = checked(cfg)
         build.check_trainer(cfg, multirun=hydra.mode == RunMode.MULTIRUN)
@@ -34,8 +35,9 @@ def run(cfg: DictConfig) -> Path:
         module = build.build_module(cfg, net, data)
         folder = build.claim_run_folder(Path("outputs"))
         logger = build.build_logger(cfg.logger.name, folder)
+        num_batches = build.batches_per_epoch(cfg, data)
         callbacks, timer = build.build_callbacks(cfg, accountant, folder, logging_on=bool(logger))
-        trainer = build.build_trainer(cfg, callbacks, logger, folder)
+        trainer = build.build_trainer(cfg, callbacks, logger, folder, num_batches)
 
     if trainer.is_global_zero:
         write_atomically(folder / "config.yaml", lambda p: p.write_text(OmegaConf.to_yaml(cfg, resolve=True)))

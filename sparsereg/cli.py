@@ -46,6 +46,7 @@ def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
     arguments = sys.argv[:]
+    failed: list[Exception] = []
 
     def task(cfg: DictConfig) -> None:
         sys.argv[:] = arguments  # processes that Lightning starts get the user's arguments
@@ -53,8 +54,11 @@ def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None
             from sparsereg.sweep import run_job
 
             run_job(name, run, cfg, code_of=lambda error: report(name, error))
-        else:
+            return
+        try:
             finish(run(cfg))
+        except Exception as error:  # Hydra would print a line of its own
+            failed.append(error)
 
     try:
         if not CONFIGS.is_dir():
@@ -63,6 +67,8 @@ def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None
         _implied[:] = [c for c in choices(arguments[1:]) if c.partition("=")[0] not in named]
         sys.argv[1:1] = _implied
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
+        if failed:
+            raise failed[0]
     except SystemExit:
         raise
     except KeyboardInterrupt:

@@ -197,6 +197,7 @@ class DeviceLoader:
         self.batch_size = batch_size
         self.augmentation = None if augmentation is None or augmentation.identity else augmentation
         self.sampler = EpochOrder(len(positions), seed, shuffle)
+        self.batch_sampler = None  # Lightning looks for it wherever there is a sampler
         self.share = share or Share()
         self.bounds = batch_bounds(len(positions), batch_size * self.share.num_processes)
         self._check_processes()

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ def tune_process() -> None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def quieten_lightning() -> None:
+    """Leave out what Lightning says about hardware and products, and a deprecation inside of it."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="pytorch_lightning")
 
 
 def inherit(
@@ -208,10 +215,24 @@ def check_trainer(cfg: DictConfig, multirun: bool) -> None:
 
 
 def build_trainer(
-    cfg: DictConfig, callbacks: list[pl.Callback], logger: TensorBoardLogger | bool, folder: Path | None
+    cfg: DictConfig,
+    callbacks: list[pl.Callback],
+    logger: TensorBoardLogger | bool = False,
+    folder: Path | None = None,
+    num_batches: int | None = None,
 ) -> pl.Trainer:
-    """Build Lightning's Trainer from the keys that are not null."""
+    """Build Lightning's Trainer from the keys that are not null.
+
+    Args:
+        cfg: the configuration.
+        callbacks: besides the progress bar.
+        logger: or False.
+        folder: the run's.
+        num_batches: training batches of an epoch; logs are written at least once in each.
+    """
     keys = {k: v for k, v in plain(cfg.trainer).items() if v is not None and k not in OWN_TRAINER_KEYS}
+    if num_batches is not None:
+        keys["log_every_n_steps"] = max(1, min(keys.get("log_every_n_steps", 50), num_batches))
     bar = [ours.ProgressBar()] if keys.get("enable_progress_bar", True) else []
     try:
         return pl.Trainer(
@@ -222,6 +243,15 @@ def build_trainer(
         )
     except (MisconfigurationException, TypeError, RuntimeError) as error:
         raise InputError(f"trainer: {error}") from error
+
+
+def batches_per_epoch(cfg: DictConfig, data: ImageDataModule) -> int:
+    """Return the number of training batches of an epoch, at most ``trainer.limit_train_batches``."""
+    batches = len(data.train_dataloader())
+    limit = cfg.trainer.limit_train_batches
+    if limit is None:
+        return batches
+    return min(batches, limit if isinstance(limit, int) else int(batches * limit))
 
 
 def build_callbacks(
