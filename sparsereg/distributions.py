@@ -122,9 +122,11 @@ def gate_median(
     Source: equation 13, with the temperature of equation 10.
     """
     s = torch.sigmoid(_wide(log_alpha) / temperature)
-    z = torch.clamp(s * (zeta - gamma) + gamma, 0.0, 1.0)
-    # Rounding must not let the test-time gate disagree with P(z > 0) <= 1/2 at the boundary.
-    return torch.where(_wide(log_alpha) <= shift(temperature, gamma, zeta), torch.zeros_like(z), z)
+    # Rounding must not let the test-time gate disagree with P(z > 0) <= 1/2 at the boundary: an open
+    # gate is at least the smallest positive number, and p_active itself decides which are shut.
+    z = torch.clamp(s * (zeta - gamma) + gamma, torch.finfo(s.dtype).tiny, 1.0)
+    is_open = p_active(log_alpha, temperature, gamma, zeta) > 0.5
+    return torch.where(is_open, z, torch.zeros_like(z))
 
 
 def sample(
@@ -160,6 +162,109 @@ def sample(
     return quantile(log_alpha, u, temperature, gamma, zeta)
 
 
+def gated_product(
+    weight: Tensor,
+    log_alpha: Tensor,
+    temperature: float = TEMPERATURE,
+    gamma: float = GAMMA,
+    zeta: float = ZETA,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return weight * z for a fresh draw z: :func:`sample` and a product in one pass over memory.
+
+    A matrix with a gate on every weight is far larger than its activations, and each temporary of
+    its size costs as much as the layer's matrix product. This makes two of them forward (z and the
+    product) and two backward (the gradients), with the arithmetic done in blocks that fit the cache.
+
+    Args:
+        weight: weights, of the shape of ``log_alpha``.
+        log_alpha: locations.
+        temperature: beta > 0.
+        gamma: lower end of the stretch interval, < 0.
+        zeta: upper end of the stretch interval, > 1.
+        generator: source of the noise, on the device of ``log_alpha``; PyTorch's default if None.
+
+    Returns:
+        The product in the dtype of ``weight``, differentiable (also twice) in both.
+    """
+    same = weight.dtype == log_alpha.dtype == _wide_dtype(log_alpha.dtype)
+    contiguous = weight.is_contiguous() and log_alpha.is_contiguous()
+    # A compiler fuses the plain expression by itself.
+    if torch.compiler.is_compiling() or not (same and contiguous and weight.shape == log_alpha.shape):
+        z = sample(log_alpha, temperature, gamma, zeta, generator=generator)
+        return weight * z.to(weight.dtype)
+    return _GatedProduct.apply(weight, log_alpha, (temperature, gamma, zeta), generator)[0]
+
+
+BLOCK = 1 << 16
+"""Elements that :func:`gated_product` works on at once: a handful of such blocks fit a core's cache."""
+
+
+class _GatedProduct(torch.autograd.Function):
+    """(weight * z, z) with dz/dlog_alpha from z alone: s = (z - gamma) / (zeta - gamma) inside (0, 1)."""
+
+    @staticmethod
+    def forward(
+        weight: Tensor,
+        log_alpha: Tensor,
+        shape: tuple[float, float, float],
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        temperature, gamma, zeta = shape
+        z, product = torch.empty_like(log_alpha), torch.empty_like(weight)
+        for w, a, out, prod in _blocks(weight, log_alpha, z, product):
+            out.uniform_(generator=generator).logit_().add_(a).mul_(1.0 / temperature).sigmoid_()
+            out.mul_(zeta - gamma).add_(gamma).clamp_(0.0, 1.0)
+            torch.mul(w, out, out=prod)
+        return product, z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.shape = inputs[2]
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        grad, grad_z = grads
+        weight, z = ctx.saved_tensors
+        if torch.is_grad_enabled() or grad_z is not None:  # a second derivative is asked for
+            full = _slope(z, *ctx.shape) * (_or_zero(grad, z) * weight + _or_zero(grad_z, z))
+            return _or_zero(grad, z) * z, full, None, None
+        if grad is None:
+            return None, None, None, None
+        grad = grad.contiguous()
+        need_weight, need_location = ctx.needs_input_grad[:2]
+        grad_w = torch.empty_like(weight) if need_weight else None
+        grad_a = torch.empty_like(z) if need_location else None
+        if grad_w is not None:
+            for g, gate, out in _blocks(grad, z, grad_w):
+                torch.mul(g, gate, out=out)
+        if grad_a is not None:
+            for g, w, gate, out in _blocks(grad, weight, z, grad_a):
+                torch.mul(g, w, out=out)
+                out.mul_(_slope(gate, *ctx.shape))
+        return grad_w, grad_a, None, None
+
+
+def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if x is None else x
+
+
+def _slope(z: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
+    """dz / dlog_alpha as a function of z: (z - gamma)(zeta - z) / (beta (zeta - gamma)), 0 at 0 and 1."""
+    inside = ((z > 0) & (z < 1)).to(z.dtype)
+    return (z - gamma) * (zeta - z) * inside / (temperature * (zeta - gamma))
+
+
+def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Walk over contiguous tensors of one size in blocks that fit the cache; on a GPU all at once."""
+    flat = [t.detach().view(-1) for t in tensors]
+    size = BLOCK * torch.get_num_threads() if flat[0].device.type == "cpu" else flat[0].numel()
+    return zip(*(t.split(max(size, 1)) for t in flat), strict=True)
+
+
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64; everything narrower than float32 is computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -182,6 +287,8 @@ class HardConcrete(nn.Module):
         output_dim: second dimension, by name.
         temperature: beta > 0.
         stretch: the interval is (-stretch, 1 + stretch); > 0.
+        interval: (gamma, zeta) with gamma < 0 and zeta > 1, where it is not symmetric; instead of
+            ``stretch``, which is then unused.
         init_mean: initial P(z > 0), in (0, 1). (``l0-python`` uses this number for sigmoid(log_alpha),
             which is not the probability of being active.)
         log_alpha_init: initial location; instead of ``init_mean``.
@@ -204,6 +311,7 @@ class HardConcrete(nn.Module):
         output_dim: int | None = None,
         temperature: float = 0.5,
         stretch: float = 0.1,
+        interval: tuple[float, float] | None = None,
         init_mean: float = 0.5,
         log_alpha_init: float | None = None,
         jitter: float = 0.0,
@@ -215,11 +323,12 @@ class HardConcrete(nn.Module):
             raise ValueError(f"stretch must be a number > 0, got {stretch!r}")
         if log_alpha_init is None and not 0 < init_mean < 1:
             raise ValueError(f"init_mean must be a probability in (0, 1), got {init_mean!r}")
-        if not jitter >= 0:
+        if not 0 <= jitter < math.inf:
             raise ValueError(f"jitter must be a standard deviation >= 0, got {jitter!r}")
         self.stretch = float(stretch)
-        self.gamma = -self.stretch
-        self.zeta = 1.0 + self.stretch
+        self.gamma, self.zeta = interval or (-self.stretch, 1.0 + self.stretch)
+        if not (-math.inf < self.gamma < 0 and 1 < self.zeta < math.inf):
+            raise ValueError(f"interval must be (gamma < 0, zeta > 1), got {interval!r}")
         self.temperature = temperature
         self.init_mean = init_mean
         self.log_alpha_init = log_alpha_init
@@ -282,6 +391,20 @@ class HardConcrete(nn.Module):
     def sample(self, batch_shape: Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
         """Draw gates of shape (\\*batch_shape, \\*gate_size), whatever the mode. See :func:`sample`."""
         return sample(self.log_alpha, *self._shape, batch_shape=batch_shape, generator=generator)
+
+    def times(self, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Multiply weights of the shape of the gates by them, as ``weight * self()`` but faster.
+
+        Args:
+            weight: shape ``gate_size``.
+            generator: source of the noise of a draw.
+
+        Returns:
+            The product in the dtype of ``weight``.
+        """
+        if self.training and (self._drawn is None or generator is not None):
+            return gated_product(weight, self.log_alpha, *self._shape, generator=generator)
+        return weight * self(generator=generator).to(weight.dtype)
 
     def median(self) -> Tensor:
         """Test-time gates. See :func:`gate_median`."""

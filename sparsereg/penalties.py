@@ -1,9 +1,41 @@
-"""Model-wide penalties and sparsity statistics, over every Hard Concrete tensor of a network."""
+"""Model-wide penalties and sparsity statistics, over every Hard Concrete tensor of a network.
+
+Gates are found by their type, and which parameters a gate multiplies is said once per kind of module,
+in :func:`gated_tensors`. Penalties, statistics and pruning all read it from there.
+"""
+
+import csv
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import singledispatch
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsereg.distributions import HardConcrete, p_active
+from sparsereg.model.basic_l0_blocks import ConvBlock, GatedBatchNorm2d
+from sparsereg.temperature import TemperatureScheduler, update_temperatures
+
+__all__ = [
+    "GatedTensor",
+    "PenaltyTracker",
+    "TemperatureScheduler",
+    "compute_l0_penalty",
+    "compute_l0l2_penalty",
+    "compute_l2_penalty",
+    "expected_l2",
+    "gated_tensors",
+    "get_active_parameter_count",
+    "get_sparsity_stats",
+    "hard_concretes",
+    "l_c0",
+    "update_temperatures",
+]
 
 
 def hard_concretes(model: nn.Module) -> dict[str, HardConcrete]:
@@ -22,10 +54,384 @@ def l_c0(model: nn.Module) -> Tensor:
     Raises:
         ValueError: the network has no gate.
     """
+    active = _all_active(model)
+    if active is None:
+        raise ValueError("the network has no gates, so L_C0 is not defined")
+    return active.mean()
+
+
+def _all_active(model: nn.Module) -> Tensor | None:
+    """P(z > 0) of all gates of a network, end to end; None without gates."""
     groups: dict[tuple[float, float, float], list[Tensor]] = {}
     for gate in hard_concretes(model).values():
         groups.setdefault((gate.temperature, gate.gamma, gate.zeta), []).append(gate.log_alpha.flatten())
     if not groups:
-        raise ValueError("the network has no gates, so L_C0 is not defined")
-    active = [p_active(torch.cat(members), *shape) for shape, members in groups.items()]
-    return torch.cat(active).mean()
+        return None
+    active = [
+        p_active(members[0] if len(members) == 1 else torch.cat(members), *shape)
+        for shape, members in groups.items()
+    ]
+    return active[0] if len(active) == 1 else torch.cat(active)
+
+
+@dataclass(frozen=True)
+class GatedTensor:
+    """One parameter that a gate multiplies.
+
+    Attributes:
+        gate: the gates.
+        owner: the module that holds the parameter.
+        name: the parameter's name in its owner.
+        dim: dimension of the parameter along which the gates lie; None: one gate for each element.
+        fold: whether multiplying the parameter by the gates replaces the gates. False where a closed
+            gate leaves the parameter without effect but a partly open one does not scale it.
+    """
+
+    gate: HardConcrete
+    owner: nn.Module
+    name: str
+    dim: int | None = None
+    fold: bool = True
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter."""
+        return getattr(self.owner, self.name)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Reshape a tensor of the gates' shape so that it multiplies the parameter."""
+        if self.dim is None:
+            return x.reshape(self.parameter.shape)
+        shape = [1] * self.parameter.dim()
+        shape[self.dim] = -1
+        return x.reshape(shape)
+
+
+@singledispatch
+def gated_tensors(module: nn.Module) -> list[GatedTensor]:
+    """Which parameters the gates of one module multiply; a new kind of module registers its answer.
+
+    Args:
+        module: the module itself; its children answer for themselves.
+    """
+    return []
+
+
+@gated_tensors.register
+def _(module: GatedBatchNorm2d) -> list[GatedTensor]:
+    gate = module.gate.gates
+    return [GatedTensor(gate, module, name, 0) for name in ("weight", "bias")]
+
+
+@gated_tensors.register
+def _(module: ConvBlock) -> list[GatedTensor]:
+    if not isinstance(module.norm, GatedBatchNorm2d):
+        return []
+    # Between the convolution and its gate stands the normalisation, which divides any scale away.
+    gate = module.norm.gate.gates
+    return [GatedTensor(gate, module.conv, name, 0, fold=False) for name in ("weight", "bias")]
+
+
+def all_gated_tensors(model: nn.Module) -> list[GatedTensor]:
+    """Every parameter that a gate multiplies, below ``model``; shared modules once."""
+    return [
+        row
+        for module in model.modules()
+        for row in gated_tensors(module)
+        if row.owner._parameters.get(row.name) is not None
+    ]
+
+
+def compute_l0_penalty(model: nn.Module) -> Tensor:
+    """Expected number of open gates, the sum of P(z > 0) over every gate of a network.
+
+    Args:
+        model: any module; a gate that several modules share counts once, a frozen one counts too.
+
+    Returns:
+        A scalar on the device of the gates; 0 on the device of the parameters without gates.
+    """
+    active = _all_active(model)
+    return _zero(model) if active is None else active.sum()
+
+
+def compute_l2_penalty(model: nn.Module) -> Tensor:
+    """Sum of the squared weights of all layers, without biases, frozen weights and the gates' own parameters.
+
+    Args:
+        model: any module; a shared parameter counts once.
+
+    Returns:
+        A scalar on the device of the weights.
+    """
+    return _sum((w.float().square().sum() for w in _weights(model)), model)
+
+
+def compute_l0l2_penalty(model: nn.Module, l0_lambda: float = 1e-3, l2_lambda: float = 1e-4) -> Tensor:
+    """l0_lambda times :func:`compute_l0_penalty` plus l2_lambda times :func:`compute_l2_penalty`.
+
+    Args:
+        model: any module.
+        l0_lambda: price of an open gate, >= 0.
+        l2_lambda: price of a squared weight, >= 0.
+
+    Raises:
+        ValueError: a price is negative or not finite.
+    """
+    for name, value in (("l0_lambda", l0_lambda), ("l2_lambda", l2_lambda)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+    return l0_lambda * compute_l0_penalty(model) + l2_lambda * compute_l2_penalty(model)
+
+
+def expected_l2(model: nn.Module) -> Tensor:
+    """Expected squared norm of the weights under the gates: each square times P(its gates are open).
+
+    This is the L2 norm inside the L0 penalty: a weight that is gone costs nothing, so weight decay
+    does not pull on gates' weights in proportion to how rarely they are used. With lambda_l0 / N on
+    the gates and this times lambda_l2 / 2, it is the penalty of the paper.
+
+    Args:
+        model: any module; weights without a gate count in full.
+
+    Returns:
+        A differentiable scalar (in the weights and in the locations of the gates).
+
+    Source: Louizos, Welling, Kingma 2018, section 2.3.
+    """
+    rows: dict[int, list[GatedTensor]] = {}
+    for row in all_gated_tensors(model):
+        rows.setdefault(id(row.parameter), []).append(row)
+
+    def terms() -> Iterator[Tensor]:
+        for weight in _weights(model):
+            square = weight.float().square()
+            for row in rows.get(id(weight), ()):
+                square = square * row.spread(row.gate.p_active())
+            yield square.sum()
+
+    return _sum(terms(), model)
+
+
+def get_sparsity_stats(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Sparsity of each gated module: of layers by their weights, of free gates by themselves.
+
+    Args:
+        model: any module; a shared module appears once, under its first name.
+
+    Returns:
+        For each module's name: ``sparsity`` = ``expected_sparsity`` (1 - mean P(z > 0) over its gates),
+        ``exact_sparsity`` (share of its weights that a closed gate or pruning holds at zero),
+        ``active_params`` (expected number of weights in use), ``total_params``, ``num_gates`` and
+        ``num_open_gates`` (P(z > 0) > 1/2). Plain Python numbers, summed in float64.
+    """
+    from sparsereg.layers.gated import GatedLayer
+
+    stats: dict[str, dict[str, Any]] = {}
+    counted: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, HardConcrete) and id(module) not in counted:
+            stats[name.removesuffix(".gates")] = _gate_stats(module, 1.0)
+        elif isinstance(module, GatedLayer):
+            weight = module.gated_weight
+            if module.gate is None:
+                stats[name] = _pruned_stats(module)
+                continue
+            counted.add(id(module.gate))
+            stats[name] = _gate_stats(module.gate, weight.numel() / module.gate.log_alpha.numel())
+    return stats
+
+
+@torch.no_grad()
+def _gate_stats(gate: HardConcrete, weights_per_gate: float) -> dict[str, Any]:
+    num_gates = gate.log_alpha.numel()
+    active = gate.p_active().double().sum().item()
+    num_open = gate.get_num_active()
+    return {
+        "sparsity": 1.0 - active / num_gates,
+        "expected_sparsity": 1.0 - active / num_gates,
+        "exact_sparsity": 1.0 - num_open / num_gates,
+        "active_params": active * weights_per_gate,
+        "total_params": round(num_gates * weights_per_gate),
+        "num_gates": num_gates,
+        "num_open_gates": num_open,
+    }
+
+
+@torch.no_grad()
+def _pruned_stats(layer: Any) -> dict[str, Any]:
+    """The same for a layer whose gates are baked in: what is left is certain."""
+    total = layer.gated_weight.numel()
+    left = int(torch.count_nonzero(layer.gated_weight).item())
+    sparsity = 1.0 - left / total
+    return {
+        "sparsity": sparsity,
+        "expected_sparsity": sparsity,
+        "exact_sparsity": sparsity,
+        "active_params": float(left),
+        "total_params": total,
+        "num_gates": 0,
+        "num_open_gates": 0,
+    }
+
+
+@torch.no_grad()
+def get_active_parameter_count(model: nn.Module, example_input: Any = None) -> int:
+    """Number of parameters of a network that are in use: all but the zeros and what a closed gate removes.
+
+    The gates' own locations are no parameters of the network and never count; a shared parameter
+    counts once and a frozen one counts. A weight that is exactly zero does not count, and neither does
+    a zero bias behind weights that are all zero; so the count is the same before and after pruning.
+
+    Args:
+        model: any module.
+        example_input: one input. With it the network is traced, and what the closed gates make
+            useless elsewhere (the next layer's weights on a dead channel) is subtracted too, as in
+            :func:`sparsereg.compression.count`.
+
+    Returns:
+        The count at test time, when a gate is closed if P(z > 0) <= 1/2.
+    """
+    if example_input is not None:
+        from sparsereg.compression import count
+
+        return int(count(model, example_input).compacted_parameters)
+    shut: dict[int, Tensor] = {}
+    for row in all_gated_tensors(model):
+        closed = row.spread(row.gate.median() == 0).expand(row.parameter.shape)
+        shut[id(row.parameter)] = shut.get(id(row.parameter), torch.zeros_like(closed)) | closed
+    for module in model.modules():
+        _add_zeros(module, shut)
+    own = {id(g.log_alpha) for g in hard_concretes(model).values()}
+    return sum(
+        p.numel() - (int(shut[id(p)].sum().item()) if id(p) in shut else 0)
+        for p in model.parameters()
+        if id(p) not in own
+    )
+
+
+def _add_zeros(module: nn.Module, shut: dict[int, Tensor]) -> None:
+    """Mark the zeros of one module's weight, and its zero biases where nothing else is left."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if weight is None:
+        return
+    zero = shut.get(id(weight), torch.zeros_like(weight, dtype=torch.bool)) | (weight == 0)
+    if bias is not None and bias.shape == weight.shape[:1]:
+        silent = zero.flatten(1).all(1) if zero.dim() > 1 else zero
+        silent = silent & (bias == 0)
+        shut[id(bias)] = shut.get(id(bias), torch.zeros_like(silent)) | silent
+        zero = zero if zero.dim() > 1 else zero & (bias == 0)
+    shut[id(weight)] = shut.get(id(weight), torch.zeros_like(zero)) | zero
+
+
+def _weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Trainable parameters that are called a weight, each once, the gates' locations left out."""
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, HardConcrete):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if "weight" in name and parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter
+
+
+def _sum(terms: Iterable[Tensor], model: nn.Module) -> Tensor:
+    total: Tensor | None = None
+    for term in terms:
+        total = term if total is None else total + term.to(total.device)
+    return _zero(model) if total is None else total
+
+
+def _zero(model: nn.Module) -> Tensor:
+    parameter = next(model.parameters(), None)
+    return torch.zeros((), device=None if parameter is None else parameter.device)
+
+
+class PenaltyTracker:
+    """Histories of named numbers during training."""
+
+    def __init__(self) -> None:
+        self.history: dict[str, list[float]] = {}
+
+    def log(self, name: str, value: float) -> None:
+        """Append a number (or a tensor with one element) to a history."""
+        self.history.setdefault(name, []).append(float(value))
+
+    def log_model(self, model: nn.Module) -> None:
+        """Append ``l0_penalty``, ``expected_sparsity`` and ``active_parameters`` of a network."""
+        active = _all_active(model)
+        self.log("active_parameters", get_active_parameter_count(model))
+        if active is not None:
+            expected = active.detach().double()
+            self.log("l0_penalty", expected.sum().item())
+            self.log("expected_sparsity", 1.0 - expected.mean().item())
+
+    def get_history(self, name: str) -> list[float]:
+        """All numbers logged under a name, in order; empty for a name that was never logged."""
+        return list(self.history.get(name, []))
+
+    def get_stats(self, name: str) -> dict[str, float]:
+        """``mean``, ``std`` (of the population), ``min``, ``max`` and ``last``; empty if never logged."""
+        values = self.get_history(name)
+        if not values:
+            return {}
+        x = torch.tensor(values, dtype=torch.float64)
+        return {
+            "mean": x.mean().item(),
+            "std": x.std(correction=0).item(),
+            "min": x.min().item(),
+            "max": x.max().item(),
+            "last": values[-1],
+        }
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.history.clear()
+
+    def save_to_csv(self, filepath: str | os.PathLike[str]) -> None:
+        """Write one column for each name; a shorter history ends in empty cells.
+
+        Args:
+            filepath: where to; the file appears whole or not at all.
+        """
+        path = Path(filepath)
+        beside = path.with_name(path.name + ".part")
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(self.history)
+            writer.writerows(itertools.zip_longest(*self.history.values(), fillvalue=""))
+        os.replace(beside, path)
+
+    def plot_history(self, metrics: list[str] | None = None, save_path: str | None = None) -> None:
+        """Draw histories below each other.
+
+        Args:
+            metrics: names to draw; all if None.
+            save_path: image file to write; the figure is shown on the screen if None.
+
+        Raises:
+            ValueError: a name was never logged, or nothing was.
+        """
+        names = list(self.history) if metrics is None else metrics
+        unknown = [name for name in names if name not in self.history]
+        if unknown or not names:
+            known = ", ".join(self.history) or "(nothing was logged)"
+            raise ValueError(f"metrics must be among {known}, got {names}")
+        if save_path is None:
+            import matplotlib.pyplot as plt
+
+            figure = plt.figure(figsize=(10, 4 * len(names)), layout="tight")
+        else:
+            from matplotlib.figure import Figure
+
+            figure = Figure(figsize=(10, 4 * len(names)), layout="tight")
+        for i, name in enumerate(names):
+            axes = figure.add_subplot(len(names), 1, i + 1)
+            axes.plot(self.history[name])
+            axes.set(title=name, xlabel="step", ylabel="value")
+            axes.grid(visible=True)
+        if save_path is None:
+            plt.show()
+        else:
+            figure.savefig(save_path)
