@@ -64,7 +64,9 @@ def _check_labels(what: str, labels: Tensor, num_images: int, num_classes: int) 
     if labels.dtype != torch.int64:
         raise InputError(f"{what} must be int64, got {labels.dtype}")
     if tuple(labels.shape) != (num_images,):
-        raise InputError(f"{what} must be one label per image, {num_images} in all, got {tuple(labels.shape)}")
+        raise InputError(
+            f"{what} must be one label for each of {num_images} images, got {tuple(labels.shape)}"
+        )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise InputError(f"{what} must lie in 0..{num_classes - 1}, got {low}..{high}")

@@ -63,7 +63,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputError(f"data.path={path}: this is not a file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"data.path={path}: a single array, not an .npz archive of {_listed()}")
             missing = [key for key in ARRAYS if key not in archive.files]
@@ -72,12 +73,17 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                 raise InputError(
                     f"data.path={path}: no array named {missing[0]}; needed: {_listed()}; found: {found}"
                 )
-            return {key: archive[key] for key in (*ARRAYS, "class_names") if key in archive.files}
+            arrays = {key: archive[key] for key in (*ARRAYS, "class_names") if key in archive.files}
     except InputError:
         raise
     except _DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"data.path={path}: not a readable .npz archive ({reason[:200]})") from error
+    # NumPy hands out a member that is not in its format as bytes.
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"data.path={path}: {key} is not a NumPy array")
+    return arrays
 
 
 def _listed() -> str:

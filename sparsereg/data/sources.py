@@ -61,8 +61,11 @@ def _checked(cfg: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
     _check_known("data", "a source", [given["name"]], SOURCES)
     schema = CONFIGS[given["name"]]
     _check_known("data", "a key", given, [f.name for f in fields(schema)])
-    if isinstance(given.get("augment"), Mapping):
-        _check_known("data.augment", "a key", given["augment"], [f.name for f in fields(AugmentConfig)])
+    augment = given.get("augment")
+    if augment is not None:
+        if not isinstance(augment, Mapping):
+            raise InputError(f"data.augment must hold keys (or be null for no augmentation), got {augment!r}")
+        _check_known("data.augment", "a key", augment, [f.name for f in fields(AugmentConfig)])
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), given))
     except OmegaConfBaseException as error:

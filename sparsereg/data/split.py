@@ -93,5 +93,7 @@ def _num_val(num_images: int, val_size: int | float) -> int:
         raise InputError(f"val_size as a fraction must lie in (0, 1), got {val_size!r}; a count has no point")
     num_val = max(1, round(num_images * val_size)) if isinstance(val_size, float) else val_size
     if not 0 <= num_val < num_images:
-        raise InputError(f"val_size={val_size!r} must leave some of the {num_images} training images to train on")
+        raise InputError(
+            f"val_size={val_size!r} must leave some of the {num_images} training images to train on"
+        )
     return num_val

@@ -1,0 +1,128 @@
+import math
+
+import pytest
+import torch
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as reference
+
+from sparsereg.data import augment
+from sparsereg.data.augment import Augmentation, crop_boxes, resample
+from sparsereg.errors import InputError
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def images(num=64, shape=(3, 32, 32)):
+    return torch.randint(0, 256, (num, *shape), dtype=torch.uint8, generator=generator(1))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 17, 40)])
+def test_crop_and_flip_equal_torchvision(shape):
+    batch = images(shape=shape)
+    rows = Augmentation(flip=True, crop_scale=(0.3, 1.0), crop_ratio=(0.5, 2.0)).draw(
+        64, *shape[1:], generator()
+    )
+    expected = []
+    for image, row in zip(batch, rows, strict=True):
+        top, left, height, width = (int(v) for v in row[:4])
+        crop = reference.resized_crop(
+            image.float(), top, left, height, width, list(shape[1:]), antialias=True
+        )
+        expected.append(reference.hflip(crop) if row[augment.FLIP] else crop)
+    torch.testing.assert_close(resample(batch, rows), torch.stack(expected), rtol=0, atol=2e-2)
+    assert 10 < rows[:, augment.FLIP].sum() < 54
+
+
+def test_affine_equals_torchvision():
+    batch = images(shape=(1, 28, 28))
+    rows = Augmentation(degrees=30, translate=3, zoom=0.2).draw(64, 28, 28, generator())
+    # Without a fill value torchvision takes what lies outside as black, as we do.
+    expected = torch.stack(
+        [
+            reference.affine(
+                image.float(),
+                angle=math.degrees(row[augment.ANGLE]),
+                translate=[float(row[augment.RIGHT]), float(row[augment.DOWN])],
+                scale=float(row[augment.ZOOM]),
+                shear=[0.0],
+                interpolation=InterpolationMode.BILINEAR,
+            )
+            for image, row in zip(batch, rows, strict=True)
+        ]
+    )
+    torch.testing.assert_close(resample(batch, rows, affine=True), expected, rtol=0, atol=2e-2)
+    limits = {augment.ANGLE: math.radians(30), augment.RIGHT: 3.0, augment.DOWN: 3.0}
+    for column, limit in limits.items():
+        assert 0.8 * limit < rows[:, column].abs().max() <= limit
+    assert 0.8 <= rows[:, augment.ZOOM].min() < 0.85
+    assert 1.15 < rows[:, augment.ZOOM].max() <= 1.2
+
+
+def test_rows_without_a_change_leave_images_as_they_are():
+    batch = images()
+    nothing = Augmentation()
+    rows = nothing.draw(64, 32, 32, generator())
+    assert nothing.identity
+    for affine in (False, True):
+        torch.testing.assert_close(resample(batch, rows, affine), batch.float(), rtol=0, atol=2e-2)
+
+
+def test_affine_with_a_crop_shows_the_crop_and_black():
+    white = torch.full((200, 1, 16, 16), 255, dtype=torch.uint8)
+    settings = Augmentation(crop_scale=(0.5, 0.8), degrees=20, translate=4)
+    out = resample(white, settings.draw(200, 16, 16, generator()), affine=True)
+    assert out.min() == 0
+    assert out.max() == pytest.approx(255, abs=1e-3)
+
+
+@pytest.mark.parametrize(("size", "scale", "ratio"), [
+    ((32, 32), (0.8, 1.0), (0.9, 1.1)),
+    ((20, 48), (0.08, 1.0), (3 / 4, 4 / 3)),
+])  # fmt: skip
+def test_crop_boxes_follow_the_law_of_torchvision(size, scale, ratio):
+    num = 4000
+    u = torch.rand(num, 22, generator=generator())
+    ours = crop_boxes(u[:, 2:].view(num, 10, 2), u[:, :2], *size, scale, ratio)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        blank = torch.empty(1, *size)
+        theirs = torch.tensor(
+            [RandomResizedCrop.get_params(blank, list(scale), list(ratio)) for _ in range(num)]
+        )
+    top, left, height, width = ours.T
+    assert ((top >= 0) & (left >= 0) & (top + height <= size[0]) & (left + width <= size[1])).all()
+    assert torch.equal(ours, ours.round())
+    # Two samples of one law: means within 4.5 standard errors of their difference.
+    spread = (ours.var(0) + theirs.float().var(0)).div(num).sqrt()
+    assert ((ours.mean(0) - theirs.float().mean(0)).abs() <= 4.5 * spread).all()
+
+
+def test_crop_boxes_fall_back_to_the_largest_box_with_the_ratio():
+    never = torch.ones(2, 10, 2)
+    for height, width, expected in ((8, 32, [0, 11, 8, 9]), (32, 8, [11, 0, 9, 8])):
+        boxes = crop_boxes(never, torch.rand(2, 2), height, width, (1.0, 1.0), (0.9, 1.1))
+        assert boxes.tolist() == [[float(v) for v in expected]] * 2
+
+
+def test_switches_do_not_disturb_each_other():
+    def draw(**settings):
+        return Augmentation(**settings).draw(32, 32, 32, generator(5))
+
+    everything = draw(flip=True, crop_scale=(0.8, 1.0), degrees=5, translate=1, zoom=0.1)
+    assert torch.equal(everything[:, :4], draw(crop_scale=(0.8, 1.0))[:, :4])
+    assert torch.equal(everything[:, augment.FLIP], draw(flip=True)[:, augment.FLIP])
+    assert torch.equal(everything[:, augment.ANGLE], draw(degrees=5)[:, augment.ANGLE])
+
+
+@pytest.mark.parametrize("settings", [
+    {"crop_scale": (0.0, 1.0)}, {"crop_scale": (0.8, 1.2)}, {"crop_scale": (0.9, 0.8)},
+    {"crop_scale": (0.8,)}, {"crop_ratio": (-1.0, 1.0)}, {"crop_ratio": (1.0, math.inf)},
+    {"degrees": -1}, {"degrees": 181}, {"translate": -0.5}, {"translate": math.inf}, {"zoom": 1.0},
+    {"zoom": math.nan},
+])  # fmt: skip
+def test_wrong_settings(settings):
+    (name,) = settings
+    with pytest.raises(InputError, match=f"augment.{name} must"):
+        Augmentation(**settings)
