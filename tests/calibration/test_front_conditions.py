@@ -113,7 +113,7 @@ def test_conditions_agree_with_python_on_all_short_boolean_formulas():
     [
         (
             "age >",
-            "is not a condition: expected a column, a number or a quoted text at character 6, the condition ends",
+            "expected a column, a number or a quoted text at character 6, the condition ends",
         ),
         ("age = 5", "write == to compare, not ="),
         ("age == 5 5", "expected 'and', 'or' or the end at character 10, there is '5'"),
