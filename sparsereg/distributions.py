@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsereg.checks import check_count
+
 GAMMA = -0.1
 """Lower end of the stretch interval (section 4.1 of the paper)."""
 ZETA = 1.1
@@ -490,7 +492,4 @@ def _gate_size(
     size = tuple(n for n in sizes if n is not None) + given
     if not size or (sizes and (n_items is not None or input_dim is not None)):
         raise ValueError(f"give the gate size once, as in HardConcrete(256, 128), got {sizes} {named}")
-    for n in size:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"gate sizes must be integers >= 1, got {n!r}")
-    return size
+    return tuple(check_count("the gate size", n) for n in size)

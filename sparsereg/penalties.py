@@ -6,7 +6,6 @@ in :func:`gated_tensors`. Penalties, statistics and pruning all read it from the
 
 import csv
 import itertools
-import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsereg.checks import check_not_negative
 from sparsereg.distributions import HardConcrete, p_active
 from sparsereg.model.basic_l0_blocks import ConvBlock, GatedBatchNorm2d
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
@@ -179,8 +179,7 @@ def compute_l0l2_penalty(model: nn.Module, l0_lambda: float = 1e-3, l2_lambda: f
         ValueError: a price is negative or not finite.
     """
     for name, value in (("l0_lambda", l0_lambda), ("l2_lambda", l2_lambda)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+        check_not_negative(name, value)
     return l0_lambda * compute_l0_penalty(model) + l2_lambda * compute_l2_penalty(model)
 
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsereg.checks import check_count
 from sparsereg.distributions import HardConcrete
-from sparsereg.layers.gated import GatedLayer, check_sizes, gate_mean, reset_
+from sparsereg.layers.gated import GatedLayer, gate_mean, reset_
 
 
 class L0Conv2d(GatedLayer):
@@ -51,8 +52,8 @@ class L0Conv2d(GatedLayer):
         generator: torch.Generator | None = None,
     ) -> None:
         height, width = _pair(kernel_size)
-        check_sizes(in_channels=in_channels, out_channels=out_channels, kernel_size=height)
-        check_sizes(kernel_size=width)
+        in_channels = check_count("in_channels", in_channels)
+        out_channels = check_count("out_channels", out_channels)
         size = (out_channels,) if structured else (out_channels, in_channels * height * width)
         gate = HardConcrete(*size, temperature=temperature, init_mean=gate_mean(init_sparsity))
         super().__init__("channel_gates" if structured else "weight_gates", gate, use_l2)
@@ -116,8 +117,7 @@ class L0DepthwiseConv2d(GatedLayer):
         use_l2: bool = False,
     ) -> None:
         height, width = _pair(kernel_size)
-        check_sizes(in_channels=in_channels, kernel_size=height)
-        check_sizes(kernel_size=width)
+        in_channels = check_count("in_channels", in_channels)
         gate = HardConcrete(in_channels, temperature=temperature, init_mean=gate_mean(init_sparsity))
         super().__init__("channel_gates", gate, use_l2)
         self.in_channels = in_channels
@@ -145,8 +145,7 @@ class L0DepthwiseConv2d(GatedLayer):
 
 def _pair(kernel_size: Any) -> tuple[int, int]:
     """One edge for both dimensions, or two."""
-    if isinstance(kernel_size, (tuple, list)):
-        if len(kernel_size) != 2:
-            raise ValueError(f"kernel_size must be one or two integers, got {kernel_size!r}")
-        return kernel_size[0], kernel_size[1]
-    return kernel_size, kernel_size
+    edges = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
+    if len(edges) != 2:
+        raise ValueError(f"kernel_size must be one or two integers, got {kernel_size!r}")
+    return check_count("kernel_size", edges[0]), check_count("kernel_size", edges[1])

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsereg.checks import check_probability
 from sparsereg.distributions import HardConcrete
 from sparsereg.penalties import GatedTensor, gated_tensors
 
@@ -108,25 +109,12 @@ def _(module: GatedLayer) -> list[GatedTensor]:
 
 
 def gate_mean(init_sparsity: float) -> float:
-    """P(z > 0) at the start from the share of gates that shall start closed.
+    """P(z > 0) at the start from the expected share of gates that start closed.
 
     Raises:
-        ValueError: it is no share in (0, 1).
+        ValueError: it is not in (0, 1).
     """
-    if not 0 < init_sparsity < 1:
-        raise ValueError(f"init_sparsity must be a share in (0, 1), got {init_sparsity!r}")
-    return 1.0 - init_sparsity
-
-
-def check_sizes(**sizes: Any) -> None:
-    """Check that sizes are integers >= 1.
-
-    Raises:
-        ValueError: one is not.
-    """
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    return 1.0 - check_probability("init_sparsity", init_sparsity)
 
 
 def reset_(weight: Tensor, bias: Tensor | None, generator: torch.Generator | None) -> None:

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsereg.checks import check_count
 from sparsereg.distributions import HardConcrete
-from sparsereg.layers.gated import GatedLayer, check_sizes, gate_mean, reset_
+from sparsereg.layers.gated import GatedLayer, gate_mean, reset_
 
 
 class L0Linear(GatedLayer):
@@ -37,7 +38,8 @@ class L0Linear(GatedLayer):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        check_sizes(in_features=in_features, out_features=out_features)
+        in_features = check_count("in_features", in_features)
+        out_features = check_count("out_features", out_features)
         gate = HardConcrete(
             out_features, in_features, temperature=temperature, init_mean=gate_mean(init_sparsity)
         )

@@ -1,0 +1,56 @@
+"""Checks of arguments that say what was expected and what came."""
+
+import math
+import numbers
+from typing import Any
+
+
+def check_count(name: str, value: Any, at_most: int | None = None) -> int:
+    """Check that a value is an integer >= 1 and return it as an int (NumPy's integers are accepted).
+
+    Args:
+        name: the argument's name, for the error.
+        value: what came.
+        at_most: largest value allowed, >= 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    if at_most is not None and value > at_most:
+        raise ValueError(f"{name} must be at most {at_most}, got {value!r}")
+    return int(value)
+
+
+def check_probability(name: str, value: Any) -> float:
+    """Check that a value lies strictly between 0 and 1 and return it as a float.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1:
+        raise ValueError(f"{name} must be a probability in (0, 1), got {value!r}")
+    return float(value)
+
+
+def check_not_negative(name: str, value: Any) -> float:
+    """Check that a value is a finite number >= 0 and return it as a float.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+    return float(value)
+
+
+def check_positive(name: str, value: Any) -> float:
+    """Check that a value is a finite number > 0 and return it as a float.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number > 0, got {value!r}")
+    return float(value)
