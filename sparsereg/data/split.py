@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsereg.errors import InputError
+from sparsereg.files import write_atomically
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,21 +57,19 @@ class Split:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the arrays ``train``, ``val``, ``seed`` and ``sha256`` as an .npz archive."""
-        target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
+        arrays = {
+            "train": self.train.numpy(),
+            "val": self.val.numpy(),
+            "seed": np.int64(self.seed),
+            "sha256": np.array(self.digest),
+        }
+
+        def write(beside: Path) -> None:
             with beside.open("wb") as file:
-                np.savez_compressed(
-                    file,
-                    train=self.train.numpy(),
-                    val=self.val.numpy(),
-                    seed=np.int64(self.seed),
-                    sha256=np.array(self.digest),
-                )
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
-        return target
+                np.savez_compressed(file, **arrays)
+
+        write_atomically(Path(path), write)
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Split":
