@@ -41,7 +41,7 @@ def fetched(title: str, name: str, root: str, make: Callable[..., Any]) -> tuple
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"data={name}: {title} is not in {folder} and could not be fetched ({reason[:150]}); "
+            f"data={name}: {title} is not in {folder.absolute()} and could not be fetched ({reason[:150]}); "
             "data=digits runs at once, without a network; data=npz data.path=FILE.npz takes your own arrays"
         ) from error
 

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Split:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the arrays ``train``, ``val``, ``seed`` and ``sha256`` as an .npz archive."""
-        arrays = {
+        arrays: dict[str, Any] = {
             "train": self.train.numpy(),
             "val": self.val.numpy(),
             "seed": np.int64(self.seed),
