@@ -21,7 +21,8 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs" / "data"
 def trainer(tmp_path, epochs):
     return pl.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
     )  # fmt: skip
 
 
