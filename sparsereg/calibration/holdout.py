@@ -1,0 +1,134 @@
+"""How well the weights do on targets that they were not made for.
+
+Whole groups are left out, because targets of one group (the same total in many areas) tell on each other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsereg.calibration.conditions import did_you_mean
+from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.report import relative_errors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+Solve = Callable[[CalibrationProblem], np.ndarray]
+"""From a problem to weights of shape (households,)."""
+
+
+def named_fold(problem: CalibrationProblem, groups: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return one fold with these groups.
+
+    Args:
+        problem: With target groups.
+        groups: Labels as they are written in the table of targets.
+
+    Raises:
+        ValueError: The problem has no groups, not this one, or no others.
+    """
+    known = _labels(problem)
+    for group in groups:
+        if group not in known:
+            raise ValueError(f"holdout.groups: no target has the group {group!r}{did_you_mean(group, known)}")
+    if len(set(groups)) == len(known):
+        raise ValueError("holdout.groups: all groups are left out, there is nothing to calibrate to")
+    return [tuple(groups)]
+
+
+def random_folds(problem: CalibrationProblem, folds: int, seed: int) -> list[tuple[str, ...]]:
+    """Share the groups out to so many folds at random, of about equal numbers of groups.
+
+    Args:
+        problem: With target groups.
+        folds: From 2 to the number of groups.
+        seed: Of the shares.
+
+    Raises:
+        ValueError: The problem has no groups, or fewer than folds.
+    """
+    known = _labels(problem)
+    if not 2 <= folds <= len(known):
+        raise ValueError(f"holdout.folds must lie in [2, {len(known)}], the number of groups, got {folds}")
+    order = np.random.default_rng(seed).permutation(len(known))
+    return [tuple(known[i] for i in np.sort(part)) for part in np.array_split(order, folds)]
+
+
+def hold_out(problem: CalibrationProblem, folds: Sequence[Sequence[str]], solve: Solve) -> pd.DataFrame:
+    """Calibrate without each fold in turn and measure its targets with those weights.
+
+    Args:
+        problem: With target groups.
+        folds: Groups to leave out together.
+        solve: Calibrates what is left.
+
+    Returns:
+        One row per fold and group: fold, group, targets, initial_mean_are, mean_are, median_are (of the left-out
+        targets), fitted_mean_are (of those that were calibrated to). Targets of 0 are left out of the means.
+    """
+    import pandas as pd
+
+    labels = _label_of_each(problem)
+    initial = np.abs(relative_errors(problem.estimates(problem.starting_weights), problem.targets))
+    rows: list[dict[str, Any]] = []
+    for number, groups in enumerate(folds):
+        out = np.isin(labels, list(groups))
+        errors = np.abs(relative_errors(problem.estimates(solve(problem.subset(~out))), problem.targets))
+        for group in groups:
+            member = labels == group
+            rows.append(
+                {
+                    "fold": number,
+                    "group": group,
+                    "targets": int(member.sum()),
+                    "initial_mean_are": _mean(initial[member]),
+                    "mean_are": _mean(errors[member]),
+                    "median_are": float(np.nanmedian(errors[member])) if not _empty(errors[member]) else None,
+                    "fitted_mean_are": _mean(errors[~out]),
+                }
+            )
+        log.info("hold-out %d of %d: %s", number + 1, len(folds), ", ".join(groups))
+    return pd.DataFrame(rows)
+
+
+def summarise(table: pd.DataFrame) -> dict[str, Any]:
+    """Return the means over all left-out targets, for results.json.
+
+    Args:
+        table: As ``hold_out`` returns it.
+    """
+    known = table.dropna(subset=["mean_are"])
+    share = known.targets / known.targets.sum()
+    return {
+        "groups": table.group.tolist(),
+        "folds": int(table.fold.nunique()),
+        "targets": int(table.targets.sum()),
+        "initial_mean_are": float((share * known.initial_mean_are).sum()),
+        "mean_are": float((share * known.mean_are).sum()),
+        "fitted_mean_are": float(table.groupby("fold").fitted_mean_are.first().mean()),
+    }
+
+
+def _label_of_each(problem: CalibrationProblem) -> np.ndarray:
+    if problem.target_groups is None:
+        raise ValueError("holdout needs target groups: give the table of targets a column group")
+    return problem.target_groups.astype(str)
+
+
+def _labels(problem: CalibrationProblem) -> list[str]:
+    return [str(label) for label in np.unique(_label_of_each(problem))]
+
+
+def _empty(errors: np.ndarray) -> bool:
+    return bool(np.isnan(errors).all())
+
+
+def _mean(errors: np.ndarray) -> float | None:
+    return None if _empty(errors) else float(np.nanmean(errors))
