@@ -70,8 +70,8 @@ def hold_out(problem: CalibrationProblem, folds: Sequence[Sequence[str]], solve:
         solve: Calibrates what is left.
 
     Returns:
-        One row per fold and group: fold, group, targets, initial_mean_are, mean_are, median_are (of the left-out
-        targets), fitted_mean_are (of those that were calibrated to). Targets of 0 are left out of the means.
+        One row per fold and group: fold, group, targets, initial_mean_are, mean_are, median_are (of the
+        left-out targets), fitted_mean_are (of those that were calibrated to). Targets of 0 do not count.
     """
     import pandas as pd
 

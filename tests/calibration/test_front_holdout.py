@@ -30,7 +30,7 @@ def test_left_out_targets_are_not_seen_and_are_measured():
         return np.full(part.num_households, 2.0)
 
     table = hold_out(p, [("a",), ("b", "d")], solve)
-    assert [part.num_targets for part in seen] == [7, 3]
+    assert [part.num_targets for part in seen] == [7, 5]
     assert set(seen[1].target_groups) == {"a", "c"}
     exact = p.matrix.toarray().astype(float)
     error = np.abs(exact @ np.full(30, 2.0) / p.targets - 1)
