@@ -23,7 +23,8 @@ def run(cfg: DictConfig) -> Path:
     with wrong_input():
         build.tune_process()
         build.quieten_lightning()
-        cfg, checkpoint = build.start_from(checked(cfg), overrides)
+        checked(cfg)
+        cfg, checkpoint = build.start_from(cfg, overrides)
         cfg = checked(cfg)
         build.check_trainer(cfg, multirun=hydra.mode == RunMode.MULTIRUN)
         data = build.build_data(cfg)

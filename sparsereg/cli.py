@@ -142,13 +142,14 @@ def _config_message(name: str, error: BaseException) -> str:
     """Shorten what Hydra and OmegaConf say about a configuration, and name the nearest key."""
     text = str(error)
     unknown = re.search(r"(?:Could not override|Key) '([^']+)'", text)
-    if unknown and "not in" in text:
+    if unknown and ("not in" in text or "To append" in text):
         key = unknown.group(1)
         return f"unknown key {key!r}{nearest(key, _known_keys(name))}; see python {name}.py --cfg job"
     group = re.search(r"Could not find '([^']+)'", text)
     if group and "Available options" in text:
         kind, _, choice = group.group(1).rpartition("/")
-        known = [line.strip() for line in text.partition("':\n")[2].splitlines() if line.startswith("\t")]
+        listed = text.partition("':\n")[2].partition("\nConfig search path")[0]
+        known = [line.strip() for line in listed.splitlines() if line.strip()]
         return f"unknown choice {kind}={choice}{nearest(choice, known)}; choose one of {', '.join(known)}"
     return one_line(text.partition("\nSet the environment")[0])
 

@@ -38,7 +38,31 @@ def _googlenet(
     )
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"googlenet": _googlenet}
+def _lenet300(task: Task, gated: bool, gates: dict[str, Any], **settings: Any) -> nn.Module:
+    from sparsereg.model.lenet import LeNet300
+
+    return LeNet300(task.num_classes, task.image_shape, gate="units" if gated else "none", **settings, **gates)
+
+
+def _lenet5(task: Task, gated: bool, gates: dict[str, Any], **settings: Any) -> nn.Module:
+    from sparsereg.model.lenet import LeNet5
+
+    return LeNet5(task.num_classes, task.image_shape, gate="units" if gated else "none", **settings, **gates)
+
+
+def _sparse_mlp(task: Task, gated: bool, gates: dict[str, Any], **settings: Any) -> nn.Module:
+    from sparsereg.model.sparse_mlp import SparseMLP
+
+    gate = "weights" if gated else "none"
+    return SparseMLP(task.num_classes, task.image_shape, gate=gate, **settings, **gates)
+
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "googlenet": _googlenet,
+    "lenet300": _lenet300,
+    "lenet5": _lenet5,
+    "sparse_mlp": _sparse_mlp,
+}
 """Name to builder(task, gated, gate settings, **the other keys of the group)."""
 
 

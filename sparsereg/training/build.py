@@ -199,7 +199,7 @@ def check_trainer(cfg: DictConfig, multirun: bool) -> None:
     """Refuse what cannot work before anything is loaded.
 
     Raises:
-        InputError: a GPU where there is none; DDP by subprocesses below a sweep.
+        InputError: a GPU where there is none; DDP by subprocesses below a sweep; what Lightning refuses.
     """
     trainer = cfg.trainer
     if trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -212,6 +212,7 @@ def check_trainer(cfg: DictConfig, multirun: bool) -> None:
             "-m and trainer=ddp do not work together: every process would start the whole sweep again; "
             "give trainer.strategy=ddp_fork, or one run at a time"
         )
+    build_trainer(cfg, [])
 
 
 def build_trainer(
@@ -241,7 +242,7 @@ def build_trainer(
             callbacks=[*callbacks, *bar],
             default_root_dir=None if folder is None else str(folder),
         )
-    except (MisconfigurationException, TypeError, RuntimeError) as error:
+    except (MisconfigurationException, TypeError, RuntimeError, ValueError) as error:
         raise InputError(f"trainer: {error}") from error
 
 

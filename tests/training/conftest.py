@@ -1,0 +1,109 @@
+"""A small data set that a network can learn, and a way to call the scripts as a user does."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sparsereg import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Outcome:
+    """What a script did: exit code, output, and the results it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def path(self) -> Path:
+        last = self.out.strip().splitlines()[-1]
+        assert last.startswith("results: "), last
+        return Path(last.removeprefix("results: "))
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return torch.load(self.last, weights_only=True)["state_dict"]
+
+
+def write_images(path: Path, num: int = 96, channels: int = 3, size: int = 8) -> Path:
+    """Images whose class is the brighter half: left, right, top."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, n in (("train", num), ("test", 30)):
+        labels = (np.arange(n) % 3).astype(np.uint8)
+        images = rng.integers(0, 100, (n, size, size, channels), dtype=np.uint8)
+        half = size // 2
+        images[labels == 0, :, :half] += 120
+        images[labels == 1, :, half:] += 120
+        images[labels == 2, :half] += 120
+        arrays[f"{part}_images"], arrays[f"{part}_labels"] = images, labels
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images.npz")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Call a script in this process: run("train", "lambda_l0=1", ...)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SPARSEREG_RUN_FOLDER", raising=False)
+
+    def call(name: str, *arguments: str) -> Outcome:
+        spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / f"{name}.py"), *arguments])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.script(name, module.run, module.choices)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def tiny(images: Path) -> list[str]:
+    """Arguments of a training run of seconds."""
+    return [
+        "data=npz",
+        f"data.path={images}",
+        "data.batch_size=16",
+        "data.val_size=24",
+        "data.augment.flip=false",
+        "data.augment.crop_scale=[0.8,1.0]",
+        "trainer=cpu",
+        "trainer.enable_progress_bar=false",
+        "callbacks.batch_norm.num_images=32",
+        "callbacks.batch_norm.batch_size=16",
+    ]

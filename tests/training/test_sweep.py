@@ -1,0 +1,25 @@
+"""Sweeps go on past a failed job, name it, do not repeat finished jobs, and end with a table and a plot."""
+
+import pandas as pd
+
+
+def test_a_sweep_with_a_failed_job_and_its_repetition(run, tiny):
+    sweep = ["-m", *tiny, "trainer.max_epochs=1", "lambda_l0=0.5,-1,2"]
+    first = run("train", *sweep)
+    assert first.code == 2, first.err
+    assert "lambda_l0=-1" in first.err
+    table = pd.read_csv(first.path)
+    assert table["status"].tolist() == ["finished", "failed", "finished"]
+    assert table["lambda_l0"].tolist()[0] == 0.5
+    assert table["exact_sparsity"].notna().tolist() == [True, False, True]
+    assert (first.path.parent / "sweep.png").stat().st_size > 1000
+    versions = sorted(p.name for p in (first.path.parents[2] / "tblog" / "lightning_logs").iterdir())
+    assert versions == ["version_0", "version_1"]
+
+    again = run("train", *sweep)
+    assert again.path != first.path
+    assert pd.read_csv(again.path)["status"].tolist() == ["skipped", "failed", "skipped"]
+    assert "finished before" in again.out
+    anew = run("train", *sweep[:-1], "lambda_l0=2", "rerun=true")
+    assert anew.code == 0, anew.err
+    assert pd.read_csv(anew.path)["status"].tolist() == ["finished"]
