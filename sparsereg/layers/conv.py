@@ -76,6 +76,13 @@ class L0Conv2d(GatedLayer):
         weight, bias = self.gated()
         return F.conv2d(input, weight, bias, self.stride, self.padding)
 
+    def plain(self) -> nn.Conv2d:
+        """An nn.Conv2d with the same output in eval mode."""
+        sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding)
+        layer = nn.Conv2d(*sizes, bias=self.bias is not None)
+        self._fill(layer)
+        return layer
+
     def extra_repr(self) -> str:
         """What print(module) shows."""
         return (
@@ -141,6 +148,14 @@ class L0DepthwiseConv2d(GatedLayer):
         """(batch, in_channels, h, w) to (batch, in_channels, h', w')."""
         weight, bias = self.gated()
         return F.conv2d(input, weight, bias, self.stride, self.padding, groups=self.in_channels)
+
+    def plain(self) -> nn.Conv2d:
+        """A grouped nn.Conv2d with the same output in eval mode."""
+        n = self.in_channels
+        bias = self._plain_bias is not None
+        layer = nn.Conv2d(n, n, self.kernel_size, self.stride, self.padding, groups=n, bias=bias)
+        self._fill(layer)
+        return layer
 
 
 def _pair(kernel_size: Any) -> tuple[int, int]:

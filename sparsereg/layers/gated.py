@@ -83,6 +83,22 @@ class GatedLayer(nn.Module):
         weight = self.gated_weight
         return (weight if self.per_weight else weight.flatten(1).abs().amax(1)).eq(0).float()
 
+    def plain(self) -> nn.Module:
+        """The ungated layer of PyTorch with the same output in eval mode, on copies of the weights."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _fill(self, layer: nn.Module) -> nn.Module:
+        """Copy weights and biases under the test-time gates into a layer of PyTorch."""
+        training = self.training
+        weight, bias = self.eval().gated()
+        self.train(training)
+        assert isinstance(layer, (nn.Linear, nn.Conv2d))
+        layer.to(weight.device, weight.dtype).weight.copy_(weight)
+        if layer.bias is not None and bias is not None:
+            layer.bias.copy_(bias)
+        return layer.train(training)
+
     def forget_gates_(self) -> None:
         """Take the gates away, as pruning does once they are baked in."""
         if self.gate is not None:

@@ -59,6 +59,12 @@ class L0Linear(GatedLayer):
         weight, bias = self.gated()
         return F.linear(input, weight, bias)
 
+    def plain(self) -> nn.Linear:
+        """An nn.Linear with the same output in eval mode."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        self._fill(layer)
+        return layer
+
     def extra_repr(self) -> str:
         """What print(module) shows."""
         bias = self.bias is not None

@@ -1,0 +1,252 @@
+"""Linear regression on sparse data with a gate on every coefficient."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsereg.checks import check_count, check_not_negative, check_positive, check_probability
+from sparsereg.distributions import HardConcrete
+from sparsereg.sparse_matrix import CsrMatrix, Matrix, TorchMatrix, mean_squared_error, multiply
+
+logger = logging.getLogger(__name__)
+
+JITTER = 0.01
+"""Standard deviation of the noise on the initial locations of the gates (as in the paper's code)."""
+WEIGHT_SD = 0.1
+"""Standard deviation of the initial weights (as in l0-python)."""
+
+
+class SparseL0Linear(nn.Module):
+    """y = X (w * z) + b for a scipy.sparse X, with a Hard Concrete gate on every coefficient.
+
+    X is used where it lies: nothing of its size is copied or kept, so that a matrix that changes is
+    read anew.
+
+    Args:
+        n_features: number of columns of X, >= 1.
+        fit_intercept: whether there is a b.
+        beta: temperature > 0.
+        gamma: lower end of the stretch interval, < 0.
+        zeta: upper end of the stretch interval, > 1.
+        init_keep_prob: initial P(z > 0), in (0, 1).
+        device: of the parameters and of the work.
+        seed: makes the initial parameters and every :meth:`fit` repeatable, without PyTorch's global
+            generator; None draws from that one.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        fit_intercept: bool = True,
+        beta: float = 2 / 3,
+        gamma: float = -0.1,
+        zeta: float = 1.1,
+        init_keep_prob: float = 0.5,
+        device: str | torch.device = "cpu",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_features = check_count("n_features", n_features)
+        self.fit_intercept = fit_intercept
+        self.init_keep_prob = check_probability("init_keep_prob", init_keep_prob)
+        self.seed = seed
+        self.weight = nn.Parameter(torch.zeros(self.n_features))
+        self.bias = nn.Parameter(torch.zeros(1)) if fit_intercept else None
+        self.gates = HardConcrete(
+            self.n_features,
+            temperature=check_positive("beta", beta),
+            interval=(gamma, zeta),
+            init_mean=init_keep_prob,
+            jitter=JITTER,
+            generator=self._seeded("cpu"),
+        )
+        self.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.weight.device
+
+    @property
+    def log_alpha(self) -> nn.Parameter:
+        """Locations of the gates, (n_features,)."""
+        return self.gates.log_alpha
+
+    @property
+    def beta(self) -> float:
+        """Temperature of the gates."""
+        return self.gates.temperature
+
+    @property
+    def gamma(self) -> float:
+        """Lower end of the stretch interval."""
+        return self.gates.gamma
+
+    @property
+    def zeta(self) -> float:
+        """Upper end of the stretch interval."""
+        return self.gates.zeta
+
+    def _seeded(self, device: str | torch.device) -> torch.Generator | None:
+        return None if self.seed is None else torch.Generator(device=device).manual_seed(self.seed)
+
+    def get_deterministic_gates(self) -> Tensor:
+        """Test-time gates, the medians, (n_features,)."""
+        return self.gates.median()
+
+    def forward(
+        self, X: Any, deterministic: bool = False, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Predict, differentiably.
+
+        Args:
+            X: (rows, n_features), scipy sparse, NumPy, or torch (dense or sparse).
+            deterministic: use the medians of the gates instead of a draw; eval mode always does.
+            generator: source of the noise of a draw.
+
+        Returns:
+            Predictions, (rows,).
+
+        Raises:
+            ValueError: X has another number of columns, or NaN or infinity.
+        """
+        matrix = self._matrix(X)
+        if deterministic or not self.training:
+            z = self.get_deterministic_gates()
+        else:
+            z = self.gates.sample(generator=generator)
+        y = multiply(self.weight * z, matrix)
+        return y if self.bias is None else y + self.bias
+
+    def _matrix(self, X: Any) -> Matrix:
+        matrix = CsrMatrix(X) if self.device.type == "cpu" else TorchMatrix(X, self.device)
+        if matrix.shape[1] != self.n_features:
+            raise ValueError(f"X must have n_features = {self.n_features} columns, got {matrix.shape[1]}")
+        return matrix
+
+    def get_l0_penalty(self) -> Tensor:
+        """Expected number of coefficients that are not zero: the sum of P(z > 0), differentiable."""
+        return self.gates.get_penalty()
+
+    def get_sparsity(self) -> float:
+        """Expected share of closed gates, 1 - mean P(z > 0)."""
+        return self.gates.get_sparsity()
+
+    @torch.no_grad()
+    def get_selected_features(self, threshold: float = 0.01) -> Tensor:
+        """Indices of the features whose test-time gate is above a threshold.
+
+        Args:
+            threshold: gate value in [0, 1).
+        """
+        return torch.nonzero(self.get_deterministic_gates() > threshold).flatten()
+
+    @torch.no_grad()
+    def get_coefficients(self, threshold: float = 0.0) -> Tensor:
+        """Coefficients w * z at test time, (n_features,), zero where the gate is not above a threshold.
+
+        Args:
+            threshold: gate value in [0, 1).
+        """
+        z = self.get_deterministic_gates()
+        return torch.where(z > threshold, self.weight * z, 0.0)
+
+    def fit(
+        self,
+        X_sparse: Any,
+        y: Any,
+        lambda_reg: float = 0.01,
+        lr: float = 0.01,
+        epochs: int = 1000,
+        verbose: bool = False,
+        verbose_freq: int = 100,
+        *,
+        lambda_l0: float | None = None,
+        warm_start: bool = False,
+    ) -> "SparseL0Linear":
+        """Minimise the mean squared error plus lambda_reg times the expected number of coefficients.
+
+        Adam on the whole matrix, one draw of the gates for each epoch.
+
+        Args:
+            X_sparse: (rows, n_features), scipy sparse, NumPy, or torch (dense or sparse), finite.
+            y: (rows,), finite.
+            lambda_reg: price of a coefficient in units of squared error, >= 0.
+            lr: learning rate of Adam, > 0.
+            epochs: passes over the matrix, >= 1.
+            verbose: log the progress (at level INFO).
+            verbose_freq: epochs between two lines, >= 1.
+            lambda_l0: another name of ``lambda_reg``; wins over it.
+            warm_start: go on from the present parameters instead of afresh.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: an argument is outside its range, or X or y is wrong.
+        """
+        price = check_not_negative("lambda_reg", lambda_reg if lambda_l0 is None else lambda_l0)
+        check_positive("lr", lr)
+        check_count("epochs", epochs)
+        check_count("verbose_freq", verbose_freq)
+        matrix = self._matrix(X_sparse)
+        target = self._target(y, matrix.shape[0])
+        generator = self._seeded(self.device)
+        if not warm_start:
+            self._start(target)
+        optimizer = torch.optim.Adam(self.parameters(), lr=lr)
+        for epoch in range(1, epochs + 1):
+            z = self.gates.sample(generator=generator)
+            error = mean_squared_error(self.weight * z, self.bias, matrix, target)
+            penalty = self.get_l0_penalty()
+            optimizer.zero_grad()
+            (error + price * penalty).backward()
+            optimizer.step()
+            if verbose and epoch % verbose_freq == 0:
+                num_open = self.gates.get_num_active()
+                logger.info("epoch %d: mse %.4g, L0 %.2f, open %d", epoch, error, penalty, num_open)
+        return self
+
+    def _target(self, y: Any, rows: int) -> Tensor:
+        target = torch.as_tensor(y).detach().to(self.device, self.weight.dtype)
+        if target.shape not in ((rows,), (rows, 1)):
+            raise ValueError(f"y must have {rows} values, one for each row of X, got {tuple(target.shape)}")
+        if not torch.isfinite(target).all():
+            raise ValueError("y must be finite, got NaN or infinity")
+        return target.reshape(-1)
+
+    @torch.no_grad()
+    def _start(self, target: Tensor) -> None:
+        """Small random weights, the mean as intercept, gates as in the constructor."""
+        generator = self._seeded("cpu")
+        self.gates.reset_parameters(generator)
+        noise = torch.randn(self.n_features, generator=generator)
+        self.weight.copy_(WEIGHT_SD * noise)
+        if self.bias is not None:
+            self.bias.fill_(target.double().mean().item())
+
+    @torch.no_grad()
+    def predict(self, X_sparse: Any) -> Tensor:
+        """Predict with the test-time gates.
+
+        Args:
+            X_sparse: (rows, n_features), scipy sparse, NumPy, or torch (dense or sparse).
+
+        Returns:
+            Predictions, (rows,).
+        """
+        return self(X_sparse, deterministic=True)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # l0-python holds the locations themselves.
+        if prefix + "log_alpha" in state_dict:
+            state_dict[prefix + "gates.log_alpha"] = state_dict.pop(prefix + "log_alpha")
+            state_dict.setdefault(prefix + "gates._extra_state", self.gates.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
