@@ -57,7 +57,7 @@ def test_p_active_is_the_mass_above_zero(log_alpha, beta, stretch):
 @pytest.mark.parametrize(("log_alpha", "beta", "stretch"), SETTINGS)
 def test_median_halves_the_mass(log_alpha, beta, stretch):
     half = optimize.brentq(
-        lambda x: integral(lambda s: 1.0, log_alpha, beta, 0.0, 1 / (1 + math.exp(-x))) - 0.5, -30, 30
+        lambda x: integral(lambda s: 1.0, log_alpha, beta, 1 / (1 + math.exp(-x))) - 0.5, -30, 30
     )
     s = 1 / (1 + math.exp(-half))
     truth = min(1.0, max(0.0, s * (1 + 2 * stretch) - stretch))
@@ -172,7 +172,8 @@ def test_gated_product_of_frozen_weights_trains_the_gates():
 
 
 def test_draw_together_has_the_distribution_of_single_draws():
-    gates = [HardConcrete(30_000, init_mean=p, temperature=t) for p, t in ((0.3, 0.5), (0.9, 0.5), (0.6, 1.0))]
+    settings = ((0.3, 0.5), (0.9, 0.5), (0.6, 1.0))
+    gates = [HardConcrete(30_000, init_mean=p, temperature=t) for p, t in settings]
     gates.append(HardConcrete(5).eval())
     hc.draw_together(gates, torch.Generator().manual_seed(0))
     for gate in gates[:3]:
