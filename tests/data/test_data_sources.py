@@ -1,4 +1,6 @@
 import os
+import pickle
+import struct
 import zipfile
 
 import numpy as np
@@ -290,6 +292,54 @@ def test_no_data_and_no_network(tmp_path, monkeypatch, source, cls, title):
     ) as caught:
         source(str(tmp_path)).load()
     assert "\n" not in str(caught.value)
+
+
+def python2_pickle(pixels, labels):
+    """The pickle of {"data": pixels, "labels": labels} as Python 2 and its NumPy wrote CIFAR-10's."""
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n"
+        b"(I%d\nI%d\ntcnumpy\ndtype\n(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\n"
+        % pixels.shape
+        + b"S%s\ntb" % repr(pixels.tobytes().decode("latin1")).encode("latin1", "backslashreplace")
+    )
+    listed = b"(l" + b"".join(b"I%d\na" % k for k in labels)
+    return b"(dS'data'\n" + array + b"sS'labels'\n" + listed + b"s."
+
+
+def test_cifar10_as_torchvision_keeps_it(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (6, 2, 3 * 32 * 32), dtype=np.uint8)
+    names = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]
+    for name, batch in zip(names, pixels, strict=True):
+        (folder / name).write_bytes(python2_pickle(batch, [3, 7]))
+    classes = [f"class {k}" for k in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": classes}))
+    # The checksums are those of the real files.
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
+    data = Cifar10(str(tmp_path)).load()
+    assert data.class_names == tuple(classes)
+    assert np.array_equal(data.train_images.numpy(), pixels[:5].reshape(10, 3, 32, 32))
+    assert np.array_equal(data.test_images.numpy(), pixels[5].reshape(2, 3, 32, 32))
+    assert data.train_labels.tolist() == [3, 7] * 5
+
+
+def test_mnist_as_torchvision_keeps_it(tmp_path):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    for part in ("train", "t10k"):
+        head = struct.pack(">IIII", 0x803, 3, 28, 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 3) + bytes([5, 0, 9]))
+    data = Mnist(str(tmp_path)).load()
+    assert np.array_equal(data.test_images[:, 0].numpy(), images)
+    assert data.train_labels.tolist() == [5, 0, 9]
+    assert len(data.class_names) == 10
 
 
 class Fetched:
