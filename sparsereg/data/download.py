@@ -47,7 +47,7 @@ def fetched(title: str, name: str, root: str, make: Callable[..., Any]) -> tuple
 
 def _parts(make: Callable[..., Any], folder: Path, download: bool) -> tuple[Any, Any]:
     with warnings.catch_warnings():
-        # CIFAR-10 was pickled by a NumPy that wrote 0 for False; NumPy 2.4 remarks on it.
+        # CIFAR-10 was pickled by a NumPy that wrote 0 for False; NumPy 2.4.0 to 2.4.4 remark on it.
         warnings.filterwarnings("ignore", r"dtype\(\): align should be passed as Python or NumPy boolean")
         return (
             make(root=str(folder), train=True, download=download),

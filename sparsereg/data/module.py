@@ -141,13 +141,16 @@ class ImageDataModule(pl.LightningDataModule):
         return self._device if self.trainer is None else self.trainer.strategy.root_device
 
     def train_dataloader(self) -> DeviceLoader:
-        """Shuffled and augmented training images; the Trainer sets the epoch."""
+        """Shuffled and augmented training images; the Trainer sets the epoch.
+
+        Under a Trainer's ``overfit_batches`` the order is fixed, so that each epoch has the same images.
+        """
         return self._loader(
             "train",
             self.train_positions,
             self.batch_size,
             augmentation=self.augmentation,
-            shuffle=True,
+            shuffle=self.trainer is None or not self.trainer.overfit_batches,
             seed=self.seed,
         )
 

@@ -18,11 +18,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec..
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs" / "data"
 
 
-def trainer(tmp_path, epochs):
+def trainer(tmp_path, epochs, **settings):
     return pl.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
+        default_root_dir=tmp_path, **settings,
     )  # fmt: skip
 
 
@@ -84,8 +84,10 @@ class Classifier(pl.LightningModule):
         super().__init__()
         self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
         self.validated = 0
+        self.labels = []
 
     def training_step(self, batch, batch_idx):
+        self.labels.append(batch[1].tolist())
         return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def validation_step(self, batch, batch_idx):
@@ -104,6 +106,14 @@ def test_in_a_trainer(fixed, tmp_path):
     assert (run.global_step, model.validated) == (10, 20)
     run.test(model, datamodule=module, verbose=False)
     assert model.validated == 40
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning")
+def test_overfit_batches_are_the_same_in_each_epoch(fixed, tmp_path):
+    module, model = ready(fixed(50)), Classifier()
+    trainer(tmp_path, 3, overfit_batches=2).fit(model, datamodule=module)
+    assert len(model.labels) == 6
+    assert model.labels[:2] == model.labels[2:4] == model.labels[4:]
 
 
 def test_fewer_images(fixed):
