@@ -150,7 +150,7 @@ class ImageDataModule(pl.LightningDataModule):
             self.train_positions,
             self.batch_size,
             augmentation=self.augmentation,
-            shuffle=self.trainer is None or not self.trainer.overfit_batches,
+            shuffle=self.trainer is None or not self.trainer.overfit_batches,  # type: ignore[attr-defined]
             seed=self.seed,
         )
 
