@@ -141,11 +141,11 @@ def build(
     problem = CalibrationProblem(
         matrix=matrix,
         targets=targets.values,
-        initial_weights=_initial_weights(households, weight, file),
+        initial_weights=initial_weights(households, weight, file),
         target_names=targets.names,
         target_groups=targets.groups,
         target_weights=targets.weights,
-        ids=_ids(households, id, file),
+        ids=unique_ids(households, id, file),
         parent=targets.parent,
     )
     return BuiltProblem(problem, hints)
@@ -320,7 +320,8 @@ def _parents(parents: tuple[str, ...], names: tuple[str, ...], file: str) -> np.
     return found
 
 
-def _initial_weights(households: pd.DataFrame, column: str | None, file: str) -> np.ndarray | None:
+def initial_weights(households: pd.DataFrame, column: str | None, file: str) -> np.ndarray | None:
+    """Return a column as initial weights, None for None; refuse missing and negative ones."""
     if column is None:
         return None
     require_column(households, column, file, "the initial weights")
@@ -333,7 +334,8 @@ def _initial_weights(households: pd.DataFrame, column: str | None, file: str) ->
     return weights
 
 
-def _ids(households: pd.DataFrame, column: str | None, file: str) -> np.ndarray | None:
+def unique_ids(households: pd.DataFrame, column: str | None, file: str) -> np.ndarray | None:
+    """Return a column as ids, None for None; refuse missing and repeated ones."""
     if column is None:
         return None
     require_column(households, column, file, "the ids of the households")
