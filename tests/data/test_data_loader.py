@@ -8,8 +8,11 @@ from sparsereg.data.augment import Augmentation
 from sparsereg.data.loader import DeviceLoader, EpochOrder, Normalise, Share, TensorStore, batch_bounds
 from sparsereg.errors import InputError
 
-# Lightning's own use of a deprecated function of PyTorch.
-pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+# Lightning's own use of a deprecated function of PyTorch, and its remark where there is a GPU.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning"),
+]
 
 NORMALISE = ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
 AUGMENT = Augmentation(flip=True, crop_scale=(0.5, 1.0), degrees=10)

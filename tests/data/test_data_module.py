@@ -12,8 +12,11 @@ from sparsereg.data import CONFIGS, SOURCES, Augmentation, ImageArrays, ImageDat
 from sparsereg.data.image_folder import ImageFolder
 from sparsereg.errors import InputError
 
-# Lightning's own use of a deprecated function of PyTorch.
-pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+# Lightning's own use of a deprecated function of PyTorch, and its remark where there is a GPU.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used:UserWarning"),
+]
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs" / "data"
 
