@@ -37,8 +37,8 @@ def run(cfg: DictConfig) -> Path:
         folder = build.claim_run_folder(Path("outputs"))
         logger = build.build_logger(cfg.logger.name, folder)
         num_batches = build.batches_per_epoch(cfg, data)
-        callbacks, timer = build.build_callbacks(cfg, accountant, folder, logging_on=bool(logger))
-        trainer = build.build_trainer(cfg, callbacks, logger, folder, num_batches)
+        callbacks, timer = build.build_callbacks(cfg, data, accountant, folder, logging_on=bool(logger))
+        trainer = build.build_trainer(cfg, callbacks, logger, folder, num_batches, data.num_val == 0)
 
     if trainer.is_global_zero:
         write_atomically(folder / "config.yaml", lambda p: p.write_text(OmegaConf.to_yaml(cfg, resolve=True)))

@@ -113,6 +113,24 @@ def checked(cfg: DictConfig) -> DictConfig:
     return merged
 
 
+EXPORTS = ("onnx", "pt2")
+
+
+def check_test(cfg: DictConfig) -> None:
+    """Check the keys that only test.py has.
+
+    Raises:
+        InputError: a value is of the wrong type or unknown, or there is no checkpoint.
+    """
+    if cfg.ckpt_path is None:
+        raise InputError("give the checkpoint to test: ckpt_path=RUN/checkpoints/last.ckpt")
+    for key in ("compact", "benchmark"):
+        if not isinstance(cfg[key], bool):
+            raise InputError(f"{key}={cfg[key]}: expected true or false")
+    if cfg.export is not None:
+        one_of(str(cfg.export), "export", EXPORTS)
+
+
 def require(holds: bool, key: str, expected: str, value: object) -> None:
     """Raise an InputError that names the key unless the condition holds (NaN never does)."""
     if not holds or (isinstance(value, float) and not math.isfinite(value)):

@@ -41,13 +41,15 @@ def _googlenet(
 def _lenet300(task: Task, gated: bool, gates: dict[str, Any], **settings: Any) -> nn.Module:
     from sparsereg.model.lenet import LeNet300
 
-    return LeNet300(task.num_classes, task.image_shape, gate="units" if gated else "none", **settings, **gates)
+    gate = "units" if gated else "none"
+    return LeNet300(task.num_classes, task.image_shape, gate=gate, **settings, **gates)
 
 
 def _lenet5(task: Task, gated: bool, gates: dict[str, Any], **settings: Any) -> nn.Module:
     from sparsereg.model.lenet import LeNet5
 
-    return LeNet5(task.num_classes, task.image_shape, gate="units" if gated else "none", **settings, **gates)
+    gate = "units" if gated else "none"
+    return LeNet5(task.num_classes, task.image_shape, gate=gate, **settings, **gates)
 
 
 def _sparse_mlp(task: Task, gated: bool, gates: dict[str, Any], **settings: Any) -> nn.Module:

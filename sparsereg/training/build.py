@@ -24,6 +24,7 @@ from sparsereg.errors import InputError
 from sparsereg.files import new_version
 from sparsereg.model import build as networks
 from sparsereg.model.basic_l0_blocks import synchronise_batch_norm
+from sparsereg.penalties import hard_concretes
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
 from sparsereg.training import callbacks as ours
 from sparsereg.training import checkpoint as checkpoints
@@ -154,7 +155,7 @@ def build_module(cfg: DictConfig, net: nn.Module, data: ImageDataModule) -> Clas
         config=plain(cfg),
         num_classes=data.num_classes,
         image_shape=data.image_shape,
-        gated=not cfg.without_using_gate,
+        gated=bool(hard_concretes(net)),
     )
     compiled = bool(cfg.trainer.compile)
     module = Classifier(net, data.num_classes, cfg.lambda_l0, settings, provenance, compiled)
@@ -221,6 +222,7 @@ def build_trainer(
     logger: TensorBoardLogger | bool = False,
     folder: Path | None = None,
     num_batches: int | None = None,
+    without_validation: bool = False,
 ) -> pl.Trainer:
     """Build Lightning's Trainer from the keys that are not null.
 
@@ -230,8 +232,11 @@ def build_trainer(
         logger: or False.
         folder: the run's.
         num_batches: training batches of an epoch; logs are written at least once in each.
+        without_validation: there are no validation images.
     """
     keys = {k: v for k, v in plain(cfg.trainer).items() if v is not None and k not in OWN_TRAINER_KEYS}
+    if without_validation:
+        keys["limit_val_batches"] = 0
     if num_batches is not None:
         keys["log_every_n_steps"] = max(1, min(keys.get("log_every_n_steps", 50), num_batches))
     bar = [ours.ProgressBar()] if keys.get("enable_progress_bar", True) else []
@@ -256,7 +261,7 @@ def batches_per_epoch(cfg: DictConfig, data: ImageDataModule) -> int:
 
 
 def build_callbacks(
-    cfg: DictConfig, accountant: Accountant, folder: Path, logging_on: bool
+    cfg: DictConfig, data: ImageDataModule, accountant: Accountant, folder: Path, logging_on: bool
 ) -> "tuple[list[pl.Callback], ours.EpochTimer]":
     """Build the callbacks of a training run; the order matters: statistics first, checkpoints last."""
     t = cfg.temperature
@@ -287,6 +292,36 @@ def batch_norm_estimation(cfg: DictConfig) -> ours.BatchNormEstimation:
     """Build the callback that re-estimates BatchNorm statistics."""
     b = cfg.callbacks.batch_norm
     return ours.BatchNormEstimation(b.num_images, b.batch_size)
+
+
+def rebuild_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Checkpoint]:
+    """Complete the configuration of test.py by that of the checkpoint; what the user named wins."""
+    checkpoint = checkpoints.read(cfg.ckpt_path)
+    training_keys = tuple(k for k in checkpoint.config if k not in ("trainer", "logger", *NEVER_INHERITED))
+    return inherit(cfg, checkpoint, overrides, training_keys), checkpoint
+
+
+def rebuild_network(cfg: DictConfig, checkpoint: Checkpoint, data: ImageDataModule) -> nn.Module:
+    """Build the network of a checkpoint with its weights, gates and temperatures.
+
+    Raises:
+        InputError: the checkpoint does not fit the network, or the data do not fit the checkpoint.
+    """
+    if (data.num_classes, tuple(data.image_shape)) != (checkpoint.num_classes, checkpoint.image_shape):
+        raise InputError(
+            f"the data have {data.num_classes} classes of images {tuple(data.image_shape)}, but "
+            f"ckpt_path={checkpoint.path} was trained on {checkpoint.num_classes} classes of images "
+            f"{checkpoint.image_shape}"
+        )
+    net = networks.build(
+        plain(cfg.model),
+        networks.Task(checkpoint.num_classes, checkpoint.image_shape),
+        gated=checkpoint.gated,
+    )
+    checkpoints.load_weights_(net, checkpoint)
+    if cfg.trainer.channels_last:
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
 
 
 def synchronise(cfg: DictConfig, net: nn.Module) -> nn.Module:

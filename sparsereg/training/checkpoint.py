@@ -15,6 +15,17 @@ from sparsereg.penalties import hard_concretes
 
 log = logging.getLogger(__name__)
 
+UNREADABLE = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+"""What torch.load raises on files that are cut off or something else."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -54,14 +65,7 @@ def read(path: str | Path) -> Checkpoint:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        zipfile.BadZipFile,
-        ValueError,
-        KeyError,
-    ) as error:
+    except UNREADABLE as error:
         raise InputError(
             f"ckpt_path={path}: cannot be read, it is truncated or not a checkpoint ({type(error).__name__})"
         ) from error

@@ -40,3 +40,30 @@ def metric(trainer: Trainer, name: str) -> float | None:
     """Return a logged metric as a number, None if it was not logged."""
     value = trainer.callback_metrics.get(name)
     return None if value is None else float(value)
+
+
+def block_table(count: Count, net: nn.Module) -> str:
+    """Return a table with a line for each block: its gates, open gates, parameters and those kept.
+
+    A block is a child of the network, or a child of a numbered sequence of blocks.
+    """
+    rows: dict[str, list[int]] = {}
+    for layer in count.layers:
+        row = rows.setdefault(_block(layer.name), [0, 0, 0, 0])
+        row[2] += layer.parameters
+        row[3] += layer.kept_parameters
+    for name, gate in hard_concretes(net).items():
+        row = rows.setdefault(_block(name), [0, 0, 0, 0])
+        row[0] += gate.log_alpha.numel()
+        row[1] += gate.get_num_active()
+    total = [sum(row[i] for row in rows.values()) for i in range(4)]
+    lines = [f"{'block':16s}{'gates':>8s}{'open':>8s}{'parameters':>12s}{'kept':>10s}{'kept %':>8s}"]
+    for name, row in [*rows.items(), ("all", total)]:
+        share = f"{100 * row[3] / row[2]:.1f}" if row[2] else ""
+        lines.append(f"{name:16s}{row[0]:8,}{row[1]:8,}{row[2]:12,}{row[3]:10,}{share:>8s}")
+    return "\n".join(lines)
+
+
+def _block(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
