@@ -1,0 +1,574 @@
+"""From a network with gates to a smaller one without: the same answers, plain torch.nn modules."""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from sparsereg.compression.graph import Analysis, Example, Network, evaluating, examples, trace
+from sparsereg.compression.ops import (
+    SMALLEST_FOLD,
+    Add,
+    Attribute,
+    Cat,
+    Gate,
+    Input,
+    Mask,
+    Mixing,
+    Mul,
+    Norm,
+    Op,
+    Output,
+    PerChannel,
+    Reshape,
+    Slopes,
+    Vector,
+)
+from sparsereg.compression.pad import rounded_pins
+
+logger = logging.getLogger(__name__)
+
+FLOAT64_TOLERANCE = 1e-7
+"""Largest difference in float64, as a share of the output's spread. Not tighter: a float32 location on
+the very edge of closing may be open by 1e-8 when it is read in float64."""
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 5e-1}
+"""The same in the model's own precision, where rounding alone makes two sound networks differ."""
+
+
+def compact(
+    model: nn.Module, example_input: Example, *, round_to: int = 1, check: bool = True
+) -> fx.GraphModule:
+    """Return a physically smaller network without gates that gives the same answers in eval mode.
+
+    Closed channels go, with all that depends on them; constants move into biases where that is exact;
+    open gates are folded into weights. The result consists of torch.nn modules under their old names, shares
+    no memory with the model, is in eval mode, and can be trained further.
+
+    Args:
+        model: the network; left as it is.
+        example_input: a batch of examples, or a tuple of batches for several inputs.
+        round_to: keep closed channels where that makes the number of channels behind a gate a multiple of
+            this; odd numbers can be slower than the next multiple of 8.
+        check: compare both networks on the example and on noise like it, in the model's own precision and
+            in float64.
+
+    Returns:
+        The network as a torch.fx.GraphModule: its ``code`` shows the forward pass.
+
+    Raises:
+        InputError: the network cannot be traced.
+        ValueError: ``round_to`` is less than 1.
+        RuntimeError: the compacted network gives other answers.
+    """
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f"round_to must be an integer >= 1, got {round_to!r}")
+    network = trace(model, example_input)
+    analysis = network.analyse()
+    if round_to > 1:
+        analysis = network.analyse(rounded_pins(network, analysis, round_to))
+    smaller = build(network, analysis)
+    if check:
+        _check(network, analysis, smaller, examples(example_input))
+    return smaller
+
+
+def build(network: Network, analysis: Analysis, dtype: torch.dtype | None = None) -> fx.GraphModule:
+    """Build the network that an analysis describes.
+
+    Args:
+        network: the traced network.
+        analysis: which channels stay.
+        dtype: floating-point type of all weights; that of the model's if None.
+    """
+    builder = _Builder(network, analysis, dtype)
+    for op in network.ops.values():
+        builder.add(op)
+    _write_in_place_where_safe(builder.graph, builder.root)
+    name = f"Compacted{type(network.model).__name__.removeprefix('Compacted')}"
+    module = fx.GraphModule(builder.root, builder.graph, class_name=name)
+    return cast(fx.GraphModule, module.eval())
+
+
+class _Builder:
+    """The network under construction: its modules, its graph, and which node is which tensor."""
+
+    def __init__(self, network: Network, analysis: Analysis, dtype: torch.dtype | None) -> None:
+        self.network = network
+        self.analysis = analysis
+        self.dtype = dtype
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.made: dict[str, fx.Node] = {}
+        self.shifts: dict[str, Vector] = {}
+        self.copies: dict[int, Any] = {}
+        self.sources = {node.name: node for node in network.graph.nodes}
+        self._batch: fx.Node | None = None
+        self._like = first_weight(network.model)
+
+    def add(self, op: Op) -> None:
+        """Add an operation, unless it goes."""
+        if isinstance(op, Input):
+            node = self.graph.placeholder(op.name)
+            self.made[op.name] = node
+            kept = self.analysis.kept.get(op.name)
+            if kept is not None:
+                self.made[op.name] = self.select(node, kept, np.ones_like(kept), op.name)
+        elif op.name in self.analysis.kept and op.name not in self.analysis.constant:
+            self.made[op.name] = _BUILD[type(op)](self, op)
+
+    def tensor(self, name: str, values: Vector | Tensor, parameter: bool = False) -> fx.Node:
+        """Keep numbers in the network: a parameter, or a buffer."""
+        value = torch.as_tensor(values)
+        if value.is_floating_point():
+            value = self.cast(value)
+        value = value.to(self._like.device)
+        if parameter:
+            self.root.register_parameter(name, nn.Parameter(value))
+        else:
+            self.root.register_buffer(name, value)
+        return self.graph.get_attr(name)
+
+    def cast(self, value: Tensor) -> Tensor:
+        """Give new numbers the model's floating-point type."""
+        return value.to(self.dtype or self._like.dtype)
+
+    def select(self, node: fx.Node, want: Mask, there: Mask, name: str) -> fx.Node:
+        """Take some of the channels that are there."""
+        if np.array_equal(want, there):
+            return node
+        index = torch.from_numpy(np.flatnonzero(want[there]))
+        return self.graph.call_function(
+            torch.index_select, (node, 1, self.tensor(self._free(f"{name}_index"), index))
+        )
+
+    def read(self, op: Op, i: int, *, exact: bool) -> tuple[fx.Node, Vector]:
+        """The i-th input of an operation with the channels that it reads, and the factors left open.
+
+        Args:
+            op: the operation.
+            i: position of the input.
+            exact: multiply by the factors first, so that none is left open.
+        """
+        source, mask = op.inputs[i], self.analysis.read[op.name][i]
+        assert mask is not None
+        node = self._source(source)
+        node = self.select(node, mask, self.analysis.kept[source], op.name)
+        if source in self.analysis.constant:
+            return node, np.ones(int(mask.sum()))
+        scale = self.analysis.channels[source].scale[mask]
+        if exact and (scale != 1).any():
+            factor = self.tensor(self._free(f"{op.name}_scale"), self._along(scale, source))
+            return self.graph.call_function(torch.mul, (node, factor)), np.ones_like(scale)
+        return node, scale
+
+    def _source(self, name: str) -> fx.Node:
+        """The node of a tensor; a tensor of constants is made when it is first read."""
+        if name not in self.made:
+            self.made[name] = self._constant(name)
+        return self.made[name]
+
+    def _constant(self, name: str) -> fx.Node:
+        shape = self.network.ops[name].shape
+        const = self.analysis.channels[name].const[self.analysis.kept[name]]
+        assert shape is not None
+        vector = self.vector(f"{name}_constant", const, name)
+        return self.graph.call_method("expand", (vector, self.batch(), -1, *shape[2:]))
+
+    def vector(self, name: str, const: Vector, like: str) -> fx.Node:
+        """Constants along the channels of a tensor: a parameter, since they were weights, or zeros."""
+        return self.tensor(self._free(name), self._along(const, like), parameter=bool(const.any()))
+
+    def _along(self, values: Vector, like: str) -> Tensor:
+        shape = self.network.ops[like].shape
+        assert shape is not None
+        return torch.from_numpy(np.array(values)).view(1, -1, *(1,) * (len(shape) - 2))
+
+    def _free(self, name: str) -> str:
+        taken = {n for n, _ in self.root.named_children()} | {n for n, _ in self.root.named_parameters()}
+        taken |= {n for n, _ in self.root.named_buffers()}
+        number = 0
+        while (candidate := f"{name}_{number}" if number else name) in taken:
+            number += 1
+        return candidate
+
+    def batch(self) -> fx.Node:
+        """The size of the batch that is being computed."""
+        if self._batch is None:
+            first = next(n for n in self.graph.nodes if n.op == "placeholder")
+            with self.graph.inserting_after(self._last_placeholder()):
+                self._batch = self.graph.call_method("size", (first, 0))
+        return self._batch
+
+    def _last_placeholder(self) -> fx.Node:
+        return [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+
+    def module(self, op: Op, module: nn.Module, inputs: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
+        """Put a module at its old place and call it."""
+        path = op.path or op.name
+        owner: nn.Module = self.root
+        *parents, last = path.split(".")
+        for parent in parents:
+            if parent not in owner._modules:
+                owner.add_module(parent, nn.Module())
+            owner = owner.get_submodule(parent)
+        owner.add_module(last, module)
+        return self.graph.call_module(path, inputs, kwargs)
+
+    def copied(self, thing: Any) -> Any:
+        """A copy; what is shared in the model is shared in the copies."""
+        made = copy.deepcopy(thing, self.copies)
+        if self.dtype is not None and isinstance(made, nn.Module | Tensor):
+            return made.to(self.dtype) if isinstance(made, nn.Module) or made.is_floating_point() else made
+        return made
+
+    def arguments(self, op: Op, replace: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Arguments of the original node, with its inputs replaced."""
+        node = self.sources[op.name]
+
+        def swap(leaf: fx.Node) -> Any:
+            return replace[leaf.name] if leaf.name in replace else self.size(leaf)
+
+        args = fx.node.map_arg(node.args, swap)
+        return args, cast(dict[str, Any], fx.node.map_arg(node.kwargs, swap))
+
+    def size(self, node: fx.Node) -> Any:
+        """A node that is no tensor: sizes become numbers, except that of the batch."""
+        known = self.network.constants[node]
+        target = node.target
+        if node.op == "call_method" and target == "size":
+            return self._sizes(known) if len(node.args) == 1 else self._size(known, node.args[1])
+        if target is getattr and node.args[1] == "shape":
+            return self._sizes(known)
+        if target is getattr or (node.op == "call_method" and target in ("dim", "ndimension")):
+            return known
+        args = fx.node.map_aggregate(node.args, lambda x: self.size(x) if isinstance(x, fx.Node) else x)
+        if node.op == "call_function" and not node.kwargs:
+            function = cast(Callable[..., Any], target)
+            if any(isinstance(a, fx.Node) for a in cast(tuple[Any, ...], args)):
+                return self.graph.call_function(function, cast(tuple[Any, ...], args))
+            return function(*cast(tuple[Any, ...], args))
+        return known
+
+    def _sizes(self, shape: Any) -> tuple[Any, ...]:
+        return (self.batch(), *tuple(shape)[1:])
+
+    def _size(self, known: Any, dim: Any) -> Any:
+        return self.batch() if dim == 0 else known
+
+
+def _mixing(b: _Builder, op: Op) -> fx.Node:
+    assert isinstance(op, Mixing)
+    source, scale = b.read(op, 0, exact=False)
+    read, kept = b.analysis.read[op.name][0], b.analysis.kept[op.name]
+    assert read is not None
+    values = b.analysis.values
+    z = op.gate_values(values)
+    factors = np.ones(len(read))
+    factors[read] = scale
+    weight = op.oriented(values) * factors.reshape(op.groups, 1, op.in_group, 1)
+    weight = weight * z.reshape(op.groups, op.out_group, 1, 1)
+    rows = kept.reshape(op.groups, -1)
+    columns = read.reshape(op.groups, -1)
+    parts = [weight[g][rows[g]][:, columns[g]] for g in range(op.groups) if rows[g].any()]
+    folded = op.folded(read, b.analysis.channels[op.inputs[0]])
+    shift = op.contribution(folded, values) if folded.any() else None
+    bias = values.array(op.bias) if op.bias is not None else None
+    if shift is not None and op.absorber is not None:
+        b.shifts[op.absorber] = shift
+    elif shift is not None:
+        bias = shift if bias is None else bias + shift
+    bias = None if bias is None else (bias * z)[kept]
+    return b.module(op, _layer(b, op, np.stack(parts), bias), (source,))
+
+
+def _layer(b: _Builder, op: Mixing, weight: Vector, bias: Vector | None) -> nn.Module:
+    """A layer with the weights (groups, out of a group, in of a group, taps)."""
+    groups, outs, ins, _ = weight.shape
+    like = op.module
+    if op.transposed:
+        weight = weight.swapaxes(1, 2).reshape(groups * ins, outs, *op.weight.shape[2:])
+    else:
+        weight = weight.reshape(groups * outs, ins, *op.weight.shape[2:])
+    settings: dict[str, Any] = {"bias": bias is not None, "device": "meta"}
+    made: nn.Module
+    if isinstance(like, nn.Linear):
+        made = nn.Linear(ins, outs, **settings)
+    else:
+        cls = next(c for c in type(like).__mro__ if c.__module__ == nn.Conv2d.__module__)
+        for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode"):
+            settings[name] = getattr(like, name)
+        if op.transposed:
+            settings["output_padding"] = like.output_padding  # type: ignore[union-attr]
+        made = cls(groups * ins, groups * outs, groups=groups, **settings)
+    made.weight = _parameter(b, weight, op.weight)
+    if bias is not None:
+        made.bias = _parameter(b, bias, op.weight)
+    return made
+
+
+def _parameter(b: _Builder, values: Vector, like: Tensor) -> nn.Parameter:
+    value = torch.from_numpy(np.ascontiguousarray(values)).to(like.device, b.dtype or like.dtype)
+    return nn.Parameter(value, requires_grad=like.requires_grad)
+
+
+def _norm(b: _Builder, op: Op) -> fx.Node:
+    """BatchNorm of the kept channels; open factors go into its statistics, gates into its affine."""
+    assert isinstance(op, Norm)
+    norm, values = op.norm, b.analysis.values
+    kept = b.analysis.kept[op.name]
+    factors = b.analysis.channels[op.inputs[0]].scale[kept]
+    tiny = (factors > 0) & (factors < SMALLEST_FOLD)
+    source, scale = b.read(op, 0, exact=bool(tiny.any()) or not op.tracks)
+    cls = next(c for c in type(norm).__mro__ if c.__module__ == nn.BatchNorm2d.__module__)
+    made = cls(
+        int(kept.sum()),
+        eps=norm.eps,
+        momentum=norm.momentum,
+        affine=norm.affine,
+        track_running_stats=op.tracks,
+        device="meta",
+    )
+    z = op.gate_values(values)[kept]
+    shut = scale == 0
+    safe = np.where(shut, 1.0, scale)
+    if norm.affine:
+        weight = values.array(norm.weight)[kept] * z
+        bias = values.array(norm.bias)[kept] * z
+        if shut.any():
+            # What stays of a channel behind a closed gate is a constant.
+            weight[shut] = 0.0
+            bias[shut] = b.analysis.channels[op.name].const[kept][shut]
+        made.weight = _parameter(b, weight, norm.weight)
+        made.bias = _parameter(b, bias, norm.bias)
+    if norm.running_mean is not None and norm.running_var is not None:
+        mean = (values.array(norm.running_mean) - b.shifts.get(op.name, np.zeros(op.width)))[kept]
+        variance = (values.array(norm.running_var)[kept] + norm.eps) / safe**2 - norm.eps
+        made.running_mean = _parameter(b, mean / safe, norm.running_mean).data
+        made.running_var = _parameter(b, variance, norm.running_var).data
+        assert norm.num_batches_tracked is not None
+        made.num_batches_tracked = norm.num_batches_tracked.clone()
+    return b.module(op, made, (source,))
+
+
+def _gate(b: _Builder, op: Op) -> fx.Node:
+    """Nothing is left but factors that later layers absorb."""
+    return b.read(op, 0, exact=False)[0]
+
+
+def _per_channel(b: _Builder, op: Op) -> fx.Node:
+    assert isinstance(op, PerChannel)
+    source, _ = b.read(op, 0, exact=not op.homogeneous)
+    if op.passing:
+        return source
+    replace = {op.inputs[0]: source}
+    if isinstance(op.module, nn.Module):
+        module = b.copied(op.module)
+        return b.module(op, module, *b.arguments(op, replace))
+    node = b.sources[op.name]
+    if op.drops is not None:
+        # The function was traced in eval mode; a module drops again when the network is trained.
+        return b.module(op, op.drops(_drop_probability(node)), (source,))
+    args, kwargs = b.arguments(op, replace)
+    return b.graph.create_node(node.op, node.target, args, kwargs)
+
+
+def _drop_probability(node: fx.Node) -> float:
+    p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+    assert isinstance(p, int | float)
+    return float(p)
+
+
+def _write_in_place_where_safe(graph: fx.Graph, root: nn.Module) -> None:
+    """Let activations overwrite only what a layer has made for them alone."""
+    makers = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
+    for node in graph.nodes:
+        module = root.get_submodule(node.target) if node.op == "call_module" else None
+        if not getattr(module, "inplace", False):
+            continue
+        (source,) = node.all_input_nodes
+        made = source.op == "call_module" and isinstance(root.get_submodule(source.target), makers)
+        if not made or len(source.users) > 1:
+            module.inplace = False  # type: ignore[union-attr,assignment]
+
+
+def _slopes(b: _Builder, op: Op) -> fx.Node:
+    assert isinstance(op.module, nn.PReLU)
+    source, _ = b.read(op, 0, exact=False)
+    kept = b.analysis.kept[op.name]
+    made = nn.PReLU(int(kept.sum()), device="meta")
+    made.weight = _parameter(b, b.analysis.values.array(op.module.weight)[kept], op.module.weight)
+    return b.module(op, made, (source,))
+
+
+def _reshape(b: _Builder, op: Op) -> fx.Node:
+    assert isinstance(op, Reshape)
+    assert op.shape is not None
+    source, _ = b.read(op, 0, exact=False)
+    read, kept = b.analysis.read[op.name][0], b.analysis.kept[op.name]
+    assert read is not None
+    before = b.network.ops[op.inputs[0]].shape
+    assert before is not None
+    if before == op.shape:
+        node = source
+    elif len(op.shape) == 2:
+        node = b.graph.call_function(torch.flatten, (source, 1))
+    else:
+        node = b.graph.call_function(torch.reshape, (source, (b.batch(), int(read.sum()), *op.shape[2:])))
+    return b.select(node, kept, read.repeat(op.spread), op.name)
+
+
+def _cat(b: _Builder, op: Op) -> fx.Node:
+    parts, scales = [], []
+    for i, read in enumerate(b.analysis.read[op.name]):
+        if read is not None:
+            node, scale = b.read(op, i, exact=False)
+            parts.append(node)
+            scales.append(scale)
+    return parts[0] if len(parts) == 1 else b.graph.call_function(torch.cat, (parts, 1))
+
+
+def _pairwise(b: _Builder, op: Op) -> fx.Node:
+    """Sum or product; an input that is constant throughout is a vector along the channels."""
+    assert isinstance(op, Add | Mul)
+    kept = b.analysis.kept[op.name]
+    sides: list[fx.Node | None] = []
+    for i, read in enumerate(b.analysis.read[op.name]):
+        if read is not None:
+            sides.append(b.read(op, i, exact=True)[0])
+            continue
+        const = b.analysis.channels[op.inputs[i]].const[kept]
+        needless = isinstance(op, Add) and not const.any()
+        sides.append(None if needless else b.vector(f"{op.name}_constant", const, op.inputs[i]))
+    left, right = sides
+    if isinstance(op, Mul):
+        return b.graph.call_function(torch.mul, (left, right))
+    if right is None:
+        assert left is not None
+        return left
+    if left is None:
+        return right if op.sign > 0 else b.graph.call_function(torch.neg, (right,))
+    return b.graph.call_function(torch.add if op.sign > 0 else torch.sub, (left, right))
+
+
+def _other(b: _Builder, op: Op) -> fx.Node:
+    """An operation that is kept as it is, on complete inputs."""
+    replace: dict[str, Any] = {}
+    for i, name in enumerate(op.inputs):
+        replace[name] = b.read(op, i, exact=True)[0]
+    args, kwargs = b.arguments(op, replace)
+    node = b.sources[op.name]
+    if isinstance(op, Output):
+        return b.graph.output(args[0])
+    if op.module is not None:
+        return b.module(op, b.copied(op.module), args, kwargs)
+    return b.graph.create_node(node.op, node.target, args, kwargs)
+
+
+def _attribute(b: _Builder, op: Op) -> fx.Node:
+    assert isinstance(op, Attribute)
+    tensor = b.copied(op.tensor)
+    if not isinstance(op.tensor, nn.Parameter):
+        return b.tensor(op.name, tensor)
+    b.root.register_parameter(op.name, nn.Parameter(tensor, requires_grad=op.tensor.requires_grad))
+    return b.graph.get_attr(op.name)
+
+
+_BUILD: dict[type[Op], Callable[[_Builder, Op], fx.Node]] = {
+    Op: _other,
+    Output: _other,
+    Attribute: _attribute,
+    Mixing: _mixing,
+    Norm: _norm,
+    Gate: _gate,
+    PerChannel: _per_channel,
+    Slopes: _slopes,
+    Reshape: _reshape,
+    Cat: _cat,
+    Add: _pairwise,
+    Mul: _pairwise,
+}
+"""How each kind of operation is rebuilt."""
+
+
+def _check(network: Network, analysis: Analysis, smaller: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Compare both networks, in their own precision and in float64."""
+    model = network.model
+    batches = [tuple(inputs), _noise_like(inputs)]
+    wide = build(network, analysis, torch.float64)
+    with evaluating(model):
+        for batch in batches:
+            tolerance = TOLERANCE.get(first_weight(model).dtype, 1e-3)
+            _compare(model(*batch), smaller(*batch), type(model).__name__, tolerance)
+            if not all(_supports_float64(x) for x in batch):
+                continue
+            double = tuple(x.double() if x.is_floating_point() else x for x in batch)
+            weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            weights = {k: v.double() if v.is_floating_point() else v for k, v in weights.items()}
+            answers = torch.func.functional_call(model, weights, double)
+            _compare(answers, wide(*double), type(model).__name__, FLOAT64_TOLERANCE)
+
+
+def first_weight(model: nn.Module) -> Tensor:
+    """A weight whose type and device stand for the model's."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+
+
+def _supports_float64(x: Tensor) -> bool:
+    return x.device.type in ("cpu", "cuda")
+
+
+def _noise_like(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Normal noise with the mean and spread of each input; whole numbers are turned round."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for x in inputs:
+        if not x.is_floating_point():
+            made.append(x.flip(0))
+            continue
+        noise = torch.randn(x.shape, generator=generator)
+        spread = x.std(correction=0) if x.numel() > 1 else torch.ones(())
+        made.append(noise.to(x) * torch.where(spread > 0, spread, 1.0).to(x) + x.mean())
+    return tuple(made)
+
+
+def _compare(answers: Any, others: Any, name: str, tolerance: float) -> None:
+    found: list[tuple[Tensor, ...]] = [_tensors(answers), _tensors(others)]
+    for a, b in zip(*found, strict=True):
+        error = difference(a, b)
+        if not error <= tolerance:
+            raise RuntimeError(
+                f"the compacted {name} gives other answers: they differ by {error:.2g} of the output's"
+                " spread; please report the network"
+            )
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    found: list[Tensor] = []
+
+    def collect(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        return leaf
+
+    fx.node.map_aggregate(result, collect)
+    return tuple(found)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two answers as a share of the first one's spread.
+
+    Answers that are all alike have no spread; then it is a share of their magnitude.
+    """
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    a, b = a.double(), b.double()
+    magnitude = a.abs().max().item()
+    spread = (a.max() - a.min()).item()
+    size = spread if spread > 1e-6 * magnitude else magnitude
+    return (a - b).abs().max().item() / (size or 1.0)
