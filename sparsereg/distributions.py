@@ -436,6 +436,15 @@ class HardConcrete(nn.Module):
     def _shape(self) -> tuple[float, float, float]:
         return self.temperature, self.gamma, self.zeta
 
+    def train(self, mode: bool = True) -> "HardConcrete":
+        """Set the mode; a draw of :func:`draw_together` that was not used is forgotten."""
+        self._drawn = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A draw belongs to one forward pass and its graph: copies and pickles go without it.
+        return {**self.__dict__, "_drawn": None}
+
     def get_extra_state(self) -> Tensor:
         """The temperature as a float64 scalar, for the state dict."""
         return torch.tensor(self.temperature, dtype=torch.float64)

@@ -185,6 +185,15 @@ def test_draw_together_has_the_distribution_of_single_draws():
     assert gates[3]._drawn is None
 
 
+def test_a_draw_that_was_not_used_is_no_part_of_copies_and_ends_with_the_mode():
+    gate = HardConcrete(5)
+    hc.draw_together([gate])
+    for twin in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
+        assert twin._drawn is None
+    assert gate._drawn is not None
+    assert gate.eval().train()._drawn is None
+
+
 def test_draws_of_shut_gates_do_not_open():
     """A clamp of log_alpha (as in other codes) would let a shut gate open at random for ever."""
     gate = HardConcrete(100_000, log_alpha_init=-60.0)
