@@ -1,0 +1,235 @@
+"""Weights exp(log_weight) times Hard Concrete gates, learned by Adam: the L0 method.
+
+Minimises loss(totals) + lambda_l0 * sum P(z > 0) + lambda_l2 * sum exp(log_weight)^2 with the gradient
+written out by hand: one product with the matrix for the totals of a draw and one for its gradient, both
+reading open households only. A shut gate passes no gradient from the data, so leaving it out is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsereg.calibration.losses import TargetLoss
+from sparsereg.calibration.matrix import HouseholdMatrix
+from sparsereg.distributions import GAMMA, ZETA, gate_median, p_active, shift
+
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
+"""Constants of Adam (Kingma and Ba, 2015)."""
+_CLOSED_FOR_GOOD = -math.log(2.0**24)
+"""Uniform numbers in float32 are below 1 - 2^-24, so noise cannot lift a location by more than this."""
+_COMPACT_EVERY = 25
+"""Epochs between two looks for households that are shut for good."""
+_RELEASE = 0.6
+"""Share of the epochs over which the wanted number of households falls to K."""
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What the gated solver does, apart from the data.
+
+    Args:
+        lambda_l0: Factor of the expected number of kept households, >= 0.
+        lambda_l2: Factor of the sum of squared weights (before the gates), >= 0.
+        lr: Learning rate of Adam, > 0.
+        temperature: beta as a function of the epoch.
+        num_epochs: How long the run is, for the schedule of the number of households.
+        num_households: Steer lambda_l0 so that this many are kept; None: leave it.
+        gamma: Lower end of the stretch interval, < 0.
+        zeta: Upper end of the stretch interval, > 1.
+        use_gates: False: no gates, weights only.
+    """
+
+    lambda_l0: float = 0.0
+    lambda_l2: float = 0.0
+    lr: float = 0.15
+    temperature: Callable[[float], float] = field(default=lambda epoch: 0.65)
+    num_epochs: int = 1000
+    num_households: int | None = None
+    gamma: float = GAMMA
+    zeta: float = ZETA
+    use_gates: bool = True
+
+
+class GateSolver:
+    """The state of a gated run: parameters, moments, the generator of the noise, the epoch.
+
+    Args:
+        matrix: All households.
+        loss: What is minimised over the totals.
+        log_weight: Logarithm of the starting weights, float32, shape (households,).
+        log_alpha: Starting locations of the gates, float32.
+        settings: Penalties, rates and schedules.
+        seed: Seed of the noise.
+    """
+
+    def __init__(
+        self,
+        matrix: HouseholdMatrix,
+        loss: TargetLoss,
+        log_weight: Tensor,
+        log_alpha: Tensor,
+        settings: GateSettings,
+        seed: int = 0,
+    ) -> None:
+        self._whole, self.loss, self.settings = matrix, loss, settings
+        self.epoch = 0
+        self.log_weight, self.log_alpha = log_weight.float().clone(), log_alpha.float().clone()
+        self._moments = torch.zeros(4, len(log_weight), device=log_weight.device)
+        self._generator = torch.Generator(device=log_weight.device).manual_seed(seed)
+        self._integral = 0.0
+        self.last_loss = float("nan")
+        self._all_columns()
+
+    def _all_columns(self) -> None:
+        """Work on all households."""
+        self._live = torch.arange(len(self.log_weight), device=self.log_weight.device)
+        self._matrix = self._whole
+
+    @property
+    def temperature(self) -> float:
+        """beta of the current epoch."""
+        return self.settings.temperature(self.epoch)
+
+    def gates(self) -> Tensor:
+        """Test-time gates, float32."""
+        if not self.settings.use_gates:
+            return torch.ones_like(self.log_alpha)
+        return gate_median(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
+
+    def weights(self) -> Tensor:
+        """Weights times test-time gates, float64, zero where shut."""
+        return self.log_weight.double().exp() * self.gates().double()
+
+    def expected_kept(self) -> float:
+        """Sum of P(z > 0), accumulated in float64."""
+        p = p_active(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
+        return float(p.double().sum())
+
+    def step(self, count: int = 1) -> None:
+        """Run ``count`` epochs."""
+        for _ in range(count):
+            if self.epoch % _COMPACT_EVERY == 0 and self.settings.use_gates:
+                self._drop_closed()
+            self._step()
+            self.epoch += 1
+
+    def _step(self) -> None:
+        everyone = len(self._live) == len(self.log_weight)
+        log_weight = self.log_weight if everyone else self.log_weight[self._live]
+        log_alpha = self.log_alpha if everyone else self.log_alpha[self._live]
+        moments = self._moments if everyone else self._moments[:, self._live]
+        positive = log_weight.exp()
+        if self.settings.use_gates:
+            gate, slope = self._draw(log_alpha)
+            weight = positive * gate
+        else:
+            weight, slope = positive, None
+        totals = self._matrix.totals(weight)
+        self.last_loss = float(self.loss.value(totals))
+        residual = self.loss.residual(totals)
+        gradient = self._matrix.gradient(residual, weight if slope is not None else None).float()
+        down_weight = gradient * weight
+        if self.settings.lambda_l2 > 0:
+            down_weight += 2.0 * self.settings.lambda_l2 * positive.square()
+        self._adam(log_weight, down_weight, moments[0], moments[1])
+        if slope is not None:
+            down_alpha = gradient.mul_(positive).mul_(slope)
+            self._add_penalty(down_alpha, log_alpha)
+            self._adam(log_alpha, down_alpha, moments[2], moments[3])
+        if not everyone:
+            self.log_weight[self._live], self.log_alpha[self._live] = log_weight, log_alpha
+            self._moments[:, self._live] = moments
+
+    def _draw(self, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates and their derivative by location: the quantile function of ``distributions``, differentiated."""
+        low, high, beta = self.settings.gamma, self.settings.zeta, self.temperature
+        u = torch.rand(len(log_alpha), generator=self._generator, device=log_alpha.device)
+        s = u.logit_().add_(log_alpha).div_(beta).sigmoid_()
+        stretched = s * (high - low) + low
+        gate = stretched.clamp(0.0, 1.0)
+        inside = stretched == gate
+        slope = (s - s * s).mul_((high - low) / beta).mul_(inside)
+        return gate, slope
+
+    def _add_penalty(self, gradient: Tensor, log_alpha: Tensor) -> None:
+        """Add the gradient of lambda_l0 * sum P(z > 0), with lambda_l0 steered if a number is wanted."""
+        p = p_active(log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
+        factor = self.settings.lambda_l0
+        if self.settings.num_households is not None:
+            factor = self._steer(float(p.double().sum()))
+        if factor > 0:
+            gradient.add_(p.mul_(1.0 - p), alpha=factor)
+
+    def _steer(self, expected: float) -> float:
+        """lambda_l0 of this epoch: proportional and integral control of log(expected / wanted).
+
+        The wanted number falls geometrically from all households to K over the first part of the run. The
+        integral is emptied when the number is met, since a shut gate gets no gradient from the data and
+        would not open again.
+        """
+        wanted_at_last = float(self.settings.num_households or 1)
+        progress = min(1.0, self.epoch / max(1.0, _RELEASE * self.settings.num_epochs))
+        wanted = len(self.log_weight) * (wanted_at_last / len(self.log_weight)) ** progress
+        error = math.log(max(expected, 1e-30) / wanted)
+        self._integral = 0.0 if error <= 0 else self._integral + 0.05 * error
+        multiplier = max(0.0, self._integral + 5.0 * error)
+        return multiplier * self.last_loss / max(expected, 1.0)
+
+    def _adam(self, value: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
+        """One step of Adam, in place (the form of torch.optim.Adam)."""
+        first.lerp_(gradient, 1.0 - _BETA1)
+        second.mul_(_BETA2).addcmul_(gradient, gradient, value=1.0 - _BETA2)
+        step = self.epoch + 1
+        root = second.sqrt().div_(math.sqrt(1.0 - _BETA2**step)).add_(_EPSILON)
+        value.addcdiv_(first, root, value=-self.settings.lr / (1.0 - _BETA1**step))
+
+    def _drop_closed(self) -> None:
+        """Leave out households whose gate can open no more: no noise lifts it and nothing pulls it up.
+
+        The data give it no gradient, the penalty only lowers it, so this changes no result but for the
+        order of the noise.
+        """
+        bound = _CLOSED_FOR_GOOD + shift(self.temperature, self.settings.gamma, self.settings.zeta)
+        closed = (self.log_alpha[self._live] < bound) & (self._moments[2, self._live] >= 0)
+        if int(closed.sum()) > 0.2 * len(self._live):
+            left = torch.nonzero(~closed).flatten()
+            self._live, self._matrix = self._live[left], self._matrix.take(left)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a later run needs to go on as if it had not been interrupted."""
+        return {
+            "epoch": self.epoch,
+            "log_weight": self.log_weight.clone(),
+            "log_alpha": self.log_alpha.clone(),
+            "moments": self._moments.clone(),
+            "live": self._live.clone(),
+            "generator": self._generator.get_state(),
+            "integral": self._integral,
+            "last_loss": self.last_loss,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state that :meth:`state_dict` gave for the same problem.
+
+        Raises:
+            ValueError: the state belongs to another number of households.
+        """
+        if len(state["log_weight"]) != len(self.log_weight):
+            raise ValueError(
+                f"the state is of {len(state['log_weight'])} households, the problem has {len(self.log_weight)}"
+            )
+        self.epoch, self._integral = int(state["epoch"]), float(state["integral"])
+        self.last_loss = float(state["last_loss"])
+        for name in ("log_weight", "log_alpha"):
+            getattr(self, name).copy_(state[name])
+        self._moments.copy_(state["moments"])
+        self._generator.set_state(state["generator"].cpu())
+        self._live = state["live"].to(self.log_weight.device)
+        everyone = len(self._live) == len(self.log_weight)
+        self._matrix = self._whole if everyone else self._whole.take(self._live)

@@ -1,0 +1,169 @@
+"""How far weighted totals are from their targets, as a number, its gradient, and its quadratic bound."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LOSSES = ("relative", "mse", "mape", "capped")
+"""relative: squared error over (|target| + 1)^2; mse: squared error; mape: absolute error over
+|target| + 1; capped: the same, no more than ``cap`` for any one target."""
+
+CAP = 1.0
+"""Largest contribution of one target to the capped loss: being wrong by 100 % (and all beyond)."""
+
+
+def check_loss(name: str) -> str:
+    """Return the name of a loss, or raise a ValueError that lists the known ones."""
+    if name not in LOSSES:
+        near = difflib.get_close_matches(str(name), LOSSES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}{hint}")
+    return name
+
+
+def group_shares(
+    num_targets: int,
+    groups: np.ndarray | None = None,
+    *,
+    normalize: bool = True,
+    multipliers: dict[object, float] | None = None,
+    target_weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """Weight of every target in the loss.
+
+    Args:
+        num_targets: How many targets there are.
+        groups: Label of the group of each target; None: every target for itself.
+        normalize: Every group counts once, however many targets it has.
+        multipliers: Factor on the targets of a group, by label, >= 0; after the normalisation.
+        target_weights: Factor on each target, >= 0.
+
+    Returns:
+        Shares >= 0 of shape (targets,), float64, not normalised over groups.
+
+    Raises:
+        ValueError: multipliers without groups, for an unknown group, or negative.
+    """
+    shares = np.ones(num_targets) if target_weights is None else np.array(target_weights, dtype=np.float64)
+    if groups is None:
+        if multipliers:
+            raise ValueError("group_multipliers requires target_groups to be set")
+        return shares
+    labels, member, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    if normalize:
+        shares = shares / counts[member]
+    for label, factor in (multipliers or {}).items():
+        if label not in labels:
+            raise ValueError(f"group_multipliers key {label!r} not found in target_groups")
+        if not factor >= 0:
+            raise ValueError(f"group_multipliers must be >= 0, got {factor!r} for group {label!r}")
+        shares[member == np.flatnonzero(labels == label)[0]] *= factor
+    return shares
+
+
+@dataclass(frozen=True, eq=False)
+class TargetLoss:
+    """Weighted sum over targets of a loss of (total - target).
+
+    Args:
+        targets: Wanted totals, float64, shape (targets,).
+        shares: Weight of each target, >= 0; a mean if they add up to one.
+        loss: A name in ``LOSSES``.
+        cap: Largest relative error that counts, for "capped".
+
+    Raises:
+        ValueError: the loss is unknown, or the cap is not > 0.
+    """
+
+    targets: Tensor
+    shares: Tensor
+    loss: str = "relative"
+    cap: float = CAP
+    scale: Tensor = field(init=False)
+    """What an error is divided by: |target| + 1, so that zero and negative targets are defined."""
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
+        if not self.cap > 0:
+            raise ValueError(f"cap must be a relative error > 0, got {self.cap!r}")
+        plain = self.loss == "mse"
+        scale = torch.ones_like(self.targets) if plain else self.targets.abs() + 1.0
+        object.__setattr__(self, "scale", scale)
+
+    @property
+    def is_quadratic(self) -> bool:
+        """Whether the loss is a sum of squares, and :meth:`bound` therefore the loss itself."""
+        return self.loss in ("relative", "mse")
+
+    def value(self, totals: Tensor) -> Tensor:
+        """The loss, a float64 scalar."""
+        error = (totals - self.targets) / self.scale
+        if self.is_quadratic:
+            per_target = error.square()
+        elif self.loss == "mape":
+            per_target = error.abs()
+        else:
+            per_target = error.abs().clamp(max=self.cap)
+        return (self.shares * per_target).sum()
+
+    def residual(self, totals: Tensor) -> Tensor:
+        """Gradient of the loss with respect to the totals, float64."""
+        error = (totals - self.targets) / self.scale
+        if self.is_quadratic:
+            slope = 2.0 * error
+        elif self.loss == "mape":
+            slope = error.sign()
+        else:
+            slope = error.sign() * (error.abs() < self.cap)
+        return self.shares * slope / self.scale
+
+    def bound(self, totals: Tensor, floor: float = 1e-12) -> Quadratic:
+        """Quadratic that touches the loss at ``totals`` and bounds it from above (itself if quadratic).
+
+        Args:
+            totals: Where to touch.
+            floor: Relative error below which an absolute value is rounded off, > 0.
+        """
+        weight = self.shares / self.scale.square()
+        if not self.is_quadratic:
+            error = ((totals - self.targets) / self.scale).abs()
+            weight = weight / (2.0 * error.clamp(min=floor))
+            if self.loss == "capped":
+                weight = weight * (error < self.cap)
+        return Quadratic(self.targets, weight)
+
+    def quadratic(self) -> Quadratic:
+        """The squared error of the same scale: the loss itself, or a smooth stand-in for it."""
+        return Quadratic(self.targets, self.shares / self.scale.square())
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """sum_i weight_i (total_i - target_i)^2.
+
+    Args:
+        targets: Wanted totals, float64.
+        weight: Weight of each target's squared error, >= 0.
+    """
+
+    targets: Tensor
+    weight: Tensor
+
+    def value(self, totals: Tensor) -> Tensor:
+        """The quadratic, a float64 scalar."""
+        return (self.weight * (totals - self.targets).square()).sum()
+
+    def residual(self, totals: Tensor) -> Tensor:
+        """Half of its gradient with respect to the totals."""
+        return self.weight * (totals - self.targets)
+
+
+def relative_errors(estimates: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(estimate - target) / |target|, or the plain error where the target is zero; float64, never NaN."""
+    targets = np.asarray(targets, dtype=np.float64)
+    return (np.asarray(estimates, dtype=np.float64) - targets) / np.where(targets == 0, 1.0, np.abs(targets))

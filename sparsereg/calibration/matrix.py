@@ -1,0 +1,232 @@
+"""The matrix of a calibration problem, stored by household, and the products a solver needs.
+
+Two homes of the same three products: compiled loops over float32 entries on the CPU, and torch's sparse
+products on any device. Both accumulate in float64, and both give the same bits for the same input
+whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+_ENTRIES_PER_LANE = 250_000
+"""Fewer entries than this are not worth handing to a second thread (about 0.2 ms of work)."""
+_MAX_LANES = 8
+"""Private totals cost num_targets x 8 bytes per lane."""
+
+
+class HouseholdMatrix(Protocol):
+    """What solvers ask of a matrix. Vectors are torch tensors on ``device``."""
+
+    num_households: int
+    num_targets: int
+    num_entries: int
+    device: torch.device
+
+    def totals(self, weights: Tensor) -> Tensor:
+        """Sum of weights times entries for every target, float64; households of weight zero cost nothing."""
+
+    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+        """Sum of residuals times entries for every household, float64; zero where ``where`` is zero."""
+
+    def squared_norms(self, row_weights: Tensor) -> Tensor:
+        """Sum of row_weights times squared entries for every household, float64."""
+
+    def take(self, households: Tensor) -> HouseholdMatrix:
+        """Return the matrix of these households only, in this order (a copy)."""
+
+
+def household_matrix(
+    by_household: sp.csr_array, device: str | torch.device = "cpu", backend: str = "auto"
+) -> HouseholdMatrix:
+    """Prepare a matrix for a solver.
+
+    Args:
+        by_household: Households x targets, canonical CSR, float32.
+        device: Where to compute.
+        backend: "compiled" (numba; CPU only), "torch", or "auto": compiled where it can be.
+
+    Raises:
+        ValueError: the backend is unknown or does not run on the device.
+    """
+    device = torch.device(device)
+    can_compile = device.type == "cpu" and importlib.util.find_spec("numba") is not None
+    if backend not in ("auto", "compiled", "torch"):
+        raise ValueError(f"backend must be one of auto, compiled, torch, got {backend!r}")
+    if backend == "compiled" and not can_compile:
+        raise ValueError(f"backend='compiled' needs numba and device='cpu', got device={str(device)!r}")
+    if backend == "torch" or not can_compile:
+        return TorchMatrix.from_scipy(by_household, device)
+    return CompiledMatrix(by_household)
+
+
+@lru_cache(maxsize=4)
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    """Threads that sleep while there is nothing to do (OpenMP's would spin)."""
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="calibration")
+
+
+class CompiledMatrix:
+    """The matrix on the CPU, with numba's loops.
+
+    The households are cut into lanes of about equally many entries. Each lane sums into totals of its own
+    and these are added in order, so the result does not depend on how many threads share the lanes.
+
+    Args:
+        by_household: Households x targets, canonical CSR, float32.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, by_household: sp.csr_array) -> None:
+        self._indptr = np.ascontiguousarray(by_household.indptr)
+        self._indices = np.ascontiguousarray(by_household.indices)
+        self._data = np.ascontiguousarray(by_household.data, dtype=np.float32)
+        self.num_households, self.num_targets = (int(n) for n in by_household.shape)
+        self.num_entries = len(self._data)
+        num_lanes = max(1, min(_MAX_LANES, self.num_entries // _ENTRIES_PER_LANE))
+        cuts = np.arange(num_lanes + 1) * (self.num_entries / num_lanes)
+        bounds = np.searchsorted(self._indptr, cuts)
+        bounds[0], bounds[-1] = 0, self.num_households
+        self._lanes = [slice(int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    def _run(self, name: str, per_lane: list[tuple[Any, ...]]) -> None:
+        """Call a kernel for every lane, in threads if torch may use several."""
+        from sparsereg.calibration import kernels
+
+        kernel = getattr(kernels, name)
+        calls = [
+            (self._indptr[lane.start : lane.stop + 1], self._indices, self._data, *arguments)
+            for lane, arguments in zip(self._lanes, per_lane, strict=True)
+        ]
+        num_threads = min(torch.get_num_threads(), len(calls))
+        if num_threads == 1:
+            for call in calls:
+                kernel(*call)
+        else:
+            for done in [_pool(num_threads).submit(kernel, *call) for call in calls]:
+                done.result()
+
+    def totals(self, weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        values = weights.numpy()
+        private = np.zeros((len(self._lanes), self.num_targets))
+        self._run("scatter", [(values[lane], private[k]) for k, lane in enumerate(self._lanes)])
+        return torch.from_numpy(private[0] if len(private) == 1 else private.sum(axis=0))
+
+    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        values, out = residual.numpy(), np.empty(self.num_households)
+        if where is None:
+            self._run("gather", [(values, out[lane]) for lane in self._lanes])
+        else:
+            mask = where.numpy()
+            self._run("gather_where", [(values, mask[lane], out[lane]) for lane in self._lanes])
+        return torch.from_numpy(out)
+
+    def squared_norms(self, row_weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        out = np.empty(self.num_households)
+        self._run("squared_norms", [(row_weights.numpy(), out[lane]) for lane in self._lanes])
+        return torch.from_numpy(out)
+
+    def descend(self, *arguments: Any) -> float:
+        """Coordinate descent over the households, one after the other; see ``kernels.descend``."""
+        from sparsereg.calibration import kernels
+
+        values = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
+        return float(kernels.descend(self._indptr, self._indices, self._data, *values))
+
+    def take(self, households: Tensor) -> CompiledMatrix:
+        """See :class:`HouseholdMatrix`."""
+        shape = (self.num_households, self.num_targets)
+        whole = sp.csr_array((self._data, self._indices, self._indptr), shape=shape, copy=False)
+        return CompiledMatrix(whole[households.numpy()])
+
+
+class TorchMatrix:
+    """The matrix on any device, with torch's sparse products, stored both ways to never transpose.
+
+    Args:
+        by_household: Households x targets, sparse CSR tensor, float64.
+        by_target: Its transpose, sparse CSR.
+    """
+
+    def __init__(self, by_household: Tensor, by_target: Tensor) -> None:
+        self._by_household, self._by_target = by_household, by_target
+        self.num_households, self.num_targets = (int(n) for n in by_household.shape)
+        self.num_entries = int(by_household.values().numel())
+        self.device = by_household.device
+
+    @classmethod
+    def from_scipy(cls, by_household: sp.csr_array, device: torch.device) -> TorchMatrix:
+        """Copy a scipy matrix, households x targets, and its transpose to the device."""
+        by_target = sp.csr_array(by_household.T.tocsr())
+        return cls(_to_torch(by_household, device), _to_torch(by_target, device))
+
+    def totals(self, weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        return self._by_target @ weights.double()
+
+    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        gradient = self._by_household @ residual
+        return gradient if where is None else gradient * (where != 0)
+
+    def squared_norms(self, row_weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        squares = _csr_tensor(
+            self._by_household.crow_indices(),
+            self._by_household.col_indices(),
+            self._by_household.values().square(),
+            self._by_household.shape,
+        )
+        return squares @ row_weights
+
+    def take(self, households: Tensor) -> TorchMatrix:
+        """See :class:`HouseholdMatrix`."""
+        crow = self._by_household.crow_indices()
+        columns, values = self._by_household.col_indices(), self._by_household.values()
+        counts = (crow[1:] - crow[:-1])[households]
+        new_crow = torch.zeros(len(households) + 1, dtype=crow.dtype, device=self.device)
+        new_crow[1:] = counts.cumsum(0)
+        entries = torch.repeat_interleave(crow[households] - new_crow[:-1], counts)
+        entries = entries + torch.arange(len(entries), device=self.device)
+        shape = (len(households), self.num_targets)
+        chosen = _csr_tensor(new_crow, columns[entries], values[entries], shape)
+        return TorchMatrix(chosen, _transposed(chosen))
+
+
+def _to_torch(matrix: sp.csr_array, device: torch.device) -> Tensor:
+    """Scipy CSR to a torch CSR tensor in float64, so that sums are exact enough to report."""
+    parts = (matrix.indptr, matrix.indices, matrix.data.astype(np.float64))
+    return _csr_tensor(*(torch.from_numpy(part).to(device) for part in parts), matrix.shape)
+
+
+def _csr_tensor(crow: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Build a sparse CSR tensor without torch's warnings that CSR is in beta and goes unchecked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
+        return torch.sparse_csr_tensor(crow, columns, values, shape)
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    """Transpose a CSR tensor by one stable sort of its column indices."""
+    num_rows, num_columns = matrix.shape
+    crow, columns = matrix.crow_indices(), matrix.col_indices()
+    rows = torch.repeat_interleave(torch.arange(num_rows, device=matrix.device), crow[1:] - crow[:-1])
+    order = torch.argsort(columns, stable=True)
+    new_crow = torch.zeros(num_columns + 1, dtype=crow.dtype, device=matrix.device)
+    new_crow[1:] = torch.bincount(columns, minlength=num_columns).cumsum(0)
+    return _csr_tensor(
+        new_crow, rows[order].to(crow.dtype), matrix.values()[order], (num_columns, num_rows)
+    )
