@@ -24,7 +24,7 @@ class HybridGate(nn.Module):
 
     Args:
         n_items: number of rows, >= 1.
-        l0_fraction: share of the target that gates select, in (0, 1].
+        l0_fraction: share of the target that gates select, in (0, 1]; at least one row.
         random_fraction: share of the target that is selected at random, in [0, 1]; the two sum to at
             most 1.
         target_items: number of rows to select, in [1, n_items]; a fifth of ``n_items`` if None.
@@ -57,9 +57,7 @@ class HybridGate(nn.Module):
         self.l0_fraction = l0_fraction
         self.random_fraction = random_fraction
         self.target_items = target
-        self.n_l0 = round(target * l0_fraction)
-        if self.n_l0 < 1:
-            raise ValueError(f"l0_fraction * target_items must be at least 1, got {target * l0_fraction:g}")
+        self.n_l0 = max(1, round(target * l0_fraction))
         # Two shares that make up the whole must not lose a row to rounding.
         share = target if math.isclose(both, 1.0) else round(target * random_fraction)
         self.n_random = min(share, target - self.n_l0)
