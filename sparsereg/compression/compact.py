@@ -288,7 +288,7 @@ def _mixing(b: _Builder, op: Op) -> fx.Node:
 def _layer(b: _Builder, op: Mixing, weight: Vector, bias: Vector | None) -> nn.Module:
     """A layer with the weights (groups, out of a group, in of a group, taps)."""
     groups, outs, ins, _ = weight.shape
-    like = op.module
+    like = op.layer
     if op.transposed:
         weight = weight.swapaxes(1, 2).reshape(groups * ins, outs, *op.weight.shape[2:])
     else:

@@ -161,6 +161,12 @@ class _Pass:
         """The gates that an operation has absorbed."""
         return Chance(self.ones(op.width), {id(g): self.active[id(g)] for g in op.gates})
 
+    def connections(self, op: Mixing) -> Tensor:
+        """Chance that any weight between two channels is open, (out, in)."""
+        assert op.weight_gate is not None
+        p = self.active[id(op.weight_gate)].reshape(op.width, op.in_group, op.taps)
+        return p.squeeze(2) if op.taps == 1 else 1 - (1 - p).prod(dim=2)
+
     def _ask(self, op: Op) -> None:
         wanted = self.wanted.get(op.name, Wanted())
         stays: Chance | None
@@ -212,6 +218,9 @@ def _always(pass_: _Pass, op: Op, inputs: Sequence[Chance]) -> Chance:
 
 def _mixing_alive(pass_: _Pass, op: Op, inputs: Sequence[Chance]) -> Chance:
     assert isinstance(op, Mixing)
+    if op.weight_gate is not None:
+        through = pass_.connections(op) * inputs[0].value
+        return Chance(1 - (1 - through).prod(dim=1)) & pass_.gates(op)
     if op.in_group == 1 and op.out_group == 1:
         return inputs[0] & pass_.gates(op)
     groups = any_of(inputs[0].value, op.groups)
@@ -277,6 +286,9 @@ def _ask_all(pass_: _Pass, op: Op, stays: Chance, wanted: Wanted) -> list[Wanted
 
 def _ask_mixing(pass_: _Pass, op: Op, stays: Chance, wanted: Wanted) -> list[Wanted]:
     assert isinstance(op, Mixing)
+    if op.weight_gate is not None:
+        through = pass_.connections(op) * stays.value.unsqueeze(1)
+        return [Wanted(alive=Chance(1 - (1 - through).prod(dim=0)))]
     if op.in_group == 1 and op.out_group == 1:
         return [Wanted(anyway=stays)]
     groups = any_of(stays.value, op.groups)

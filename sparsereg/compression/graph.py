@@ -37,7 +37,8 @@ from sparsereg.compression.ops import (
 )
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
-from sparsereg.model.basic_l0_blocks import GatedBatchNorm2d, L0Gate
+from sparsereg.layers import GatedLayer, L0Conv2d, L0DepthwiseConv2d, L0Linear
+from sparsereg.model.basic_l0_blocks import BatchNorm2d, GatedBatchNorm2d, L0Gate
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one operation; anything else is followed into."""
-        if isinstance(m, L0Gate | GatedBatchNorm2d | HardConcrete):
+        if isinstance(m, L0Gate | BatchNorm2d | HardConcrete | GatedLayer):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -256,7 +257,7 @@ class Network:
         self.ops = ops
         self.batch = batch
         self.constants = constants
-        found = {id(gate): gate for op in ops.values() for gate in op.gates}
+        found = {id(gate): gate for op in ops.values() for gate in op.all_gates}
         self.gates: list[HardConcrete] = list(found.values())
 
     def analyse(self, pins: Mapping[str, Mask] | None = None) -> "Analysis":
@@ -277,7 +278,7 @@ class Network:
             if name in analysis.kept and name not in analysis.constant:
                 inputs = [channels[i] for i in op.inputs]
                 there = [analysis.kept.get(i, need[i]) for i in op.inputs]
-                analysis.read[name] = op.reads(analysis.kept[name], inputs, there)
+                analysis.read[name] = op.reads(analysis.kept[name], inputs, values, there)
         return analysis
 
     def parameters_of(self, op: Op, analysis: "Analysis") -> int:
@@ -312,7 +313,7 @@ class Network:
             analysis.constant.add(op.name)
             return
         inputs = [analysis.channels[i] for i in op.inputs]
-        for name, mask in zip(op.inputs, op.needs(kept, inputs), strict=True):
+        for name, mask in zip(op.inputs, op.needs(kept, inputs, analysis.values), strict=True):
             if mask is not None:
                 need[name] |= mask
 
@@ -372,8 +373,14 @@ def trace(model: nn.Module, example_input: Example) -> Network:
         # One example cannot be told from a dimension of size one; two of them can.
         twice = tuple(x if x.shape[0] > 1 else torch.cat([x, x]) for x in inputs)
         recorder = _Recorder(fx.GraphModule(model, graph))
-        with recorder.counter:
-            recorder.run(*twice)
+        try:
+            with recorder.counter:
+                recorder.run(*twice)
+        except Exception as error:
+            name = type(model).__name__
+            raise InputError(
+                f"{name} does not run on the example input, at {recorder.where!r}: {_first_line(error)}"
+            ) from error
     batch = twice[0].shape[0]
     ops, constants = _operations(model, graph, recorder, batch)
     _refuse_unknown_gates(model, ops)
@@ -459,16 +466,12 @@ class _Recorder(fx.Interpreter):
         self.results: dict[fx.Node, Any] = {}
         self.flops: dict[fx.Node, int] = {}
         self.counter = FlopCounterMode(display=False)
+        self.where = ""
 
     def run_node(self, n: fx.Node) -> Any:
+        self.where = n.name
         before = self.counter.get_total_flops()
-        try:
-            result = super().run_node(n)
-        except Exception as error:
-            reason = _first_line(error)
-            raise InputError(
-                f"the network does not run on the example input, at {n.name!r}: {reason}"
-            ) from error
+        result = super().run_node(n)
         self.results[n] = _shape(result)
         self.flops[n] = self.counter.get_total_flops() - before
         return result
@@ -646,6 +649,34 @@ def _conv_dims(module: nn.Module | None) -> int:
     return 2 + len(module.kernel_size)
 
 
+def _gated_layer(found: Node) -> Op | None:
+    """A layer with gates on its weights or on its channels."""
+    module = found.module
+    if isinstance(module, L0Linear):
+        if found.shape is None or len(found.shape) != 2:
+            return None
+        layer: nn.Module = nn.Linear(module.in_features, module.out_features, device="meta")
+    else:
+        assert isinstance(module, L0Conv2d | L0DepthwiseConv2d)
+        depthwise = isinstance(module, L0DepthwiseConv2d)
+        width = module.gated_weight.shape[0]
+        layer = nn.Conv2d(
+            module.in_channels,
+            width,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            groups=width if depthwise else 1,
+            device="meta",
+        )
+    holder = module.depthwise_conv if isinstance(module, L0DepthwiseConv2d) else module
+    weight_gate = module.gate if module.per_weight else None
+    op = Mixing(**found.common, layer=layer, holder=holder, weight_gate=weight_gate)
+    if module.gate is not None and not module.per_weight:
+        op.gates.append(module.gate)
+    return op
+
+
 def _norm(found: Node) -> Op | None:
     if not found.channelwise():
         return None
@@ -774,6 +805,7 @@ Recognise = Callable[[Node], Op | None]
 MODULES: dict[type[nn.Module], Recognise] = {
     **dict.fromkeys(MIXING, _mixing),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _norm),
+    GatedLayer: _gated_layer,
     L0Gate: _gate,
     **dict.fromkeys(HOMOGENEOUS, _pool_with_indices),
     **dict.fromkeys(ELEMENTWISE, partial(_per_channel, homogeneous=False)),
@@ -800,7 +832,7 @@ FUNCTIONS: dict[Any, Recognise] = {
 def _refuse_unknown_gates(model: nn.Module, ops: dict[str, Op]) -> None:
     """Stop at gates that would be handed on as they are: the result is to have none."""
     for op in ops.values():
-        known = isinstance(op, Gate | Norm)
+        known = isinstance(op, Gate | Norm | Mixing)
         if op.module is not None and not known:
             for name, part in op.module.named_modules():
                 if isinstance(part, HardConcrete):

@@ -8,6 +8,7 @@ Everything is about the feature dimension of a tensor, dimension 1: the channels
 of a layer. A channel is *constant* if it has one value for every input and at every position.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,13 +134,15 @@ class Op:
         """The channels to keep so that those in ``need`` are there; at least these."""
         return np.ones(self.width, dtype=bool)
 
-    def needs(self, kept: Mask, inputs: Sequence[Channels]) -> list[Mask | None]:
+    def needs(self, kept: Mask, inputs: Sequence[Channels], values: Values) -> list[Mask | None]:
         """For each input the channels that must be there; None where the input itself need not."""
         return [np.ones(width, dtype=bool) for width in self.input_widths]
 
-    def reads(self, kept: Mask, inputs: Sequence[Channels], there: Sequence[Mask]) -> list[Mask | None]:
+    def reads(
+        self, kept: Mask, inputs: Sequence[Channels], values: Values, there: Sequence[Mask]
+    ) -> list[Mask | None]:
         """The channels read from each input, of those that are ``there``: those that it needs."""
-        return self.needs(kept, inputs)
+        return self.needs(kept, inputs, values)
 
     def num_parameters(self, read: Sequence[Mask | None], kept: Mask) -> int:
         """Parameters that are left with these input and output channels."""
@@ -154,6 +157,11 @@ class Op:
     def num_constants(self, read: Sequence[Mask | None], kept: Mask, inputs: Sequence[Channels]) -> int:
         """Parameters that come in for constants of inputs that are not read."""
         return 0
+
+    @property
+    def all_gates(self) -> list[HardConcrete]:
+        """The gates that decide about this operation."""
+        return self.gates
 
     def gate_values(self, values: Values) -> Vector:
         """Product of the gates that are folded into this operation."""
@@ -215,38 +223,64 @@ class Mixing(Op):
 
     Gates that follow it with only positively homogeneous operations in between are its ``gates``: they
     multiply its rows and bias.
+
+    Args:
+        layer: a layer of PyTorch with the same settings, if the module is not one itself.
+        holder: the module that holds weight and bias, if that is another one.
+        weight_gate: gates of the weights, one for each.
     """
 
     kind = "mixing"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        layer: nn.Module | None = None,
+        holder: nn.Module | None = None,
+        weight_gate: HardConcrete | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        module = self.module
-        assert module is not None
-        self.groups: int = getattr(module, "groups", 1)
-        self.transposed: bool = getattr(module, "transposed", False)
-        self.weight: Tensor = module.weight  # type: ignore[assignment]
-        self.bias: Tensor | None = module.bias  # type: ignore[assignment]
-        kernel = self.weight.shape[2:]
-        self.taps = int(np.prod(kernel, dtype=np.int64))
+        assert self.module is not None
+        self.layer = self.module if layer is None else layer
+        self.holder = self.module if holder is None else holder
+        self.weight_gate = weight_gate
+        self.groups: int = getattr(self.layer, "groups", 1)
+        self.transposed: bool = getattr(self.layer, "transposed", False)
+        self.taps = math.prod(self.weight.shape[2:])
         self.in_group = self.weight.shape[0 if self.transposed else 1]
         if self.transposed:
             self.in_group //= self.groups
         self.out_group = self.width // self.groups
-        self.steady = self._steady(module)
+        self.steady = self._steady(self.layer)
         self.absorber: str | None = None
         self.macs_per_weight = self.macs / (self.width * self.in_group)
 
-    def _steady(self, module: nn.Module) -> bool:
+    @property
+    def weight(self) -> Tensor:
+        """The weights as they are now."""
+        return self.holder.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias as it is now."""
+        return self.holder.bias  # type: ignore[return-value]
+
+    @property
+    def all_gates(self) -> list[HardConcrete]:
+        """Gates of its channels and of its weights."""
+        return self.gates if self.weight_gate is None else [*self.gates, self.weight_gate]
+
+    def _steady(self, layer: nn.Module) -> bool:
         """Whether a constant that is not zero gives a constant output at every position."""
-        if isinstance(module, nn.Linear):
+        if isinstance(layer, nn.Linear):
             return True
-        if not self.transposed and getattr(module, "padding_mode", "zeros") != "zeros":
+        if not self.transposed and getattr(layer, "padding_mode", "zeros") != "zeros":
             return True
-        padding = module.padding
+        padding = layer.padding
         padded = padding == "same" if isinstance(padding, str) else any(padding)  # type: ignore[arg-type]
         if self.transposed:
-            return self.taps == 1 and not padded and all(s == 1 for s in module.stride)  # type: ignore[union-attr]
+            return self.taps == 1 and not padded and all(s == 1 for s in layer.stride)  # type: ignore[union-attr]
         return not padded or (self.taps == 1 and padding == "same")
 
     def folds(self, channels: Channels) -> Mask:
@@ -254,21 +288,35 @@ class Mixing(Op):
         live = channels.live
         return ~live if self.steady else ~live & (channels.const == 0)
 
+    def connected(self, values: Values) -> Mask:
+        """Which weights are not behind a closed gate of their own, (out, in); without groups."""
+        assert self.weight_gate is not None
+        z = values.gate([self.weight_gate], self.weight.numel())
+        return np.asarray((z != 0).reshape(self.width, self.in_group, self.taps).any(axis=-1))
+
     def forward(self, inputs: Sequence[Channels], values: Values) -> Channels:
         """Constant where all the inputs of a group are; a closed gate makes its row constant zero."""
-        folded = self.folds(inputs[0])
         const = np.full(self.width, np.nan)
-        if folded.any():
-            dead = folded.reshape(self.groups, self.in_group).all(axis=1)
-            if dead.any():
-                rows = np.repeat(dead, self.out_group)
-                total = self.contribution(np.where(folded, inputs[0].const, 0.0), values)
-                if self.bias is not None:
-                    total = total + values.array(self.bias)
-                const[rows] = total[rows]
+        rows = self._dead_rows(inputs[0], values)
+        if rows.any():
+            folded = self.folds(inputs[0])
+            total = self.contribution(np.where(folded, inputs[0].const, 0.0), values)
+            if self.bias is not None:
+                total = total + values.array(self.bias)
+            const[rows] = total[rows]
         if self.gates:
             const = _shut(const, self.gate_values(values), values.pins.get(self.name))
         return Channels(const, np.ones(self.width))
+
+    def _dead_rows(self, channels: Channels, values: Values) -> Mask:
+        """Output channels that read nothing but constants."""
+        folded = self.folds(channels)
+        if self.weight_gate is not None:
+            return ~self.connected(values)[:, ~folded].any(axis=1)
+        if not folded.any():
+            return np.zeros(self.width, dtype=bool)
+        dead = folded.reshape(self.groups, self.in_group).all(axis=1)
+        return np.asarray(dead).repeat(self.out_group)
 
     def contribution(self, const: Vector, values: Values) -> Vector:
         """What constant input channels add to every output channel; (in,) to (out,)."""
@@ -281,6 +329,8 @@ class Mixing(Op):
     def oriented(self, values: Values) -> NDArray[np.float64]:
         """The weights as (groups, out of a group, in of a group, taps)."""
         w = values.array(self.weight)
+        if self.weight_gate is not None:
+            w = w * values.gate([self.weight_gate], len(w))
         if self.transposed:
             return w.reshape(self.groups, self.in_group, self.out_group, self.taps).swapaxes(1, 2)
         return w.reshape(self.groups, self.out_group, self.in_group, self.taps)
@@ -289,9 +339,11 @@ class Mixing(Op):
         """The needed channels; groups stay equally large."""
         return need if self.groups == 1 else _even(need, self.groups)
 
-    def needs(self, kept: Mask, inputs: Sequence[Channels]) -> list[Mask | None]:
+    def needs(self, kept: Mask, inputs: Sequence[Channels], values: Values) -> list[Mask | None]:
         """Every input that is not a constant to fold, of the groups that are left."""
         need = ~self.folds(inputs[0])
+        if self.weight_gate is not None:
+            need &= self.connected(values)[kept].any(axis=0)
         if self.groups == 1:
             return [need]
         alive = kept.reshape(self.groups, -1).any(axis=1)
@@ -301,9 +353,11 @@ class Mixing(Op):
         need[alive & ~need.any(axis=1), 0] = True
         return [_even(need.reshape(-1), self.groups)]
 
-    def reads(self, kept: Mask, inputs: Sequence[Channels], there: Sequence[Mask]) -> list[Mask | None]:
+    def reads(
+        self, kept: Mask, inputs: Sequence[Channels], values: Values, there: Sequence[Mask]
+    ) -> list[Mask | None]:
         """Everything that is there, so that no selection has to be copied; of groups, what is needed."""
-        return [there[0]] if self.groups == 1 else self.needs(kept, inputs)
+        return [there[0]] if self.groups == 1 else self.needs(kept, inputs, values)
 
     def folded(self, read: Mask, channels: Channels) -> Vector:
         """The constants that are added to the bias, for the input channels that are not read."""
@@ -380,7 +434,7 @@ class Norm(Op):
         """The needed channels."""
         return need
 
-    def needs(self, kept: Mask, inputs: Sequence[Channels]) -> list[Mask | None]:
+    def needs(self, kept: Mask, inputs: Sequence[Channels], values: Values) -> list[Mask | None]:
         """Channel by channel."""
         return [kept]
 
@@ -403,7 +457,7 @@ class Gate(Op):
         """The needed channels."""
         return need
 
-    def needs(self, kept: Mask, inputs: Sequence[Channels]) -> list[Mask | None]:
+    def needs(self, kept: Mask, inputs: Sequence[Channels], values: Values) -> list[Mask | None]:
         """Channel by channel."""
         return [kept]
 
@@ -465,7 +519,7 @@ class PerChannel(Op):
         """The needed channels."""
         return need
 
-    def needs(self, kept: Mask, inputs: Sequence[Channels]) -> list[Mask | None]:
+    def needs(self, kept: Mask, inputs: Sequence[Channels], values: Values) -> list[Mask | None]:
         """Channel by channel."""
         return [kept]
 
@@ -506,7 +560,7 @@ class Reshape(Op):
         """The needed features."""
         return need
 
-    def needs(self, kept: Mask, inputs: Sequence[Channels]) -> list[Mask | None]:
+    def needs(self, kept: Mask, inputs: Sequence[Channels], values: Values) -> list[Mask | None]:
         """A channel if any of its features is needed."""
         return [np.asarray(kept.reshape(-1, self.spread).any(axis=1))]
 
@@ -524,7 +578,7 @@ class Cat(Op):
         """The needed channels."""
         return need
 
-    def needs(self, kept: Mask, inputs: Sequence[Channels]) -> list[Mask | None]:
+    def needs(self, kept: Mask, inputs: Sequence[Channels], values: Values) -> list[Mask | None]:
         """Each input its part; an input of which nothing is needed can go."""
         parts = np.split(kept, np.cumsum(self.input_widths)[:-1])
         return [part if part.any() else None for part in parts]
@@ -552,7 +606,7 @@ class Add(Op):
         """The needed channels."""
         return need
 
-    def needs(self, kept: Mask, inputs: Sequence[Channels]) -> list[Mask | None]:
+    def needs(self, kept: Mask, inputs: Sequence[Channels], values: Values) -> list[Mask | None]:
         """Both inputs, channel by channel; an input that is constant throughout becomes a vector."""
         return [kept if c.live[kept].any() else None for c in inputs]
 
@@ -578,7 +632,7 @@ class Mul(Op):
         """The needed channels."""
         return need
 
-    def needs(self, kept: Mask, inputs: Sequence[Channels]) -> list[Mask | None]:
+    def needs(self, kept: Mask, inputs: Sequence[Channels], values: Values) -> list[Mask | None]:
         """Both inputs, channel by channel; an input that is constant throughout becomes a vector."""
         return [kept if c.live[kept].any() else None for c in inputs]
 
