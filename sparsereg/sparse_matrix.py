@@ -216,7 +216,9 @@ def _torch_csr(csr: Any, device: torch.device) -> Tensor:
         # PyTorch calls its compressed sparse rows a beta feature on first use.
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         indptr, indices, data = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
-        return torch.sparse_csr_tensor(indptr, indices, data, size=csr.shape, device=device)
+        return torch.sparse_csr_tensor(
+            indptr, indices, data, size=csr.shape, device=device, check_invariants=True
+        )
 
 
 @functools.lru_cache(maxsize=4)
