@@ -25,7 +25,9 @@ _CLOSED_FOR_GOOD = -math.log(2.0**24)
 """Uniform numbers in float32 are below 1 - 2^-24, so noise cannot lift a location by more than this."""
 _COMPACT_EVERY = 25
 """Epochs between two looks for households that are shut for good."""
-_RELEASE = 0.6
+_PROPORTIONAL_GAIN, _INTEGRAL_GAIN, _FIRST_PRICE = 10.0, 0.02, 30.0
+"""Steering of lambda_l0 by the number of households; the last is the price at which it starts."""
+_RELEASE = 0.8
 """Share of the epochs over which the wanted number of households falls to K."""
 
 
@@ -167,19 +169,19 @@ class GateSolver:
             gradient.add_(p.mul_(1.0 - p), alpha=factor)
 
     def _steer(self, expected: float) -> float:
-        """lambda_l0 of this epoch: proportional and integral control of log(expected / wanted).
+        """lambda_l0 of this epoch: proportional and integral control of log(expected / wanted) on log(lambda).
 
         The wanted number falls geometrically from all households to K over the first part of the run. The
-        integral is emptied when the number is met, since a shut gate gets no gradient from the data and
-        would not open again.
+        unit of lambda is the current loss per kept household, since under Adam a penalty acts by its ratio
+        to the gradient of the data.
         """
-        wanted_at_last = float(self.settings.num_households or 1)
+        everyone = len(self.log_weight)
+        share = float(self.settings.num_households or 1) / everyone
         progress = min(1.0, self.epoch / max(1.0, _RELEASE * self.settings.num_epochs))
-        wanted = len(self.log_weight) * (wanted_at_last / len(self.log_weight)) ** progress
-        error = math.log(max(expected, 1e-30) / wanted)
-        self._integral = 0.0 if error <= 0 else self._integral + 0.05 * error
-        multiplier = max(0.0, self._integral + 5.0 * error)
-        return multiplier * self.last_loss / max(expected, 1.0)
+        error = math.log(max(expected, 1e-30) / (everyone * share**progress))
+        self._integral += _INTEGRAL_GAIN * max(-0.5, min(0.5, error))
+        exponent = min(self._integral + _PROPORTIONAL_GAIN * error, 40.0)
+        return _FIRST_PRICE * math.exp(exponent) * self.last_loss / max(expected, 1.0)
 
     def _adam(self, value: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
         """One step of Adam, in place (the form of torch.optim.Adam)."""

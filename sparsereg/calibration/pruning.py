@@ -7,16 +7,16 @@ the most useful of the dropped, as long as that pays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsereg.calibration.least_squares import LeastSquares, System
 
-Report = Callable[[str, int, int, LeastSquares], None]
-"""Called with (phase, step, number of steps, current fit)."""
+_ROUGH = 1e-5
+"""Optimality at which the households of weight zero are known well enough."""
 
 
 @dataclass(frozen=True)
@@ -56,64 +56,105 @@ def largest(values: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-def prune(
-    system: System, weights: Tensor, num_kept: int, schedule: PruningSchedule, report: Report
-) -> tuple[Tensor, LeastSquares]:
-    """Drop households until ``num_kept`` are left.
+class Pruning:
+    """A selection under way: first stages that drop households, then rounds that swap some.
 
     Args:
         system: All households.
         weights: Where to start, shape (households,).
-        num_kept: How many to keep.
+        num_kept: How many to keep, from 1 to the number of candidates.
         schedule: How much work to do.
-        report: Called after each stage.
-
-    Returns:
-        The indices of the kept, ascending, and their fit (not yet optimal).
+        candidates: Indices of the households to choose from, ascending; None: all. Swaps look at all.
     """
-    num_households = len(weights)
-    kept = torch.arange(num_households, device=weights.device)
-    fit = system.of(kept, weights)
-    fit.sweep(schedule.first_sweeps)
-    for stage in range(1, schedule.stages + 1):
-        count = kept_at(stage, schedule.stages, num_households, num_kept, schedule.power)
-        if count < len(kept):
-            best = largest(fit.contributions(), count)
-            kept = kept[best]
-            fit = system.of(kept, fit.weights[best])
-        fit.sweep(schedule.sweeps)
-        report("prune", stage, schedule.stages, fit)
-    return kept, fit
 
+    def __init__(
+        self,
+        system: System,
+        weights: Tensor,
+        num_kept: int,
+        schedule: PruningSchedule,
+        candidates: Tensor | None = None,
+    ) -> None:
+        self.system, self.schedule, self.num_kept = system, schedule, num_kept
+        everyone = torch.arange(len(weights), device=weights.device)
+        self._kept = everyone if candidates is None else candidates
+        self.fit = system.of(self._kept, weights[self._kept])
+        self._num_candidates = len(self._kept)
+        self._stages = schedule.stages if num_kept < self._num_candidates else 1
+        self.epoch, self._share, self._value = 0, schedule.swap_share, float("inf")
+        self.done = False
 
-def swap(
-    system: System, kept: Tensor, fit: LeastSquares, schedule: PruningSchedule, report: Report
-) -> tuple[Tensor, LeastSquares]:
-    """Exchange the least useful of the kept for the most useful of the others while that pays.
+    @property
+    def num_epochs(self) -> int:
+        """Most steps there will be."""
+        return self._stages + self.schedule.swap_rounds
 
-    Args:
-        system: All households.
-        kept: Indices of the selection, ascending.
-        fit: Its fit.
-        schedule: How much work to do.
-        report: Called after each round.
-
-    Returns:
-        A selection of the same size and its fit, never worse.
-    """
-    share, value, num_kept = schedule.swap_share, fit.value(), len(kept)
-    for step in range(1, schedule.swap_rounds + 1):
-        count = min(int(share * num_kept), system.matrix.num_households - num_kept)
-        if count < 1:
-            break
-        new_kept, new_fit = _exchange(system, kept, fit, count, schedule.swap_sweeps)
-        new_value = new_fit.value()
-        if new_value < value:
-            kept, fit, value = new_kept, new_fit, new_value
+    def step(self) -> None:
+        """Do one stage of pruning or one round of swaps."""
+        if self.epoch == 0:
+            self.fit.sweep(self.schedule.first_sweeps)
+        self.epoch += 1
+        if self.epoch <= self._stages:
+            self._prune()
         else:
-            share *= schedule.swap_shrink
-        report("swap", step, schedule.swap_rounds, fit)
-    return kept, fit
+            self._swap()
+        self.done = self.done or self.epoch >= self.num_epochs
+
+    def _prune(self) -> None:
+        count = kept_at(
+            self.epoch, self._stages, self._num_candidates, self.num_kept, self.schedule.power
+        )
+        if count < len(self._kept):
+            best = largest(self.fit.contributions(), count)
+            self._kept = self._kept[best]
+            self.fit = self.system.of(self._kept, self.fit.weights[best])
+        self.fit.sweep(self.schedule.sweeps)
+
+    def _swap(self) -> None:
+        """Exchange the least useful of the kept for the most useful of the others, if that pays."""
+        if self._value == float("inf"):
+            self._value = self.fit.value()
+        others = self.system.matrix.num_households - self.num_kept
+        count = min(int(self._share * self.num_kept), others)
+        if count < 1:
+            self.done = True
+            return
+        kept, fit = _exchange(self.system, self._kept, self.fit, count, self.schedule.swap_sweeps)
+        value = fit.value()
+        if value < self._value:
+            self._kept, self.fit, self._value = kept, fit, value
+        else:
+            self._share *= self.schedule.swap_shrink
+
+    def weights(self) -> Tensor:
+        """Weights of all households, zero where not kept."""
+        weights = torch.zeros_like(self.system.initial_weights)
+        weights[self._kept] = self.fit.weights
+        return weights
+
+    def kept(self) -> Tensor:
+        """Indices of the households that are kept, ascending."""
+        return self._kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the selection stands, to go on from later."""
+        return {
+            "epoch": self.epoch,
+            "kept": self._kept.clone(),
+            "weights": self.fit.weights.clone(),
+            "share": self._share,
+            "value": self._value,
+            "candidates": self._num_candidates,
+            "done": self.done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state that :meth:`state_dict` gave for the same problem."""
+        self.epoch, self._share = int(state["epoch"]), float(state["share"])
+        self._value, self._num_candidates = float(state["value"]), int(state["candidates"])
+        self.done = bool(state["done"])
+        self._kept = state["kept"].to(self._kept.device)
+        self.fit = self.system.of(self._kept, state["weights"].to(self._kept.device))
 
 
 def _exchange(
@@ -141,21 +182,20 @@ def add(
 
 
 def fill(
-    system: System, kept: Tensor, fit: LeastSquares, tolerance: float, rounds: int = 8
+    system: System, kept: Tensor, fit: LeastSquares, rounds: int = 8
 ) -> tuple[Tensor, LeastSquares]:
-    """Solve to optimality, replacing households whose weight becomes zero by others that help.
+    """Solve nearly to optimality, replacing households whose weight becomes zero by others that help.
 
     Args:
         system: All households.
         kept: Indices of the selection, ascending.
         fit: Its fit.
-        tolerance: Optimality to reach.
         rounds: Most times to replace.
 
     Returns:
-        A selection of the same size and its optimal fit; a few weights may still be zero.
+        A selection of the same size and its fit; a few weights may still be zero.
     """
-    fit.solve(tolerance)
+    fit.solve(_ROUGH)
     for _ in range(rounds):
         used = torch.nonzero(fit.weights > 0).flatten()
         missing = len(kept) - len(used)
@@ -164,7 +204,7 @@ def fill(
         value = fit.value()
         smaller = system.of(kept[used], fit.weights[used])
         new_kept, new_fit = add(system, kept[used], smaller, missing, 1)
-        new_fit.solve(tolerance)
+        new_fit.solve(_ROUGH)
         if new_fit.value() > value:
             break
         kept, fit = new_kept, new_fit
