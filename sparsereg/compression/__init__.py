@@ -2,5 +2,18 @@
 
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant, Count, LayerCount, count
+from sparsereg.compression.deploy import export, fuse
+from sparsereg.compression.storage import is_compacted, load_compacted, save_compacted
 
-__all__ = ["Accountant", "Count", "LayerCount", "compact", "count"]
+__all__ = [
+    "Accountant",
+    "Count",
+    "LayerCount",
+    "compact",
+    "count",
+    "export",
+    "fuse",
+    "is_compacted",
+    "load_compacted",
+    "save_compacted",
+]

@@ -312,7 +312,7 @@ class Mixing(Op):
         """Output channels that read nothing but constants."""
         folded = self.folds(channels)
         if self.weight_gate is not None:
-            return ~self.connected(values)[:, ~folded].any(axis=1)
+            return np.asarray(~self.connected(values)[:, ~folded].any(axis=1))
         if not folded.any():
             return np.zeros(self.width, dtype=bool)
         dead = folded.reshape(self.groups, self.in_group).all(axis=1)
