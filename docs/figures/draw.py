@@ -62,6 +62,7 @@ def inception_block() -> None:
         [(f"conv 1x1, {red5}", False), (f"conv 5x5, {five}", True)],
         [("max-pooling 3x3", None), (f"conv 1x1, {pool}", True)],
     ]
+    top = 4.4  # where the longest branches end
     figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     box(axes, 6, 0, 4, "input of the block, 64 channels")
     for i, branch in enumerate(branches):
@@ -75,7 +76,8 @@ def inception_block() -> None:
                 y += 0.6
                 box(axes, x, y, 2.6, "gates" if gate else "gates with gate=all", GATE if gate else "#fbf1de")
             y += 1.0
-        arrow(axes, (x, y - 0.7), (6, 5.3))
+        axes.plot([x, x], [y - 0.7, top], color="black", lw=0.8)
+        arrow(axes, (x, top), (4.7 + 0.87 * i, 5.3))
     box(axes, 6, 5.6, 4, f"concatenation, {one + three + five + pool} channels")
     finish(figure, axes, (0, 12.2), (-0.5, 6.1), "inception_block.png")
 

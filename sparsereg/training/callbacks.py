@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsereg.compression import Accountant
 from sparsereg.files import write_atomically
+from sparsereg.model.synchronised import several_processes
 from sparsereg.penalties import hard_concretes
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
 from sparsereg.training.batch_norm import estimate_batch_norm_
@@ -57,7 +58,7 @@ class TemperatureSchedule(Callback):
         """Apply the temperature of this epoch."""
         temperature = self.scheduler.get_temperature(trainer.current_epoch)
         update_temperatures(pl_module, temperature)
-        pl_module.log("temperature", temperature)
+        pl_module.log("temperature", temperature, sync_dist=several_processes())
 
 
 class BatchNormEstimation(Callback):
@@ -119,9 +120,10 @@ class SparsityMonitor(Callback):
             open_gates = {name: float((gate.median() > 0).sum()) for name, gate in gates.items()}
             expected = 1 - torch.cat(list(active.values())).double().mean().item()
         scalars = {"expected_sparsity": expected, "exact_sparsity": self.accountant.count().exact_sparsity}
-        pl_module.log_dict(scalars, prog_bar=True)
-        pl_module.log("open_gates", sum(open_gates.values()))
-        pl_module.log_dict({f"open_gates/{_short(name)}": n for name, n in open_gates.items()})
+        pl_module.log_dict(scalars, prog_bar=True, sync_dist=several_processes())
+        layers = {f"open_gates/{_short(name)}": n for name, n in open_gates.items()}
+        layers["open_gates"] = sum(open_gates.values())
+        pl_module.log_dict(layers, sync_dist=several_processes())
         logger = trainer.logger
         if isinstance(logger, TensorBoardLogger) and self.every and trainer.current_epoch % self.every == 0:
             step = trainer.global_step
@@ -197,7 +199,7 @@ class EpochTimer(Callback):
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self._start)
-            pl_module.log("seconds_per_epoch", self.seconds[-1])
+            pl_module.log("seconds_per_epoch", self.seconds[-1], sync_dist=several_processes())
 
 
 class ProgressBar(TQDMProgressBar):

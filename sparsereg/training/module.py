@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from sparsereg.distributions import draw_together
@@ -102,7 +103,7 @@ class Classifier(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the accuracy on the training images as they were seen (augmented, under sampled gates)."""
-        self.log("train_acc", self.train_acc.compute(), prog_bar=True)
+        self.log("train_acc", self.train_acc.compute(), prog_bar=True, sync_dist=several_processes())
         self.train_acc.reset()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -113,7 +114,7 @@ class Classifier(pl.LightningModule):
         """Count what is right among a batch of test images."""
         self._evaluate("test", self.test_acc, batch)
 
-    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: tuple[Tensor, Tensor]) -> None:
+    def _evaluate(self, stage: str, accuracy: Metric, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
         logits = self.net(images)
         accuracy.update(logits, labels)

@@ -12,7 +12,9 @@ def network() -> nn.Sequential:
     gate = L0Gate(6)
     with torch.no_grad():
         gate.gates.log_alpha.copy_(torch.linspace(-3, 3, 6))
-    return nn.Sequential(nn.Conv2d(3, 6, 3), GatedBatchNorm2d(6, gate), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4))
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), GatedBatchNorm2d(6, gate), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)
+    )
 
 
 def test_statistics_are_the_averages_under_the_medians_of_the_gates():
@@ -23,14 +25,18 @@ def test_statistics_are_the_averages_under_the_medians_of_the_gates():
     conv, norm, act, last, second = net
     with torch.no_grad():
         before = [conv(x) for x in batches]
-        torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in before]).mean(0))
+        torch.testing.assert_close(
+            norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in before]).mean(0)
+        )
         torch.testing.assert_close(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in before]).mean(0))
         z = norm.gate.gates.median()
         hidden = [
             last(act(nn.functional.batch_norm(x, None, None, norm.weight * z, norm.bias * z, training=True)))
             for x in before
         ]
-        torch.testing.assert_close(second.running_mean, torch.stack([x.mean((0, 2, 3)) for x in hidden]).mean(0))
+        torch.testing.assert_close(
+            second.running_mean, torch.stack([x.mean((0, 2, 3)) for x in hidden]).mean(0)
+        )
     assert all(m.training for m in net.modules())
     assert norm.momentum == second.momentum == 0.1
 

@@ -13,7 +13,12 @@ def plain(run, tiny):
 
 def test_gates_open_at_droprate_init_and_are_named(run, tiny, plain):
     tuned = run(
-        "train", f"ckpt_path={plain.last}", "lambda_l0=0", "droprate_init=0.05", "trainer.max_epochs=0", *tiny[6:]
+        "train",
+        f"ckpt_path={plain.last}",
+        "lambda_l0=0",
+        "droprate_init=0.05",
+        "trainer.max_epochs=0",
+        *tiny[6:],
     )
     assert tuned.code == 0, tuned.err
     assert "initialised anew at droprate_init=0.05" in tuned.err
@@ -47,7 +52,10 @@ def test_checkpoints_that_do_not_fit(run, tiny, plain, tmp_path):
     gated = run("train", *tiny, "trainer.max_epochs=1")
     cases = {
         "has gates, but without_using_gate=true": [f"ckpt_path={gated.last}", "without_using_gate=true"],
-        "can only be resumed with without_using_gate=true": [f"ckpt_path={plain.last}", "resume_training=true"],
+        "can only be resumed with without_using_gate=true": [
+            f"ckpt_path={plain.last}",
+            "resume_training=true",
+        ],
         "no such file": ["ckpt_path=nowhere.ckpt"],
         "is of model=googlenet, not of model=lenet5": [f"ckpt_path={plain.last}", "model=lenet5"],
         "give ckpt_path=": ["resume_training=true"],

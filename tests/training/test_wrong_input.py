@@ -93,7 +93,9 @@ def test_an_internal_failure_leaves_its_traceback_in_a_log(run, tiny, monkeypatc
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(run, tiny):
     good = run("train", *tiny, "trainer.max_epochs=1")
-    bad = run("train", f"ckpt_path={good.last}", "resume_training=true", "trainer.max_epochs=3", "lambda_l0=1e39")
+    bad = run(
+        "train", f"ckpt_path={good.last}", "resume_training=true", "trainer.max_epochs=3", "lambda_l0=1e39"
+    )
     assert bad.code == 1
     assert "not a finite number" in bad.err
     assert not (good.folder.parent / "version_1" / "results.json").exists()
