@@ -9,39 +9,39 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsereg.calibration.calibrate import CalibrationResult, calibrate
+    from sparsereg.calibration.calibrate import Calibration, CalibrationResult, Settings, calibrate, polish
     from sparsereg.calibration.checks import Finding, check
     from sparsereg.calibration.estimator import SparseCalibrationWeights
     from sparsereg.calibration.households import build, target_table
-    from sparsereg.calibration.polish import polish
     from sparsereg.calibration.problem import CalibrationProblem
-    from sparsereg.calibration.refit import refit
     from sparsereg.calibration.synthetic import synthetic_problem
 
 _HOMES = {
+    "Calibration": "calibrate",
     "CalibrationProblem": "problem",
     "CalibrationResult": "calibrate",
     "Finding": "checks",
+    "Settings": "calibrate",
     "SparseCalibrationWeights": "estimator",
     "build": "households",
     "calibrate": "calibrate",
     "check": "checks",
-    "polish": "polish",
-    "refit": "refit",
+    "polish": "calibrate",
     "synthetic_problem": "synthetic",
     "target_table": "households",
 }
 
 __all__ = [
+    "Calibration",
     "CalibrationProblem",
     "CalibrationResult",
     "Finding",
+    "Settings",
     "SparseCalibrationWeights",
     "build",
     "calibrate",
     "check",
     "polish",
-    "refit",
     "synthetic_problem",
     "target_table",
 ]

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
+from sparsereg.calibration.calibrate import LAMBDA_SCALES
+from sparsereg.calibration.losses import LOSSES
 from sparsereg.calibration.report import WEIGHT_FORMATS
+from sparsereg.calibration.selection import METHODS, method_of
 from sparsereg.config import TemperatureConfig, one_of, require
 from sparsereg.errors import InputError
 
-LOSSES = ("relative", "mse", "mape", "capped")
-METHODS = ("auto", "pruning", "hard_concrete", "hybrid", "all", "random")
 UNTOUCHABLE = ("error", "drop", "keep")
 DEVICES = ("auto", "cpu", "cuda")
 NEEDED = {"matrix": ("matrix", "targets"), "households": ("households", "targets"), "synthetic": ()}
@@ -33,7 +35,9 @@ class CalibrateConfig:
     num_households: int | None = None
     lambda_l0: float = MISSING
     lambda_l2: float = MISSING
+    lambda_scale: str = MISSING
     loss: str = MISSING
+    cap: float = MISSING
     method: str = MISSING
     max_weight_ratio: float | None = None
     hold_total: bool = MISSING
@@ -41,6 +45,8 @@ class CalibrateConfig:
     chi2: float = MISSING
     consistency: float = MISSING
     normalize_groups: bool = MISSING
+    group_multipliers: Any = None
+    gate_share: float = MISSING
     epochs: int = MISSING
     lr: float = MISSING
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
@@ -63,10 +69,14 @@ def checked(cfg: DictConfig) -> DictConfig:
     """Return the configuration with types and ranges checked.
 
     Raises:
-        InputError: A value is outside its range, or two of them contradict each other.
-        OmegaConfBaseException: A key is unknown or a value has the wrong type.
+        InputError: A value is of the wrong type or outside its range, or two of them contradict each other.
+        OmegaConfBaseException: A key is unknown.
     """
-    c = OmegaConf.merge(OmegaConf.structured(CalibrateConfig), cfg)
+    try:
+        c = OmegaConf.merge(OmegaConf.structured(CalibrateConfig), cfg)
+    except ValidationError as error:
+        said = str(error).partition("\n")[0]
+        raise InputError(f"{error.full_key}={OmegaConf.select(cfg, str(error.full_key))}: {said}") from error
     assert isinstance(c, DictConfig)
     if c.num_households is not None:
         require(c.num_households >= 1, "num_households", "an integer >= 1, or null", c.num_households)
@@ -76,12 +86,15 @@ def checked(cfg: DictConfig) -> DictConfig:
         require(c.max_weight_ratio > 0, "max_weight_ratio", "a number > 0, or null", c.max_weight_ratio)
     require(c.epochs >= 1, "epochs", "an integer >= 1", c.epochs)
     require(c.lr > 0, "lr", "a number > 0", c.lr)
+    require(c.cap > 0, "cap", "a relative error > 0", c.cap)
+    require(0 <= c.gate_share <= 1, "gate_share", "a share in [0, 1]", c.gate_share)
     require(0 < c.droprate_init < 1, "droprate_init", "a rate in (0, 1)", c.droprate_init)
     require(0 <= c.seed < 2**32, "seed", "an integer in [0, 2**32)", c.seed)
     require(c.log_moments >= 2, "log_moments", "an integer >= 2", c.log_moments)
     _check_temperature(c.temperature)
     one_of(c.loss, "loss", LOSSES)
-    one_of(c.method, "method", METHODS)
+    one_of(c.lambda_scale, "lambda_scale", LAMBDA_SCALES)
+    one_of(c.method, "method", ("auto", *METHODS))
     one_of(c.untouchable, "untouchable", UNTOUCHABLE)
     one_of(c.weights_format, "weights_format", WEIGHT_FORMATS)
     one_of(c.device.partition(":")[0], "device", DEVICES)
@@ -98,17 +111,13 @@ def _check_temperature(t: DictConfig) -> None:
 
 def _check_method(c: DictConfig) -> None:
     """Set the method that auto means, and refuse a method without what decides how many are kept."""
-    if c.method == "auto":
-        c.method = "hard_concrete" if c.num_households is None else "pruning"
-    if c.num_households is None and c.method in ("pruning", "random", "hybrid"):
-        raise InputError(f"method={c.method} needs num_households, how many to keep")
+    try:
+        c.method = method_of(c.method, c.num_households)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     if c.num_households is None and c.method == "hard_concrete" and c.lambda_l0 == 0:
         raise InputError(
             "nothing decides how many households to keep: give num_households=K or lambda_l0 > 0"
-        )
-    if c.num_households is not None and c.method == "all":
-        raise InputError(
-            "method=all keeps every household: leave num_households=null or choose another method"
         )
 
 

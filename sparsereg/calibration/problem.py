@@ -203,7 +203,7 @@ def _with_small_indices(csr: sp.csr_array) -> sp.csr_array:
 def _vector(name: str, values: Any, length: int, of: str, smallest: float | None = None) -> np.ndarray:
     """Return ``values`` as a float64 vector of this length, finite and not below ``smallest``."""
     try:
-        vector = np.asarray(values, dtype=np.float64)
+        vector = np.array(values, dtype=np.float64)  # our own copy: nobody changes it behind our back
     except (TypeError, ValueError) as e:
         raise ValueError(f"{name} must be numbers: {e}") from None
     if vector.shape != (length,):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,17 +21,26 @@ class Recorder:
         problem: What is calibrated.
         folder: Where TensorBoard's events go; None: no events.
         moments: About how many sets of totals to keep for the log.
+        history: What a run that is continued has told before.
+        totals: Its totals.
         bar: Show a progress bar on stderr, where that is a terminal.
     """
 
-    def __init__(self, problem: CalibrationProblem, folder: Path | None, moments: int, bar: bool = True):
+    def __init__(
+        self,
+        problem: CalibrationProblem,
+        folder: Path | None,
+        moments: int,
+        history: Sequence[dict[str, float]] = (),
+        totals: Sequence[tuple[int, float, np.ndarray]] = (),
+        bar: bool = True,
+    ):
         self.problem, self.moments = problem, moments
-        self.history: list[dict[str, float]] = []
-        self.totals: list[tuple[int, float, np.ndarray]] = []
+        self.history = [dict(row) for row in history]
+        self.totals = list(totals)
         self._folder, self._show = folder, bar
         self._bar: Any = None
         self._writer: Any = None
-        self._next = 0
 
     def __enter__(self) -> Recorder:
         if self._folder is not None:
@@ -64,9 +74,8 @@ class Recorder:
         mean = float(np.nanmean(errors)) if not np.isnan(errors).all() else math.nan
         row = {"epoch": epoch, "loss": float(loss), "mean_are": mean, "kept": int(kept)}
         self.history.append(row)
-        if epoch >= self._next:
+        if not self.totals or epoch >= self.totals[-1][0] + max(1, epochs // self.moments):
             self.totals.append((epoch, float(loss), np.array(totals, dtype=np.float64)))
-            self._next = epoch + max(1, epochs // self.moments)
         if self._writer is not None:
             for key in ("loss", "mean_are", "kept"):
                 self._writer.add_scalar(key, row[key], epoch)
@@ -84,8 +93,7 @@ class Recorder:
         """
         epoch = int(self.history[-1]["epoch"]) + 1 if self.history else 0
         totals = self.problem.estimates(weights)
-        self._next = 0  # whatever was kept before, the end is
-        self.record(epoch, epoch, loss, int((weights > 0).sum()), totals)
+        self.record(epoch, 0, loss, int((weights > 0).sum()), totals)  # of a run of 0, each moment is kept
         if self._writer is not None:
             self._writer.add_histogram("weights/kept", weights[weights > 0], epoch)
             errors = relative_errors(totals, self.problem.targets)
