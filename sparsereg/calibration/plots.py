@@ -137,7 +137,7 @@ def _groups(targets: pd.DataFrame, axes: Axes) -> None:
     axes.tick_params(axis="y", labelsize=7)
     axes.set_xlabel("mean absolute relative error (%)")
     axes.set_title("By group" + (f", without the {left_out} best" if left_out else ""))
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(framealpha=0.9, edgecolor="none", loc="lower right")
 
 
 def _weight_pairs(weights: pd.DataFrame, axes: Axes) -> None:
@@ -151,7 +151,19 @@ def _weight_pairs(weights: pd.DataFrame, axes: Axes) -> None:
         axes.plot(ends, [factor * e for e in ends], color="black", lw=0.8, ls="--", label=label)
         axes.legend(frameon=False)
     axes.set(xscale="log", yscale="log", xlabel="initial weight", ylabel="calibrated weight")
+    _label_1_2_5(axes)
     axes.set_title(f"Weights of the {len(weights):,} kept households")
+
+
+def _label_1_2_5(axes: Axes) -> None:
+    """Label a logarithmic axis of few decades at 1, 2, 5 and 10; all the minor ticks would overlap."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_xlim()
+    if high / low < 1e3:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _weight_sizes(weights: pd.DataFrame, axes: Axes) -> None:
