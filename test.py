@@ -46,7 +46,7 @@ def run(cfg: DictConfig) -> Path:
         "checkpoint": str(checkpoint.path),
         "data": data.describe(),
     }
-    results |= handover.run(cfg, net, example, data, trainer, folder)
+    results |= handover.run(cfg, net, example, data, trainer.strategy.root_device, folder)
     write_json(folder / "results.json", results)
     print(block_table(count, net))
     for key in ("val_acc", "test_acc", "L_C0", "expected_sparsity", "exact_sparsity"):

@@ -1,0 +1,63 @@
+"""What test.py hands over: the compacted network, its file for deployment, its speed."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from sparsereg.compression import compact, export, load_compacted, save_compacted
+from sparsereg.config import plain
+from sparsereg.data import ImageDataModule
+from sparsereg.files import free_path
+
+
+def run(
+    cfg: DictConfig, net: nn.Module, example: Tensor, data: ImageDataModule, device: torch.device, folder: Path
+) -> dict[str, Any]:
+    """Do what ``compact``, ``export`` and ``benchmark`` ask for and return what to add to results.json.
+
+    Args:
+        cfg: of test.py.
+        net: the gated (or plain) network, on the CPU.
+        example: one image, (1, channels, height, width).
+        data: with the test images.
+        device: where to test.
+        folder: of this test, for plots.
+    """
+    results: dict[str, Any] = {}
+    beside = Path(cfg.ckpt_path).parent
+    if cfg.compact:
+        notes = {"model": plain(cfg.model), "data": data.describe(), "checkpoint": str(cfg.ckpt_path)}
+        path = save_compacted(compact(net, example), free_path(beside / "compacted.pt"), notes)
+        # What is tested is what the file holds.
+        small = load_compacted(path).to(device)
+        results["compacted"] = str(path)
+        results["compacted_test_acc"] = accuracy(small, data.test_dataloader())
+        print(f"compacted: {path}, test accuracy {results['compacted_test_acc']:.4f}")
+    if cfg.export:
+        path = free_path(beside / f"compacted.{cfg.export}")
+        results["exported"] = str(export(net, example, path))
+        print(f"exported: {path}")
+    if cfg.benchmark:
+        from sparsereg.compression.latency import benchmark_gated
+
+        results["latency"] = benchmark_gated(net, example, folder)
+    return results
+
+
+@torch.inference_mode()
+def accuracy(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the share of images whose largest logit is that of their class.
+
+    Args:
+        net: in eval mode.
+        batches: (images, labels), on the device of the network.
+    """
+    right = total = 0
+    for images, labels in batches:
+        right += int((net(images).argmax(1) == labels).sum())
+        total += len(labels)
+    return right / total
