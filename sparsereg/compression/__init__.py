@@ -3,6 +3,7 @@
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant, Count, LayerCount, count
 from sparsereg.compression.deploy import export, fuse
+from sparsereg.compression.insert import gate
 from sparsereg.compression.storage import is_compacted, load_compacted, save_compacted
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "count",
     "export",
     "fuse",
+    "gate",
     "is_compacted",
     "load_compacted",
     "save_compacted",

@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -506,10 +507,32 @@ def _check(network: Network, analysis: Analysis, smaller: fx.GraphModule, inputs
             if not all(_supports_float64(x) for x in batch):
                 continue
             double = tuple(x.double() if x.is_floating_point() else x for x in batch)
-            weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            weights = {k: v.double() if v.is_floating_point() else v for k, v in weights.items()}
-            answers = torch.func.functional_call(model, weights, double)
+            with _in_float64(model):
+                answers = model(*double)
             _compare(answers, wide(*double), type(model).__name__, FLOAT64_TOLERANCE)
+
+
+@contextmanager
+def _in_float64(model: nn.Module) -> Iterator[None]:
+    """Give a network float64 weights for a while; afterwards it has the very tensors that it had."""
+    weights = [(p, p.data) for p in model.parameters() if p.is_floating_point()]
+    buffers = [
+        (m, name, b)
+        for m in model.modules()
+        for name, b in m._buffers.items()
+        if b is not None and b.is_floating_point()
+    ]
+    try:
+        for parameter, data in weights:
+            parameter.data = data.double()
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer.double()
+        yield
+    finally:
+        for parameter, data in weights:
+            parameter.data = data
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
 
 
 def first_weight(model: nn.Module) -> Tensor:

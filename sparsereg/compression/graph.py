@@ -38,7 +38,7 @@ from sparsereg.compression.ops import (
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
 from sparsereg.layers import GatedLayer, L0Conv2d, L0DepthwiseConv2d, L0Linear
-from sparsereg.model.basic_l0_blocks import BatchNorm2d, GatedBatchNorm2d, L0Gate
+from sparsereg.model.basic_l0_blocks import BatchNorm2d, L0Gate
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ MIXING = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DROPOUT = (
     nn.Identity,
     nn.Dropout,
@@ -220,6 +221,8 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one operation; anything else is followed into."""
         if isinstance(m, L0Gate | BatchNorm2d | HardConcrete | GatedLayer):
+            return True
+        if isinstance(getattr(m, "gate", None), L0Gate) and isinstance(m, (*MIXING, *NORMS)):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -641,7 +644,15 @@ def _mixing(found: Node) -> Op | None:
     if found.shapes[0] is None or len(found.shapes) != 1:
         return None
     unbatched = not isinstance(found.module, nn.Linear) and len(found.shapes[0]) != _conv_dims(found.module)
-    return None if unbatched else Mixing(**found.common)
+    return None if unbatched else _with_own_gate(Mixing(**found.common), found)
+
+
+def _with_own_gate(op: Op, found: Node) -> Op:
+    """A layer may carry a gate on its output, folded into its weights or affine."""
+    own = getattr(found.module, "gate", None)
+    if isinstance(own, L0Gate):
+        op.gates.append(own.gates)
+    return op
 
 
 def _conv_dims(module: nn.Module | None) -> int:
@@ -680,10 +691,7 @@ def _gated_layer(found: Node) -> Op | None:
 def _norm(found: Node) -> Op | None:
     if not found.channelwise():
         return None
-    op = Norm(**found.common)
-    if isinstance(found.module, GatedBatchNorm2d):
-        op.gates.append(found.module.gate.gates)
-    return op
+    return _with_own_gate(Norm(**found.common), found)
 
 
 def _gate(found: Node) -> Op | None:
@@ -804,7 +812,7 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 Recognise = Callable[[Node], Op | None]
 MODULES: dict[type[nn.Module], Recognise] = {
     **dict.fromkeys(MIXING, _mixing),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _norm),
+    **dict.fromkeys(NORMS, _norm),
     GatedLayer: _gated_layer,
     L0Gate: _gate,
     **dict.fromkeys(HOMOGENEOUS, _pool_with_indices),
