@@ -72,8 +72,17 @@ class Settings:
     def __post_init__(self) -> None:
         check_loss(self.loss)
         if self.lambda_scale not in LAMBDA_SCALES:
-            raise ValueError(f"lambda_scale must be one of {', '.join(LAMBDA_SCALES)}, got {self.lambda_scale!r}")
-        for name in ("lambda_l0", "lambda_l2", "chi2", "consistency", "log_weight_jitter", "log_alpha_jitter"):
+            raise ValueError(
+                f"lambda_scale must be one of {', '.join(LAMBDA_SCALES)}, got {self.lambda_scale!r}"
+            )
+        for name in (
+            "lambda_l0",
+            "lambda_l2",
+            "chi2",
+            "consistency",
+            "log_weight_jitter",
+            "log_alpha_jitter",
+        ):
             _require(getattr(self, name) >= 0, name, "a number >= 0", getattr(self, name))
         _require(self.cap > 0, "cap", "a relative error > 0", self.cap)
         _require(self.lr > 0, "lr", "a number > 0", self.lr)
@@ -189,7 +198,11 @@ class Calibration:
             num_households = len(given)
         self.num_households = _check_number(num_households, problem.num_households)
         self.method = "polish" if given is not None else method_of(self.settings.method, self.num_households)
-        self.goal = _goal(problem, self.num_households, self.settings)
+        # Sweeps favour the households they visit first, so those are not to be the first ones of the file.
+        self._order = np.random.default_rng(self.settings.seed).permutation(problem.num_households)
+        if given is not None:
+            given = torch.from_numpy(np.flatnonzero(np.isin(self._order, given.numpy())))
+        self.goal = _goal(problem, self.num_households, self.settings, self._order)
         self.selection: Selection = (
             METHODS[self.method](self.goal) if given is None else _swaps_only(self.goal, given)
         )
@@ -233,13 +246,16 @@ class Calibration:
         system, weights = self.goal.system, self.selection.weights()
         kept = self.selection.kept()
         if len(kept) == 0:
-            raise ValueError(f"lambda_l0={self.settings.lambda_l0!r} shut every household: choose a smaller one")
+            raise ValueError(
+                f"lambda_l0={self.settings.lambda_l0!r} shut every household: choose a smaller one"
+            )
         weights, optimality = weights[kept], None
         if self.settings.refit:
             kept, weights, optimality = self._refit(kept, weights)
         full = torch.zeros_like(system.initial_weights)
         full[kept] = weights
-        final = full.cpu().numpy()
+        final = np.empty(len(full))
+        final[self._order] = full.cpu().numpy()
         estimates = self.problem.estimates(final)
         loss = float(self._mean_loss().value(torch.from_numpy(estimates).to(full.device)))
         return CalibrationResult(
@@ -266,7 +282,11 @@ class Calibration:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the calibration stands: plain numbers and tensors."""
-        return {"method": self.method, "selection": self.selection.state_dict(), "history": list(self.history)}
+        return {
+            "method": self.method,
+            "selection": self.selection.state_dict(),
+            "history": list(self.history),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state of the same problem and settings.
@@ -275,7 +295,9 @@ class Calibration:
             ValueError: the state is of another method or problem.
         """
         if state["method"] != self.method:
-            raise ValueError(f"the state is of method={state['method']!r}, this run is method={self.method!r}")
+            raise ValueError(
+                f"the state is of method={state['method']!r}, this run is method={self.method!r}"
+            )
         self.selection.load_state_dict(state["selection"])
         self.history = [dict(row) for row in state["history"]]
 
@@ -387,8 +409,10 @@ def _indices(selected: np.ndarray, households: int) -> Tensor:
     return torch.from_numpy(indices.astype(np.int64))
 
 
-def _goal(problem: CalibrationProblem, num_households: int | None, settings: Settings) -> Goal:
-    """Bring problem and settings into the form that selections work on."""
+def _goal(
+    problem: CalibrationProblem, num_households: int | None, settings: Settings, order: np.ndarray
+) -> Goal:
+    """Bring problem and settings into the form that selections work on, the households in this order."""
     shares = group_shares(
         problem.num_targets,
         problem.target_groups,
@@ -400,11 +424,11 @@ def _goal(problem: CalibrationProblem, num_households: int | None, settings: Set
         raise ValueError("every target has weight zero")
     by_household, targets, shares = _with_aggregates(problem, shares, settings.consistency)
     device = torch.device(settings.device)
-    matrix = household_matrix(by_household, device, settings.backend)
+    matrix = household_matrix(by_household[order], device, settings.backend)
     goal_targets, goal_shares = (torch.from_numpy(v).to(device) for v in (targets, shares))
     loss = TargetLoss(goal_targets, goal_shares, settings.loss, settings.cap)
     mean = TargetLoss(goal_targets, goal_shares / goal_shares.sum(), settings.loss, settings.cap)
-    initial = torch.from_numpy(problem.starting_weights.copy()).to(device)
+    initial = torch.from_numpy(problem.starting_weights[order]).to(device)
     unbounded = torch.full_like(initial, float("inf"))
     ratio = settings.max_weight_ratio
     upper = unbounded if ratio is None else ratio * initial
