@@ -272,8 +272,8 @@ class Calibration:
             weights = fit.weights
         if system.total is not None and float(system.upper[kept].sum()) < system.total * (1 - 1e-12):
             raise ValueError(
-                f"max_weight_ratio={self.settings.max_weight_ratio!r} lets the {len(kept)} kept households weigh"
-                f" {float(system.upper[kept].sum()):g} at most, hold_total asks for {system.total:g}"
+                f"max_weight_ratio={self.settings.max_weight_ratio!r} lets the {len(kept)} kept households"
+                f" weigh {float(system.upper[kept].sum()):g} at most, hold_total asks for {system.total:g}"
             )
         shares = self.goal.loss.shares / self.goal.loss.shares.sum()
         loss = TargetLoss(self.goal.loss.targets, shares, self.settings.loss, self.settings.cap)
@@ -327,8 +327,8 @@ def calibrate(
             max_weight_ratio: No weight above this multiple of the initial weight.
             hold_total: Keep the sum of the weights at the sum of the initial weights.
             refit: Best weights for the selection, to optimality.
-            chi2: Pull towards the initial weights while households are chosen, >= 0: it evens out the weights.
-                The refit is free of it.
+            chi2: Pull towards the initial weights while households are chosen, >= 0: it evens out the
+                weights. The refit is free of it.
             consistency: Weight of the squared relative errors of sums of parts (``problem.parent``), relative
                 to the weight of all targets.
             normalize_groups, group_multipliers: Weights of the groups of targets.

@@ -149,7 +149,7 @@ class GateSolver:
             self._moments[:, self._live] = moments
 
     def _draw(self, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates and their derivative by location: the quantile function of ``distributions``, differentiated."""
+        """Gates and their derivative by location: ``distributions.quantile`` and its slope."""
         low, high, beta = self.settings.gamma, self.settings.zeta, self.temperature
         u = torch.rand(len(log_alpha), generator=self._generator, device=log_alpha.device)
         s = u.logit_().add_(log_alpha).div_(beta).sigmoid_()
@@ -169,7 +169,7 @@ class GateSolver:
             gradient.add_(p.mul_(1.0 - p), alpha=factor)
 
     def _steer(self, expected: float) -> float:
-        """lambda_l0 of this epoch: proportional and integral control of log(expected / wanted) on log(lambda).
+        """lambda_l0 of this epoch: proportional-integral control of log(expected / wanted) on log(lambda).
 
         The wanted number falls geometrically from all households to K over the first part of the run. The
         unit of lambda is the current loss per kept household, since under Adam a penalty acts by its ratio
@@ -223,9 +223,8 @@ class GateSolver:
             ValueError: the state belongs to another number of households.
         """
         if len(state["log_weight"]) != len(self.log_weight):
-            raise ValueError(
-                f"the state is of {len(state['log_weight'])} households, the problem has {len(self.log_weight)}"
-            )
+            theirs, ours = len(state["log_weight"]), len(self.log_weight)
+            raise ValueError(f"the state is of {theirs} households, the problem has {ours}")
         self.epoch, self._integral = int(state["epoch"]), float(state["integral"])
         self.last_loss = float(state["last_loss"])
         for name in ("log_weight", "log_alpha"):

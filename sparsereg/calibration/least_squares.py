@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,6 +69,11 @@ class System:
             matrix, self.quadratic, weights, lower, self.upper[households], pull, center, self.total
         )
 
+    @cached_property
+    def curvature(self) -> Tensor:
+        """Half the second derivative of the quadratic along each household, shape (households,)."""
+        return self.matrix.squared_norms(self.quadratic.weight)
+
     def with_quadratic(self, quadratic: Quadratic) -> System:
         """Return the same problem with other weights of the targets."""
         return replace(self, quadratic=quadratic)
@@ -82,7 +88,7 @@ class System:
             Decreases >= 0, shape (households,).
         """
         slope = self.matrix.gradient(residual).clamp(max=0.0)
-        curvature = self.matrix.squared_norms(self.quadratic.weight)
+        curvature = self.curvature
         step = torch.minimum(-slope / curvature.clamp(min=torch.finfo(torch.float64).tiny), self.upper)
         return torch.where(curvature > 0, -step * (2.0 * slope + curvature * step), torch.zeros_like(slope))
 

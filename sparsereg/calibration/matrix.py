@@ -8,6 +8,7 @@ whatever the number of threads.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -97,7 +98,7 @@ class CompiledMatrix:
         cuts = np.arange(num_lanes + 1) * (self.num_entries / num_lanes)
         bounds = np.searchsorted(self._indptr, cuts)
         bounds[0], bounds[-1] = 0, self.num_households
-        self._lanes = [slice(int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        self._lanes = [slice(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
 
     def _run(self, name: str, per_lane: list[tuple[Any, ...]]) -> None:
         """Call a kernel for every lane, in threads if torch may use several."""

@@ -31,17 +31,30 @@ class PruningSchedule:
         swap_rounds: Most rounds of swaps; 0 for none.
         swap_share: Share of the households exchanged in the first round, in (0, 1].
         swap_shrink: Factor on that share after a round that failed, in (0, 1).
-        swap_sweeps: Sweeps after each exchange.
+        swap_sweeps: Sweeps after an exchange.
+        swap_parts: Parts in which households are added, >= 1.
+        swap_surplus: Surplus that is added and pruned again, as a share of those exchanged, >= 0.
     """
 
-    stages: int = 60
-    sweeps: int = 60
+    stages: int = 40
+    sweeps: int = 40
     first_sweeps: int = 60
     power: float = 3.0
-    swap_rounds: int = 40
-    swap_share: float = 0.1
-    swap_shrink: float = 0.7
-    swap_sweeps: int = 40
+    swap_rounds: int = 60
+    swap_share: float = 0.3
+    swap_shrink: float = 0.85
+    swap_sweeps: int = 24
+    swap_parts: int = 8
+    swap_surplus: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("stages", "sweeps", "first_sweeps", "swap_sweeps", "swap_parts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
+        if self.swap_rounds < 0 or self.swap_surplus < 0 or not self.power > 0:
+            raise ValueError("swap_rounds and swap_surplus must be >= 0 and power > 0")
+        if not 0 < self.swap_share <= 1 or not 0 < self.swap_shrink < 1:
+            raise ValueError("swap_share must lie in (0, 1] and swap_shrink in (0, 1)")
 
 
 def kept_at(stage: int, stages: int, num_households: int, num_kept: int, power: float) -> int:
@@ -119,7 +132,7 @@ class Pruning:
         if count < 1:
             self.done = True
             return
-        kept, fit = _exchange(self.system, self._kept, self.fit, count, self.schedule.swap_sweeps)
+        kept, fit = _exchange(self.system, self._kept, self.fit, count, self.schedule)
         value = fit.value()
         if value < self._value:
             self._kept, self.fit, self._value = kept, fit, value
@@ -158,13 +171,28 @@ class Pruning:
 
 
 def _exchange(
-    system: System, kept: Tensor, fit: LeastSquares, count: int, sweeps: int
+    system: System, kept: Tensor, fit: LeastSquares, count: int, schedule: PruningSchedule
 ) -> tuple[Tensor, LeastSquares]:
-    """Drop the ``count`` least useful, improve the rest a little, add the ``count`` most useful, improve."""
-    stay = largest(fit.contributions(), len(kept) - count)
-    rest = system.of(kept[stay], fit.weights[stay])
-    rest.sweep(max(1, sweeps // 8))
-    return add(system, kept[stay], rest, count, sweeps)
+    """Drop the ``count`` least useful, add the most useful others and a surplus, prune the surplus.
+
+    They are added in parts, with sweeps in between, since two households that help in the same way look
+    equally useful until one of them is in.
+    """
+    num_kept = len(kept)
+    stay = largest(fit.contributions(), num_kept - count)
+    kept, fit = kept[stay], system.of(kept[stay], fit.weights[stay])
+    fit.sweep(max(1, schedule.swap_sweeps // 8))
+    others = system.matrix.num_households - len(kept)
+    number = min(others, count + int(schedule.swap_surplus * count))
+    for part in range(schedule.swap_parts):
+        share = number * (part + 1) // schedule.swap_parts - number * part // schedule.swap_parts
+        if share:
+            kept, fit = add(system, kept, fit, share, max(1, schedule.swap_sweeps // schedule.swap_parts))
+    if len(kept) > num_kept:
+        best = largest(fit.contributions(), num_kept)
+        kept, fit = kept[best], system.of(kept[best], fit.weights[best])
+        fit.sweep(max(1, schedule.swap_sweeps // 2))
+    return kept, fit
 
 
 def add(

@@ -285,5 +285,5 @@ def method_of(name: str, num_households: int | None) -> str:
     if num_households is None and name not in ("hard_concrete", "all"):
         raise ValueError(f"method={name!r} needs num_households, how many to keep")
     if num_households is not None and name == "all":
-        raise ValueError("method='all' keeps every household: leave num_households out or choose another method")
+        raise ValueError("method='all' keeps everybody: leave num_households out or choose another method")
     return name
