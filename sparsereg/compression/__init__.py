@@ -4,12 +4,16 @@ from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant, Count, LayerCount, count
 from sparsereg.compression.deploy import export, fuse
 from sparsereg.compression.insert import gate
+from sparsereg.compression.latency import Latency, Timing, benchmark
 from sparsereg.compression.storage import is_compacted, load_compacted, save_compacted
 
 __all__ = [
     "Accountant",
     "Count",
+    "Latency",
     "LayerCount",
+    "Timing",
+    "benchmark",
     "compact",
     "count",
     "export",

@@ -307,7 +307,7 @@ def _layer(b: _Builder, op: Mixing, weight: Vector, bias: Vector | None) -> nn.M
         made = cls(groups * ins, groups * outs, groups=groups, **settings)
     made.weight = _parameter(b, weight, op.weight)
     if bias is not None:
-        made.bias = _parameter(b, bias, op.weight)
+        made.bias = _parameter(b, bias, op.weight if op.bias is None else op.bias)
     return made
 
 

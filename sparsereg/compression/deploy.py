@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -143,6 +144,24 @@ def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> N
         external_data=False,
         verbose=False,
     )
+
+
+def onnx_session(network: nn.Module, example: Tensor) -> Any:
+    """An onnxruntime session that runs a network of one input, with PyTorch's number of threads.
+
+    Args:
+        network: any network that torch.onnx exports, also one with gates; in eval mode.
+        example: a batch of examples.
+    """
+    import onnxruntime
+
+    _require("onnx", "onnxscript")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder, _quiet(), torch.inference_mode(False), torch.no_grad():
+        path = Path(folder) / "network.onnx"
+        _write_onnx(network, (_at_least_two(example.clone()),), path)
+        return onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
 
 
 def _load_onnx(path: Path) -> Answer | None:

@@ -118,6 +118,16 @@ def load_compacted(path: str | Path) -> fx.GraphModule:
     return module
 
 
+def describe(module: fx.GraphModule) -> str:
+    """Return the structure of a compacted network as JSON, without its weights; see :func:`rebuild`."""
+    return json.dumps(_plan(module))
+
+
+def rebuild(description: str, weights: dict[str, torch.Tensor]) -> fx.GraphModule:
+    """Build a compacted network from :func:`describe` and a state dict; in eval mode, on the CPU."""
+    return _build(json.loads(description), weights)
+
+
 def is_compacted(path: str | Path) -> bool:
     """Whether a file holds a compacted network (and not, say, a checkpoint of training)."""
     try:
@@ -150,7 +160,10 @@ def _module_plan(module: nn.Module, path: str) -> dict[str, Any]:
         raise InputError(f"{type(module).__name__} {path!r} is no module of torch.nn and cannot be saved")
     settings: dict[str, Any] = {}
     for name, argument in inspect.signature(cls).parameters.items():
-        if name in ("device", "dtype") or argument.kind is inspect.Parameter.VAR_KEYWORD:
+        if name in ("device", "dtype") or argument.kind in (
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        ):
             continue
         if name == "bias":
             own_name = "in_proj_bias" if isinstance(module, nn.MultiheadAttention) else "bias"

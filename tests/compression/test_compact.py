@@ -1,0 +1,375 @@
+import copy
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsereg.compression import Accountant, compact, count
+from sparsereg.compression.compact import difference
+from sparsereg.distributions import HardConcrete
+from sparsereg.errors import InputError
+from sparsereg.model.basic_l0_blocks import L0Gate
+from sparsereg.model.googlenet import GoogleNet
+from tests.compression.networks import NETWORKS, PATTERNS, make, set_gates
+
+SMALL = [n for n in NETWORKS if n not in ("resnet18", "mobilenet_v2", "mobilenet_v3")]
+CASES = [(n, p, i) for n in SMALL for i, p in enumerate(PATTERNS)]
+CASES += [(n, p, 0) for n in ("resnet18", "mobilenet_v2", "mobilenet_v3") for p in ("mixed", "one open")]
+
+
+def size(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+@torch.no_grad()
+def check(network: nn.Module, x: torch.Tensor) -> nn.Module:
+    """Same answers in both precisions, the counted size and MACs, no gate, another memory."""
+    counted = count(network, x)
+    smaller = compact(network, x, check=False)
+    assert difference(network(x), smaller(x)) < 1e-5
+    assert smaller(x).shape == network(x).shape
+    assert size(smaller) == counted.compacted_parameters
+    assert not any(type(m).__module__.startswith("sparsereg") for m in smaller.modules())
+    own = {p.data_ptr() for p in network.parameters()}
+    assert not any(p.data_ptr() in own for p in smaller.parameters() if p.numel())
+    with torch.enable_grad(), FlopCounterMode(display=False) as flops:
+        smaller(x[:1])
+    assert flops.get_total_flops() == 2 * counted.compacted_macs
+    wide, y = copy.deepcopy(network).double(), x.double()
+    assert difference(wide(y), compact(wide, y, check=False)(y)) < 1e-9
+    assert sum(row.kept_parameters for row in counted.layers) == counted.compacted_parameters
+    assert sum(row.kept_macs for row in counted.layers) == counted.compacted_macs
+    return smaller
+
+
+@pytest.mark.parametrize(("name", "pattern", "seed"), CASES)
+def test_same_answers_and_counted_size(name, pattern, seed):
+    network, x = make(name, seed)
+    set_gates(network, pattern, seed)
+    check(network, x)
+
+
+def test_nothing_goes_where_all_is_open():
+    for name in NETWORKS:
+        network, x = make(name)
+        set_gates(network, "all open")
+        gates = sum(g.log_alpha.numel() for g in network.modules() if isinstance(g, HardConcrete))
+        counted = count(network, x)
+        assert counted.parameters == size(network) - gates
+        assert counted.compacted_parameters == counted.parameters
+        assert counted.exact_sparsity == 0
+        assert counted.open_gates == counted.gates == gates
+
+
+def test_float32_check_passes_and_network_is_left_alone():
+    network, x = make("googlenet")
+    set_gates(network, "mixed")
+    network.train()
+    network.blocks[0].eval()
+    modes = [m.training for m in network.modules()]
+    state = {k: v.clone() for k, v in network.state_dict().items()}
+    network.stem.conv.weight.grad = torch.ones_like(network.stem.conv.weight)
+    random = torch.get_rng_state()
+    Accountant(network, x).count()
+    compact(network, x)
+    assert [m.training for m in network.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, state[key])
+        assert value.dtype == state[key].dtype
+    assert network.stem.conv.weight.grad.dtype == torch.float32
+
+
+def test_check_leaves_gates_that_are_shared_alone():
+    network, x = make("resnet18")
+    set_gates(network, "mixed")
+    compact(network, x)
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+
+
+def test_check_refuses_other_answers(monkeypatch):
+    module = importlib.import_module("sparsereg.compression.compact")
+    network, x = make("mlp")
+    set_gates(network, "mixed")
+    without = {**module._BUILD, module.PerChannel: lambda b, op: b.read(op, 0, exact=True)[0]}
+    monkeypatch.setattr(module, "_BUILD", without)
+    with pytest.raises(RuntimeError, match="other answers"):
+        compact(network, x)
+
+
+def test_dead_branch_leaves_the_concatenation():
+    network, x = make("googlenet")
+    set_gates(network, "all open")
+    for module in network.blocks[0].branch5x5.modules():
+        if isinstance(module, HardConcrete):
+            module.log_alpha.data.fill_(-9)
+    smaller = check(network, x)
+    assert not any("branch5x5" in n for n, _ in smaller.get_submodule("blocks.0").named_modules())
+    assert smaller.get_submodule("blocks.0.branch1x1.conv").in_channels == 64
+
+
+def test_closed_inputs_are_selected_inside_and_the_signature_stays():
+    network, x = make("lenet300")
+    set_gates(network, "half")
+    smaller = check(network, x)
+    open_inputs = int((network.input_gate.gates.median() > 0).sum())
+    assert smaller.fc1.in_features == open_inputs
+
+
+def test_constants_move_into_the_bias_or_stay_where_padding_would_show_them():
+    def net(padding):
+        torch.manual_seed(0)
+        first = [nn.Conv2d(2, 3, 1), nn.ReLU(), L0Gate(3)]
+        rest = [nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=padding), nn.Flatten()]
+        network = nn.Sequential(*first, *rest).eval()
+        network[2].gates.log_alpha.data.fill_(-9)
+        network[3].bias.data.fill_(0.5)
+        return network
+
+    x = torch.randn(2, 2, 3, 3)
+    constant = check(net(0), x)
+    assert size(constant) == 2  # what the last bias became
+    padded = check(net(1), x)
+    assert size(padded) == 4 + 4 * 2 * 9 + 2
+
+
+def test_bias_is_made_only_where_no_batchnorm_can_take_it():
+    def net(norm):
+        torch.manual_seed(0)
+        depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        network = nn.Sequential(nn.Conv2d(1, 4, 1), L0Gate(4), depthwise, nn.Conv2d(4, 5, 1, bias=False))
+        if norm:
+            network.append(nn.BatchNorm2d(5))
+        network[1].gates.log_alpha.data.copy_(torch.tensor([9.0, -9, 9, -9]))
+        return network.eval()
+
+    x = torch.randn(2, 1, 4, 4)
+    rest = 2 * 2 + 2 * 10 + 2 * 5
+    assert size(check(net(False), x)) == rest + 5
+    assert size(check(net(True), x)) == rest + 2 * 5
+
+
+def test_hand_count():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        L0Gate(6),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 4, 3),
+        nn.Flatten(),
+        L0Gate(16),
+        nn.Linear(16, 3),
+    ).eval()
+    network[3].gates.log_alpha.data.copy_(torch.tensor([9.0, -9, -9, 9, 9, -9]))
+    open_units = torch.zeros(16)
+    open_units[[0, 1, 4]] = 1  # two positions of channel 0, one of channel 1
+    network[7].gates.log_alpha.data.copy_(18 * open_units - 9)
+    x = torch.randn(2, 3, 8, 8)
+    counted = count(network, x)
+    assert counted.parameters == (6 * 27 + 6) + 12 + (4 * 54 + 4) + (48 + 3)
+    assert counted.compacted_parameters == (3 * 27 + 3) + 6 + (2 * 27 + 2) + (3 * 3 + 3)
+    assert counted.macs == 64 * 6 * 27 + 4 * 4 * 54 + 48
+    assert counted.compacted_macs == 64 * 3 * 27 + 4 * 2 * 27 + 9
+    assert counted.exact_sparsity == pytest.approx(1 - counted.compacted_parameters / counted.parameters)
+    assert (counted.gates, counted.open_gates) == (22, 6)
+    assert [row.kept_channels for row in counted.layers] == [3, 3, 2, 3]
+    assert list(counted.to_frame()["name"]) == ["0", "1", "5", "8"]
+    check(network, x)
+
+
+def test_googlenet_has_260650_weights():
+    for which in ("all", "branches", "none"):
+        assert count(GoogleNet(gate=which), torch.zeros(1, 3, 32, 32)).parameters == 260_650
+
+
+def test_accountant_follows_gates_weights_and_devices():
+    network, x = make("googlenet")
+    accountant = Accountant(network, x)
+    for seed in range(3):
+        set_gates(network, "mixed", seed)
+        fresh = make("googlenet", seed)[0]
+        network.load_state_dict({**fresh.state_dict(), **_gates_of(network)})
+        counted = accountant.count()
+        assert counted.compacted_parameters == size(compact(network, x, check=False))
+        assert accountant.exact_sparsity() == counted.exact_sparsity
+    network.double()
+    assert accountant.count().compacted_parameters == counted.compacted_parameters
+
+
+def _gates_of(network):
+    return {k: v for k, v in network.state_dict().items() if "log_alpha" in k or "_extra_state" in k}
+
+
+def test_compacted_network_trains():
+    network, x = make("functional")
+    set_gates(network, "mixed")
+    smaller = compact(network, x)
+    assert not smaller.training
+    assert any(isinstance(m, nn.Dropout) for m in smaller.modules())
+    smaller.train()
+    optimizer = torch.optim.SGD(smaller.parameters(), 0.01)
+    before = smaller(x).square().mean()
+    before.backward()
+    assert all(p.grad is not None for p in smaller.parameters())
+    optimizer.step()
+
+
+def test_compacted_network_learns_as_the_gated_one_would():
+    """With gates that are fully open or shut, BatchNorm and all: one step of training agrees."""
+    network, x = make("googlenet", batch=8)
+    set_gates(network, "half")
+    wide = network.double()
+    smaller = compact(wide, x.double()).train()
+    wide.train()
+    with torch.no_grad():
+        for g in wide.modules():
+            if isinstance(g, HardConcrete):
+                g.eval()
+    assert difference(wide(x.double()), smaller(x.double())) < 1e-9
+
+
+def test_rounding_keeps_the_answers_and_makes_multiples():
+    network, x = make("googlenet")
+    set_gates(network, "half")
+    plain, rounded = compact(network, x), compact(network, x, round_to=8)
+    assert difference(plain(x), rounded(x)) < 1e-5
+    assert size(plain) <= size(rounded) <= size(network)
+    widths = [m.out_channels for m in rounded.modules() if isinstance(m, nn.Conv2d)]
+    full = {n: m.out_channels for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
+    assert all(w % 8 == 0 or w in full.values() for w in widths)
+    with pytest.raises(ValueError, match="round_to"):
+        compact(network, x, round_to=0)
+
+
+def test_half_precision():
+    network, x = make("mlp")
+    set_gates(network, "half")
+    smaller = compact(network.bfloat16(), x.bfloat16())
+    assert all(p.dtype == torch.bfloat16 for p in smaller.parameters())
+
+
+def test_compacting_twice_changes_nothing():
+    network, x = make("mobilenet_v3")
+    set_gates(network, "few open")
+    once = compact(network, x)
+    twice = compact(once, x)
+    assert size(once) == size(twice)
+    assert difference(once(x), twice(x)) < 1e-6
+
+
+def test_several_inputs_and_outputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(3, 6)
+            self.gate = L0Gate(6)
+
+        def forward(self, x, y):
+            h = self.gate(torch.relu(self.a(x) + self.b(y)))
+            return {"h": h, "pair": (h[:, :2], x)}
+
+    torch.manual_seed(0)
+    network = Two().eval()
+    set_gates(network, "half")
+    inputs = (torch.randn(2, 4), torch.randn(2, 3))
+    smaller = compact(network, inputs)
+    found = smaller(*inputs)
+    assert torch.allclose(found["h"], network(*inputs)["h"])
+    assert torch.equal(found["pair"][1], inputs[0])
+    with pytest.raises(ValueError, match="2 tensors, got 1"):
+        compact(network, inputs[0])
+
+
+def test_writing_in_place_is_followed():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.gate = L0Gate(4)
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            y = self.gate(self.a(x))
+            self.relu(y)
+            return self.b(y) + y
+
+    torch.manual_seed(0)
+    network = InPlace().eval()
+    set_gates(network, "mixed")
+    check(network, torch.randn(5, 4))
+
+
+def test_what_cannot_be_traced_is_named():
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Branches()
+
+        def forward(self, x):
+            return self.inner(x)
+
+    with pytest.raises(
+        InputError, match=r"Outer cannot be traced, in 'inner' \(line \d+ of test_compact.py\).*control flow"
+    ):
+        compact(Outer(), torch.randn(2, 3))
+    with pytest.raises(InputError, match="does not run on the example input, at 'l0'|at '_0'"):
+        compact(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 4))
+    with pytest.raises(ValueError, match="example_input must be a tensor"):
+        compact(nn.Linear(3, 2), 5)
+
+    class AlwaysDrops(nn.Module):
+        def forward(self, x):
+            return nn.functional.dropout(x)
+
+    with pytest.raises(InputError, match=r"also drops in eval mode; pass training=self\.training"):
+        compact(AlwaysDrops(), torch.randn(2, 3))
+
+    class OwnGate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.z = HardConcrete(3)
+
+        def forward(self, x):
+            return x * self.z()
+
+    with pytest.raises(InputError, match="no rule for the gates 'z'"):
+        compact(OwnGate(), torch.randn(2, 3))
+    with pytest.raises(InputError, match="only gates on dimension 1"):
+        compact(nn.Sequential(L0Gate(4, dim=2)), torch.randn(2, 3, 4))
+
+
+def test_operations_without_a_rule_keep_their_inputs():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 8)
+            self.gate = L0Gate(8)
+            self.norm = nn.LayerNorm(8)
+            self.shift = nn.Parameter(torch.randn(8))
+            self.b = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.b(self.norm(self.gate(torch.tanh(self.a(x))) + self.shift))
+
+    torch.manual_seed(0)
+    network = Odd().eval()
+    set_gates(network, "mixed")
+    smaller = check(network, torch.randn(4, 6))
+    assert smaller.a.out_features == 8
+
+
+def test_differences_are_relative():
+    a = torch.tensor([0.0, 10.0])
+    assert difference(a, a + 1) == pytest.approx(0.1)
+    assert difference(torch.full((3,), 4.0), torch.full((3,), 5.0)) == pytest.approx(0.25)
+    assert difference(a, torch.zeros(3)) == float("inf")
+    assert np.isfinite(difference(torch.zeros(2), torch.zeros(2)))

@@ -1,0 +1,107 @@
+import builtins
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sparsereg.compression import compact, export, fuse
+from sparsereg.compression import deploy as module
+from sparsereg.compression.compact import difference
+from sparsereg.errors import InputError
+from tests.compression.networks import NETWORKS, make, set_gates
+
+RUN = """
+import sys
+sys.modules["sparsereg"] = None
+import numpy as np
+x = np.load(sys.argv[2])
+if sys.argv[1].endswith(".pt2"):
+    import torch
+    y = torch.export.load(sys.argv[1]).module()(torch.from_numpy(x)).detach().numpy()
+else:
+    import onnxruntime
+    session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x})
+np.save(sys.argv[3], y)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_fresh_process_without_sparsereg_gives_the_same_answers(suffix, tmp_path):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    network, _ = make("residual")
+    set_gates(network, "mixed")
+    path = export(network, torch.zeros(1, 3, 8, 8), tmp_path / f"n{suffix}")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    x = np.random.default_rng(0).normal(size=(7, 3, 8, 8)).astype("float32")
+    np.save(tmp_path / "x.npy", x)
+    files = [str(tmp_path / name) for name in (path.name, "x.npy", "y.npy")]
+    subprocess.run([sys.executable, "-c", RUN, *files], check=True, capture_output=True)
+    wanted = network(torch.from_numpy(x)).detach()
+    assert difference(wanted, torch.from_numpy(np.load(tmp_path / "y.npy"))) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize(
+    "name", ["googlenet", "resnet18", "mobilenet_v2", "functional", "lenet300", "grouped"]
+)
+def test_many_networks_are_exported(name, suffix, tmp_path):
+    pytest.importorskip("onnxruntime")
+    network, x = make(name)
+    for pattern in ("mixed", "one open"):
+        set_gates(network, pattern)
+        export(network, x, tmp_path / f"n{suffix}")  # checks itself
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fusing_keeps_the_answers(name):
+    network, x = make(name)
+    set_gates(network, "mixed")
+    smaller = compact(network, x, check=False)
+    before = {k: v.clone() for k, v in smaller.state_dict().items()}
+    fused = fuse(smaller)
+    assert difference(smaller(x), fused(x)) < 1e-5
+    assert all(torch.equal(v, before[k]) for k, v in smaller.state_dict().items())
+    if name in ("googlenet", "resnet18", "mobilenet_v2"):
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+
+
+def test_wrong_arguments_are_named(tmp_path, monkeypatch):
+    network, x = make("mlp")
+    with pytest.raises(ValueError, match=r"\.onnx or \.pt2"):
+        export(network, x, tmp_path / "n.pt")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs the package onnx: pip install onnx onnxscript"):
+        export(network, x, tmp_path / "n.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_gives_other_answers_is_not_left_behind(tmp_path, monkeypatch):
+    network, x = make("mlp")
+    monkeypatch.setattr(
+        module,
+        "_WRITERS",
+        {".pt2": (module._write_pt2, lambda path: lambda b: (torch.zeros(len(b[0]), 10),))},
+    )
+    with pytest.raises(RuntimeError, match=r"n\.pt2 gives other answers"):
+        export(network, x, tmp_path / "n.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_onnxruntime_the_file_is_not_checked_and_that_is_said(tmp_path, monkeypatch, caplog):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "onnxruntime":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert module._load_onnx(tmp_path / "n.onnx") is None
+    assert "was not checked" in caplog.text

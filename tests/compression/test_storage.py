@@ -1,0 +1,101 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from sparsereg.compression import compact, is_compacted, load_compacted, save_compacted
+from sparsereg.errors import InputError
+from tests.compression.networks import NETWORKS, make, set_gates
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_round_trip(name, tmp_path):
+    network, x = make(name)
+    set_gates(network, "mixed")
+    smaller = compact(network, x, check=False)
+    path = save_compacted(smaller, tmp_path / "c.pt", {"classes": ["a", "b"]})
+    loaded = load_compacted(path)
+    assert torch.equal(loaded(x), smaller(x))
+    assert type(loaded).__name__ == type(smaller).__name__
+    assert loaded.meta["notes"] == {"classes": ["a", "b"]}
+    assert loaded.state_dict().keys() == smaller.state_dict().keys()
+    assert is_compacted(path)
+    assert torch.load(path, weights_only=True)["version"] == 1
+    save_compacted(loaded, path)
+    assert torch.equal(load_compacted(path)(x), smaller(x))
+
+
+def test_loaded_network_trains_and_frozen_weights_stay_frozen(tmp_path):
+    network, x = make("googlenet")
+    set_gates(network, "mixed")
+    network.classifier.weight.requires_grad_(False)
+    loaded = load_compacted(save_compacted(compact(network, x, check=False), tmp_path / "c.pt"))
+    loaded.train()
+    loaded(x).sum().backward()
+    assert not loaded.classifier.weight.requires_grad
+    assert loaded.classifier.bias.grad is not None
+
+
+def test_loads_where_only_pytorch_knows_how(tmp_path):
+    """The structure is JSON and the weights are tensors: nothing of sparsereg is pickled."""
+    network, x = make("residual")
+    set_gates(network, "mixed")
+    path = save_compacted(compact(network, x), tmp_path / "c.pt")
+    code = (
+        "import sys, torch, json; sys.modules['sparsereg'] = None;"
+        f"c = torch.load({str(path)!r}, weights_only=True); print(json.loads(c['plan'])['name'])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "CompactedResidual"
+
+
+def test_wrong_files_are_named(tmp_path):
+    with pytest.raises(InputError, match="there is no file"):
+        load_compacted(tmp_path / "none.pt")
+    broken = tmp_path / "broken.pt"
+    network, x = make("mlp")
+    save_compacted(compact(network, x), broken)
+    broken.write_bytes(broken.read_bytes()[:500])
+    with pytest.raises(InputError, match="damaged or another kind"):
+        load_compacted(broken)
+    assert not is_compacted(broken)
+    other = tmp_path / "other.pt"
+    torch.save({"state_dict": {}}, other)
+    with pytest.raises(InputError, match="no compacted network"):
+        load_compacted(other)
+    assert not is_compacted(other)
+    with pytest.raises(ValueError, match="GraphModule"):
+        save_compacted(nn.Linear(2, 2), other)
+
+
+def test_a_file_cannot_name_other_functions(tmp_path):
+    network, x = make("mlp")
+    path = save_compacted(compact(network, x), tmp_path / "c.pt")
+    content = torch.load(path, weights_only=True)
+    plan = json.loads(content["plan"])
+    plan["nodes"][1][:3] = ["call_function", "evil", "os.system"]
+    torch.save({**content, "plan": json.dumps(plan)}, path)
+    with pytest.raises(InputError, match=r"os\.system"):
+        load_compacted(path)
+    plan["nodes"][1][:3] = ["call_method", "evil", "__reduce__"]
+    torch.save({**content, "plan": json.dumps(plan)}, path)
+    with pytest.raises(InputError, match="__reduce__"):
+        load_compacted(path)
+    plan = json.loads(content["plan"])
+    next(iter(plan["modules"].values()))["class"] = "Module"
+    torch.save({**content, "plan": json.dumps(plan)}, path)
+    with pytest.raises(InputError, match="'Module'"):
+        load_compacted(path)
+
+
+def test_what_cannot_be_saved_is_named(tmp_path):
+    class Sorts(nn.Module):
+        def forward(self, x):
+            return torch.cumsum(x, 1)
+
+    with pytest.raises(InputError, match="cumsum"):
+        save_compacted(compact(Sorts(), torch.randn(2, 3)), tmp_path / "c.pt")
+    assert not list(tmp_path.iterdir())
