@@ -199,8 +199,10 @@ def gated_product(
     return _GatedProduct.apply(weight, log_alpha, (temperature, gamma, zeta), generator)[0]
 
 
-BLOCK = 1 << 16
-"""Elements that :func:`gated_product` works on at once: a handful of such blocks fit a core's cache."""
+BLOCK = 1 << 14
+"""Elements that :func:`gated_product` works on at once. A handful of such blocks fit a core's cache, and
+PyTorch does not split them over threads: waiting for each other costs threads more than it saves here,
+above all on a machine with other work to do."""
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -215,9 +217,10 @@ class _GatedProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         temperature, gamma, zeta = shape
         z, product = torch.empty_like(log_alpha), torch.empty_like(weight)
+        # The logit of a small block would still be split over threads.
+        z.uniform_(generator=generator).logit_()
         for w, a, out, prod in _blocks(weight, log_alpha, z, product):
-            out.uniform_(generator=generator).logit_().add_(a).mul_(1.0 / temperature).sigmoid_()
-            out.mul_(zeta - gamma).add_(gamma).clamp_(0.0, 1.0)
+            out.add_(a).mul_(1.0 / temperature).sigmoid_().mul_(zeta - gamma).add_(gamma).clamp_(0.0, 1.0)
             torch.mul(w, out, out=prod)
         return product, z
 
@@ -256,14 +259,14 @@ def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:
 
 def _slope(z: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
     """dz / dlog_alpha as a function of z: (z - gamma)(zeta - z) / (beta (zeta - gamma)), 0 at 0 and 1."""
-    inside = ((z > 0) & (z < 1)).to(z.dtype)
-    return (z - gamma) * (zeta - z) * inside / (temperature * (zeta - gamma))
+    inside = (z * (1.0 - z)).sign()
+    return (z - gamma) * (zeta - z) * inside * (1.0 / (temperature * (zeta - gamma)))
 
 
 def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Walk over contiguous tensors of one size in blocks that fit the cache; on a GPU all at once."""
     flat = [t.detach().view(-1) for t in tensors]
-    size = BLOCK * torch.get_num_threads() if flat[0].device.type == "cpu" else flat[0].numel()
+    size = BLOCK if flat[0].device.type == "cpu" else flat[0].numel()
     return zip(*(t.split(max(size, 1)) for t in flat), strict=True)
 
 

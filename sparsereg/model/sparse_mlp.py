@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsereg.checks import check_count
 from sparsereg.distributions import TEMPERATURE, HardConcrete
 from sparsereg.layers.linear import L0Linear
 from sparsereg.model.lenet import check_task
@@ -55,6 +56,8 @@ class SparseMLP(nn.Module):
             raise ValueError(f"sampling must be batch for gates on weights, got {sampling!r}")
         if not 0 < droprate_init < 1:
             raise ValueError(f"droprate_init must be a rate in (0, 1), got {droprate_init!r}")
+        for size in hidden_sizes:
+            check_count("hidden_sizes", size)
         settings: dict[str, Any] = {
             "temperature": temperature,
             "stretch": stretch,

@@ -109,7 +109,6 @@ def test_count_of_a_lenet_by_hand():
 
 
 def test_count_with_an_example_follows_the_consequences():
-    pytest.importorskip("sparsereg.compression.rebuild")
     net = make("lenet300").eval()
     a, b, c = (int((g.median() > 0).sum()) for g in hard_concretes(net).values())
     want = a * b + b + b * c + c + c * 10 + 10
