@@ -231,6 +231,8 @@ def _build(plan: dict[str, Any], weights: dict[str, torch.Tensor]) -> fx.GraphMo
     nodes: dict[str, fx.Node] = {}
     for op, name, target, args, kwargs in plan["nodes"]:
         if op == "call_function":
+            if target not in FUNCTIONS:
+                raise InputError(f"the file names the function {target!r}, which is not on the list")
             target = FUNCTIONS[target]
         elif op == "call_method" and target not in _METHODS:
             raise InputError(f"the file names the tensor method {target!r}, which is not on the list")
