@@ -3,7 +3,7 @@
     python benchmarks/library.py [--rounds 15] [--threads 2] [--large]
 
 Prints one Markdown table: medians of forward + backward in milliseconds (for SparseL0Linear of five
-epochs of fit), and the median over rounds of the ratio of the two, which were timed one right after the other.
+epochs of fit), and the median over rounds of the ratio of the two, timed one right after the other.
 ``--large`` adds 10^6 rows x 10^4 columns with 10^8 non-zeros, for sparsereg alone, with the peak memory.
 """
 
@@ -155,7 +155,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")  # l0-python's sparse tensors warn on every call
-    print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} threads, {options.rounds} rounds")
+    machine = f"{platform.machine()}, {options.threads} threads"
+    print(f"torch {torch.__version__}, {machine}, {options.rounds} rounds")
     print("\n| forward + backward | sparsereg, ms | l0-python, ms | times faster |")
     print("| --- | --- | --- | --- |")
     for case in cases():
