@@ -23,7 +23,7 @@ def run(cfg: DictConfig) -> Path:
         build.check_trainer(cfg, multirun=False)
         data = build.build_data(cfg)
         net = build.rebuild_network(cfg, checkpoint, data)
-        module = build.build_module(cfg, net, data)
+        module = build.build_module(cfg, net, data, checkpoint)
         module.on_load_checkpoint(checkpoint.content)
         trainer = build.build_trainer(cfg, [build.batch_norm_estimation(cfg)])
         folder = new_version(Path("outputs") / "test")
@@ -46,7 +46,8 @@ def run(cfg: DictConfig) -> Path:
         "checkpoint": str(checkpoint.path),
         "data": data.describe(),
     }
-    results |= handover.run(cfg, net, example, data, trainer.strategy.root_device, folder)
+    device = trainer.strategy.root_device
+    results |= handover.run(cfg, checkpoint, net, example, data, device, folder)
     write_json(folder / "results.json", results)
     print(block_table(count, net))
     for key in ("val_acc", "test_acc", "L_C0", "expected_sparsity", "exact_sparsity"):

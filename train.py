@@ -28,12 +28,12 @@ def run(cfg: DictConfig) -> Path:
         cfg = checked(cfg)
         build.check_trainer(cfg, multirun=hydra.mode == RunMode.MULTIRUN)
         data = build.build_data(cfg)
-        net = build.build_network(cfg, data)
+        net = build.build_network(cfg, data, checkpoint)
         if checkpoint is not None and not cfg.resume_training:
             build.start_weights(net, checkpoint, cfg, overrides)
         net = build.synchronise(cfg, net)
         accountant = Accountant(net, build.example_input(data))
-        module = build.build_module(cfg, net, data)
+        module = build.build_module(cfg, net, data, checkpoint)
         folder = build.claim_run_folder(Path("outputs"))
         logger = build.build_logger(cfg.logger.name, folder)
         num_batches = build.batches_per_epoch(cfg, data)
@@ -60,7 +60,7 @@ def run(cfg: DictConfig) -> Path:
         "data": data.describe(),
     }
     if trainer.is_global_zero:
-        if logger:
+        if not isinstance(logger, bool):
             metrics = {k: results[k] for k in ("val_acc", "test_acc", "expected_sparsity", "exact_sparsity")}
             metrics = {f"final/{k}": v for k, v in metrics.items() if v is not None}
             logger.log_hyperparams(build.hyperparameters(plain(cfg)), metrics)

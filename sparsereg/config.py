@@ -53,6 +53,7 @@ class CallbacksConfig:
 
     batch_norm: BatchNormConfig = field(default_factory=BatchNormConfig)
     histogram_every_n_epochs: int = MISSING
+    penalty_warmup_epochs: float = MISSING
 
 
 @dataclass
@@ -104,6 +105,8 @@ def checked(cfg: DictConfig) -> DictConfig:
     b = merged.callbacks.batch_norm
     require(b.num_images >= 2, "callbacks.batch_norm.num_images", "an integer >= 2", b.num_images)
     require(b.batch_size >= 2, "callbacks.batch_norm.batch_size", "an integer >= 2", b.batch_size)
+    warmup = merged.callbacks.penalty_warmup_epochs
+    require(warmup >= 0, "callbacks.penalty_warmup_epochs", "a number >= 0", warmup)
     if merged.resume_training and merged.ckpt_path is None:
         raise InputError("resume_training=true needs a checkpoint: give ckpt_path=RUN/checkpoints/last.ckpt")
     if merged.target_sparsity is not None:

@@ -59,11 +59,16 @@ def _sparse_mlp(task: Task, gated: bool, gates: dict[str, Any], **settings: Any)
     return SparseMLP(task.num_classes, task.image_shape, gate=gate, **settings, **gates)
 
 
+def _compacted(task: Task, gated: bool, gates: dict[str, Any], **settings: Any) -> nn.Module:
+    raise InputError("model=compacted has its structure in its file: give ckpt_path=.../compacted.pt")
+
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "googlenet": _googlenet,
     "lenet300": _lenet300,
     "lenet5": _lenet5,
     "sparse_mlp": _sparse_mlp,
+    "compacted": _compacted,
 }
 """Name to builder(task, gated, gate settings, **the other keys of the group)."""
 

@@ -3,9 +3,32 @@
 PyTorch's SyncBatchNorm runs on GPUs only, and its conversion would drop the gates of GatedBatchNorm2d.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce whose gradient is the sum of the gradients of all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_processes(local: Tensor) -> Tensor:
+    """Sum a tensor over all processes; differentiable in every process's part."""
+    return _SumOverProcesses.apply(local)
 
 
 def batch_norm_over_processes(
@@ -20,15 +43,13 @@ def batch_norm_over_processes(
         norm: holds the running statistics and eps.
         factor: weight of this batch in the running statistics.
     """
-    from torch.distributed.nn.functional import all_reduce
-
-    wide = x.float()
-    count = x.new_full((1,), x.numel() / x.shape[1], dtype=torch.float32)
+    wide = x if x.dtype == torch.float64 else x.float()
+    count = wide.new_full((1,), x.numel() / x.shape[1])
     # The squares are taken about the running mean, so that the difference of squares keeps its digits.
     pivot = norm.running_mean if norm.running_mean is not None else x.new_zeros(x.shape[1])
     centred = wide - pivot.view(1, -1, 1, 1)
     local = torch.cat([centred.sum((0, 2, 3)), centred.square().sum((0, 2, 3)), count])
-    total = all_reduce(local)
+    total = sum_over_processes(local)
     channels = x.shape[1]
     n = total[-1]
     offset = total[:channels] / n

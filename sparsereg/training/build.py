@@ -6,7 +6,7 @@ import os
 import platform
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from sparsereg import data as data_sources
-from sparsereg.compression import Accountant
+from sparsereg.compression import Accountant, storage
 from sparsereg.config import plain
 from sparsereg.data import ImageDataModule
 from sparsereg.errors import InputError
@@ -99,6 +99,15 @@ def start_from(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Check
             f"ckpt_path={cfg.ckpt_path} has gates, but without_using_gate=true: leave that out, or start "
             "from a checkpoint without gates"
         )
+    if checkpoint.epoch == 0 and checkpoint.structure is not None and cfg.resume_training:
+        raise InputError(
+            f"ckpt_path={cfg.ckpt_path} is a compacted network, which has no run to resume; to train it "
+            "further give resume_training=false"
+        )
+    if checkpoint.structure is not None and not cfg.without_using_gate:
+        raise InputError(
+            f"ckpt_path={cfg.ckpt_path} is a compacted network without gates: give without_using_gate=true"
+        )
     if cfg.resume_training and not checkpoint.gated and not cfg.without_using_gate:
         raise InputError(
             f"ckpt_path={cfg.ckpt_path} has no gates, so its run can only be resumed with "
@@ -129,9 +138,17 @@ def build_data(cfg: DictConfig) -> ImageDataModule:
     return module
 
 
-def build_network(cfg: DictConfig, data: ImageDataModule) -> nn.Module:
-    """Build the network with gates at ``droprate_init``, or without any."""
+def build_network(cfg: DictConfig, data: ImageDataModule, checkpoint: Checkpoint | None = None) -> nn.Module:
+    """Build the network with gates at ``droprate_init``, or without any.
+
+    Args:
+        cfg: the configuration.
+        data: its classes and image shape.
+        checkpoint: has the structure of a compacted network.
+    """
     torch.manual_seed(cfg.seed)  # the initial weights
+    if checkpoint is not None and checkpoint.structure is not None:
+        return _compacted_network(cfg, checkpoint, data)
     task = networks.Task(data.num_classes, data.image_shape)
     net = networks.build(
         plain(cfg.model),
@@ -140,12 +157,32 @@ def build_network(cfg: DictConfig, data: ImageDataModule) -> nn.Module:
         droprate_init=cfg.droprate_init,
         temperature=cfg.temperature.initial,
     )
-    if cfg.trainer.channels_last:
-        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return net
+    return _in_memory_format(cfg, net)
 
 
-def build_module(cfg: DictConfig, net: nn.Module, data: ImageDataModule) -> Classifier:
+def _compacted_network(cfg: DictConfig, checkpoint: Checkpoint, data: ImageDataModule) -> nn.Module:
+    assert checkpoint.structure is not None
+    _check_data(checkpoint, data)
+    return _in_memory_format(cfg, storage.rebuild(checkpoint.structure, checkpoint.weights).train())
+
+
+def _in_memory_format(cfg: DictConfig, net: nn.Module) -> nn.Module:
+    return net.to(memory_format=torch.channels_last) if cfg.trainer.channels_last else net  # type: ignore[call-overload]
+
+
+def _check_data(checkpoint: Checkpoint, data: ImageDataModule) -> None:
+    """Raise an InputError unless the data have the classes and the shape that the network was made for."""
+    if (data.num_classes, tuple(data.image_shape)) != (checkpoint.num_classes, checkpoint.image_shape):
+        raise InputError(
+            f"the data have {data.num_classes} classes of images {tuple(data.image_shape)}, but "
+            f"ckpt_path={checkpoint.path} was trained on {checkpoint.num_classes} classes of images "
+            f"{checkpoint.image_shape}"
+        )
+
+
+def build_module(
+    cfg: DictConfig, net: nn.Module, data: ImageDataModule, checkpoint: Checkpoint | None = None
+) -> Classifier:
     """Build the LightningModule around a network."""
     optimizer = plain(cfg.optimizer)
     settings = OptimizerSettings(
@@ -156,6 +193,7 @@ def build_module(cfg: DictConfig, net: nn.Module, data: ImageDataModule) -> Clas
         num_classes=data.num_classes,
         image_shape=data.image_shape,
         gated=bool(hard_concretes(net)),
+        structure=None if checkpoint is None else checkpoint.structure,
     )
     compiled = bool(cfg.trainer.compile)
     module = Classifier(net, data.num_classes, cfg.lambda_l0, settings, provenance, compiled)
@@ -166,8 +204,10 @@ def build_module(cfg: DictConfig, net: nn.Module, data: ImageDataModule) -> Clas
 
 def start_weights(net: nn.Module, checkpoint: Checkpoint, cfg: DictConfig, overrides: list[str]) -> None:
     """Load the weights of a checkpoint for a new run, and say what they did not have."""
-    new = checkpoints.load_weights_(net, checkpoint)
     log.info("weights: from %s", checkpoint.path)
+    if checkpoint.structure is not None:
+        return  # it was built with them
+    new = checkpoints.load_weights_(net, checkpoint)
     if new:
         log.info("initialised anew at droprate_init=%g: %s", cfg.droprate_init, ", ".join(new))
         update_temperatures(net, cfg.temperature.initial)
@@ -186,7 +226,7 @@ def claim_run_folder(outputs: Path) -> Path:
     return Path(folder)
 
 
-def build_logger(name: str, folder: Path | None) -> TensorBoardLogger | bool:
+def build_logger(name: str, folder: Path | None) -> TensorBoardLogger | Literal[False]:
     """Build the logger that writes into the run's folder."""
     if name == "none" or folder is None:
         return False
@@ -219,7 +259,7 @@ def check_trainer(cfg: DictConfig, multirun: bool) -> None:
 def build_trainer(
     cfg: DictConfig,
     callbacks: list[pl.Callback],
-    logger: TensorBoardLogger | bool = False,
+    logger: TensorBoardLogger | Literal[False] = False,
     folder: Path | None = None,
     num_batches: int | None = None,
     without_validation: bool = False,
@@ -278,6 +318,8 @@ def build_callbacks(
             ours.TemperatureSchedule(scheduler),
             ours.SparsityMonitor(accountant, cfg.callbacks.histogram_every_n_epochs),
         ]
+        if cfg.callbacks.penalty_warmup_epochs > 0:
+            callbacks.append(ours.PenaltyWarmUp(cfg.callbacks.penalty_warmup_epochs))
     if logging_on:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if cfg.trainer.enable_checkpointing:
@@ -307,21 +349,16 @@ def rebuild_network(cfg: DictConfig, checkpoint: Checkpoint, data: ImageDataModu
     Raises:
         InputError: the checkpoint does not fit the network, or the data do not fit the checkpoint.
     """
-    if (data.num_classes, tuple(data.image_shape)) != (checkpoint.num_classes, checkpoint.image_shape):
-        raise InputError(
-            f"the data have {data.num_classes} classes of images {tuple(data.image_shape)}, but "
-            f"ckpt_path={checkpoint.path} was trained on {checkpoint.num_classes} classes of images "
-            f"{checkpoint.image_shape}"
-        )
+    if checkpoint.structure is not None:
+        return _compacted_network(cfg, checkpoint, data)
+    _check_data(checkpoint, data)
     net = networks.build(
         plain(cfg.model),
         networks.Task(checkpoint.num_classes, checkpoint.image_shape),
         gated=checkpoint.gated,
     )
     checkpoints.load_weights_(net, checkpoint)
-    if cfg.trainer.channels_last:
-        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return net
+    return _in_memory_format(cfg, net)
 
 
 def synchronise(cfg: DictConfig, net: nn.Module) -> nn.Module:

@@ -61,6 +61,22 @@ class TemperatureSchedule(Callback):
         pl_module.log("temperature", temperature, sync_dist=several_processes())
 
 
+class PenaltyWarmUp(Callback):
+    """Let the penalty grow linearly over the first epochs, so that the weights learn before gates close.
+
+    Args:
+        epochs: > 0; from this epoch on the penalty has its full weight.
+    """
+
+    def __init__(self, epochs: float) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the share of lambda_l0 that this epoch uses."""
+        assert isinstance(pl_module, Classifier)
+        pl_module.penalty_scale = min(trainer.current_epoch / self.epochs, 1.0)
+
+
 class BatchNormEstimation(Callback):
     """Re-estimate the BatchNorm statistics of a gated network before each validation and test.
 
@@ -91,6 +107,7 @@ class BatchNormEstimation(Callback):
         batches: Iterator[Tensor] = trainer.datamodule.estimation_batches(  # type: ignore[attr-defined]
             self.num_images, self.batch_size
         )
+        batches = map(trainer.precision_plugin.convert_input, batches)
         eager = torch.compiler.set_stance("force_eager")
         with eager, trainer.precision_plugin.forward_context():
             estimate_batch_norm_(module.net, batches)

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsereg.compression import storage
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 
 log = logging.getLogger(__name__)
 
+COMPACTED = "compacted"
+"""Name of the model whose structure is in its file and not in the configuration."""
 UNREADABLE = (
     RuntimeError,
     OSError,
@@ -40,6 +43,7 @@ class Checkpoint:
         gated: whether its network has gates.
         epoch: number of finished epochs.
         content: everything in the file.
+        structure: of a compacted network, see :func:`sparsereg.compression.storage.describe`; else None.
     """
 
     path: Path
@@ -50,6 +54,7 @@ class Checkpoint:
     gated: bool
     epoch: int
     content: dict[str, Any]
+    structure: str | None = None
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -69,6 +74,8 @@ def read(path: str | Path) -> Checkpoint:
         raise InputError(
             f"ckpt_path={path}: cannot be read, it is truncated or not a checkpoint ({type(error).__name__})"
         ) from error
+    if isinstance(content, dict) and content.get("format") == storage.FORMAT:
+        return _compacted(path)
     if not isinstance(content, dict) or "sparsereg" not in content or "state_dict" not in content:
         raise InputError(f"ckpt_path={path}: not a checkpoint that train.py wrote")
     ours = content["sparsereg"]
@@ -83,6 +90,27 @@ def read(path: str | Path) -> Checkpoint:
         gated=ours["gated"],
         epoch=int(content["epoch"]) + 1,
         content=content,
+        structure=ours["structure"],
+    )
+
+
+def _compacted(path: Path) -> Checkpoint:
+    """Read a file that test.py wrote with compact=true."""
+    net = storage.load_compacted(path)
+    notes = net.meta["notes"]
+    if "config" not in notes:
+        raise InputError(f"ckpt_path={path}: a compacted network, but not one that test.py wrote")
+    channels, height, width = notes["image_shape"]
+    return Checkpoint(
+        path=path,
+        weights=net.state_dict(),
+        config={**notes["config"], "model": {"name": COMPACTED}},
+        num_classes=notes["num_classes"],
+        image_shape=(channels, height, width),
+        gated=False,
+        epoch=0,
+        content={"sparsereg": {"batch_norm_is_current": True}},
+        structure=storage.describe(net),
     )
 
 

@@ -9,18 +9,25 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from sparsereg.compression import compact, export, load_compacted, save_compacted
-from sparsereg.config import plain
 from sparsereg.data import ImageDataModule
 from sparsereg.files import free_path
+from sparsereg.training.checkpoint import Checkpoint
 
 
 def run(
-    cfg: DictConfig, net: nn.Module, example: Tensor, data: ImageDataModule, device: torch.device, folder: Path
+    cfg: DictConfig,
+    checkpoint: Checkpoint,
+    net: nn.Module,
+    example: Tensor,
+    data: ImageDataModule,
+    device: torch.device,
+    folder: Path,
 ) -> dict[str, Any]:
     """Do what ``compact``, ``export`` and ``benchmark`` ask for and return what to add to results.json.
 
     Args:
         cfg: of test.py.
+        checkpoint: what is tested.
         net: the gated (or plain) network, on the CPU.
         example: one image, (1, channels, height, width).
         data: with the test images.
@@ -28,9 +35,15 @@ def run(
         folder: of this test, for plots.
     """
     results: dict[str, Any] = {}
-    beside = Path(cfg.ckpt_path).parent
+    beside = checkpoint.path.parent
     if cfg.compact:
-        notes = {"model": plain(cfg.model), "data": data.describe(), "checkpoint": str(cfg.ckpt_path)}
+        notes = {
+            "config": checkpoint.config,
+            "num_classes": checkpoint.num_classes,
+            "image_shape": list(checkpoint.image_shape),
+            "data": data.describe(),
+            "checkpoint": str(checkpoint.path),
+        }
         path = save_compacted(compact(net, example), free_path(beside / "compacted.pt"), notes)
         # What is tested is what the file holds.
         small = load_compacted(path).to(device)

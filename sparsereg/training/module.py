@@ -26,12 +26,15 @@ class Provenance:
         num_classes: classes of the data.
         image_shape: (channels, height, width) of the images.
         gated: whether the network has gates.
+        structure: of a compacted network, which no configuration describes, see
+            :func:`sparsereg.compression.storage.describe`; None for others.
     """
 
     config: dict[str, Any]
     num_classes: int
     image_shape: tuple[int, int, int]
     gated: bool
+    structure: str | None = None
 
 
 class Classifier(pl.LightningModule):
@@ -58,6 +61,7 @@ class Classifier(pl.LightningModule):
         super().__init__()
         self.net = net
         self.lambda_l0 = lambda_l0
+        self.penalty_scale = 1.0
         self.optimizer_settings = optimizer
         self.provenance = provenance
         self.batch_norm_is_current = False
@@ -92,7 +96,7 @@ class Classifier(pl.LightningModule):
         loss = acc_loss
         if self._gates:
             mean_p_active = l_c0(self.net)
-            loss = acc_loss + self.lambda_l0 * mean_p_active
+            loss = acc_loss + self.penalty_scale * self.lambda_l0 * mean_p_active
             scalars["L_C0"] = mean_p_active.detach()
         self.train_acc.update(logits.detach(), labels)
         # Every self.log call costs about half a millisecond, whether or not anything is written.
@@ -142,6 +146,7 @@ class Classifier(pl.LightningModule):
             "num_classes": p.num_classes,
             "image_shape": list(p.image_shape),
             "gated": p.gated,
+            "structure": p.structure,
             "batch_norm_is_current": self.batch_norm_is_current,
         }
 
