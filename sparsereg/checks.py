@@ -16,7 +16,7 @@ def check_count(name: str, value: Any, at_most: int | None = None) -> int:
     Raises:
         ValueError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    if not _is(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
     if at_most is not None and value > at_most:
         raise ValueError(f"{name} must be at most {at_most}, got {value!r}")
@@ -29,7 +29,7 @@ def check_probability(name: str, value: Any) -> float:
     Raises:
         ValueError: it does not.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1:
+    if not _is(value, numbers.Real) or not 0 < value < 1:
         raise ValueError(f"{name} must be a probability in (0, 1), got {value!r}")
     return float(value)
 
@@ -40,7 +40,7 @@ def check_not_negative(name: str, value: Any) -> float:
     Raises:
         ValueError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+    if not _is(value, numbers.Real) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}")
     return float(value)
 
@@ -51,6 +51,11 @@ def check_positive(name: str, value: Any) -> float:
     Raises:
         ValueError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+    if not _is(value, numbers.Real) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a number > 0, got {value!r}")
     return float(value)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is a number of that kind; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -190,10 +190,7 @@ def gated_product(
     Returns:
         The product in the dtype of ``weight``, differentiable (also twice) in both.
     """
-    same = weight.dtype == log_alpha.dtype == _wide_dtype(log_alpha.dtype)
-    contiguous = weight.is_contiguous() and log_alpha.is_contiguous()
-    # A compiler fuses the plain expression by itself.
-    if torch.compiler.is_compiling() or not (same and contiguous and weight.shape == log_alpha.shape):
+    if not _in_blocks(weight, log_alpha):
         z = sample(log_alpha, temperature, gamma, zeta, generator=generator)
         return weight * z.to(weight.dtype)
     return _GatedProduct.apply(weight, log_alpha, (temperature, gamma, zeta), generator)[0]
@@ -251,6 +248,14 @@ class _GatedProduct(torch.autograd.Function):
                 torch.mul(g, w, out=out)
                 out.mul_(_slope(gate, *ctx.shape))
         return grad_w, grad_a, None, None
+
+
+def _in_blocks(weight: Tensor, log_alpha: Tensor) -> bool:
+    """Whether weight * z can be computed in blocks. A compiler fuses the plain expression by itself."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    same = weight.dtype == log_alpha.dtype == _wide_dtype(log_alpha.dtype)
+    return same and weight.shape == log_alpha.shape and weight.is_contiguous() and log_alpha.is_contiguous()
 
 
 def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:
@@ -409,6 +414,11 @@ class HardConcrete(nn.Module):
         """
         if self.training and (self._drawn is None or generator is not None):
             return gated_product(weight, self.log_alpha, *self._shape, generator=generator)
+        if not self.training and _in_blocks(weight, self.log_alpha) and not torch.is_grad_enabled():
+            product = torch.empty_like(weight)
+            for w, a, out in _blocks(weight, self.log_alpha, product):
+                torch.mul(w, gate_median(a, *self._shape), out=out)
+            return product
         return weight * self(generator=generator).to(weight.dtype)
 
     def median(self) -> Tensor:

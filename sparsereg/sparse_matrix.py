@@ -51,10 +51,21 @@ class CsrMatrix:
         """Run work(part, first, last) for every range of rows."""
         bounds = itertools.pairwise(self._bounds.tolist())
         ranges = [(part, first, last) for part, (first, last) in enumerate(bounds)]
-        threads = min(torch.get_num_threads(), len(ranges))
-        if threads == 1:
-            return [work(*r) for r in ranges]
-        return list(_pool(os.getpid(), threads).map(lambda r: work(*r), ranges))
+        results: list[Any] = [None] * len(ranges)
+        todo = iter(ranges)
+
+        def take_turns() -> None:
+            for part, first, last in todo:
+                results[part] = work(part, first, last)
+
+        helpers = min(torch.get_num_threads(), len(ranges)) - 1
+        futures = [_pool(os.getpid(), helpers).submit(take_turns) for _ in range(helpers)]
+        take_turns()
+        for future in futures:
+            # On a busy machine a helper may not have had its turn; then there is nothing to wait for.
+            if not future.cancel():
+                future.result()
+        return results
 
     def product(self, w: Tensor) -> Tensor:
         """X w, (rows,), in the dtype of ``w`` (columns,)."""

@@ -158,6 +158,18 @@ def test_gated_product_is_weight_times_sample(size):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(5, 7), (700, 301)])
+def test_test_time_product_is_weight_times_median(size):
+    gate = HardConcrete(*size, jitter=2.0, generator=torch.Generator().manual_seed(0)).eval()
+    weight = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    want = weight * gate.median()
+    assert torch.equal(gate.times(weight), want)
+    with torch.no_grad():
+        assert torch.equal(gate.times(weight), want)
+    (grad,) = torch.autograd.grad(gate.times(weight).sum(), gate.log_alpha)
+    assert grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_gated_product_keeps_the_dtype_of_the_weight(dtype):
     out = hc.gated_product(torch.ones(4, dtype=dtype), torch.zeros(4))
