@@ -63,6 +63,7 @@ class DigitsConfig(DataConfig):
     """``data=digits``."""
 
     name: str = "digits"
+    image_size: int = 32
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from sparsereg.data.arrays import ImageArrays
+from sparsereg.errors import InputError
 
 TEST_SEED = 0
 """Seed of the train/test split; part of the data set's definition here, so not configurable."""
@@ -13,16 +14,28 @@ TEST_SEED = 0
 
 @dataclass(frozen=True)
 class Digits:
-    """scikit-learn's 8 x 8 digits as 32 x 32 grey images: 1,437 for training, 360 for testing.
+    """scikit-learn's 8 x 8 digits as grey images, enlarged: 1,437 for training, 360 for testing.
 
     Grey levels 0..16 become 0..255. The images are enlarged bilinearly. scikit-learn has no test set of
     its own, so every fifth image of a shuffled list that is sorted by class is one: the classes have the
     same shares in both parts, to one image.
 
+    Args:
+        image_size: height and width of the images, in 8 .. 224.
+        name: of the data set.
+
+    Raises:
+        InputError: the size is outside its range.
+
     Source: https://archive.ics.uci.edu/dataset/80 (its test part); ``sklearn.datasets.load_digits``.
     """
 
+    image_size: int = 32
     name: str = "digits"
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.image_size <= 224:
+            raise InputError(f"data.image_size={self.image_size}: expected an integer in 8 .. 224")
 
     def load(self) -> ImageArrays:
         """Read the images and split them."""
@@ -30,7 +43,8 @@ class Digits:
 
         raw = load_digits()
         grey = torch.from_numpy(raw.images).float()[:, None] * (255 / 16)
-        images = functional.interpolate(grey, size=(32, 32), mode="bilinear").round().to(torch.uint8)
+        size = (self.image_size, self.image_size)
+        images = functional.interpolate(grey, size=size, mode="bilinear").round().to(torch.uint8)
         labels = torch.from_numpy(raw.target).long()
         shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(TEST_SEED))
         by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]

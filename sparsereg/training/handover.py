@@ -1,6 +1,8 @@
 """What test.py hands over: the compacted network, its file for deployment, its speed."""
 
+import importlib.util
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from sparsereg.compression import compact, export, load_compacted, save_compacted
+from sparsereg.compression import compact, export, fuse, load_compacted, save_compacted
+from sparsereg.compression.latency import benchmark
+from sparsereg.config import plain
 from sparsereg.data import ImageDataModule
 from sparsereg.files import free_path
+from sparsereg.model import build as networks
 from sparsereg.training.checkpoint import Checkpoint
 
 
@@ -55,9 +60,7 @@ def run(
         results["exported"] = str(export(net, example, path))
         print(f"exported: {path}")
     if cfg.benchmark:
-        from sparsereg.compression.latency import benchmark_gated
-
-        results["latency"] = benchmark_gated(net, example, folder)
+        results["latency"] = time_networks(cfg, checkpoint, net, example, folder)
     return results
 
 
@@ -74,3 +77,30 @@ def accuracy(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
         right += int((net(images).argmax(1) == labels).sum())
         total += len(labels)
     return right / total
+
+
+def time_networks(
+    cfg: DictConfig, checkpoint: Checkpoint, net: nn.Module, example: Tensor, folder: Path
+) -> list[dict[str, Any]]:
+    """Time the dense network, the gated one and the compacted one in turns; print a table, write a plot.
+
+    Eager and compiled, and in onnxruntime where it is installed; batches of 1 and 128. The dense network
+    is the one without gates, so that the cost of gates at test time shows, too.
+
+    Returns:
+        One row for each network, runtime and batch size.
+    """
+    networks_by_name: dict[str, nn.Module] = {"gated": net, "compacted": fuse(compact(net, example))}
+    if checkpoint.gated:
+        task = networks.Task(checkpoint.num_classes, checkpoint.image_shape)
+        dense = networks.build(plain(cfg.model), task, gated=False).eval()
+        networks_by_name = {"dense": dense, **networks_by_name}
+    runtimes = ["eager", "compiled"]
+    if importlib.util.find_spec("onnxruntime"):
+        runtimes.append("onnxruntime")
+    latency = benchmark(
+        networks_by_name, example, runtimes=runtimes, channels_last=bool(cfg.trainer.channels_last)
+    )
+    print(latency.table())
+    print(f"plot: {latency.plot(folder / 'latency.png')}")
+    return [asdict(row) for row in latency.rows]

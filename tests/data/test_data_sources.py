@@ -384,3 +384,12 @@ def test_real_data(name, shape, num_train):
     assert data.image_shape == shape
     assert (len(data.train_labels), len(data.test_labels)) == (num_train, 10_000)
     assert len(data.class_names) == 10
+
+
+def test_digits_of_another_size():
+    small, large = Digits(image_size=8).load(), Digits().load()
+    assert small.train_images.shape[1:] == (1, 8, 8)
+    assert large.train_images.shape[1:] == (1, 32, 32)
+    assert torch.equal(small.train_labels, large.train_labels)
+    with pytest.raises(InputError, match="image_size"):
+        Digits(image_size=7)
