@@ -53,7 +53,7 @@ class Settings:
     max_weight_ratio: float | None = None
     hold_total: bool = False
     refit: bool = True
-    chi2: float = 1e-5
+    chi2: float = 1e-4
     consistency: float = 0.0
     normalize_groups: bool = False
     group_multipliers: dict[Any, float] | None = None

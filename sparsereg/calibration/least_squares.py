@@ -166,7 +166,7 @@ class LeastSquares:
                 self.curvature, self.pull, self.center, self._held, count,
             )  # fmt: skip
         else:
-            self._accelerate(count * _STEPS_PER_SWEEP)
+            self.accelerate(count * _STEPS_PER_SWEEP)
 
     def optimality(self) -> float:
         """Largest violation of the optimality conditions, dimensionless; 0 at the exact minimum.
@@ -264,7 +264,7 @@ class LeastSquares:
         self.refresh()
         return longest >= 1.0
 
-    def _accelerate(self, steps: int) -> None:
+    def accelerate(self, steps: int) -> None:
         """Accelerated projected gradient with restart, on any device; two products with the matrix a step."""
         scale = torch.where(self.curvature > 0, 1.0 / self.curvature, torch.zeros_like(self.curvature))
         largest = self._largest_curvature(scale)

@@ -210,7 +210,8 @@ class TorchMatrix:
 def _to_torch(matrix: sp.csr_array, device: torch.device) -> Tensor:
     """Scipy CSR to a torch CSR tensor in float64, so that sums are exact enough to report."""
     parts = (matrix.indptr, matrix.indices, matrix.data.astype(np.float64))
-    return _csr_tensor(*(torch.from_numpy(part).to(device) for part in parts), matrix.shape)
+    crow, columns, values = (torch.from_numpy(part).to(device) for part in parts)
+    return _csr_tensor(crow, columns, values, matrix.shape)
 
 
 def _csr_tensor(crow: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -12,6 +12,8 @@ from sparsereg.calibration.losses import TargetLoss
 
 TOLERANCE = 1e-9
 """Optimality of a refit, see ``LeastSquares.optimality``."""
+_MOST_ROUNDS = 150
+"""Rounds after which a refit gives up; what it has reached is reported."""
 _OUTER_ROUNDS = 14
 """Reweighted least-squares problems solved for a loss of absolute values."""
 _FIRST_FLOOR, _LAST_FLOOR = 1e-2, 1e-7
@@ -55,7 +57,7 @@ def refit(
     """
     lower = _smallest_weights(system, kept) if all_positive else None
     fit = system.of(kept, weights, lower)
-    optimality = fit.solve(tolerance)
+    optimality = fit.solve(tolerance, _MOST_ROUNDS)
     if loss.is_quadratic:
         return Refit(fit.weights, optimality)
     best, best_value = fit.weights, float(loss.value(fit.totals()))

@@ -258,8 +258,16 @@ def _random(goal: Goal, sizes: Tensor) -> Selection:
     return Fixed(weights)
 
 
+def _pruning(goal: Goal) -> Selection:
+    """Swaps pay where households are fewer than targets; beyond, weights alone can meet them."""
+    schedule = goal.schedule
+    if goal.wanted() >= goal.system.matrix.num_targets:
+        schedule = replace(schedule, swap_rounds=0)
+    return Pruning(goal.system, goal.starting_weights(), goal.wanted(), schedule)
+
+
 METHODS: dict[str, Callable[[Goal], Selection]] = {
-    "pruning": lambda goal: Pruning(goal.system, goal.starting_weights(), goal.wanted(), goal.schedule),
+    "pruning": _pruning,
     "hard_concrete": lambda goal: Gated(goal, goal.num_households),
     "hybrid": Hybrid,
     "random": lambda goal: _random(goal, torch.ones_like(goal.system.initial_weights)),
