@@ -123,7 +123,7 @@ def touchable(built: BuiltProblem, policy: str) -> tuple[CalibrationProblem, dic
 
     Args:
         built: The problem and the likely reasons.
-        policy: "error" refuses them (those of 0 are met and stay), "drop" calibrates without, "keep" keeps all.
+        policy: "error" refuses them (those of 0 are met: they stay), "drop" leaves them out, "keep" does not.
 
     Returns:
         The problem, the reasons by index in it, and the names of the targets left out.
