@@ -68,6 +68,7 @@ class TrainConfig:
     """configs/train.yaml. The groups model, data and trainer are checked by whoever builds them."""
 
     lambda_l0: float = MISSING
+    lambda_l2: float = MISSING
     droprate_init: float = MISSING
     target_sparsity: float | None = None
     ckpt_path: str | None = None
@@ -95,6 +96,7 @@ def checked(cfg: DictConfig) -> DictConfig:
     merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), cfg)
     assert isinstance(merged, DictConfig)
     require(merged.lambda_l0 >= 0, "lambda_l0", "a number >= 0", merged.lambda_l0)
+    require(merged.lambda_l2 >= 0, "lambda_l2", "a number >= 0", merged.lambda_l2)
     require(0 < merged.droprate_init < 1, "droprate_init", "a rate in (0, 1)", merged.droprate_init)
     require(0 <= merged.seed < 2**32, "seed", "an integer in [0, 2**32)", merged.seed)
     t = merged.temperature

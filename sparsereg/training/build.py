@@ -196,7 +196,9 @@ def build_module(
         structure=None if checkpoint is None else checkpoint.structure,
     )
     compiled = bool(cfg.trainer.compile)
-    module = Classifier(net, data.num_classes, cfg.lambda_l0, settings, provenance, compiled)
+    module = Classifier(
+        net, data.num_classes, cfg.lambda_l0, settings, provenance, cfg.get("lambda_l2", 0.0), compiled
+    )
     if compiled:
         net.compile()  # in place: torch.compile(net) would rename the keys of the state dict
     return module

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from sparsereg.distributions import draw_together
 from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.model.synchronised import several_processes
-from sparsereg.penalties import hard_concretes, l_c0
+from sparsereg.penalties import expected_l2, hard_concretes, l_c0
 from sparsereg.training.optimizers import OptimizerSettings, build_optimizer
 
 
@@ -44,6 +44,8 @@ class Classifier(pl.LightningModule):
         net: images (batch, channels, height, width) to logits (batch, num_classes).
         num_classes: number of classes.
         lambda_l0: weight of the penalty, >= 0.
+        lambda_l2: weight of half the expected squared norm of the weights under their gates, >= 0: the
+            L2 norm inside the L0 penalty of the paper, see :func:`sparsereg.penalties.expected_l2`.
         optimizer: optimizer and schedule.
         provenance: stored in checkpoints.
         compiled: whether ``net`` is compiled.
@@ -56,11 +58,13 @@ class Classifier(pl.LightningModule):
         lambda_l0: float,
         optimizer: OptimizerSettings,
         provenance: Provenance,
+        lambda_l2: float = 0.0,
         compiled: bool = False,
     ) -> None:
         super().__init__()
         self.net = net
         self.lambda_l0 = lambda_l0
+        self.lambda_l2 = lambda_l2
         self.penalty_scale = 1.0
         self.optimizer_settings = optimizer
         self.provenance = provenance
@@ -98,6 +102,10 @@ class Classifier(pl.LightningModule):
             mean_p_active = l_c0(self.net)
             loss = acc_loss + self.penalty_scale * self.lambda_l0 * mean_p_active
             scalars["L_C0"] = mean_p_active.detach()
+        if self.lambda_l2:
+            norm = expected_l2(self.net)
+            loss = loss + self.lambda_l2 / 2 * norm
+            scalars["expected_l2"] = norm.detach()
         self.train_acc.update(logits.detach(), labels)
         # Every self.log call costs about half a millisecond, whether or not anything is written.
         if self.trainer._logger_connector.should_update_logs:

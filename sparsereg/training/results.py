@@ -37,9 +37,12 @@ def count_summary(count: Count) -> dict[str, Any]:
 
 
 def metric(trainer: Trainer, name: str) -> float | None:
-    """Return a logged metric as a number, None if it was not logged."""
+    """Return a logged metric as a number, None if it was not logged.
+
+    Metrics are float32: seven digits are what they hold, and 0.9 is not written as 0.8999999761581421.
+    """
     value = trainer.callback_metrics.get(name)
-    return None if value is None else float(value)
+    return None if value is None else float(f"{float(value):.7g}")
 
 
 def block_table(count: Count, net: nn.Module) -> str:

@@ -16,6 +16,7 @@ from .conftest import write_images
         ("model=googlnet", "did you mean 'googlenet'"),
         ("optimizer.schedule=cosin", "expected one of"),
         ("lambda_l0=-1", "lambda_l0=-1.0: expected a number >= 0"),
+        ("lambda_l2=-1", "lambda_l2=-1.0: expected a number >= 0"),
         ("lambda_l0=abc", "lambda_l0"),
         ("lambda_l0=nan", "lambda_l0=nan"),
         ("lambda_l0=1,2", "lambda_l0"),
