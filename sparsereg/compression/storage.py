@@ -243,7 +243,7 @@ def _build(plan: dict[str, Any], weights: dict[str, torch.Tensor]) -> fx.GraphMo
 
 def _build_module(described: dict[str, Any], path: str) -> nn.Module:
     cls = getattr(nn, described["class"], None)
-    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+    if not (inspect.isclass(cls) and issubclass(cls, nn.Module) and cls is not nn.Module):
         raise InputError(
             f"the file names the class {described['class']!r} for {path!r}, which torch.nn lacks"
         )
