@@ -211,7 +211,8 @@ def start_weights(net: nn.Module, checkpoint: Checkpoint, cfg: DictConfig, overr
         return  # it was built with them
     new = checkpoints.load_weights_(net, checkpoint)
     if new:
-        log.info("initialised anew at droprate_init=%g: %s", cfg.droprate_init, ", ".join(new))
+        parameters = [k for k in new if not k.endswith("_extra_state")]
+        log.info("initialised anew at droprate_init=%g: %s", cfg.droprate_init, ", ".join(parameters))
         update_temperatures(net, cfg.temperature.initial)
     elif checkpoint.gated:
         log.info("the gates continue from the checkpoint")

@@ -45,10 +45,7 @@ def test_a_gate_folded_into_batch_norm_is_a_gate_behind_the_activation(act, trai
         torch.manual_seed(1)
         folded.zero_grad()
         source = x.clone().requires_grad_()
-        if way == "folded":
-            y = act(folded(source))
-        else:
-            y = folded.gate(act(plain(source)))
+        y = act(folded(source)) if way == "folded" else folded.gate(act(plain(source)))
         (y * torch.arange(y.numel()).view_as(y)).sum().backward()
         outputs.append(y.detach())
         gradients.append((source.grad, folded.gate.gates.log_alpha.grad.clone()))
