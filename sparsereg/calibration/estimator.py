@@ -107,7 +107,7 @@ class SparseCalibrationWeights(nn.Module):
             gates = quantile(self.log_alpha, u, self.beta, self.gamma, self.zeta)
         return self.log_weight.exp() * gates
 
-    def forward(self, M: Any, deterministic: bool = False) -> Tensor:  # noqa: N803
+    def forward(self, M: Any, deterministic: bool = False) -> Tensor:
         """Weighted sums ``M @ weights``, shape (n_targets,), differentiable.
 
         Args:
@@ -144,7 +144,7 @@ class SparseCalibrationWeights(nn.Module):
 
     def fit(
         self,
-        M: Any,  # noqa: N803
+        M: Any,
         y: np.ndarray,
         lambda_l0: float = 0.01,
         lambda_l2: float = 0.0,
@@ -185,7 +185,8 @@ class SparseCalibrationWeights(nn.Module):
         targets = torch.as_tensor(np.asarray(y, dtype=np.float64), device=self.device)
         matrix = self._household_matrix(M)
         if targets.shape != (matrix.num_targets,) or not torch.isfinite(targets).all():
-            raise ValueError(f"y must be {matrix.num_targets} finite numbers, got shape {tuple(targets.shape)}")
+            shape = tuple(targets.shape)
+            raise ValueError(f"y must be {matrix.num_targets} finite numbers, got shape {shape}")
         shares = group_shares(
             matrix.num_targets, target_groups, normalize=normalize_groups, multipliers=group_multipliers
         )
@@ -220,7 +221,7 @@ class SparseCalibrationWeights(nn.Module):
         )  # fmt: skip
 
     @torch.no_grad()
-    def predict(self, M: Any) -> Tensor:  # noqa: N803
+    def predict(self, M: Any) -> Tensor:
         """Weighted sums with the test-time gates, shape (targets,).
 
         Args:

@@ -17,14 +17,12 @@ from torch import Tensor
 
 from sparsereg.calibration.losses import TargetLoss
 from sparsereg.calibration.matrix import HouseholdMatrix
-from sparsereg.distributions import GAMMA, ZETA, gate_median, p_active, shift
+from sparsereg.distributions import GAMMA, ZETA, gate_median, p_active
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 """Constants of Adam (Kingma and Ba, 2015)."""
-_CLOSED_FOR_GOOD = -math.log(2.0**24)
-"""Uniform numbers in float32 are below 1 - 2^-24, so noise cannot lift a location by more than this."""
-_COMPACT_EVERY = 25
-"""Epochs between two looks for households that are shut for good."""
+_TIDY_EVERY = 50
+"""Epochs between two removals of moments so small that the processor would treat them slowly."""
 _PROPORTIONAL_GAIN, _INTEGRAL_GAIN, _FIRST_PRICE = 10.0, 0.02, 30.0
 """Steering of lambda_l0 by the number of households; the last is the price at which it starts."""
 _RELEASE = 0.8
@@ -59,7 +57,7 @@ class GateSettings:
 
 
 class GateSolver:
-    """The state of a gated run: parameters, moments, the generator of the noise, the epoch.
+    """The state of a gated run: parameters, moments, the epoch; noise is a function of seed and epoch.
 
     Args:
         matrix: All households.
@@ -79,19 +77,13 @@ class GateSolver:
         settings: GateSettings,
         seed: int = 0,
     ) -> None:
-        self._whole, self.loss, self.settings = matrix, loss, settings
+        self.matrix, self.loss, self.settings = matrix, loss, settings
         self.epoch = 0
         self.log_weight, self.log_alpha = log_weight.float().clone(), log_alpha.float().clone()
         self._moments = torch.zeros(4, len(log_weight), device=log_weight.device)
-        self._generator = torch.Generator(device=log_weight.device).manual_seed(seed)
+        self._seed = seed
         self._integral = 0.0
         self.last_loss = float("nan")
-        self._all_columns()
-
-    def _all_columns(self) -> None:
-        """Work on all households."""
-        self._live = torch.arange(len(self.log_weight), device=self.log_weight.device)
-        self._matrix = self._whole
 
     @property
     def temperature(self) -> float:
@@ -116,57 +108,47 @@ class GateSolver:
     def step(self, count: int = 1) -> None:
         """Run ``count`` epochs."""
         for _ in range(count):
-            if self.epoch % _COMPACT_EVERY == 0 and self.settings.use_gates:
-                self._drop_closed()
+            if self.epoch % _TIDY_EVERY == 0:
+                self._moments[self._moments.abs() < 1e-30] = 0.0
             self._step()
             self.epoch += 1
 
     def _step(self) -> None:
-        everyone = len(self._live) == len(self.log_weight)
-        log_weight = self.log_weight if everyone else self.log_weight[self._live]
-        log_alpha = self.log_alpha if everyone else self.log_alpha[self._live]
-        moments = self._moments if everyone else self._moments[:, self._live]
-        positive = log_weight.exp()
+        positive, slope, weight = self.log_weight.exp(), None, None
         if self.settings.use_gates:
-            gate, slope = self._draw(log_alpha)
-            weight = positive * gate
-        else:
-            weight, slope = positive, None
-        totals = self._matrix.totals(weight)
+            gate, slope = self._draw()
+            weight = gate.mul_(positive)
+        totals = self.matrix.totals(positive if weight is None else weight)
         self.last_loss = float(self.loss.value(totals))
-        residual = self.loss.residual(totals)
-        gradient = self._matrix.gradient(residual, weight if slope is not None else None).float()
-        down_weight = gradient * weight
+        gradient = self.matrix.gradient(self.loss.residual(totals), weight).float()
+        down_weight = gradient * (positive if weight is None else weight)
         if self.settings.lambda_l2 > 0:
             down_weight += 2.0 * self.settings.lambda_l2 * positive.square()
-        self._adam(log_weight, down_weight, moments[0], moments[1])
+        self._adam(self.log_weight, down_weight, self._moments[0], self._moments[1])
         if slope is not None:
             down_alpha = gradient.mul_(positive).mul_(slope)
-            self._add_penalty(down_alpha, log_alpha)
-            self._adam(log_alpha, down_alpha, moments[2], moments[3])
-        if not everyone:
-            self.log_weight[self._live], self.log_alpha[self._live] = log_weight, log_alpha
-            self._moments[:, self._live] = moments
+            self._add_penalty(down_alpha)
+            self._adam(self.log_alpha, down_alpha, self._moments[2], self._moments[3])
 
-    def _draw(self, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def _draw(self) -> tuple[Tensor, Tensor]:
         """Gates and their derivative by location: ``distributions.quantile`` and its slope."""
         low, high, beta = self.settings.gamma, self.settings.zeta, self.temperature
-        u = torch.rand(len(log_alpha), generator=self._generator, device=log_alpha.device)
-        s = u.logit_().add_(log_alpha).div_(beta).sigmoid_()
-        stretched = s * (high - low) + low
+        u = self.matrix.noise(self._seed, self.epoch)
+        s = u.logit_().add_(self.log_alpha).div_(beta).sigmoid_()
+        stretched = (s * (high - low)).add_(low)
         gate = stretched.clamp(0.0, 1.0)
         inside = stretched == gate
-        slope = (s - s * s).mul_((high - low) / beta).mul_(inside)
+        slope = s.sub_(s * s).mul_((high - low) / beta).mul_(inside)
         return gate, slope
 
-    def _add_penalty(self, gradient: Tensor, log_alpha: Tensor) -> None:
+    def _add_penalty(self, gradient: Tensor) -> None:
         """Add the gradient of lambda_l0 * sum P(z > 0), with lambda_l0 steered if a number is wanted."""
-        p = p_active(log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
+        p = p_active(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
         factor = self.settings.lambda_l0
         if self.settings.num_households is not None:
             factor = self._steer(float(p.double().sum()))
         if factor > 0:
-            gradient.add_(p.mul_(1.0 - p), alpha=factor)
+            gradient.add_(p.sub_(p * p), alpha=factor)
 
     def _steer(self, expected: float) -> float:
         """lambda_l0 of this epoch: proportional-integral control of log(expected / wanted) on log(lambda).
@@ -191,18 +173,6 @@ class GateSolver:
         root = second.sqrt().div_(math.sqrt(1.0 - _BETA2**step)).add_(_EPSILON)
         value.addcdiv_(first, root, value=-self.settings.lr / (1.0 - _BETA1**step))
 
-    def _drop_closed(self) -> None:
-        """Leave out households whose gate can open no more: no noise lifts it and nothing pulls it up.
-
-        The data give it no gradient, the penalty only lowers it, so this changes no result but for the
-        order of the noise.
-        """
-        bound = _CLOSED_FOR_GOOD + shift(self.temperature, self.settings.gamma, self.settings.zeta)
-        closed = (self.log_alpha[self._live] < bound) & (self._moments[2, self._live] >= 0)
-        if int(closed.sum()) > 0.2 * len(self._live):
-            left = torch.nonzero(~closed).flatten()
-            self._live, self._matrix = self._live[left], self._matrix.take(left)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later run needs to go on as if it had not been interrupted."""
         return {
@@ -210,8 +180,7 @@ class GateSolver:
             "log_weight": self.log_weight.clone(),
             "log_alpha": self.log_alpha.clone(),
             "moments": self._moments.clone(),
-            "live": self._live.clone(),
-            "generator": self._generator.get_state(),
+            "seed": self._seed,
             "integral": self._integral,
             "last_loss": self.last_loss,
         }
@@ -230,7 +199,4 @@ class GateSolver:
         for name in ("log_weight", "log_alpha"):
             getattr(self, name).copy_(state[name])
         self._moments.copy_(state["moments"])
-        self._generator.set_state(state["generator"].cpu())
-        self._live = state["live"].to(self.log_weight.device)
-        everyone = len(self._live) == len(self.log_weight)
-        self._matrix = self._whole if everyone else self._whole.take(self._live)
+        self._seed = int(state["seed"])

@@ -84,3 +84,18 @@ def descend(  # type: ignore[no-untyped-def]
                 for p in range(start, stop):
                     residual[indices[p]] += row_weights[indices[p]] * data[p] * change
     return decrease
+
+
+@_compile
+def uniform(seed, epoch, out):  # type: ignore[no-untyped-def]
+    """Fill ``out`` with uniform numbers in [0, 1), multiples of 2^-24, that depend on seed, epoch and place.
+
+    Source: the finalizer of SplitMix64 (Steele, Lea, Flood, 2014) applied to a counter.
+    """
+    start = np.uint64(seed) + np.uint64(epoch) * np.uint64(0xD1342543DE82EF95)
+    for j in range(out.shape[0]):
+        z = start + np.uint64(j + 1) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+        out[j] = np.float32(np.int64(z >> np.uint64(40))) * np.float32(5.9604644775390625e-08)

@@ -42,6 +42,9 @@ class HouseholdMatrix(Protocol):
     def squared_norms(self, row_weights: Tensor) -> Tensor:
         """Sum of row_weights times squared entries for every household, float64."""
 
+    def noise(self, seed: int, epoch: int) -> Tensor:
+        """Uniform numbers in [0, 1), float32, one per household: the same for the same seed and epoch."""
+
     def take(self, households: Tensor) -> HouseholdMatrix:
         """Return the matrix of these households only, in this order (a copy)."""
 
@@ -140,6 +143,14 @@ class CompiledMatrix:
         self._run("squared_norms", [(row_weights.numpy(), out[lane]) for lane in self._lanes])
         return torch.from_numpy(out)
 
+    def noise(self, seed: int, epoch: int) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        from sparsereg.calibration import kernels
+
+        out = np.empty(self.num_households, dtype=np.float32)
+        kernels.uniform(np.uint64(seed), np.uint64(epoch), out)
+        return torch.from_numpy(out)
+
     def descend(self, *arguments: Any) -> float:
         """Coordinate descent over the households, one after the other; see ``kernels.descend``."""
         from sparsereg.calibration import kernels
@@ -192,6 +203,12 @@ class TorchMatrix:
             self._by_household.shape,
         )
         return squares @ row_weights
+
+    def noise(self, seed: int, epoch: int) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        mixed = (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1342543DE82EF95) % 2**63
+        generator = torch.Generator(device=self.device).manual_seed(mixed)
+        return torch.rand(self.num_households, generator=generator, device=self.device)
 
     def take(self, households: Tensor) -> TorchMatrix:
         """See :class:`HouseholdMatrix`."""

@@ -14,7 +14,7 @@ TOLERANCE = 1e-9
 """Optimality of a refit, see ``LeastSquares.optimality``."""
 _MOST_ROUNDS = 150
 """Rounds after which a refit gives up; what it has reached is reported."""
-_OUTER_ROUNDS = 14
+_OUTER_ROUNDS = 30
 """Reweighted least-squares problems solved for a loss of absolute values."""
 _FIRST_FLOOR, _LAST_FLOOR = 1e-2, 1e-7
 """Relative error below which an absolute value is rounded off, in the first and the last of them."""
