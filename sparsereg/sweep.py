@@ -55,12 +55,26 @@ def run_job(
 
 
 def digest(name: str, cfg: DictConfig) -> str:
-    """Return a digest of everything that determines a run: script, version and resolved configuration."""
+    """Return a digest of what determines a run: script, version, resolved configuration, its input files.
+
+    Input files are known by size and time of change, so that an edited table is calibrated again.
+    """
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     plain.pop("rerun", None)
-    text = json.dumps([name, sparsereg.__version__, plain], sort_keys=True)
+    text = json.dumps([name, sparsereg.__version__, plain, _files(plain)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _files(node: Any) -> list[tuple[str, int, int]]:
+    """Return (path, bytes, time of change) of every file that a configuration names."""
+    if isinstance(node, dict | list):
+        values = node.values() if isinstance(node, dict) else node
+        return [file for value in values for file in _files(value)]
+    if isinstance(node, str) and len(node) < 4096 and Path(node).is_file():
+        status = Path(node).stat()
+        return [(node, status.st_size, status.st_mtime_ns)]
+    return []
 
 
 def _finished(sweeps: Path, wanted: str) -> Path | None:

@@ -3,7 +3,7 @@
 import pandas as pd
 
 
-def test_a_sweep_with_a_failed_job_and_its_repetition(run, tiny):
+def test_a_sweep_with_a_failed_job_and_its_repetition(run, tiny, tmp_path):
     sweep = ["-m", *tiny, "trainer.max_epochs=1", "lambda_l0=0.5,-1,2"]
     first = run("train", *sweep)
     assert first.code == 2, first.err
@@ -20,6 +20,9 @@ def test_a_sweep_with_a_failed_job_and_its_repetition(run, tiny):
     assert again.path != first.path
     assert pd.read_csv(again.path)["status"].tolist() == ["skipped", "failed", "skipped"]
     assert "finished before" in again.out
+    (tmp_path / "images.npz").touch()
+    changed = run("train", *sweep[:-1], "lambda_l0=0.5")
+    assert pd.read_csv(changed.path)["status"].tolist() == ["finished"]
     anew = run("train", *sweep[:-1], "lambda_l0=2", "rerun=true")
     assert anew.code == 0, anew.err
     assert pd.read_csv(anew.path)["status"].tolist() == ["finished"]
