@@ -139,8 +139,11 @@ class SweepReport(Callback):
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         axes.plot([r[self.x] for r in points], [r[self.y] for r in points], "o-")
         for r in points:
-            text = f"{self.label}={r.get(self.label)}"
+            value = r.get(self.label)
+            text = f"{value:g}" if isinstance(value, float) else f"{value}"
             axes.annotate(text, (r[self.x], r[self.y]), textcoords="offset points", xytext=(4, 4), fontsize=8)
+        axes.set_title(f"numbers at the points: {self.label}", fontsize=9)
+        axes.margins(0.1)
         axes.set_xlabel(self.x)
         axes.set_ylabel(self.y)
         axes.grid(alpha=0.3)

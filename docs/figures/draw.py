@@ -21,7 +21,8 @@ PLAIN, GATE, SHUT = "#dce6f2", "#f6d9a8", "#eeeeee"
 
 def box(axes: Axes, x: float, y: float, width: float, text: str, colour: str = PLAIN) -> None:
     """A labelled box, centred."""
-    axes.add_patch(Rectangle((x - width / 2, y - 0.3), width, 0.6, facecolor=colour, edgecolor="black", lw=0.8))
+    corner = (x - width / 2, y - 0.3)
+    axes.add_patch(Rectangle(corner, width, 0.6, facecolor=colour, edgecolor="black", lw=0.8))
     axes.text(x, y, text, ha="center", va="center", fontsize=8)
 
 
