@@ -32,6 +32,9 @@ _log = logging.getLogger(__name__)
 Callback = Callable[[int, int, float, int, np.ndarray], Any]
 """Called with (epochs done, epochs planned, loss, households kept, totals in float64)."""
 
+_BLOCK = 256
+"""Households that stay neighbours in memory."""
+
 LAMBDA_SCALES = ("sum", "mean")
 """sum: sum of the targets' losses + lambda_l0 * expected number kept, as l0-python. mean: both are means."""
 
@@ -198,8 +201,7 @@ class Calibration:
             num_households = len(given)
         self.num_households = _check_number(num_households, problem.num_households)
         self.method = "polish" if given is not None else method_of(self.settings.method, self.num_households)
-        # Sweeps favour the households they visit first, so those are not to be the first ones of the file.
-        self._order = np.random.default_rng(self.settings.seed).permutation(problem.num_households)
+        self._order = _visiting_order(problem.matrix_t, self.settings.seed)
         if given is not None:
             given = torch.from_numpy(np.flatnonzero(np.isin(self._order, given.numpy())))
         self.goal = _goal(problem, self.num_households, self.settings, self._order)
@@ -241,8 +243,12 @@ class Calibration:
         """Fit the weights of the selection and describe them.
 
         Raises:
-            ValueError: lambda_l0 shut every household, or the bounds cannot hold the total.
+            ValueError: the selection is not finished, lambda_l0 shut every household, or the bounds cannot
+                hold the total.
         """
+        if not self.done:
+            epoch, planned = self.selection.epoch, self.selection.num_epochs
+            raise ValueError(f"the selection is not made yet: {epoch} of {planned} epochs are done")
         system, weights = self.goal.system, self.selection.weights()
         kept = self.selection.kept()
         if len(kept) == 0:
@@ -384,6 +390,24 @@ def _drive(run: Calibration, callback: Callback | None, progress: bool) -> Calib
     if bar is not None:
         bar.close()
     return run.result()
+
+
+def _visiting_order(by_household: sp.csr_array, seed: int) -> np.ndarray:
+    """Order in which sweeps visit the households, at random but with neighbours near each other.
+
+    Sweeps favour the households they visit first, so that must not be a matter of the place in the file.
+    Households of one district share their targets, which is fast while those are in the processor's cache:
+    so they are sorted by their last target, cut into blocks, and blocks and their members are shuffled.
+    """
+    num_households = by_household.shape[0]
+    ends = np.maximum(by_household.indptr[1:] - 1, 0)
+    last = by_household.indices[ends] if by_household.nnz else np.zeros(num_households)
+    last = np.where(np.diff(by_household.indptr) > 0, last, -1)
+    generator = np.random.default_rng(seed)
+    neighbours = np.lexsort((generator.random(num_households), last))
+    blocks = np.arange(num_households) // _BLOCK
+    rank = generator.permutation(int(blocks[-1]) + 1)[blocks]
+    return neighbours[np.lexsort((generator.random(num_households), rank))]
 
 
 def _check_number(number: int | None, households: int) -> int | None:

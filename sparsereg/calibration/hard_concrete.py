@@ -22,7 +22,10 @@ from sparsereg.distributions import GAMMA, ZETA, gate_median, p_active
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 """Constants of Adam (Kingma and Ba, 2015)."""
 _TIDY_EVERY = 50
-"""Epochs between two removals of moments so small that the processor would treat them slowly."""
+"""Epochs between two removals of moments so small that the processor would treat them slowly, and between
+two arrangements of the matrix."""
+_OFTEN = 0.02
+"""P(z > 0) from which a household is stored with those that are often open."""
 _PROPORTIONAL_GAIN, _INTEGRAL_GAIN, _FIRST_PRICE = 10.0, 0.02, 30.0
 """Steering of lambda_l0 by the number of households; the last is the price at which it starts."""
 _RELEASE = 0.8
@@ -84,6 +87,8 @@ class GateSolver:
         self._seed = seed
         self._integral = 0.0
         self.last_loss = float("nan")
+        self._buffers = torch.empty(6, len(log_weight), device=log_weight.device)
+        self._products: HouseholdMatrix | _OftenOpen = matrix
 
     @property
     def temperature(self) -> float:
@@ -110,36 +115,48 @@ class GateSolver:
         for _ in range(count):
             if self.epoch % _TIDY_EVERY == 0:
                 self._moments[self._moments.abs() < 1e-30] = 0.0
+                self._arrange()
             self._step()
             self.epoch += 1
 
     def _step(self) -> None:
-        positive, slope, weight = self.log_weight.exp(), None, None
+        """One epoch, in buffers that are kept: new memory for each would cost as much as the arithmetic."""
+        positive = torch.exp(self.log_weight, out=self._buffers[0])
+        weight, slope = positive, None
         if self.settings.use_gates:
-            gate, slope = self._draw()
-            weight = gate.mul_(positive)
-        totals = self.matrix.totals(positive if weight is None else weight)
+            weight, slope = self._draw(positive)
+        totals = self._products.totals(weight)
         self.last_loss = float(self.loss.value(totals))
-        gradient = self.matrix.gradient(self.loss.residual(totals), weight).float()
-        down_weight = gradient * (positive if weight is None else weight)
+        where = None if slope is None else weight
+        gradient = self._buffers[3].copy_(self._products.gradient(self.loss.residual(totals), where))
+        down_weight = torch.mul(gradient, weight, out=self._buffers[4])
         if self.settings.lambda_l2 > 0:
-            down_weight += 2.0 * self.settings.lambda_l2 * positive.square()
+            down_weight.addcmul_(positive, positive, value=2.0 * self.settings.lambda_l2)
         self._adam(self.log_weight, down_weight, self._moments[0], self._moments[1])
         if slope is not None:
             down_alpha = gradient.mul_(positive).mul_(slope)
             self._add_penalty(down_alpha)
             self._adam(self.log_alpha, down_alpha, self._moments[2], self._moments[3])
 
-    def _draw(self) -> tuple[Tensor, Tensor]:
-        """Gates and their derivative by location: ``distributions.quantile`` and its slope."""
+    def _draw(self, positive: Tensor) -> tuple[Tensor, Tensor]:
+        """Gated weights, and the derivative of the gates: ``distributions.quantile`` and its slope."""
         low, high, beta = self.settings.gamma, self.settings.zeta, self.temperature
         u = self.matrix.noise(self._seed, self.epoch)
         s = u.logit_().add_(self.log_alpha).div_(beta).sigmoid_()
-        stretched = (s * (high - low)).add_(low)
-        gate = stretched.clamp(0.0, 1.0)
-        inside = stretched == gate
-        slope = s.sub_(s * s).mul_((high - low) / beta).mul_(inside)
-        return gate, slope
+        gate = torch.mul(s, high - low, out=self._buffers[1]).add_(low)
+        slope = torch.addcmul(s, s, s, value=-1.0, out=self._buffers[2]).mul_((high - low) / beta)
+        slope.mul_(gate > 0.0).mul_(gate < 1.0)
+        return gate.clamp_(0.0, 1.0).mul_(positive), slope
+
+    def _arrange(self) -> None:
+        """Store the households that are often open next to each other, once they are a minority.
+
+        Reading every tenth household from main memory costs nearly as much as reading all of them.
+        """
+        p = p_active(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
+        often = torch.nonzero(p > _OFTEN).flatten()
+        few = self.settings.use_gates and 0 < len(often) < 0.5 * len(p)
+        self._products = _OftenOpen(self.matrix, often) if few else self.matrix
 
     def _add_penalty(self, gradient: Tensor) -> None:
         """Add the gradient of lambda_l0 * sum P(z > 0), with lambda_l0 steered if a number is wanted."""
@@ -170,7 +187,7 @@ class GateSolver:
         first.lerp_(gradient, 1.0 - _BETA1)
         second.mul_(_BETA2).addcmul_(gradient, gradient, value=1.0 - _BETA2)
         step = self.epoch + 1
-        root = second.sqrt().div_(math.sqrt(1.0 - _BETA2**step)).add_(_EPSILON)
+        root = torch.sqrt(second, out=self._buffers[5]).div_(math.sqrt(1.0 - _BETA2**step)).add_(_EPSILON)
         value.addcdiv_(first, root, value=-self.settings.lr / (1.0 - _BETA1**step))
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,6 +200,7 @@ class GateSolver:
             "seed": self._seed,
             "integral": self._integral,
             "last_loss": self.last_loss,
+            "often": self._products.often.clone() if isinstance(self._products, _OftenOpen) else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -200,3 +218,30 @@ class GateSolver:
             getattr(self, name).copy_(state[name])
         self._moments.copy_(state["moments"])
         self._seed = int(state["seed"])
+        often = state["often"]
+        device = self.log_weight.device
+        self._products = self.matrix if often is None else _OftenOpen(self.matrix, often.to(device))
+
+
+class _OftenOpen:
+    """The products of a matrix, with some households stored apart; the others are read where they are.
+
+    Args:
+        matrix: All households.
+        often: Indices of those to store apart, ascending.
+    """
+
+    def __init__(self, matrix: HouseholdMatrix, often: Tensor) -> None:
+        self._matrix, self._part, self.often = matrix, matrix.take(often), often
+
+    def totals(self, weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        rest = weights.index_fill(0, self.often, 0.0)
+        return self._part.totals(weights[self.often]) + self._matrix.totals(rest)
+
+    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        assert where is not None
+        gradient = self._matrix.gradient(residual, where.index_fill(0, self.often, 0.0))
+        gradient[self.often] = self._part.gradient(residual, where[self.often])
+        return gradient

@@ -50,14 +50,19 @@ class HouseholdMatrix(Protocol):
 
 
 def household_matrix(
-    by_household: sp.csr_array, device: str | torch.device = "cpu", backend: str = "auto"
+    by_household: sp.csr_array,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    *,
+    local: bool = False,
 ) -> HouseholdMatrix:
-    """Prepare a matrix for a solver.
+    """Prepare a matrix for a solver; in a group of processes, each one's share of the targets.
 
     Args:
         by_household: Households x targets, canonical CSR, float32.
         device: Where to compute.
         backend: "compiled" (numba; CPU only), "torch", or "auto": compiled where it can be.
+        local: Keep the whole matrix in this process, whether or not there is a group.
 
     Raises:
         ValueError: the backend is unknown or does not run on the device.
@@ -68,6 +73,8 @@ def household_matrix(
         raise ValueError(f"backend must be one of auto, compiled, torch, got {backend!r}")
     if backend == "compiled" and not can_compile:
         raise ValueError(f"backend='compiled' needs numba and device='cpu', got device={str(device)!r}")
+    if not local and _num_processes() > 1:
+        return ShardedMatrix.of_this_process(by_household, device, backend)
     if backend == "torch" or not can_compile:
         return TorchMatrix.from_scipy(by_household, device)
     return CompiledMatrix(by_household)
@@ -224,6 +231,67 @@ class TorchMatrix:
         return TorchMatrix(chosen, _transposed(chosen))
 
 
+class ShardedMatrix:
+    """Some rows (targets) of a matrix in each process of a group, which sums over processes.
+
+    Vectors are whole in every process; with the same input all processes see the same output.
+
+    Args:
+        local: Households x the targets of this process.
+        first: Index of the first of these targets.
+        num_targets: Number of all targets.
+    """
+
+    def __init__(self, local: HouseholdMatrix, first: int, num_targets: int) -> None:
+        self._local, self._rows = local, slice(first, first + local.num_targets)
+        self.num_households, self.num_targets = local.num_households, num_targets
+        self.num_entries, self.device = local.num_entries, local.device
+
+    @classmethod
+    def of_this_process(cls, by_household: sp.csr_array, device: torch.device, backend: str) -> ShardedMatrix:
+        """Take this process's share of the targets, about equally many entries each."""
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        num_targets = int(by_household.shape[1])
+        entries = np.bincount(by_household.indices, minlength=num_targets).cumsum()
+        cuts = np.searchsorted(entries, np.arange(1, world) * (entries[-1] / world)) + 1
+        bounds = np.concatenate([[0], np.minimum(cuts, num_targets), [num_targets]])
+        first, last = int(bounds[rank]), int(bounds[rank + 1])
+        local = household_matrix(sp.csr_array(by_household[:, first:last]), device, backend, local=True)
+        return cls(local, first, num_targets)
+
+    def totals(self, weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        totals = torch.zeros(self.num_targets, dtype=torch.float64, device=self.device)
+        totals[self._rows] = self._local.totals(weights)
+        return _sum_over_processes(totals)
+
+    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        return _sum_over_processes(self._local.gradient(residual[self._rows], where))
+
+    def squared_norms(self, row_weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        return _sum_over_processes(self._local.squared_norms(row_weights[self._rows]))
+
+    def noise(self, seed: int, epoch: int) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        return self._local.noise(seed, epoch)
+
+    def take(self, households: Tensor) -> ShardedMatrix:
+        """See :class:`HouseholdMatrix`."""
+        return ShardedMatrix(self._local.take(households), self._rows.start, self.num_targets)
+
+
+def _num_processes() -> int:
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if group else 1
+
+
+def _sum_over_processes(values: Tensor) -> Tensor:
+    torch.distributed.all_reduce(values)
+    return values
+
+
 def _to_torch(matrix: sp.csr_array, device: torch.device) -> Tensor:
     """Scipy CSR to a torch CSR tensor in float64, so that sums are exact enough to report."""
     parts = (matrix.indptr, matrix.indices, matrix.data.astype(np.float64))
@@ -246,6 +314,4 @@ def _transposed(matrix: Tensor) -> Tensor:
     order = torch.argsort(columns, stable=True)
     new_crow = torch.zeros(num_columns + 1, dtype=crow.dtype, device=matrix.device)
     new_crow[1:] = torch.bincount(columns, minlength=num_columns).cumsum(0)
-    return _csr_tensor(
-        new_crow, rows[order].to(crow.dtype), matrix.values()[order], (num_columns, num_rows)
-    )
+    return _csr_tensor(new_crow, rows[order].to(crow.dtype), matrix.values()[order], (num_columns, num_rows))

@@ -114,9 +114,7 @@ class Pruning:
         self.done = self.done or self.epoch >= self.num_epochs
 
     def _prune(self) -> None:
-        count = kept_at(
-            self.epoch, self._stages, self._num_candidates, self.num_kept, self.schedule.power
-        )
+        count = kept_at(self.epoch, self._stages, self._num_candidates, self.num_kept, self.schedule.power)
         if count < len(self._kept):
             best = largest(self.fit.contributions(), count)
             self._kept = self._kept[best]
@@ -209,9 +207,7 @@ def add(
     return kept, fit
 
 
-def fill(
-    system: System, kept: Tensor, fit: LeastSquares, rounds: int = 8
-) -> tuple[Tensor, LeastSquares]:
+def fill(system: System, kept: Tensor, fit: LeastSquares, rounds: int = 8) -> tuple[Tensor, LeastSquares]:
     """Solve nearly to optimality, replacing households whose weight becomes zero by others that help.
 
     Args:
@@ -237,5 +233,3 @@ def fill(
             break
         kept, fit = new_kept, new_fit
     return kept, fit
-
-

@@ -234,9 +234,7 @@ class Hybrid(Gated):
         return torch.cat([kept.to(drawn), drawn]).sort().values, weights
 
 
-def sample_in_proportion(
-    sizes: Tensor, count: int, seed: int, excluded: Tensor | None = None
-) -> Tensor:
+def sample_in_proportion(sizes: Tensor, count: int, seed: int, excluded: Tensor | None = None) -> Tensor:
     """Draw ``count`` different households with chances in proportion to their sizes; ascending indices.
 
     Keys log(u) / size; the largest are drawn (Efraimidis and Spirakis, 2006). Households of size zero come

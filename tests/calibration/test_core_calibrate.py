@@ -86,9 +86,7 @@ def test_polish_never_worsens_a_support():
 def test_bounds_and_total_hold(method):
     problem = survey(3)
     number = None if method == "all" else 150
-    result = calibrate(
-        problem, number, method=method, max_weight_ratio=4.0, hold_total=True, epochs=50
-    )
+    result = calibrate(problem, number, method=method, max_weight_ratio=4.0, hold_total=True, epochs=50)
     initial = problem.starting_weights
     assert (result.weights <= 4 * initial).all()
     assert result.weights.sum() == pytest.approx(initial.sum(), rel=1e-8)

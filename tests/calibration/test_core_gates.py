@@ -11,7 +11,9 @@ from sparsereg.distributions import p_active, quantile
 
 def parts(seed=0, targets=15, households=60, backend="compiled", loss="relative"):
     rng = np.random.default_rng(seed)
-    a = (rng.lognormal(size=(targets, households)) * (rng.random((targets, households)) < 0.4)).astype(np.float32)
+    a = (rng.lognormal(size=(targets, households)) * (rng.random((targets, households)) < 0.4)).astype(
+        np.float32
+    )
     t = torch.from_numpy(a.astype(np.float64) @ rng.lognormal(size=households))
     matrix = household_matrix(sp.csr_array(a.T), backend=backend)
     return a, matrix, TargetLoss(t, torch.ones_like(t), loss)
@@ -28,7 +30,9 @@ def solver(settings, backend="compiled", loss="relative", seed=3, location=1.0):
 @pytest.mark.parametrize("backend", ["compiled", "torch"])
 def test_equals_autograd_and_torch_adam(loss, backend):
     """The hand-written step against autograd through distributions.quantile and torch.optim.Adam."""
-    settings = GateSettings(lambda_l0=0.02, lambda_l2=0.001, lr=0.1, temperature=lambda e: 0.5 + 0.1 / (1 + e))
+    settings = GateSettings(
+        lambda_l0=0.02, lambda_l2=0.001, lr=0.1, temperature=lambda e: 0.5 + 0.1 / (1 + e)
+    )
     a, _, target_loss = parts(loss=loss)
     ours = solver(settings, backend, loss)
     log_weight, log_alpha = ours.log_weight.clone().requires_grad_(), ours.log_alpha.clone().requires_grad_()

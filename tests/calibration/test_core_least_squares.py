@@ -18,7 +18,11 @@ def problem(seed, targets, households, density=0.4, signs=False):
     if signs:
         a *= rng.choice([-1, 1], size=a.shape)
     a = a.astype(np.float32).astype(np.float64)
-    return a, a @ rng.lognormal(size=households) * rng.lognormal(sigma=0.3, size=targets), rng.lognormal(size=households)
+    return (
+        a,
+        a @ rng.lognormal(size=households) * rng.lognormal(sigma=0.3, size=targets),
+        rng.lognormal(size=households),
+    )
 
 
 def system(a, t, q, w0, backend="compiled", upper=None, chi2=0.0, total=None):
@@ -33,7 +37,9 @@ def everyone(s, lower=None):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("targets", "households", "signs"), [(60, 20, False), (25, 80, False), (40, 40, True)])
+@pytest.mark.parametrize(
+    ("targets", "households", "signs"), [(60, 20, False), (25, 80, False), (40, 40, True)]
+)
 def test_solve_equals_scipy_nnls(backend, targets, households, signs):
     a, t, w0 = problem(1, targets, households, signs=signs)
     q = 1.0 / (np.abs(t) + 1) ** 2

@@ -57,7 +57,9 @@ def test_group_shares():
 
 
 def test_unknown_loss_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"relative, mse, mape, capped, got 'relativ' \(did you mean 'relative'"):
+    with pytest.raises(
+        ValueError, match=r"relative, mse, mape, capped, got 'relativ' \(did you mean 'relative'"
+    ):
         check_loss("relativ")
     with pytest.raises(ValueError, match="cap must be"):
         TargetLoss(TARGETS, SHARES, "capped", cap=0.0)

@@ -1,0 +1,232 @@
+"""Speed, memory and quality of the calibration, beside l0-python where that is installed.
+
+    python benchmarks/calibration.py epoch              seconds per epoch of gates, small and large
+    python benchmarks/calibration.py calls              calibrate() from problem to weights, small and large
+    python benchmarks/calibration.py quality            same problem, same number of households, three seeds
+    python benchmarks/calibration.py huge               one million households, sixty million entries
+
+l0-python (``pip install l0-python==0.6.2``, in an environment of its own put on PYTHONPATH) is left out
+where it is missing. ``OMP_NUM_THREADS=1`` measures one core. Problems are the built-in synthetic survey.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from sparsereg.calibration import CalibrationProblem, calibrate, polish, synthetic_problem
+from sparsereg.calibration.calibrate import Calibration, Settings
+from sparsereg.calibration.hard_concrete import GateSolver
+from sparsereg.calibration.pruning import PruningSchedule
+
+SIZES = {"small": (30_000, 4_000), "large": (337_704, 27_410)}
+LAMBDAS = (0.02, 0.12, 1.2)
+"""Prices at which l0-python keeps about 25, 10 and 3 percent of the small problem."""
+
+
+def l0_model(problem: CalibrationProblem, seed: int, keep: float = 0.999) -> Any | None:
+    """l0-python's model as its users run it, or None where it is not installed."""
+    try:
+        from l0.calibration import SparseCalibrationWeights
+    except ImportError:
+        return None
+    torch.manual_seed(seed)
+    return SparseCalibrationWeights(
+        problem.num_households, beta=0.65, init_keep_prob=keep, init_weights=problem.starting_weights,
+        log_weight_jitter_sd=0.05, log_alpha_jitter_sd=0.01, seed=seed,
+    )  # fmt: skip
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Wall clock time of a call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def open_share(problem: CalibrationProblem, share: float, seed: int = 0) -> torch.Tensor:
+    """Locations of gates of which this share is open for certain, and the rest shut for certain."""
+    generator = torch.Generator().manual_seed(seed)
+    is_open = torch.rand(problem.num_households, generator=generator) < share
+    return torch.where(is_open, 19.0, -19.0)
+
+
+def bench_epoch(sizes: list[str], repeats: int) -> None:
+    """Seconds per epoch, alternating ours and theirs; medians, and the median of the ratios."""
+    for size in sizes:
+        problem = synthetic_problem(*SIZES[size])
+        _ = problem.matrix_t
+        for share in (1.0, 0.1):
+            ours, theirs = times_per_epoch(problem, open_share(problem, share), repeats)
+            line = f"{size:6} {problem.matrix.nnz:>11,} entries, {share:4.0%} open: {median_ms(ours)} ours"
+            if theirs:
+                ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+                line += f", {median_ms(theirs)} l0-python, {ratio:.0f} x"
+            print(line, flush=True)
+
+
+def times_per_epoch(
+    problem: CalibrationProblem, location: torch.Tensor, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Seconds per epoch of ours and of l0-python (none where it is missing), taken in turns."""
+    solver, model = gate_solver(problem, location), l0_model(problem, 0)
+    solver.step(3)
+    if model is not None:
+        fit_theirs(model, problem, location, 1)
+    ours, theirs = [], []
+    for _ in range(repeats):
+        ours.append(seconds(lambda: solver.step(10)) / 10)
+        if model is not None:
+            theirs.append(seconds(lambda: fit_theirs(model, problem, location, 2)) / 2)
+    return ours, theirs
+
+
+def gate_solver(problem: CalibrationProblem, location: torch.Tensor) -> GateSolver:
+    """A solver of gates at given locations, in the order of households that calibrate() uses."""
+    goal = Calibration(problem, settings=Settings(method="hard_concrete", lambda_l0=1e-6)).goal
+    start = goal.system.initial_weights.log()
+    return GateSolver(goal.system.matrix, goal.loss, start, location, replace(goal.gates, lr=1e-6))
+
+
+def fit_theirs(model: Any, problem: CalibrationProblem, location: torch.Tensor, epochs: int) -> None:
+    """Some epochs of l0-python from these locations."""
+    model.log_alpha.data.copy_(location)
+    model.fit(problem.matrix, problem.targets, lambda_l0=1e-6, lr=1e-6, epochs=epochs, loss_type="relative")
+
+
+def median_ms(values: list[float]) -> str:
+    """Median in milliseconds."""
+    return f"{1e3 * statistics.median(values):8.2f} ms"
+
+
+def bench_calls(sizes: list[str], repeats: int) -> None:
+    """calibrate() by size, method and share kept: wall clock, processor time, error, peak memory."""
+    for size in sizes:
+        problem = synthetic_problem(*SIZES[size])
+        share = 0.1 if size == "small" else 0.05
+        number = round(share * problem.num_households)
+        calibrate(synthetic_problem(500, 50), 50)  # compile
+        for method in ("pruning", "hard_concrete"):
+            for _ in range(repeats):
+                start = time.process_time()
+                result = calibrate(problem, number, method=method)
+                report(f"{size} {method}", result, time.process_time() - start)
+
+
+def report(name: str, result: Any, processor: float) -> None:
+    """One line about a result."""
+    d = result.diagnostics
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"{name:28} kept {d['kept']:>6,}  mean {d['mean_are']:9.4%}  median {d['median_are']:9.4%}"
+        f"  ess {d['ess']:8,.0f}  largest ratio {d['max_ratio'] or 0:7.1f}  {result.seconds:6.1f} s"
+        f"  {processor:6.1f} s processor  peak {memory:.2f} GiB",
+        flush=True,
+    )
+
+
+def bench_quality(seeds: int, disagreement: float, lambdas: tuple[float, ...]) -> None:
+    """l0-python's gated weights, its support refitted, and ours at its number of households."""
+    ratios: dict[float, list[tuple[float, float, float]]] = {}
+    for seed in range(seeds):
+        problem = synthetic_problem(*SIZES["small"], seed=seed, disagreement=disagreement)
+        for price in lambdas:
+            model = l0_model(problem, seed)
+            if model is None:
+                print("l0-python is not installed")
+                return
+            start = time.process_time()
+            model.fit(problem.matrix, problem.targets, lambda_l0=price, lr=0.15, epochs=1000,
+                      loss_type="relative")  # fmt: skip
+            theirs = gated(problem, model, time.process_time() - start)
+            number = int((theirs["weights"] > 0).sum())
+            print(f"seed {seed} lambda {price:g}: {theirs['line']}", flush=True)
+            no_swaps = PruningSchedule(swap_rounds=0)
+            refitted = polish(problem, theirs["weights"] > 0, schedule=no_swaps)
+            report("  its support, refitted", refitted, refitted.seconds)
+            for method in ("pruning", "hard_concrete"):
+                start = time.process_time()
+                result = calibrate(problem, number, method=method, seed=seed)
+                report(f"  {method}", result, time.process_time() - start)
+                if method == "pruning":
+                    d = result.diagnostics
+                    ratios.setdefault(price, []).append((
+                        d["mean_are"] / theirs["mean_are"],
+                        d["mean_are"] / refitted.diagnostics["mean_are"],
+                        d["ess"] / theirs["ess"],
+                    ))  # fmt: skip
+            result = calibrate(problem, number, loss="mape", seed=seed)
+            report("  pruning, absolute loss", result, result.seconds)
+    for price, rows in ratios.items():
+        mean, spread = np.mean(rows, axis=0), np.std(rows, axis=0)
+        print(
+            f"lambda {price:g}: error {mean[0]:.3f} +- {spread[0]:.3f} of gated,"
+            f" {mean[1]:.3f} +- {spread[1]:.3f} of its support refitted,"
+            f" sample size {mean[2]:.2f} +- {spread[2]:.2f} of gated"
+        )
+
+
+def gated(problem: CalibrationProblem, model: Any, processor: float) -> dict[str, Any]:
+    """Measure l0-python's weights in float64."""
+    from sparsereg.calibration.report import measure
+
+    with torch.no_grad():
+        weights = model.get_weights(deterministic=True).double().numpy()
+    d = measure(problem, weights)
+    line = (
+        f"l0-python kept {d['kept']:,}  mean {d['mean_are']:.4%}  median {d['median_are']:.4%}"
+        f"  ess {d['ess']:,.0f}  {processor:.1f} s processor"
+    )
+    return {**d, "weights": weights, "line": line}
+
+
+def bench_huge() -> None:
+    """One million households, sixty million entries: a random matrix, to see time and memory."""
+    rng = np.random.default_rng(0)
+    households, targets, per_household = 1_000_000, 30_000, 60
+    indices = rng.integers(0, targets, households * per_household, dtype=np.int32)
+    data = rng.lognormal(size=len(indices)).astype(np.float32)
+    indptr = np.arange(0, len(indices) + 1, per_household, dtype=np.int32)
+    by_household = sp.csr_array((data, indices, indptr), shape=(households, targets))
+    matrix = sp.csr_array(by_household.T.tocsr())
+    del by_household, indices, data
+    truth = rng.lognormal(size=households)
+    problem = CalibrationProblem(matrix, matrix.astype(np.float64) @ truth)
+    result = calibrate(problem, 50_000)
+    report("huge pruning", result, result.seconds)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["epoch", "calls", "quality", "huge"])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--disagreement", type=float, default=0.01)
+    parser.add_argument("--lambdas", nargs="+", type=float, default=list(LAMBDAS))
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, numpy {np.__version__}, {torch.get_num_threads()} threads", flush=True)
+    if args.what == "epoch":
+        bench_epoch(args.sizes, args.repeats)
+    elif args.what == "calls":
+        bench_calls(args.sizes, args.repeats)
+    elif args.what == "quality":
+        bench_quality(args.seeds, args.disagreement, tuple(args.lambdas))
+    else:
+        bench_huge()
+
+
+if __name__ == "__main__":
+    main()
