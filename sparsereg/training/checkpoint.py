@@ -90,7 +90,7 @@ def read(path: str | Path) -> Checkpoint:
         gated=ours["gated"],
         epoch=int(content["epoch"]) + 1,
         content=content,
-        structure=ours["structure"],
+        structure=ours.get("structure"),
     )
 
 
