@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsereg.compression import compact, export, fuse
+from sparsereg.compression import compact, export, fuse, load_compacted, save_compacted, shift_pools
 from sparsereg.compression import deploy as module
 from sparsereg.compression.compact import difference
 from sparsereg.errors import InputError
@@ -70,6 +70,25 @@ def test_fusing_keeps_the_answers(name):
     assert all(torch.equal(v, before[k]) for k, v in smaller.state_dict().items())
     if name in ("googlenet", "resnet18", "mobilenet_v2"):
         assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+
+
+def test_shifted_maps_are_max_pooling(tmp_path):
+    network, x = make("googlenet")
+    set_gates(network, "mixed")
+    smaller = compact(network, x, check=False)
+    shifted = shift_pools(smaller)
+    assert torch.equal(smaller(x), shifted(x))
+    pools = [m for m in shifted.modules() if isinstance(m, nn.MaxPool2d)]
+    assert len(pools) == 2  # the ones with stride 2
+    loaded = load_compacted(save_compacted(shifted, tmp_path / "c.pt"))
+    assert torch.equal(loaded(x), shifted(x))
+    torch.manual_seed(0)
+    odd = nn.Sequential(
+        nn.MaxPool2d((5, 1), 1, (2, 0)), nn.MaxPool2d(3, 1), nn.MaxPool2d(3, 1, 1, dilation=1)
+    )
+    y = -torch.rand(2, 3, 9, 9)
+    plain = compact(odd, y)
+    assert torch.equal(plain(y), shift_pools(plain)(y))
 
 
 def test_wrong_arguments_are_named(tmp_path, monkeypatch):
