@@ -87,7 +87,10 @@ class GateSolver:
         self._seed = seed
         self._integral = 0.0
         self.last_loss = float("nan")
+        # New memory for every intermediate result would cost as much as the arithmetic.
         self._buffers = torch.empty(6, len(log_weight), device=log_weight.device)
+        self._positive, self._weight, self._slope = self._buffers[:3]
+        self._often: Tensor | None = None
         self._products: HouseholdMatrix | _OftenOpen = matrix
 
     @property
@@ -107,65 +110,83 @@ class GateSolver:
 
     def expected_kept(self) -> float:
         """Sum of P(z > 0), accumulated in float64."""
-        p = p_active(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
-        return float(p.double().sum())
+        return float(self._p_active().double().sum())
 
     def step(self, count: int = 1) -> None:
         """Run ``count`` epochs."""
         for _ in range(count):
             if self.epoch % _TIDY_EVERY == 0:
-                self._moments[self._moments.abs() < 1e-30] = 0.0
-                self._arrange()
+                self._tidy()
             self._step()
             self.epoch += 1
 
     def _step(self) -> None:
-        """One epoch, in buffers that are kept: new memory for each would cost as much as the arithmetic."""
-        positive = torch.exp(self.log_weight, out=self._buffers[0])
-        weight, slope = positive, None
-        if self.settings.use_gates:
-            weight, slope = self._draw(positive)
-        totals = self._products.totals(weight)
+        """One epoch: draw, weigh, and take the step of Adam."""
+        totals = self._draw()
         self.last_loss = float(self.loss.value(totals))
-        where = None if slope is None else weight
-        gradient = self._buffers[3].copy_(self._products.gradient(self.loss.residual(totals), where))
-        down_weight = torch.mul(gradient, weight, out=self._buffers[4])
+        where = self._weight if self.settings.use_gates else None
+        residual = self.loss.residual(totals)
+        gradient = self._buffers[3].copy_(self._products.gradient(residual, where))
+        down_weight = torch.mul(gradient, self._weight, out=self._buffers[4])
         if self.settings.lambda_l2 > 0:
-            down_weight.addcmul_(positive, positive, value=2.0 * self.settings.lambda_l2)
+            down_weight.addcmul_(self._positive, self._positive, value=2.0 * self.settings.lambda_l2)
         self._adam(self.log_weight, down_weight, self._moments[0], self._moments[1])
-        if slope is not None:
-            down_alpha = gradient.mul_(positive).mul_(slope)
+        if self.settings.use_gates:
+            down_alpha = gradient.mul_(self._positive).mul_(self._slope)
             self._add_penalty(down_alpha)
             self._adam(self.log_alpha, down_alpha, self._moments[2], self._moments[3])
 
-    def _draw(self, positive: Tensor) -> tuple[Tensor, Tensor]:
-        """Gated weights, and the derivative of the gates: ``distributions.quantile`` and its slope."""
+    def _draw(self) -> Tensor:
+        """Draw gates; keep the weights and the slope of the gates by location; return the totals."""
+        torch.exp(self.log_weight, out=self._positive)
+        if not self.settings.use_gates:
+            return self._products.totals(self._weight.copy_(self._positive))
         low, high, beta = self.settings.gamma, self.settings.zeta, self.temperature
+        # The quantile function of ``distributions`` at uniform levels, with its derivative.
         u = self.matrix.noise(self._seed, self.epoch)
         s = u.logit_().add_(self.log_alpha).div_(beta).sigmoid_()
-        gate = torch.mul(s, high - low, out=self._buffers[1]).add_(low)
-        slope = torch.addcmul(s, s, s, value=-1.0, out=self._buffers[2]).mul_((high - low) / beta)
-        slope.mul_(gate > 0.0).mul_(gate < 1.0)
-        return gate.clamp_(0.0, 1.0).mul_(positive), slope
-
-    def _arrange(self) -> None:
-        """Store the households that are often open next to each other, once they are a minority.
-
-        Reading every tenth household from main memory costs nearly as much as reading all of them.
-        """
-        p = p_active(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
-        often = torch.nonzero(p > _OFTEN).flatten()
-        few = self.settings.use_gates and 0 < len(often) < 0.5 * len(p)
-        self._products = _OftenOpen(self.matrix, often) if few else self.matrix
+        gate = torch.mul(s, high - low, out=self._weight).add_(low)
+        torch.addcmul(s, s, s, value=-1.0, out=self._slope).mul_((high - low) / beta)
+        self._slope.mul_(gate > 0.0).mul_(gate < 1.0)
+        return self._products.totals(gate.clamp_(0.0, 1.0).mul_(self._positive))
 
     def _add_penalty(self, gradient: Tensor) -> None:
         """Add the gradient of lambda_l0 * sum P(z > 0), with lambda_l0 steered if a number is wanted."""
-        p = p_active(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
-        factor = self.settings.lambda_l0
+        p = self._p_active()
+        price = self.settings.lambda_l0
         if self.settings.num_households is not None:
-            factor = self._steer(float(p.double().sum()))
-        if factor > 0:
-            gradient.add_(p.sub_(p * p), alpha=factor)
+            price = self._steer(float(p.double().sum()))
+        if price > 0:
+            gradient.add_(p.addcmul_(p, p, value=-1.0), alpha=price)
+
+    def _p_active(self) -> Tensor:
+        return p_active(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
+
+    def _adam(self, value: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
+        """One step of Adam, in place (the form of torch.optim.Adam)."""
+        step = self.epoch + 1
+        first.lerp_(gradient, 1.0 - _BETA1)
+        second.mul_(_BETA2).addcmul_(gradient, gradient, value=1.0 - _BETA2)
+        root = torch.sqrt(second, out=self._buffers[5])
+        root.div_(math.sqrt(1.0 - _BETA2**step)).add_(_EPSILON)
+        value.addcdiv_(first, root, value=-self.settings.lr / (1.0 - _BETA1**step))
+
+    def _tidy(self) -> None:
+        """Forget moments too small to matter, and store together the households that are often open.
+
+        Numbers near the smallest float are slow, and reading every tenth household from main memory costs
+        nearly as much as reading all of them.
+        """
+        self._moments[self._moments.abs() < 1e-30] = 0.0
+        if self.settings.use_gates:
+            p = self._p_active()
+            often = torch.nonzero(p > _OFTEN).flatten()
+            self._store_apart(often if len(often) < 0.5 * len(p) else None)
+
+    def _store_apart(self, often: Tensor | None) -> None:
+        """Keep the entries of these households together; None: leave all where they are."""
+        self._often = often
+        self._products = self.matrix if often is None else _OftenOpen(self.matrix, often)
 
     def _steer(self, expected: float) -> float:
         """lambda_l0 of this epoch: proportional-integral control of log(expected / wanted) on log(lambda).
@@ -182,14 +203,6 @@ class GateSolver:
         exponent = min(self._integral + _PROPORTIONAL_GAIN * error, 40.0)
         return _FIRST_PRICE * math.exp(exponent) * self.last_loss / max(expected, 1.0)
 
-    def _adam(self, value: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
-        """One step of Adam, in place (the form of torch.optim.Adam)."""
-        first.lerp_(gradient, 1.0 - _BETA1)
-        second.mul_(_BETA2).addcmul_(gradient, gradient, value=1.0 - _BETA2)
-        step = self.epoch + 1
-        root = torch.sqrt(second, out=self._buffers[5]).div_(math.sqrt(1.0 - _BETA2**step)).add_(_EPSILON)
-        value.addcdiv_(first, root, value=-self.settings.lr / (1.0 - _BETA1**step))
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later run needs to go on as if it had not been interrupted."""
         return {
@@ -200,7 +213,7 @@ class GateSolver:
             "seed": self._seed,
             "integral": self._integral,
             "last_loss": self.last_loss,
-            "often": self._products.often.clone() if isinstance(self._products, _OftenOpen) else None,
+            "often": None if self._often is None else self._often.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -218,9 +231,9 @@ class GateSolver:
             getattr(self, name).copy_(state[name])
         self._moments.copy_(state["moments"])
         self._seed = int(state["seed"])
+        # The arrangement too, so that sums round as they would have done.
         often = state["often"]
-        device = self.log_weight.device
-        self._products = self.matrix if often is None else _OftenOpen(self.matrix, often.to(device))
+        self._store_apart(None if often is None else often.to(self.log_weight.device))
 
 
 class _OftenOpen:
@@ -232,16 +245,16 @@ class _OftenOpen:
     """
 
     def __init__(self, matrix: HouseholdMatrix, often: Tensor) -> None:
-        self._matrix, self._part, self.often = matrix, matrix.take(often), often
+        self._matrix, self._part, self._often = matrix, matrix.take(often), often
 
     def totals(self, weights: Tensor) -> Tensor:
         """See :class:`HouseholdMatrix`."""
-        rest = weights.index_fill(0, self.often, 0.0)
-        return self._part.totals(weights[self.often]) + self._matrix.totals(rest)
+        rest = self._matrix.totals(weights.index_fill(0, self._often, 0.0))
+        return rest.add_(self._part.totals(weights[self._often]))
 
     def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
         """See :class:`HouseholdMatrix`."""
         assert where is not None
-        gradient = self._matrix.gradient(residual, where.index_fill(0, self.often, 0.0))
-        gradient[self.often] = self._part.gradient(residual, where[self.often])
+        gradient = self._matrix.gradient(residual, where.index_fill(0, self._often, 0.0))
+        gradient[self._often] = self._part.gradient(residual, where[self._often])
         return gradient

@@ -88,7 +88,7 @@ def descend(  # type: ignore[no-untyped-def]
 
 @_compile
 def uniform(seed, epoch, out):  # type: ignore[no-untyped-def]
-    """Fill ``out`` with uniform numbers in [0, 1), multiples of 2^-24, that depend on seed, epoch and place.
+    """Uniform numbers in [0, 1), multiples of 2^-24, that depend on seed, epoch and place.
 
     Source: the finalizer of SplitMix64 (Steele, Lea, Flood, 2014) applied to a counter.
     """
@@ -99,3 +99,15 @@ def uniform(seed, epoch, out):  # type: ignore[no-untyped-def]
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
         out[j] = np.float32(np.int64(z >> np.uint64(40))) * np.float32(5.9604644775390625e-08)
+
+
+@_compile
+def copy_households(indptr, indices, data, chosen, new_indptr, new_indices, new_data):  # type: ignore[no-untyped-def]
+    """Copy the entries of the chosen households to where ``new_indptr`` says."""
+    for k in range(chosen.shape[0]):
+        start, stop = np.uint64(indptr[chosen[k]]), np.uint64(indptr[chosen[k] + 1])
+        place = np.uint64(new_indptr[k])
+        for p in range(start, stop):
+            new_indices[place] = indices[p]
+            new_data[place] = data[p]
+            place += np.uint64(1)

@@ -99,14 +99,22 @@ class CompiledMatrix:
     device = torch.device("cpu")
 
     def __init__(self, by_household: sp.csr_array) -> None:
-        self._indptr = np.ascontiguousarray(by_household.indptr)
-        self._indices = np.ascontiguousarray(by_household.indices)
-        self._data = np.ascontiguousarray(by_household.data, dtype=np.float32)
-        self.num_households, self.num_targets = (int(n) for n in by_household.shape)
-        self.num_entries = len(self._data)
+        num_targets = int(by_household.shape[1])
+        small = num_targets <= np.iinfo(np.uint16).max
+        self._set(
+            np.ascontiguousarray(by_household.indptr),
+            np.ascontiguousarray(by_household.indices, dtype=np.uint16 if small else np.int32),
+            np.ascontiguousarray(by_household.data, dtype=np.float32),
+            num_targets,
+        )
+
+    def _set(self, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, num_targets: int) -> None:
+        self._indptr, self._indices, self._data = indptr, indices, data
+        self.num_households, self.num_targets = len(indptr) - 1, num_targets
+        self.num_entries = int(indptr[-1] - indptr[0])
         num_lanes = max(1, min(_MAX_LANES, self.num_entries // _ENTRIES_PER_LANE))
-        cuts = np.arange(num_lanes + 1) * (self.num_entries / num_lanes)
-        bounds = np.searchsorted(self._indptr, cuts)
+        cuts = indptr[0] + np.arange(num_lanes + 1) * (self.num_entries / num_lanes)
+        bounds = np.searchsorted(indptr, cuts)
         bounds[0], bounds[-1] = 0, self.num_households
         self._lanes = [slice(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
 
@@ -167,9 +175,16 @@ class CompiledMatrix:
 
     def take(self, households: Tensor) -> CompiledMatrix:
         """See :class:`HouseholdMatrix`."""
-        shape = (self.num_households, self.num_targets)
-        whole = sp.csr_array((self._data, self._indices, self._indptr), shape=shape, copy=False)
-        return CompiledMatrix(whole[households.numpy()])
+        from sparsereg.calibration import kernels
+
+        chosen = households.numpy()
+        indptr = np.zeros(len(chosen) + 1, dtype=np.int64)
+        np.cumsum(np.diff(self._indptr)[chosen], out=indptr[1:])
+        indices, data = np.empty(indptr[-1], self._indices.dtype), np.empty(indptr[-1], np.float32)
+        kernels.copy_households(self._indptr, self._indices, self._data, chosen, indptr, indices, data)
+        part = CompiledMatrix.__new__(CompiledMatrix)
+        part._set(indptr.astype(self._indptr.dtype), indices, data, self.num_targets)
+        return part
 
 
 class TorchMatrix:
