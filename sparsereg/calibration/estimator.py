@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsereg.calibration.hard_concrete import GateSettings, GateSolver
 from sparsereg.calibration.losses import TargetLoss, check_loss, group_shares
 from sparsereg.calibration.matrix import HouseholdMatrix, household_matrix
+from sparsereg.device import usable_device
 from sparsereg.distributions import GAMMA, ZETA, gate_median, p_active, quantile
 
 _log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class SparseCalibrationWeights(nn.Module):
         init_weights: Initial weights, >= 0: one number, one per weight, or None for ones.
         log_weight_jitter_sd: Standard deviation of noise added to ``log_weight`` when a fit starts, >= 0.
         log_alpha_jitter_sd: Standard deviation of noise on the initial locations, >= 0.
-        device: Where to compute.
+        device: Where to compute; without CUDA the CPU instead of it, with a warning.
         use_gates: False: plain positive weights.
         seed: Seed of all noise: of the initial locations, the start of a fit, and every draw of the gates.
             None: the seed itself is drawn from PyTorch's default generator.
@@ -63,6 +64,7 @@ class SparseCalibrationWeights(nn.Module):
             )
         if log_weight_jitter_sd < 0 or log_alpha_jitter_sd < 0:
             raise ValueError("log_weight_jitter_sd and log_alpha_jitter_sd must be >= 0")
+        device = usable_device(device)
         self.n_features, self.beta, self.gamma, self.zeta = n_features, beta, gamma, zeta
         self.log_weight_jitter_sd, self.log_alpha_jitter_sd = log_weight_jitter_sd, log_alpha_jitter_sd
         self.use_gates, self.seed = use_gates, seed

@@ -107,7 +107,6 @@ def desk(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", ["guide", "notes", "api"])
 def test_examples_of_a_page_run_one_after_another(page, desk):
     supplied = supply()
@@ -138,9 +137,8 @@ def test_examples_of_the_package_page(name, desk):
     run(program(name), name, dict(supply()[name]))
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore:device 'cuda' was asked for:UserWarning")
 def test_calibration_example_of_the_package_page(desk):
-    pytest.importorskip("sparsereg.calibration.estimator")
     namespace: dict[str, object] = {}
     run(program("readme_1_calibration"), "readme_1_calibration", namespace)
     assert namespace["y_pred"].shape == (200,)

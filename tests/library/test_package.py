@@ -27,17 +27,11 @@ def test_import_is_light():
 
 def test_every_exported_name_exists():
     for name in sparsereg.__all__:
-        if name == "SparseCalibrationWeights" and not has_estimator():
-            continue
         assert getattr(sparsereg, name).__name__ == name
         assert name in dir(sparsereg)
     assert sparsereg.layers.L0Linear is sparsereg.L0Linear
     with pytest.raises(AttributeError, match="no attribute 'L0Liner'"):
         sparsereg.L0Liner  # noqa: B018
-
-
-def has_estimator() -> bool:
-    return importlib.util.find_spec("sparsereg.calibration.estimator") is not None
 
 
 SIGNATURES = {
