@@ -29,7 +29,7 @@ from sparsereg.calibration.hard_concrete import GateSolver
 from sparsereg.calibration.pruning import PruningSchedule
 
 SIZES = {"small": (30_000, 4_000), "large": (337_704, 27_410)}
-LAMBDAS = (0.02, 0.12, 1.2)
+LAMBDAS = (0.02, 0.09, 0.6)
 """Prices at which l0-python keeps about 25, 10 and 3 percent of the small problem."""
 
 

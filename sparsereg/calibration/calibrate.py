@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsereg.calibration.hard_concrete import GateSettings
 from sparsereg.calibration.least_squares import System
 from sparsereg.calibration.losses import CAP, TargetLoss, check_loss, group_shares
-from sparsereg.calibration.matrix import household_matrix
+from sparsereg.calibration.matrix import household_matrix, quiet_threads
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.pruning import Pruning, PruningSchedule, fill
 from sparsereg.calibration.refit import TOLERANCE, refit
@@ -217,7 +217,8 @@ class Calibration:
 
     def step(self) -> None:
         """Work on the selection for a short while."""
-        self.selection.step()
+        with quiet_threads():
+            self.selection.step()
 
     def report(self, callback: Callback | None = None) -> dict[str, float]:
         """Note loss, error and count of the current weights; tell a callback."""
@@ -257,7 +258,8 @@ class Calibration:
             )
         weights, optimality = weights[kept], None
         if self.settings.refit:
-            kept, weights, optimality = self._refit(kept, weights)
+            with quiet_threads():
+                kept, weights, optimality = self._refit(kept, weights)
         full = torch.zeros_like(system.initial_weights)
         full[kept] = weights
         final = np.empty(len(full))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsereg.calibration.losses import TargetLoss
-from sparsereg.calibration.matrix import HouseholdMatrix
+from sparsereg.calibration.matrix import HouseholdMatrix, quiet_threads
 from sparsereg.distributions import GAMMA, ZETA, gate_median, p_active
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
@@ -114,11 +114,12 @@ class GateSolver:
 
     def step(self, count: int = 1) -> None:
         """Run ``count`` epochs."""
-        for _ in range(count):
-            if self.epoch % _TIDY_EVERY == 0:
-                self._tidy()
-            self._step()
-            self.epoch += 1
+        with quiet_threads():
+            for _ in range(count):
+                if self.epoch % _TIDY_EVERY == 0:
+                    self._tidy()
+                self._step()
+                self.epoch += 1
 
     def _step(self) -> None:
         """One epoch: draw, weigh, and take the step of Adam."""

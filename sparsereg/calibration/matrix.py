@@ -10,7 +10,10 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -80,6 +83,26 @@ def household_matrix(
     return CompiledMatrix(by_household)
 
 
+_threads: ContextVar[int | None] = ContextVar("threads", default=None)
+
+
+@contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Give torch's threads to the compiled loops for a while; torch itself computes in one.
+
+    Torch's threads spin while they wait for each other, which on a machine with other work costs many times
+    what they save on vectors of this size.
+    """
+    number = torch.get_num_threads()
+    token = _threads.set(_threads.get() or number)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)
+        _threads.reset(token)
+
+
 @lru_cache(maxsize=4)
 def _pool(num_threads: int) -> ThreadPoolExecutor:
     """Threads that sleep while there is nothing to do (OpenMP's would spin)."""
@@ -127,7 +150,7 @@ class CompiledMatrix:
             (self._indptr[lane.start : lane.stop + 1], self._indices, self._data, *arguments)
             for lane, arguments in zip(self._lanes, per_lane, strict=True)
         ]
-        num_threads = min(torch.get_num_threads(), len(calls))
+        num_threads = min(_threads.get() or torch.get_num_threads(), len(calls))
         if num_threads == 1:
             for call in calls:
                 kernel(*call)

@@ -256,11 +256,20 @@ def _random(goal: Goal, sizes: Tensor) -> Selection:
     return Fixed(weights)
 
 
+_FEW_SWAPS = {"swap_rounds": 8, "swap_share": 0.1, "swap_parts": 2}
+"""At most this work on swaps where there are more households than targets: weights alone do the rest."""
+
+
 def _pruning(goal: Goal) -> Selection:
-    """Swaps pay where households are fewer than targets; beyond, weights alone can meet them."""
+    """Pruning and swaps, fewer of these where weights alone can meet most targets."""
     schedule = goal.schedule
     if goal.wanted() >= goal.system.matrix.num_targets:
-        schedule = replace(schedule, swap_rounds=0)
+        schedule = replace(
+            schedule,
+            swap_rounds=min(schedule.swap_rounds, int(_FEW_SWAPS["swap_rounds"])),
+            swap_share=min(schedule.swap_share, _FEW_SWAPS["swap_share"]),
+            swap_parts=min(schedule.swap_parts, int(_FEW_SWAPS["swap_parts"])),
+        )
     return Pruning(goal.system, goal.starting_weights(), goal.wanted(), schedule)
 
 
