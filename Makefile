@@ -13,7 +13,7 @@ demo: $(READY) ## train, test and compact a gated GoogleNet, calibrate a survey;
 	$(BIN)/python -m sparsereg.demo
 
 test: $(READY) ## the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -44,9 +44,9 @@ def run(cfg: DictConfig) -> Path:
         write_atomically(folder / "config.yaml", lambda p: p.write_text(OmegaConf.to_yaml(cfg, resolve=True)))
         data.save_split(folder / "split.npz")
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path if cfg.resume_training else None)
-    val_acc, epochs = metric(trainer, "val_acc"), trainer.current_epoch
-    tested = folder / "checkpoints" / f"{cfg.test_checkpoint}.ckpt"
-    trainer.test(module, datamodule=data, ckpt_path=str(tested) if tested.is_file() else None, verbose=False)
+    epochs = trainer.current_epoch
+    val_acc, tested = build.tested_checkpoint(cfg, trainer, folder)
+    trainer.test(module, datamodule=data, ckpt_path=tested, verbose=False)
     results = {
         "val_acc": val_acc,
         "test_acc": metric(trainer, "test_acc"),
@@ -56,7 +56,7 @@ def run(cfg: DictConfig) -> Path:
         "seed": cfg.seed,
         "epochs": epochs,
         "seconds_per_epoch": timer.seconds_per_epoch,
-        "checkpoint": str(tested),
+        "checkpoint": tested,
         "data": data.describe(),
     }
     if trainer.is_global_zero:

@@ -31,6 +31,7 @@ from sparsereg.training import checkpoint as checkpoints
 from sparsereg.training.checkpoint import Checkpoint
 from sparsereg.training.module import Classifier, Provenance
 from sparsereg.training.optimizers import OptimizerSettings
+from sparsereg.training.results import metric
 
 log = logging.getLogger(__name__)
 
@@ -326,17 +327,30 @@ def build_callbacks(
     if logging_on:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if cfg.trainer.enable_checkpointing:
-        callbacks += [
-            ours.BestCheckpoint(folder / "checkpoints"),
-            ours.LastCheckpoint(folder / "checkpoints"),
-        ]
+        if data.num_val and keeps_best(cfg):
+            callbacks.append(ours.BestCheckpoint(folder / "checkpoints"))
+        callbacks.append(ours.LastCheckpoint(folder / "checkpoints"))
     return callbacks, timer
+
+
+def keeps_best(cfg: DictConfig) -> bool:
+    """Whether validation runs at all, so that there is a best checkpoint."""
+    return cfg.trainer.limit_val_batches != 0
 
 
 def batch_norm_estimation(cfg: DictConfig) -> ours.BatchNormEstimation:
     """Build the callback that re-estimates BatchNorm statistics."""
     b = cfg.callbacks.batch_norm
     return ours.BatchNormEstimation(b.num_images, b.batch_size)
+
+
+def tested_checkpoint(cfg: DictConfig, trainer: pl.Trainer, folder: Path) -> tuple[float | None, str | None]:
+    """Return the validation accuracy and the path of the checkpoint to test; no path if none was written."""
+    best = [c for c in trainer.checkpoint_callbacks if isinstance(c, ours.BestCheckpoint)]
+    if cfg.test_checkpoint == "best" and best and best[0].best_model_score is not None:
+        return float(f"{float(best[0].best_model_score):.7g}"), best[0].best_model_path
+    last = folder / "checkpoints" / "last.ckpt"
+    return metric(trainer, "val_acc"), str(last) if last.is_file() else None
 
 
 def rebuild_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Checkpoint]:

@@ -136,7 +136,7 @@ class SparsityMonitor(Callback):
             active = {name: gate.p_active().flatten() for name, gate in gates.items()}
             open_gates = {name: float((gate.median() > 0).sum()) for name, gate in gates.items()}
             expected = 1 - torch.cat(list(active.values())).double().mean().item()
-        scalars = {"expected_sparsity": expected, "exact_sparsity": self.accountant.count().exact_sparsity}
+        scalars = {"expected_sparsity": expected, "exact_sparsity": self.accountant.exact_sparsity()}
         pl_module.log_dict(scalars, prog_bar=True, sync_dist=several_processes())
         layers = {f"open_gates/{_short(name)}": n for name, n in open_gates.items()}
         layers["open_gates"] = sum(open_gates.values())

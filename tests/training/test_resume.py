@@ -87,3 +87,21 @@ def test_best_checkpoint_survives_a_resume(run, tiny):
     best = Path(resumed.folder) / "checkpoints" / "best.ckpt"
     assert best.is_file()
     assert resumed.results["val_acc"] is not None
+
+
+def test_the_best_checkpoint_is_tested_when_asked_for(run, tiny):
+    outcome = run("train", *tiny, "trainer.max_epochs=3", "test_checkpoint=best")
+    assert outcome.code == 0, outcome.err
+    assert outcome.results["checkpoint"].endswith("best.ckpt")
+    tested = run("test", f"ckpt_path={outcome.results['checkpoint']}")
+    assert tested.results["val_acc"] == outcome.results["val_acc"]
+    assert tested.results["test_acc"] == outcome.results["test_acc"]
+
+
+def test_training_without_validation_images(run, tiny):
+    outcome = run(
+        "train", *[a for a in tiny if "val_size" not in a], "data.val_size=0", "trainer.max_epochs=1"
+    )
+    assert outcome.code == 0, outcome.err
+    assert outcome.results["val_acc"] is None
+    assert outcome.results["test_acc"] is not None
