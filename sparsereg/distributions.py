@@ -110,7 +110,7 @@ def _logit(u: Tensor) -> Tensor:
     As accurate and as fast as torch.logit, which however splits even three numbers over all threads:
     where those have other work to do, waiting for them takes longer than a training step.
     """
-    return 2.0 * torch.atanh(2.0 * u - 1.0)
+    return torch.atanh(2.0 * u - 1.0).mul_(2.0)
 
 
 def gate_median(
@@ -223,10 +223,9 @@ class _GatedProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         temperature, gamma, zeta = shape
         z, product = torch.empty_like(log_alpha), torch.empty_like(weight)
-        # The logit of a small block would still be split over threads.
-        z.uniform_(generator=generator).logit_()
         for w, a, out, prod in _blocks(weight, log_alpha, z, product):
-            out.add_(a).mul_(1.0 / temperature).sigmoid_().mul_(zeta - gamma).add_(gamma).clamp_(0.0, 1.0)
+            torch.add(a, _logit(out.uniform_(generator=generator)), out=out)
+            out.mul_(1.0 / temperature).sigmoid_().mul_(zeta - gamma).add_(gamma).clamp_(0.0, 1.0)
             torch.mul(w, out, out=prod)
         return product, z
 
