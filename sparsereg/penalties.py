@@ -284,17 +284,17 @@ def get_active_parameter_count(model: nn.Module, example_input: Any = None) -> i
 
     Args:
         model: any module.
-        example_input: one input. With it the network is traced, and what the closed gates make
-            useless elsewhere (the next layer's weights on a dead channel) is subtracted too, as in
-            :func:`sparsereg.compression.count`.
+        example_input: one input. With it the network is traced and compacted
+            (:func:`sparsereg.compression.compact`), and what the closed gates make useless elsewhere,
+            such as the next layer's weights on a dead channel, is subtracted too.
 
     Returns:
         The count at test time, when a gate is closed if P(z > 0) <= 1/2.
     """
     if example_input is not None:
-        from sparsereg.compression import count
+        from sparsereg.compression import compact
 
-        return int(count(model, example_input).compacted_parameters)
+        return get_active_parameter_count(compact(model, example_input))
     shut: dict[int, Tensor] = {}
     for row in all_gated_tensors(model):
         closed = row.spread(row.gate.median() == 0).expand(row.parameter.shape)

@@ -115,6 +115,12 @@ def test_count_with_an_example_follows_the_consequences():
     assert get_active_parameter_count(net, inputs("lenet300")) == want
 
 
+@pytest.mark.parametrize("name", ["mlp", "nested", "lenet5"])
+def test_count_with_an_example_is_no_larger(name):
+    net = make(name).eval()
+    assert 0 < get_active_parameter_count(net, inputs(name)) <= get_active_parameter_count(net)
+
+
 def test_ungated_parameters_are_all_in_use():
     assert get_active_parameter_count(nn.Linear(3, 4)) == 16
     with pytest.raises(ValueError, match="no gates"):
