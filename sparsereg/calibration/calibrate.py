@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 Callback = Callable[[int, int, float, int, np.ndarray], Any]
 """Called with (epochs done, epochs planned, loss, households kept, totals in float64)."""
 
+_MOST_GROWTH = 100.0
+"""Most that the pull is multiplied by where households are far fewer than targets."""
 _BLOCK = 256
 """Households that stay neighbours in memory."""
 
@@ -336,7 +338,8 @@ def calibrate(
             hold_total: Keep the sum of the weights at the sum of the initial weights.
             refit: Best weights for the selection, to optimality.
             chi2: Pull towards the initial weights while households are chosen, >= 0: it evens out the
-                weights. The refit is free of it.
+                weights. It grows, up to a hundredfold, with fewer households than half the targets. The
+                refit is free of it.
             consistency: Weight of the squared relative errors of sums of parts (``problem.parent``), relative
                 to the weight of all targets.
             normalize_groups, group_multipliers: Weights of the groups of targets.
@@ -459,7 +462,8 @@ def _goal(
     ratio = settings.max_weight_ratio
     upper = unbounded if ratio is None else ratio * initial
     total = float(initial.sum()) if settings.hold_total else None
-    system = System(matrix, mean.quadratic(), initial, upper, settings.chi2, total)
+    chi2 = settings.chi2 * _pull_growth(problem.num_targets, num_households)
+    system = System(matrix, mean.quadratic(), initial, upper, chi2, total)
     per_household = 1.0
     if settings.lambda_scale == "mean":
         per_household = float(shares.sum()) / problem.num_households
@@ -474,6 +478,16 @@ def _goal(
         system, loss, num_households, gates, settings.droprate_init, settings.schedule,
         settings.gate_share, settings.seed, settings.log_weight_jitter, settings.log_alpha_jitter,
     )  # fmt: skip
+
+
+def _pull_growth(num_targets: int, num_households: int | None) -> float:
+    """Factor on the pull, 1 from half as many households as targets on.
+
+    Fewer cannot meet the targets, and the larger the remaining errors, the more pull it takes to matter
+    beside them. The power makes the effective sample size that of the gated method or more.
+    """
+    shortage = num_targets / (2.0 * num_households) if num_households else 1.0
+    return min(_MOST_GROWTH, max(1.0, shortage) ** 6)
 
 
 def _with_aggregates(
