@@ -77,6 +77,9 @@ def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output, `head` say, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except BaseException as error:
         sys.exit(report(name, error))
 
