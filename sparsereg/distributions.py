@@ -205,10 +205,10 @@ def gated_product(
     return _GatedProduct.apply(weight, log_alpha, (temperature, gamma, zeta), generator)[0]
 
 
-BLOCK = 1 << 14
+BLOCK = 32_000
 """Elements that :func:`gated_product` works on at once. A handful of such blocks fit a core's cache, and
-PyTorch does not split them over threads: waiting for each other costs threads more than it saves here,
-above all on a machine with other work to do."""
+PyTorch does not split less than 32,768 over threads: waiting for each other costs threads more than it
+saves here, above all on a machine with other work to do."""
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -223,9 +223,11 @@ class _GatedProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         temperature, gamma, zeta = shape
         z, product = torch.empty_like(log_alpha), torch.empty_like(weight)
+        low = z.new_tensor(gamma)
         for w, a, out, prod in _blocks(weight, log_alpha, z, product):
-            torch.add(a, _logit(out.uniform_(generator=generator)), out=out)
-            out.mul_(1.0 / temperature).sigmoid_().mul_(zeta - gamma).add_(gamma).clamp_(0.0, 1.0)
+            out.uniform_(-1.0, 1.0, generator=generator).atanh_()  # half of _logit, see there
+            torch.add(a, out, alpha=2.0, out=out).mul_(1.0 / temperature).sigmoid_()
+            torch.add(low, out, alpha=zeta - gamma, out=out).clamp_(0.0, 1.0)
             torch.mul(w, out, out=prod)
         return product, z
 
@@ -239,22 +241,15 @@ class _GatedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         grad, grad_z = grads
         weight, z = ctx.saved_tensors
-        if torch.is_grad_enabled() or grad_z is not None:  # a second derivative is asked for
-            full = _slope(z, *ctx.shape) * (_or_zero(grad, z) * weight + _or_zero(grad_z, z))
-            return _or_zero(grad, z) * z, full, None, None
-        if grad is None:
-            return None, None, None, None
-        grad = grad.contiguous()
-        need_weight, need_location = ctx.needs_input_grad[:2]
-        grad_w = torch.empty_like(weight) if need_weight else None
-        grad_a = torch.empty_like(z) if need_location else None
-        if grad_w is not None:
-            for g, gate, out in _blocks(grad, z, grad_w):
-                torch.mul(g, gate, out=out)
-        if grad_a is not None:
-            for g, w, gate, out in _blocks(grad, weight, z, grad_a):
-                torch.mul(g, w, out=out)
-                out.mul_(_slope(gate, *ctx.shape))
+        grad = torch.zeros_like(z) if grad is None else grad.contiguous()
+        # Blocks are written in place, which a second derivative could not follow.
+        if torch.is_grad_enabled() or grad_z is not None or not all(ctx.needs_input_grad[:2]):
+            upstream = grad * weight if grad_z is None else grad * weight + grad_z
+            return grad * z, upstream * _slope(z, *ctx.shape), None, None
+        grad_w, grad_a = torch.empty_like(weight), torch.empty_like(z)
+        for g, w, gate, out_w, out_a in _blocks(grad, weight, z, grad_w, grad_a):
+            torch.mul(g, gate, out=out_w)
+            torch.mul(g, w, out=out_a).mul_(_slope(gate, *ctx.shape))
         return grad_w, grad_a, None, None
 
 
@@ -266,14 +261,15 @@ def _in_blocks(weight: Tensor, log_alpha: Tensor) -> bool:
     return same and weight.shape == log_alpha.shape and weight.is_contiguous() and log_alpha.is_contiguous()
 
 
-def _or_zero(x: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if x is None else x
-
-
 def _slope(z: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
     """dz / dlog_alpha as a function of z: (z - gamma)(zeta - z) / (beta (zeta - gamma)), 0 at 0 and 1."""
-    inside = (z * (1.0 - z)).sign()
-    return (z - gamma) * (zeta - z) * inside * (1.0 / (temperature * (zeta - gamma)))
+    # With t = z (1 - z), which is 0 at both ends, the product is t + (zeta + gamma - 1) z - gamma zeta.
+    t = torch.addcmul(z, z, z, value=-1.0)
+    inside = t.sign()
+    product = t.add(inside, alpha=-gamma * zeta)
+    if zeta + gamma != 1.0:
+        product = product + (zeta + gamma - 1.0) * z * inside
+    return product * (1.0 / (temperature * (zeta - gamma)))
 
 
 def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:

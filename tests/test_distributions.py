@@ -129,17 +129,18 @@ def test_gradients_are_the_derivatives():
     assert torch.autograd.gradcheck(lambda a: hc.gate_median(a, 0.7), log_alpha)
 
 
-def product(weight, log_alpha, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    return hc.gated_product(weight, log_alpha, 0.6, generator=generator)
+def product(weight, log_alpha, gamma=-0.1):
+    generator = torch.Generator().manual_seed(3)
+    return hc.gated_product(weight, log_alpha, 0.6, gamma, generator=generator)
 
 
-def test_gated_product_has_first_and_second_derivatives():
+@pytest.mark.parametrize("gamma", [-0.1, -0.3])
+def test_gated_product_has_first_and_second_derivatives(gamma):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 4, dtype=torch.float64, generator=generator).requires_grad_()
     log_alpha = torch.randn(3, 4, dtype=torch.float64, generator=generator).requires_grad_()
-    assert torch.autograd.gradcheck(product, (weight, log_alpha))
-    assert torch.autograd.gradgradcheck(product, (weight, log_alpha))
+    assert torch.autograd.gradcheck(product, (weight, log_alpha, gamma))
+    assert torch.autograd.gradgradcheck(product, (weight, log_alpha, gamma))
 
 
 @pytest.mark.parametrize("size", [(5, 7), (700, 301)])
