@@ -222,14 +222,14 @@ class _GatedProduct(torch.autograd.Function):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         temperature, gamma, zeta = shape
-        z, product = torch.empty_like(log_alpha), torch.empty_like(weight)
+        z = torch.empty_like(log_alpha)
         low = z.new_tensor(gamma)
-        for w, a, out, prod in _blocks(weight, log_alpha, z, product):
+        for a, out in _blocks(log_alpha, z):
             out.uniform_(-1.0, 1.0, generator=generator).atanh_()  # half of _logit, see there
             torch.add(a, out, alpha=2.0, out=out).mul_(1.0 / temperature).sigmoid_()
             torch.add(low, out, alpha=zeta - gamma, out=out).clamp_(0.0, 1.0)
-            torch.mul(w, out, out=prod)
-        return product, z
+        # The first touch of fresh memory is slow; that is worth all threads.
+        return weight * z, z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -246,11 +246,10 @@ class _GatedProduct(torch.autograd.Function):
         if torch.is_grad_enabled() or grad_z is not None or not all(ctx.needs_input_grad[:2]):
             upstream = grad * weight if grad_z is None else grad * weight + grad_z
             return grad * z, upstream * _slope(z, *ctx.shape), None, None
-        grad_w, grad_a = torch.empty_like(weight), torch.empty_like(z)
-        for g, w, gate, out_w, out_a in _blocks(grad, weight, z, grad_w, grad_a):
-            torch.mul(g, gate, out=out_w)
-            torch.mul(g, w, out=out_a).mul_(_slope(gate, *ctx.shape))
-        return grad_w, grad_a, None, None
+        grad_a = grad * weight
+        for gate, out in _blocks(z, grad_a):
+            out.mul_(_slope(gate, *ctx.shape))
+        return grad * z, grad_a, None, None
 
 
 def _in_blocks(weight: Tensor, log_alpha: Tensor) -> bool:
