@@ -59,6 +59,17 @@ def _sparse_mlp(task: Task, gated: bool, gates: dict[str, Any], **settings: Any)
     return SparseMLP(task.num_classes, task.image_shape, gate=gate, **settings, **gates)
 
 
+def _torchvision(
+    task: Task, gated: bool, gates: dict[str, Any], *, name: str, weights: str | None, **settings: Any
+) -> nn.Module:
+    from sparsereg.model.torchvision import torchvision_network
+
+    # The file of weights is read where training starts: checkpoints have weights of their own.
+    return torchvision_network(
+        name, task.num_classes, task.image_shape, gated=gated, **settings, **(gates if gated else {})
+    )
+
+
 def _compacted(task: Task, gated: bool, gates: dict[str, Any], **settings: Any) -> nn.Module:
     raise InputError("model=compacted has its structure in its file: give ckpt_path=.../compacted.pt")
 
@@ -68,16 +79,23 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "lenet300": _lenet300,
     "lenet5": _lenet5,
     "sparse_mlp": _sparse_mlp,
+    "torchvision": _torchvision,
     "compacted": _compacted,
 }
 """Name to builder(task, gated, gate settings, **the other keys of the group)."""
+
+
+def group(settings: dict[str, Any]) -> str:
+    """Return the choice of the configuration group ``model`` that has these settings."""
+    return str(settings.get("source", settings["name"]))
 
 
 def build(settings: dict[str, Any], task: Task, gated: bool, **gates: Any) -> nn.Module:
     """Build the network that the configuration group ``model`` describes.
 
     Args:
-        settings: ``name`` and the keys of that network.
+        settings: ``name`` and the keys of that network; with ``source`` that names the builder, and
+            ``name`` is one of its networks.
         task: the data's classes and image shape.
         gated: False leaves every gate out.
         **gates: settings of the gates, e.g. droprate_init and temperature.
@@ -87,7 +105,7 @@ def build(settings: dict[str, Any], task: Task, gated: bool, **gates: Any) -> nn
         ValueError: a value is outside its range.
     """
     keys = dict(settings)
-    name = str(keys.pop("name"))
+    name = str(keys.pop("source")) if "source" in keys else str(keys.pop("name"))
     if name not in NETWORKS:
         raise InputError(
             f"model.name={name}: expected one of {', '.join(NETWORKS)}{nearest(name, list(NETWORKS))}"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsereg.compression import storage
+from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
-from sparsereg.penalties import hard_concretes
+from sparsereg.model import build as networks
 
 log = logging.getLogger(__name__)
 
@@ -129,14 +130,15 @@ def group_choices(arguments: list[str]) -> list[str]:
     if not paths or paths[-1] in ("", "null") or "," in paths[-1] or informative or experiment:
         return []
     config = read(paths[-1]).config
-    return [f"{group}={config[group]['name']}" for group in ("model", "data")]
+    return [f"model={networks.group(config['model'])}", f"data={config['data']['name']}"]
 
 
 def gate_keys(net: nn.Module) -> set[str]:
-    """Return the keys of a network's state dict that belong to its gates."""
+    """Return the keys of a network's state dict that belong to its gates, shared ones under every name."""
     return {
         f"{name}.{key}" if name else key
-        for name, gate in hard_concretes(net).items()
+        for name, gate in net.named_modules(remove_duplicate=False)
+        if isinstance(gate, HardConcrete)
         for key in gate.state_dict()
     }
 
