@@ -32,7 +32,7 @@ def torchvision_network(
     gated: bool = True,
     small_images: bool = False,
     residual: bool = True,
-    **gate_settings: object,
+    **gate_settings: Any,
 ) -> nn.Module:
     """Build a network with random weights.
 
