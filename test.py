@@ -13,7 +13,7 @@ def run(cfg: DictConfig) -> Path:
     from sparsereg.config import check_test
     from sparsereg.files import new_version, write_json
     from sparsereg.training import build, handover
-    from sparsereg.training.results import block_table, count_summary, gate_summary, metric
+    from sparsereg.training.results import block_table, count_summary, gate_summary, headline, metric
 
     with wrong_input():
         build.tune_process()
@@ -23,13 +23,15 @@ def run(cfg: DictConfig) -> Path:
         build.check_trainer(cfg, multirun=False)
         data = build.build_data(cfg)
         net = build.rebuild_network(cfg, checkpoint, data)
-        module = build.build_module(cfg, net, data, checkpoint)
+        module = build.build_module(cfg, net, data, checkpoint.structure)
         module.on_load_checkpoint(checkpoint.content)
         trainer = build.build_trainer(cfg, [build.batch_norm_estimation(cfg)])
         folder = new_version(Path("outputs") / "test")
 
-    trainer.validate(module, datamodule=data, verbose=False)
-    val_acc = metric(trainer, "val_acc")
+    val_acc = None
+    if data.num_val:
+        trainer.validate(module, datamodule=data, verbose=False)
+        val_acc = metric(trainer, "val_acc")
     trainer.test(module, datamodule=data, verbose=False)
     example = build.example_input(data)
     net.cpu()
@@ -50,9 +52,7 @@ def run(cfg: DictConfig) -> Path:
     results |= handover.run(cfg, checkpoint, net, example, data, device, folder)
     write_json(folder / "results.json", results)
     print(block_table(count, net))
-    for key in ("val_acc", "test_acc", "L_C0", "expected_sparsity", "exact_sparsity"):
-        if results[key] is not None:
-            print(f"{key:18s} {results[key]:.4f}")
+    print(headline(results))
     return folder / "results.json"
 
 

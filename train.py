@@ -8,15 +8,14 @@ from sparsereg.cli import script, user_overrides, wrong_input
 
 
 def run(cfg: DictConfig) -> Path:
-    """Compose, build, train, test the checkpoint, write results.json; return its path."""
+    """Compose, build, train, fine-tune, test, write results.json; return its path."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from sparsereg.compression import Accountant
-    from sparsereg.config import checked, plain
+    from sparsereg.config import checked
     from sparsereg.files import write_atomically, write_json
-    from sparsereg.training import build
-    from sparsereg.training.results import count_summary, gate_summary, metric
+    from sparsereg.training import build, stages
+    from sparsereg.training.results import count_summary, gate_summary, headline, target_summary
 
     hydra = HydraConfig.get()
     overrides = user_overrides()
@@ -28,48 +27,33 @@ def run(cfg: DictConfig) -> Path:
         cfg = checked(cfg)
         build.check_trainer(cfg, multirun=hydra.mode == RunMode.MULTIRUN)
         data = build.build_data(cfg)
-        net = build.build_network(cfg, data, checkpoint)
-        if checkpoint is not None and not cfg.resume_training:
-            build.start_weights(net, checkpoint, cfg, overrides)
-        net = build.synchronise(cfg, net)
-        accountant = Accountant(net, build.example_input(data))
-        module = build.build_module(cfg, net, data, checkpoint)
-        folder = build.claim_run_folder(Path("outputs"))
-        logger = build.build_logger(cfg.logger.name, folder)
-        num_batches = build.batches_per_epoch(cfg, data)
-        callbacks, timer = build.build_callbacks(cfg, data, accountant, folder, logging_on=bool(logger))
-        trainer = build.build_trainer(cfg, callbacks, logger, folder, num_batches, data.num_val == 0)
+        stage = stages.first(cfg, data, checkpoint, overrides, Path("outputs"))
 
-    if trainer.is_global_zero:
-        write_atomically(folder / "config.yaml", lambda p: p.write_text(OmegaConf.to_yaml(cfg, resolve=True)))
-        data.save_split(folder / "split.npz")
-    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path if cfg.resume_training else None)
-    epochs = trainer.current_epoch
-    val_acc, tested = build.tested_checkpoint(cfg, trainer, folder)
-    trainer.test(module, datamodule=data, ckpt_path=tested, verbose=False)
+    if stage.trainer.is_global_zero:
+        text = OmegaConf.to_yaml(cfg, resolve=True)
+        write_atomically(stage.folder / "config.yaml", lambda p: p.write_text(text))
+        data.save_split(stage.folder / "split.npz")
+    stage.fit()
     results = {
-        "val_acc": val_acc,
-        "test_acc": metric(trainer, "test_acc"),
-        **gate_summary(net),
-        **count_summary(accountant.count()),
-        "lambda_l0": None if cfg.without_using_gate else cfg.lambda_l0,
+        **stage.test(),
+        **gate_summary(stage.net),
+        **count_summary(stage.accountant.count()),
+        **target_summary(cfg, stage.module, stage.accountant),
         "seed": cfg.seed,
-        "epochs": epochs,
-        "seconds_per_epoch": timer.seconds_per_epoch,
-        "checkpoint": tested,
+        "epochs": stage.trainer.current_epoch,
+        "seconds_per_epoch": stage.timer.seconds_per_epoch,
         "data": data.describe(),
     }
-    if trainer.is_global_zero:
-        if not isinstance(logger, bool):
-            metrics = {k: results[k] for k in ("val_acc", "test_acc", "expected_sparsity", "exact_sparsity")}
-            metrics = {f"final/{k}": v for k, v in metrics.items() if v is not None}
-            logger.log_hyperparams(build.hyperparameters(plain(cfg)), metrics)
-            logger.finalize("success")
-        write_json(folder / "results.json", results)
-        for key in ("val_acc", "test_acc", "L_C0", "expected_sparsity", "exact_sparsity"):
-            if results[key] is not None:
-                print(f"{key:18s} {results[key]:.4f}")
-    return folder / "results.json"
+    if cfg.finetune.epochs:
+        second = stages.finetuning(stage)
+        second.fit()
+        gated = {key: results[key] for key in ("val_acc", "test_acc", "checkpoint")}
+        results |= {**second.test(), "finetune_epochs": cfg.finetune.epochs, "before_finetuning": gated}
+    if stage.trainer.is_global_zero:
+        stages.log_results(stage, results)
+        write_json(stage.folder / "results.json", results)
+        print(headline(results))
+    return stage.folder / "results.json"
 
 
 def choices(arguments: list[str]) -> list[str]:

@@ -57,6 +57,33 @@ class CallbacksConfig:
 
 
 @dataclass
+class TargetConfig:
+    """How a target is reached, see sparsereg.training.target."""
+
+    ramp: float = MISSING
+    proportional_gain: float = MISSING
+    integral_gain: float = MISSING
+    every_n_steps: int = MISSING
+
+
+@dataclass
+class FinetuneConfig:
+    """Training of the compacted network, see sparsereg.training.stages."""
+
+    epochs: int = MISSING
+    lr: float = MISSING
+
+
+@dataclass
+class DistillConfig:
+    """A teacher, see sparsereg.training.distillation."""
+
+    ckpt_path: str | None = None
+    weight: float = MISSING
+    temperature: float = MISSING
+
+
+@dataclass
 class LoggerConfig:
     """Which logger."""
 
@@ -67,10 +94,16 @@ class LoggerConfig:
 class TrainConfig:
     """configs/train.yaml. The groups model, data and trainer are checked by whoever builds them."""
 
-    lambda_l0: float = MISSING
+    lambda_l0: float | None = None
     lambda_l2: float = MISSING
     droprate_init: float = MISSING
     target_sparsity: float | None = None
+    target_macs: float | None = None
+    penalty: str = MISSING
+    ema_decay: float | None = None
+    target: TargetConfig = field(default_factory=TargetConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     ckpt_path: str | None = None
     resume_training: bool = MISSING
     without_using_gate: bool = MISSING
@@ -95,7 +128,8 @@ def checked(cfg: DictConfig) -> DictConfig:
     """
     merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), cfg)
     assert isinstance(merged, DictConfig)
-    require(merged.lambda_l0 >= 0, "lambda_l0", "a number >= 0", merged.lambda_l0)
+    if merged.lambda_l0 is not None:
+        require(merged.lambda_l0 >= 0, "lambda_l0", "a number >= 0", merged.lambda_l0)
     require(merged.lambda_l2 >= 0, "lambda_l2", "a number >= 0", merged.lambda_l2)
     require(0 < merged.droprate_init < 1, "droprate_init", "a rate in (0, 1)", merged.droprate_init)
     require(0 <= merged.seed < 2**32, "seed", "an integer in [0, 2**32)", merged.seed)
@@ -111,11 +145,73 @@ def checked(cfg: DictConfig) -> DictConfig:
     require(warmup >= 0, "callbacks.penalty_warmup_epochs", "a number >= 0", warmup)
     if merged.resume_training and merged.ckpt_path is None:
         raise InputError("resume_training=true needs a checkpoint: give ckpt_path=RUN/checkpoints/last.ckpt")
-    if merged.target_sparsity is not None:
-        raise InputError(
-            "target_sparsity is not supported by this version: choose lambda_l0 instead, larger is sparser"
-        )
+    _check_recipe(merged)
     return merged
+
+
+PENALTIES = ("gates", "weights")
+"""What lambda_l0 is the price of: L_C0, or the share of the weights with an open gate."""
+LAMBDA_L0 = 1.0
+"""lambda_l0 of configs/train.yaml."""
+
+
+def _check_recipe(cfg: DictConfig) -> None:
+    """Check targets, fine-tuning, distillation and averaging.
+
+    Raises:
+        InputError: a value is outside its range, or two settings contradict each other.
+    """
+    one_of(cfg.penalty, "penalty", PENALTIES)
+    targets = [key for key in ("target_sparsity", "target_macs") if cfg[key] is not None]
+    for key in targets:
+        require(0 < cfg[key] < 1, key, "a share in (0, 1)", cfg[key])
+    if len(targets) > 1:
+        raise InputError("target_sparsity and target_macs exclude each other: give one of them")
+    if targets:
+        _check_target(cfg, targets[0])
+    elif cfg.lambda_l0 is None:
+        raise InputError("lambda_l0=null leaves open how many gates close: give target_sparsity, or a number")
+    t = cfg.target
+    require(0 < t.ramp <= 1, "target.ramp", "a share in (0, 1]", t.ramp)
+    require(t.proportional_gain >= 0, "target.proportional_gain", "a number >= 0", t.proportional_gain)
+    require(t.integral_gain >= 0, "target.integral_gain", "a number >= 0", t.integral_gain)
+    require(t.every_n_steps >= 1, "target.every_n_steps", "an integer >= 1", t.every_n_steps)
+    require(cfg.finetune.epochs >= 0, "finetune.epochs", "an integer >= 0", cfg.finetune.epochs)
+    require(cfg.finetune.lr > 0, "finetune.lr", "a number > 0", cfg.finetune.lr)
+    require(0 <= cfg.distill.weight <= 1, "distill.weight", "a number in [0, 1]", cfg.distill.weight)
+    require(cfg.distill.temperature > 0, "distill.temperature", "a number > 0", cfg.distill.temperature)
+    if cfg.ema_decay is not None:
+        require(0 < cfg.ema_decay < 1, "ema_decay", "a number in (0, 1)", cfg.ema_decay)
+    if cfg.finetune.epochs and cfg.without_using_gate:
+        raise InputError(
+            "finetune.epochs trains what gates have left, but without_using_gate=true: leave one of them out"
+        )
+
+
+def target_key(cfg: DictConfig) -> str | None:
+    """Return which of target_sparsity and target_macs is given, if any."""
+    return next((key for key in ("target_sparsity", "target_macs") if cfg.get(key) is not None), None)
+
+
+def two_ways(cfg: DictConfig, key: str) -> InputError:
+    """Return the error that says that a target and lambda_l0 are both given."""
+    return InputError(
+        f"{key}={cfg[key]} and lambda_l0={cfg.lambda_l0:g} exclude each other: with a target, lambda is "
+        "found while training; give one of them, or lambda_l0=null"
+    )
+
+
+def _check_target(cfg: DictConfig, key: str) -> None:
+    if cfg.without_using_gate:
+        raise InputError(f"{key}={cfg[key]} needs gates, but without_using_gate=true: leave one of them out")
+    if cfg.lambda_l0 not in (None, LAMBDA_L0):
+        raise two_ways(cfg, key)
+    if cfg.trainer.max_epochs is None or cfg.trainer.max_epochs < 1:
+        raise InputError(f"{key}={cfg[key]} needs to know when training ends: give trainer.max_epochs")
+    if cfg.test_checkpoint == "best":
+        raise InputError(
+            f"{key} is met at the end of the run, but test_checkpoint=best: give test_checkpoint=last"
+        )
 
 
 EXPORTS = ("onnx", "pt2")

@@ -28,6 +28,7 @@ __all__ = [
     "compute_l0_penalty",
     "compute_l0l2_penalty",
     "compute_l2_penalty",
+    "expected_l0",
     "expected_l2",
     "gated_tensors",
     "get_active_parameter_count",
@@ -181,6 +182,32 @@ def compute_l0l2_penalty(model: nn.Module, l0_lambda: float = 1e-3, l2_lambda: f
     for name, value in (("l0_lambda", l0_lambda), ("l2_lambda", l2_lambda)):
         check_not_negative(name, value)
     return l0_lambda * compute_l0_penalty(model) + l2_lambda * compute_l2_penalty(model)
+
+
+def expected_l0(model: nn.Module) -> Tensor:
+    """Expected share of the gated weights whose own gate is open: the L0 norm of the paper, over all.
+
+    A gate on a group of weights counts as often as the group has members, where L_C0 counts it once.
+    Each layer counts its own gates only. The paper's lambda / N per weight is lambda_l0 = lambda W / N
+    here, with W gated weights and N training images.
+
+    Args:
+        model: a network with at least one gate.
+
+    Returns:
+        A differentiable scalar in [0, 1].
+
+    Raises:
+        ValueError: no parameter has a gate.
+
+    Source: Louizos, Welling, Kingma 2018, equation 12, with group sizes as in section 4.1.
+    """
+    rows = all_gated_tensors(model)
+    if not rows:
+        raise ValueError("the network has no gated weights, so their expected L0 norm is not defined")
+    sizes = [row.parameter.numel() for row in rows]
+    means = torch.stack([row.gate.p_active().mean() for row in rows])
+    return means @ means.new_tensor(sizes) / sum(sizes)
 
 
 def expected_l2(model: nn.Module) -> Tensor:

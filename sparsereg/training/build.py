@@ -18,20 +18,24 @@ from torch import nn
 
 from sparsereg import data as data_sources
 from sparsereg.compression import Accountant, storage
-from sparsereg.config import plain
+from sparsereg.config import plain, target_key, two_ways
 from sparsereg.data import ImageDataModule
 from sparsereg.errors import InputError
 from sparsereg.files import new_version
 from sparsereg.model import build as networks
 from sparsereg.model.basic_l0_blocks import synchronise_batch_norm
+from sparsereg.model.torchvision import load_weights_file_
 from sparsereg.penalties import hard_concretes
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
 from sparsereg.training import callbacks as ours
 from sparsereg.training import checkpoint as checkpoints
+from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.checkpoint import Checkpoint
+from sparsereg.training.distillation import Distillation
 from sparsereg.training.module import Classifier, Provenance
 from sparsereg.training.optimizers import OptimizerSettings
 from sparsereg.training.results import metric
+from sparsereg.training.target import SparsityTarget, TargetSettings
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +96,9 @@ def start_from(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Check
     Raises:
         InputError: it cannot be read, or the command asks for what it cannot give.
     """
+    key = target_key(cfg)
+    if key is not None and cfg.lambda_l0 is not None and any(o.startswith("lambda_l0=") for o in overrides):
+        raise two_ways(cfg, key)
     if cfg.ckpt_path is None:
         return cfg, None
     checkpoint = checkpoints.read(cfg.ckpt_path)
@@ -118,9 +125,7 @@ def start_from(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Check
     if cfg.resume_training:
         keys = tuple(k for k in checkpoint.config if k not in NEVER_INHERITED)
     cfg = inherit(cfg, checkpoint, overrides, keys)
-    ours_name, theirs = cfg.model.name, checkpoint.config["model"]["name"]
-    if ours_name != theirs:
-        raise InputError(f"ckpt_path={cfg.ckpt_path} is of model={theirs}, not of model={ours_name}")
+    _check_same_model(cfg, checkpoint)
     limit = cfg.trainer.max_epochs
     if cfg.resume_training and limit is not None and 0 <= limit <= checkpoint.epoch:
         raise InputError(
@@ -128,6 +133,22 @@ def start_from(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Check
             f"trainer.max_epochs={limit}; give a larger trainer.max_epochs"
         )
     return cfg, checkpoint
+
+
+def _check_same_model(cfg: DictConfig, checkpoint: Checkpoint) -> None:
+    """Raise an InputError unless the checkpoint is of the network that is asked for."""
+    mine, theirs = plain(cfg.model), checkpoint.config["model"]
+    for wanted, found in (
+        (networks.group(mine), networks.group(theirs)),
+        (mine["name"], theirs["name"]),
+    ):
+        if wanted != found:
+            raise InputError(f"ckpt_path={checkpoint.path} is of model={found}, not of model={wanted}")
+    if mine.get("weights") not in (None, theirs.get("weights")):
+        raise InputError(
+            f"ckpt_path={checkpoint.path} and model.weights={mine['weights']} are both to start from: "
+            "give one of them"
+        )
 
 
 def build_data(cfg: DictConfig) -> ImageDataModule:
@@ -149,7 +170,8 @@ def build_network(cfg: DictConfig, data: ImageDataModule, checkpoint: Checkpoint
     """
     torch.manual_seed(cfg.seed)  # the initial weights
     if checkpoint is not None and checkpoint.structure is not None:
-        return _compacted_network(cfg, checkpoint, data)
+        _check_data(checkpoint, data)
+        return _in_memory_format(cfg, restore(checkpoint).train())
     task = networks.Task(data.num_classes, data.image_shape)
     net = networks.build(
         plain(cfg.model),
@@ -158,13 +180,9 @@ def build_network(cfg: DictConfig, data: ImageDataModule, checkpoint: Checkpoint
         droprate_init=cfg.droprate_init,
         temperature=cfg.temperature.initial,
     )
+    if checkpoint is None and cfg.model.get("weights") is not None:
+        load_weights_file_(net, cfg.model.weights)
     return _in_memory_format(cfg, net)
-
-
-def _compacted_network(cfg: DictConfig, checkpoint: Checkpoint, data: ImageDataModule) -> nn.Module:
-    assert checkpoint.structure is not None
-    _check_data(checkpoint, data)
-    return _in_memory_format(cfg, storage.rebuild(checkpoint.structure, checkpoint.weights).train())
 
 
 def _in_memory_format(cfg: DictConfig, net: nn.Module) -> nn.Module:
@@ -182,9 +200,21 @@ def _check_data(checkpoint: Checkpoint, data: ImageDataModule) -> None:
 
 
 def build_module(
-    cfg: DictConfig, net: nn.Module, data: ImageDataModule, checkpoint: Checkpoint | None = None
+    cfg: DictConfig,
+    net: nn.Module,
+    data: ImageDataModule,
+    structure: str | None = None,
+    distillation: Distillation | None = None,
 ) -> Classifier:
-    """Build the LightningModule around a network."""
+    """Build the LightningModule around a network.
+
+    Args:
+        cfg: the configuration.
+        net: the network.
+        data: its classes and image shape.
+        structure: of a compacted network.
+        distillation: a teacher, see :func:`build_teacher`.
+    """
     optimizer = plain(cfg.optimizer)
     settings = OptimizerSettings(
         **{**optimizer, "betas": tuple(optimizer["betas"]), "milestones": tuple(optimizer["milestones"])}
@@ -194,15 +224,58 @@ def build_module(
         num_classes=data.num_classes,
         image_shape=data.image_shape,
         gated=bool(hard_concretes(net)),
-        structure=None if checkpoint is None else checkpoint.structure,
+        structure=structure,
     )
     compiled = bool(cfg.trainer.compile)
     module = Classifier(
-        net, data.num_classes, cfg.lambda_l0, settings, provenance, cfg.get("lambda_l2", 0.0), compiled
+        net,
+        data.num_classes,
+        cfg.lambda_l0 or 0.0 if target_key(cfg) is None else 0.0,
+        settings,
+        provenance,
+        cfg.get("lambda_l2", 0.0),
+        compiled,
+        cfg.get("penalty", "gates"),
+        distillation,
     )
     if compiled:
         net.compile()  # in place: torch.compile(net) would rename the keys of the state dict
     return module
+
+
+def build_teacher(cfg: DictConfig, data: ImageDataModule) -> Distillation | None:
+    """Build the network that ``distill.ckpt_path`` names, if it names one.
+
+    Raises:
+        InputError: it cannot be read, or was trained on other classes or shapes of images.
+    """
+    d = cfg.get("distill")
+    if d is None or d.ckpt_path is None:
+        return None
+    checkpoint = checkpoints.read(d.ckpt_path)
+    _check_data(checkpoint, data)
+    return Distillation(_in_memory_format(cfg, restore(checkpoint)), d.weight, d.temperature)
+
+
+def restore(checkpoint: Checkpoint, settings: dict[str, Any] | None = None) -> nn.Module:
+    """Build the network of a checkpoint with its weights, gates and temperatures.
+
+    Args:
+        checkpoint: of a gated, plain or compacted network.
+        settings: of the model, where the user changed some; those of the checkpoint if None.
+
+    Raises:
+        InputError: the checkpoint does not fit the network.
+    """
+    if checkpoint.structure is not None:
+        return storage.rebuild(checkpoint.structure, checkpoint.weights)
+    net = networks.build(
+        checkpoint.config["model"] if settings is None else settings,
+        networks.Task(checkpoint.num_classes, checkpoint.image_shape),
+        gated=checkpoint.gated,
+    )
+    checkpoints.load_weights_(net, checkpoint)
+    return net
 
 
 def start_weights(net: nn.Module, checkpoint: Checkpoint, cfg: DictConfig, overrides: list[str]) -> None:
@@ -236,8 +309,7 @@ def build_logger(name: str, folder: Path | None) -> TensorBoardLogger | Literal[
         return False
     if name != "tensorboard":
         raise InputError(f"logger={name}: expected tensorboard or none")
-    version = int(folder.name.removeprefix("version_"))
-    return TensorBoardLogger(str(folder.parent.parent), name=folder.parent.name, version=version)
+    return TensorBoardLogger(str(folder.parent.parent), name=folder.parent.name, version=folder.name)
 
 
 def check_trainer(cfg: DictConfig, multirun: bool) -> None:
@@ -307,15 +379,25 @@ def batches_per_epoch(cfg: DictConfig, data: ImageDataModule) -> int:
 def build_callbacks(
     cfg: DictConfig, data: ImageDataModule, accountant: Accountant, folder: Path, logging_on: bool
 ) -> "tuple[list[pl.Callback], ours.EpochTimer]":
-    """Build the callbacks of a training run; the order matters: statistics first, checkpoints last."""
+    """Build the callbacks of a training run; the order matters.
+
+    Averaged weights are put in place before gates are brought to a target, then BatchNorm statistics are
+    taken, then everything is counted and logged; checkpoints come last.
+    """
     t = cfg.temperature
     timer = ours.EpochTimer()
     callbacks: list[pl.Callback] = [
         timer,
         ours.ReproducibleEpochs(cfg.seed),
         ours.FiniteLoss(),
-        batch_norm_estimation(cfg),
     ]
+    average = WeightAverage(cfg.ema_decay) if cfg.ema_decay is not None else None
+    if average is not None:
+        callbacks.append(average)
+    key = target_key(cfg)
+    if key is not None:
+        callbacks.append(SparsityTarget(accountant, target_settings(cfg, key), average))
+    callbacks.append(batch_norm_estimation(cfg))
     if not cfg.without_using_gate:
         scheduler = TemperatureScheduler(t.initial, t.final, t.anneal_epochs, t.schedule)
         callbacks += [
@@ -331,6 +413,21 @@ def build_callbacks(
             callbacks.append(ours.BestCheckpoint(folder / "checkpoints"))
         callbacks.append(ours.LastCheckpoint(folder / "checkpoints"))
     return callbacks, timer
+
+
+def target_settings(cfg: DictConfig, key: str) -> TargetSettings:
+    """Return what ``target_sparsity`` or ``target_macs`` asks for, in the epochs that the run has."""
+    epochs = cfg.trainer.max_epochs
+    start = min(cfg.callbacks.penalty_warmup_epochs, epochs - 1)
+    return TargetSettings(
+        cost="parameters" if key == "target_sparsity" else "macs",
+        kept=1 - cfg.target_sparsity if key == "target_sparsity" else cfg.target_macs,
+        start_epoch=start,
+        ramp_epochs=cfg.target.ramp * (epochs - start),
+        proportional_gain=cfg.target.proportional_gain,
+        integral_gain=cfg.target.integral_gain,
+        every_n_steps=cfg.target.every_n_steps,
+    )
 
 
 def keeps_best(cfg: DictConfig) -> bool:
@@ -366,16 +463,8 @@ def rebuild_network(cfg: DictConfig, checkpoint: Checkpoint, data: ImageDataModu
     Raises:
         InputError: the checkpoint does not fit the network, or the data do not fit the checkpoint.
     """
-    if checkpoint.structure is not None:
-        return _compacted_network(cfg, checkpoint, data)
     _check_data(checkpoint, data)
-    net = networks.build(
-        plain(cfg.model),
-        networks.Task(checkpoint.num_classes, checkpoint.image_shape),
-        gated=checkpoint.gated,
-    )
-    checkpoints.load_weights_(net, checkpoint)
-    return _in_memory_format(cfg, net)
+    return _in_memory_format(cfg, restore(checkpoint, plain(cfg.model)))
 
 
 def synchronise(cfg: DictConfig, net: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """The LightningModule: a gated (or plain) classifier and its loss."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -13,8 +13,12 @@ from torchmetrics.classification import MulticlassAccuracy
 from sparsereg.distributions import draw_together
 from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.model.synchronised import several_processes
-from sparsereg.penalties import expected_l2, hard_concretes, l_c0
+from sparsereg.penalties import expected_l0, expected_l2, hard_concretes, l_c0
+from sparsereg.training.distillation import Distillation
 from sparsereg.training.optimizers import OptimizerSettings, build_optimizer
+
+if TYPE_CHECKING:
+    from sparsereg.training.target import Constraint
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class Provenance:
 class Classifier(pl.LightningModule):
     """Minimises cross-entropy + lambda_l0 * L_C0, where L_C0 is the mean of P(z > 0) over all gates.
 
+    Where a constraint is set (see :mod:`sparsereg.training.target`), its penalty takes the place of
+    lambda_l0's.
+
     Args:
         net: images (batch, channels, height, width) to logits (batch, num_classes).
         num_classes: number of classes.
@@ -49,6 +56,9 @@ class Classifier(pl.LightningModule):
         optimizer: optimizer and schedule.
         provenance: stored in checkpoints.
         compiled: whether ``net`` is compiled.
+        penalty: ``gates`` or, as in the paper, ``weights``: lambda_l0 is then the price of
+            :func:`sparsereg.penalties.expected_l0` instead of L_C0.
+        distillation: a teacher; None trains on the labels alone.
     """
 
     def __init__(
@@ -60,9 +70,14 @@ class Classifier(pl.LightningModule):
         provenance: Provenance,
         lambda_l2: float = 0.0,
         compiled: bool = False,
+        penalty: str = "gates",
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
         self.net = net
+        self.penalty = penalty
+        self.distillation = distillation
+        self.constraint: Constraint | None = None
         self.lambda_l0 = lambda_l0
         self.lambda_l2 = lambda_l2
         self.penalty_scale = 1.0
@@ -95,13 +110,11 @@ class Classifier(pl.LightningModule):
         self.batch_norm_is_current = False
         draw_together(self._vectors)
         logits = self.net(images)
-        acc_loss = F.cross_entropy(logits.float(), labels)
+        acc_loss = self._task_loss(images, logits, labels)
         scalars = {"acc_loss": acc_loss.detach()}
         loss = acc_loss
         if self._gates:
-            mean_p_active = l_c0(self.net)
-            loss = acc_loss + self.penalty_scale * self.lambda_l0 * mean_p_active
-            scalars["L_C0"] = mean_p_active.detach()
+            loss = acc_loss + self._gate_penalty(scalars)
         if self.lambda_l2:
             norm = expected_l2(self.net)
             loss = loss + self.lambda_l2 / 2 * norm
@@ -112,6 +125,21 @@ class Classifier(pl.LightningModule):
             scalars["train_loss"] = loss.detach()
             self.log_dict(scalars, prog_bar=True, sync_dist=several_processes())
         return loss * _share(labels)
+
+    def _task_loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.distillation is None:
+            return F.cross_entropy(logits.float(), labels)
+        return self.distillation.loss(images, logits, labels)
+
+    def _gate_penalty(self, scalars: dict[str, Tensor]) -> Tensor | float:
+        """Return what open gates cost, and note L_C0 and the state of a constraint."""
+        mean_p_active = l_c0(self.net)
+        scalars["L_C0"] = mean_p_active.detach()
+        if self.constraint is not None:
+            scalars |= {k: torch.tensor(v) for k, v in self.constraint.scalars.items()}
+            return self.constraint.penalty()
+        price = mean_p_active if self.penalty == "gates" else expected_l0(self.net)
+        return self.penalty_scale * self.lambda_l0 * price
 
     def on_train_epoch_end(self) -> None:
         """Log the accuracy on the training images as they were seen (augmented, under sampled gates)."""

@@ -1,13 +1,20 @@
 """results.json: what a run reached, in numbers that other programs read."""
 
+import logging
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 from torch import nn
 
-from sparsereg.compression import Count
+from sparsereg.compression import Accountant, Count
+from sparsereg.config import target_key
 from sparsereg.penalties import hard_concretes
+from sparsereg.training.module import Classifier
+from sparsereg.training.target import exact_share
+
+log = logging.getLogger(__name__)
 
 
 def gate_summary(net: nn.Module) -> dict[str, Any]:
@@ -34,6 +41,40 @@ def count_summary(count: Count) -> dict[str, Any]:
         "macs": count.macs,
         "compacted_macs": count.compacted_macs,
     }
+
+
+def target_summary(cfg: DictConfig, module: Classifier, accountant: Accountant) -> dict[str, Any]:
+    """Return lambda_l0, or the target with the lambda that was found; warn where the target is missed.
+
+    Args:
+        cfg: of the run.
+        module: after training.
+        accountant: with the gates as they are tested.
+    """
+    if cfg.without_using_gate:
+        return {"lambda_l0": None}
+    key = target_key(cfg)
+    if key is None:
+        return {"lambda_l0": cfg.lambda_l0}
+    cost = "parameters" if key == "target_sparsity" else "macs"
+    allowed = 1 - cfg[key] if key == "target_sparsity" else cfg[key]
+    kept = exact_share(accountant, cost)
+    if abs(kept - allowed) > 0.01:
+        log.warning(
+            "%s=%g is not met: %.1f %% of the %s stay; training ended early, or the gates are too few",
+            key,
+            cfg[key],
+            100 * kept,
+            cost,
+        )
+    found = None if module.constraint is None else module.constraint.multiplier
+    return {"lambda_l0": None, key: cfg[key], "lambda_target": found}
+
+
+def headline(results: dict[str, Any]) -> str:
+    """Return the few lines that a script prints at the end."""
+    keys = ("val_acc", "test_acc", "L_C0", "expected_sparsity", "exact_sparsity")
+    return "\n".join(f"{key:18s} {results[key]:.4f}" for key in keys if results[key] is not None)
 
 
 def metric(trainer: Trainer, name: str) -> float | None:

@@ -1,0 +1,252 @@
+"""Sparsity on demand: a constrained problem solved while training, instead of a choice of lambda.
+
+Minimise the task loss subject to E[cost] <= target, where E[cost] is the expected number of parameters
+(or MACs) of the compacted network, see :mod:`sparsereg.compression.expected`. The Lagrangian is
+
+    loss + multiplier * log(E[cost] / target(t))
+
+with a target that falls geometrically from the whole network to the one asked for, and a
+proportional-integral multiplier. A purely integral one overshoots: it has grown while the ramp fell, and
+goes on closing gates after the constraint holds. Here the integral starts again from zero then.
+"""
+
+import bisect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from sparsereg.compression import Accountant
+from sparsereg.distributions import log_alpha_at
+from sparsereg.training.averaging import WeightAverage
+from sparsereg.training.module import Classifier
+
+COSTS = ("parameters", "macs")
+"""What a target can be about."""
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """What is asked for, and how fast.
+
+    Attributes:
+        cost: parameters or macs.
+        kept: share of the cost that may stay, in (0, 1).
+        start_epoch: no constraint before this epoch, >= 0.
+        ramp_epochs: epochs over which the target falls to ``kept``, > 0.
+        proportional_gain: multiplier for each unit of log(E[cost] / target), >= 0.
+        integral_gain: what the multiplier gains in each step for each unit of it, >= 0.
+        every_n_steps: the expected cost is differentiated anew every so many steps, >= 1; in between its
+            gradient is reused, which the gates, moving slowly, do not notice.
+    """
+
+    cost: str
+    kept: float
+    start_epoch: float
+    ramp_epochs: float
+    proportional_gain: float = 10.0
+    integral_gain: float = 0.01
+    every_n_steps: int = 5
+
+    def __post_init__(self) -> None:
+        if self.cost not in COSTS:
+            raise ValueError(f"cost must be one of {', '.join(COSTS)}, got {self.cost!r}")
+        if not 0 < self.kept < 1:
+            raise ValueError(f"kept must be a share in (0, 1), got {self.kept!r}")
+        if not self.start_epoch >= 0 or not self.ramp_epochs > 0:
+            raise ValueError(
+                "start_epoch must be >= 0 and ramp_epochs > 0, "
+                f"got {self.start_epoch!r} and {self.ramp_epochs!r}"
+            )
+        if not self.proportional_gain >= 0 or not self.integral_gain >= 0 or self.every_n_steps < 1:
+            raise ValueError(
+                "proportional_gain and integral_gain must be >= 0 and every_n_steps >= 1, got "
+                f"{self.proportional_gain!r}, {self.integral_gain!r}, {self.every_n_steps!r}"
+            )
+
+    @property
+    def end_epoch(self) -> float:
+        """The epoch from which the target asked for is in force."""
+        return self.start_epoch + self.ramp_epochs
+
+    def share_at(self, epoch: float) -> float:
+        """Share of the cost that is allowed at an epoch, which may be a fraction."""
+        progress = min(max((epoch - self.start_epoch) / self.ramp_epochs, 0.0), 1.0)
+        return self.kept**progress
+
+
+class Multiplier:
+    """Proportional-integral multiplier >= 0 of an inequality constraint g <= 0.
+
+    Args:
+        proportional_gain: multiplier for each unit of g.
+        integral_gain: gain for each unit of g and step.
+    """
+
+    def __init__(self, proportional_gain: float, integral_gain: float) -> None:
+        self.proportional_gain = proportional_gain
+        self.integral_gain = integral_gain
+        self.integral = 0.0
+
+    def update(self, violation: float, steps: int = 1) -> float:
+        """Take note of g, which holds for so many steps, and return the multiplier."""
+        if violation <= 0:
+            self.integral = 0.0
+        else:
+            self.integral += self.integral_gain * violation * steps
+        return max(0.0, self.integral + self.proportional_gain * violation)
+
+
+@dataclass
+class Constraint:
+    """The constraint as the loss sees it: linear in the gates' locations between two measurements.
+
+    Attributes:
+        multiplier: lambda, >= 0.
+        gradients: each gate's locations and d log E[cost] / d log_alpha.
+        scalars: what TensorBoard shows.
+    """
+
+    multiplier: float
+    gradients: list[tuple[Tensor, Tensor]]
+    scalars: dict[str, float]
+
+    def penalty(self) -> Tensor:
+        """A scalar whose gradient is that of multiplier * log E[cost]; its value has no meaning."""
+        terms = [(log_alpha * gradient).sum() for log_alpha, gradient in self.gradients]
+        return self.multiplier * torch.stack(terms).sum()
+
+
+class SparsityTarget(Callback):
+    """Train under a target on the expected cost; meet it on the exact count at the end.
+
+    At the last epoch, before it is measured and saved, the few gates nearest to the boundary are opened
+    or shut so that the compacted network costs as much as it may, and no more.
+
+    Args:
+        accountant: counts the network.
+        settings: the target.
+        average: holds the averaged weights that are measured and saved, if there are any.
+    """
+
+    def __init__(
+        self, accountant: Accountant, settings: TargetSettings, average: WeightAverage | None = None
+    ) -> None:
+        self.accountant = accountant
+        self.settings = settings
+        self.average = average
+        self.multiplier = Multiplier(settings.proportional_gain, settings.integral_gain)
+        self._met = False
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A new epoch has not been brought to the exact count yet."""
+        self._met = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure the expected cost and hand the constraint to the loss."""
+        assert isinstance(pl_module, Classifier)
+        s = self.settings
+        if batch_idx % s.every_n_steps:
+            return
+        epoch = trainer.current_epoch + batch_idx / trainer.num_training_batches
+        if epoch < s.start_epoch:
+            return
+        expected, full = self._costs()
+        locations = [gate.log_alpha for gate in self.accountant.network.gates]
+        gradients = torch.autograd.grad(expected.log(), locations, allow_unused=True)
+        allowed = s.share_at(epoch)
+        share = float(expected.detach()) / full
+        multiplier = self.multiplier.update(math.log(share / allowed), s.every_n_steps)
+        pl_module.constraint = Constraint(
+            multiplier,
+            [(a, g) for a, g in zip(locations, gradients, strict=True) if g is not None],
+            {"lambda_target": multiplier, "target_kept": allowed, "expected_kept": share},
+        )
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """At the last epoch meet the target exactly; averaged weights are in place already."""
+        if self._is_last(trainer) and not self._met:
+            self._meet()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same where there was no validation."""
+        if not self._is_last(trainer) or self._met:
+            return
+        if self.average is None:
+            self._meet()
+        else:
+            with self.average.in_place(pl_module):
+                self._meet()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The integral, so that a resumed run goes on."""
+        return {"integral": self.multiplier.integral}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the integral of the run that is resumed."""
+        self.multiplier.integral = state_dict["integral"]
+
+    def _is_last(self, trainer: pl.Trainer) -> bool:
+        last = trainer.current_epoch + 1 == trainer.max_epochs and trainer.state.stage != "sanity_check"
+        return last and trainer.current_epoch + 1 >= self.settings.end_epoch
+
+    def _costs(self) -> tuple[Tensor, int]:
+        if self.settings.cost == "parameters":
+            return self.accountant.expected_parameters(), self.accountant.parameters
+        return self.accountant.expected_macs(), self.accountant.macs
+
+    def _meet(self) -> None:
+        meet_(self.accountant, self.settings.cost, self.settings.kept)
+        self._met = True
+
+
+MARGIN = 1e-3
+"""How far from P(z > 0) = 1/2 a gate is put that is opened or shut, in units of P(z > 0)."""
+
+
+@torch.no_grad()
+def meet_(accountant: Accountant, cost: str, kept: float) -> float:
+    """Open or shut the gates nearest to the boundary until the exact cost is the largest that is allowed.
+
+    A gate that is opened lets next to nothing through, one that is shut did so before: the output hardly
+    changes. All gates are ranked by P(z > 0), and those above one common level end up open.
+
+    Args:
+        accountant: of the network, whose gates are changed in place.
+        cost: parameters or macs.
+        kept: share of it that may stay, in (0, 1).
+
+    Returns:
+        The share that stays; above ``kept`` only if a network with a single open gate costs more.
+    """
+    gates = list({id(g): g for g in accountant.network.gates}.values())
+    before = [g.log_alpha.clone() for g in gates]
+    active = [g.p_active() for g in gates]
+    levels = sorted(set(torch.cat([p.flatten().double() for p in active]).tolist()))
+
+    def share(num_shut: int) -> float:
+        """Put a level between the gates and return what stays."""
+        level = levels[num_shut - 1] if num_shut else -1.0
+        for gate, location, p in zip(gates, before, active, strict=True):
+            shape = gate.temperature, gate.gamma, gate.zeta
+            opened = location.clamp(min=log_alpha_at(0.5 + MARGIN, *shape))
+            shut = location.clamp(max=log_alpha_at(0.5 - MARGIN, *shape))
+            gate.log_alpha.copy_(torch.where(p.double() > level, opened, shut))
+        return exact_share(accountant, cost)
+
+    # More shut levels never cost more: the first number of them that is cheap enough.
+    num_shut = bisect.bisect_left(range(len(levels)), True, key=lambda n: share(n) <= kept)
+    return share(min(num_shut, len(levels) - 1))
+
+
+def exact_share(accountant: Accountant, cost: str) -> float:
+    """Return the share of the parameters or MACs that compaction leaves, with the gates as they are."""
+    if cost == "parameters":
+        return 1.0 - accountant.exact_sparsity()
+    return accountant.count().compacted_macs / accountant.macs

@@ -1,0 +1,236 @@
+"""Sparsity on demand: the target is met on the exact count, and everything around it."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparsereg.compression import Accountant, count
+from sparsereg.model.build import Task, build
+from sparsereg.penalties import expected_l0, hard_concretes
+from sparsereg.training.distillation import Distillation
+from sparsereg.training.target import Multiplier, TargetSettings, exact_share, meet_
+
+LENET = {"name": "lenet300", "sampling": "batch"}
+
+
+def settings(**changes: object) -> TargetSettings:
+    usual = {"cost": "parameters", "kept": 0.1, "start_epoch": 2.0, "ramp_epochs": 4.0}
+    return TargetSettings(**(usual | changes))
+
+
+def test_ramp_is_geometric_between_its_ends():
+    s = settings()
+    assert [s.share_at(e) for e in (0, 2, 4, 6, 9)] == pytest.approx([1, 1, math.sqrt(0.1), 0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"cost": "weights"}, {"kept": 0.0}, {"kept": 1.0}, {"ramp_epochs": 0}, {"start_epoch": -1},
+     {"every_n_steps": 0}, {"integral_gain": -1}, {"kept": math.nan}],
+)  # fmt: skip
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).partition("_")[0]):
+        settings(**wrong)
+
+
+def test_multiplier_restarts_when_the_constraint_holds():
+    m = Multiplier(proportional_gain=10.0, integral_gain=0.01)
+    assert m.update(0.5, steps=2) == pytest.approx(5.0 + 0.01)
+    assert m.update(0.5, steps=2) == pytest.approx(5.0 + 0.02)
+    assert m.update(-0.1) == 0.0
+    assert m.integral == 0.0
+
+
+def test_multiplier_solves_a_constrained_problem():
+    """min (x - 3)^2 subject to log(x / 2) <= 0 has x = 2 and the multiplier 2 * (3 - 2) * 2 = 4."""
+    x = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    m = Multiplier(proportional_gain=10.0, integral_gain=0.05)
+    optimizer = torch.optim.SGD([x], lr=0.01)
+    found = []
+    for _ in range(4000):
+        g = torch.log(x / 2)
+        found.append(m.update(float(g.detach())))
+        optimizer.zero_grad()
+        ((x - 3) ** 2 + found[-1] * g).backward()
+        optimizer.step()
+    assert float(x.detach()) == pytest.approx(2.0, abs=0.05)
+    assert sum(found[-1000:]) / 1000 == pytest.approx(4.0, rel=0.1)
+
+
+@pytest.mark.parametrize("cost", ["parameters", "macs"])
+@pytest.mark.parametrize("kept", [0.7, 0.3, 0.05])
+@pytest.mark.parametrize("model", [LENET, {"name": "lenet5", "sampling": "batch"}])
+def test_exact_count_meets_the_target_from_below(model, kept, cost):
+    net = build(model, Task(10, (1, 28, 28)), gated=True)
+    for seed, gate in enumerate(hard_concretes(net).values()):
+        noise = torch.randn(gate.log_alpha.shape, generator=torch.Generator().manual_seed(seed))
+        gate.log_alpha.data.copy_(2 * noise)
+    accountant = Accountant(net, torch.zeros(1, 1, 28, 28))
+    ranks = torch.cat([g.p_active().flatten() for g in hard_concretes(net).values()]).argsort()
+    share = meet_(accountant, cost, kept)
+    assert share == exact_share(accountant, cost)
+    assert kept - 0.01 <= share <= kept
+    counted = count(net, torch.zeros(1, 1, 28, 28))
+    full, left = (
+        (counted.parameters, counted.compacted_parameters)
+        if cost == "parameters"
+        else (counted.macs, counted.compacted_macs)
+    )
+    assert left / full == pytest.approx(share)
+    is_open = torch.cat([(g.median() > 0).flatten() for g in hard_concretes(net).values()])[ranks]
+    assert torch.equal(is_open, is_open.sort().values)  # the likeliest gates are the open ones
+
+
+def test_meeting_the_target_hardly_changes_the_output():
+    net = build(LENET, Task(10, (1, 28, 28)), gated=True).eval()
+    for gate in hard_concretes(net).values():
+        polarised = torch.where(torch.arange(gate.log_alpha.numel()) % 3 == 0, 8.0, -8.0)
+        gate.log_alpha.data.copy_(polarised + 0.01 * torch.arange(gate.log_alpha.numel()))
+    images = torch.randn(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    accountant = Accountant(net, images[:1])
+    with torch.no_grad():
+        before = net(images)
+        meet_(accountant, "parameters", 1.2 * exact_share(accountant, "parameters"))
+        assert (net(images) - before).abs().max() < 0.02 * before.abs().max()
+
+
+def test_expected_l0_weighs_gates_by_their_weights():
+    net = build(LENET, Task(10, (1, 28, 28)), gated=True)
+    sizes = {"input_gate": 784 * 300, "hidden_gate1": 300 * 100, "hidden_gate2": 100 * 10}
+    total = sum(
+        getattr(net, name).gates.p_active().double().mean() * size for name, size in sizes.items()
+    ) / sum(sizes.values())
+    assert expected_l0(net).item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_distillation_is_cross_entropy_or_divergence_at_its_ends():
+    teacher, pupil = nn.Linear(4, 3), nn.Linear(4, 3)
+    x, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    logits = pupil(x)
+    only_labels = Distillation(teacher, 0.0, 4.0).loss(x, logits, labels)
+    assert torch.allclose(only_labels, nn.functional.cross_entropy(logits, labels))
+    same = Distillation(teacher, 1.0, 4.0).loss(x, teacher(x), labels)
+    assert same.abs() < 1e-6
+    p, q = (teacher(x) / 2).softmax(1), (logits / 2).softmax(1)
+    expected = 4 * (p * (p.log() - q.log())).sum(1).mean()
+    assert torch.allclose(Distillation(teacher, 1.0, 2.0).loss(x, logits, labels), expected, atol=1e-6)
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+RECIPE = ["model=lenet300", "trainer.max_epochs=3", "optimizer.gate_lr_ratio=20"]
+
+
+def test_target_sparsity_is_met_and_found_again(run, tiny):
+    done = run("train", *tiny, *RECIPE, "target_sparsity=0.9")
+    assert done.code == 0, done.err
+    assert 0.9 <= done.results["exact_sparsity"] < 0.91
+    assert done.results["lambda_l0"] is None
+    assert done.results["target_sparsity"] == 0.9
+    tested = run("test", f"ckpt_path={done.last}", "trainer.accelerator=cpu")
+    assert tested.results["exact_sparsity"] == done.results["exact_sparsity"]
+    assert tested.results["test_acc"] == done.results["test_acc"]
+
+
+def test_target_macs_of_a_network_with_concatenations(run, tiny):
+    done = run("train", *tiny, "model.gate=all", "trainer.max_epochs=2", "target_macs=0.4")
+    assert done.code == 0, done.err
+    kept = done.results["compacted_macs"] / done.results["macs"]
+    assert 0.39 <= kept <= 0.4
+
+
+def test_without_validation_images_and_with_averaged_weights(run, tiny):
+    for more in (["data.val_size=0"], ["ema_decay=0.9"], ["ema_decay=0.9", "data.val_size=0"]):
+        done = run("train", *tiny, *RECIPE, "target_sparsity=0.9", *more)
+        assert done.code == 0, done.err
+        assert 0.9 <= done.results["exact_sparsity"] < 0.91, more
+        tested = run("test", f"ckpt_path={done.last}", "trainer.accelerator=cpu")
+        assert tested.results["test_acc"] == done.results["test_acc"]
+        assert tested.results["exact_sparsity"] == done.results["exact_sparsity"]
+
+
+def test_finetuning_trains_the_compacted_network(run, tiny):
+    done = run("train", *tiny, *RECIPE, "target_sparsity=0.9", "finetune.epochs=2")
+    assert done.code == 0, done.err
+    assert 0.9 <= done.results["exact_sparsity"] < 0.91
+    assert done.results["checkpoint"].endswith("finetune/checkpoints/last.ckpt")
+    small = torch.load(done.results["checkpoint"], weights_only=True)
+    weights = sum(v.numel() for k, v in small["state_dict"].items() if v.is_floating_point())
+    assert weights == done.results["compacted_parameters"]
+    assert not any("log_alpha" in key for key in small["state_dict"])
+    tested = run("test", f"ckpt_path={done.results['checkpoint']}", "trainer.accelerator=cpu")
+    assert tested.code == 0, tested.err
+    assert tested.results["test_acc"] == done.results["test_acc"]
+    resumed = run(
+        "train", f"ckpt_path={done.results['checkpoint']}", "resume_training=true", "without_using_gate=true",
+        "trainer.max_epochs=3",
+    )  # fmt: skip
+    assert resumed.code == 0, resumed.err
+    assert resumed.results["epochs"] == 3
+
+
+def test_teacher_shapes_the_pupil_and_stays_out_of_its_checkpoint(run, tiny):
+    teacher = run("train", *tiny, "model=lenet300", "without_using_gate=true", "trainer.max_epochs=1")
+    command = [*tiny, *RECIPE, f"distill.ckpt_path={teacher.last}"]
+    taught = run("train", *command, "distill.weight=1")
+    untaught = run("train", *command, "distill.weight=0")
+    assert taught.code == 0, taught.err
+    assert taught.weights().keys() == untaught.weights().keys()
+    assert not torch.equal(taught.weights()["net.fc1.weight"], untaught.weights()["net.fc1.weight"])
+
+
+def test_averaged_weights_differ_from_the_last_and_resume(run, tiny):
+    four = run("train", *tiny, "ema_decay=0.9", "trainer.max_epochs=4", "temperature=linear")
+    content = torch.load(four.last, weights_only=True)
+    key = "net.classifier.weight"
+    assert not torch.equal(content["state_dict"][key], content["current_model_state"][key])
+    temperature = {float(v) for k, v in content["state_dict"].items() if k.endswith("_extra_state")}
+    assert len(temperature) == 1
+    two = run("train", *tiny, "ema_decay=0.9", "trainer.max_epochs=2", "temperature=linear")
+    resumed = run("train", f"ckpt_path={two.last}", "resume_training=true", "trainer.max_epochs=4")
+    assert resumed.code == 0, resumed.err
+    for name, value in four.weights().items():
+        assert torch.equal(value, resumed.weights()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["target_sparsity=1.2"], "target_sparsity"),
+        (["target_sparsity=0.5", "target_macs=0.5"], "exclude each other"),
+        (["target_sparsity=0.5", "lambda_l0=1.0"], "lambda_l0"),
+        (["target_sparsity=0.5", "lambda_l0=20"], "lambda_l0"),
+        (["target_macs=0.5", "without_using_gate=true"], "without_using_gate"),
+        (["target_sparsity=0.5", "test_checkpoint=best"], "test_checkpoint"),
+        (["target_sparsity=0.5", "trainer.max_epochs=-1"], "trainer.max_epochs"),
+        (["target.ramp=0", "target_sparsity=0.5"], "target.ramp"),
+        (["finetune.epochs=-1"], "finetune.epochs"),
+        (["finetune.epochs=1", "without_using_gate=true"], "finetune.epochs"),
+        (["distill.ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["distill.weight=2"], "distill.weight"),
+        (["ema_decay=1"], "ema_decay"),
+        (["lambda_l0=null"], "lambda_l0"),
+        (["penalty=channels"], "penalty"),
+    ],
+)
+def test_wrong_recipes_are_refused_in_one_line(run, tiny, wrong, says):
+    refused = run("train", *tiny, *wrong)
+    assert refused.code == 2
+    line = refused.err.strip().splitlines()[-1]
+    assert line.startswith("error:")
+    assert says in line
+    assert not Path("outputs/train/tblog").exists()
+
+
+def test_scalars_of_the_constraint_are_logged(run, tiny):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = run("train", *tiny, *RECIPE, "target_sparsity=0.9")
+    events = EventAccumulator(str(done.folder)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"lambda_target", "target_kept", "expected_kept"} <= tags
+    assert events.Scalars("target_kept")[-1].value == pytest.approx(0.1)
+    assert json.loads((done.path).read_text())["lambda_target"] is not None
