@@ -34,6 +34,28 @@ def check_probability(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_below_one(name: str, value: Any) -> float:
+    """Check that a threshold lies in [0, 1) and return it as a float.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not _is(value, numbers.Real) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+    return float(value)
+
+
+def check_share(name: str, value: Any) -> float:
+    """Check that a value lies in [0, 1] and return it as a float.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not _is(value, numbers.Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a share in [0, 1], got {value!r}")
+    return float(value)
+
+
 def check_not_negative(name: str, value: Any) -> float:
     """Check that a value is a finite number >= 0 and return it as a float.
 
@@ -53,6 +75,17 @@ def check_positive(name: str, value: Any) -> float:
     """
     if not _is(value, numbers.Real) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a number > 0, got {value!r}")
+    return float(value)
+
+
+def check_finite(name: str, value: Any) -> float:
+    """Check that a value is a finite number and return it as a float.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not _is(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
     return float(value)
 
 

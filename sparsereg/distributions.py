@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsereg.checks import check_count
+from sparsereg.checks import check_count, check_finite, check_not_negative, check_positive, check_probability
 
 GAMMA = -0.1
 """Lower end of the stretch interval (section 4.1 of the paper)."""
@@ -332,20 +332,18 @@ class HardConcrete(nn.Module):
     ) -> None:
         super().__init__()
         self.gate_size = _gate_size(gate_size, n_items, input_dim, output_dim)
-        if not stretch > 0 or not math.isfinite(stretch):
-            raise ValueError(f"stretch must be a number > 0, got {stretch!r}")
-        if log_alpha_init is None and not 0 < init_mean < 1:
-            raise ValueError(f"init_mean must be a probability in (0, 1), got {init_mean!r}")
-        if not 0 <= jitter < math.inf:
-            raise ValueError(f"jitter must be a standard deviation >= 0, got {jitter!r}")
-        self.stretch = float(stretch)
+        self.stretch = check_positive("stretch", stretch)
         self.gamma, self.zeta = interval or (-self.stretch, 1.0 + self.stretch)
         if not (-math.inf < self.gamma < 0 and 1 < self.zeta < math.inf):
             raise ValueError(f"interval must be (gamma < 0, zeta > 1), got {interval!r}")
         self.temperature = temperature
         self.init_mean = init_mean
+        if log_alpha_init is None:
+            check_probability("init_mean", init_mean)
+        else:
+            check_finite("log_alpha_init", log_alpha_init)
         self.log_alpha_init = log_alpha_init
-        self.jitter = jitter
+        self.jitter = check_not_negative("jitter", jitter)
         self.log_alpha = nn.Parameter(torch.empty(self.gate_size))
         self._drawn: Tensor | None = None
         self.reset_parameters(generator)
@@ -357,9 +355,7 @@ class HardConcrete(nn.Module):
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if isinstance(value, bool) or not value > 0 or not math.isfinite(value):
-            raise ValueError(f"temperature must be a number > 0, got {value!r}")
-        self._temperature = float(value)
+        self._temperature = check_positive("temperature", value)
 
     @property
     def qz_logits(self) -> nn.Parameter:

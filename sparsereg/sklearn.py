@@ -37,6 +37,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
 
     Attributes:
         scores_: P(z > 0) of each column, (columns,).
+        log_alpha_: locations of the gates, (columns,): the order of ``scores_`` where those round to 1.
         coef_: coefficients of the model on standardised columns, (outputs, columns).
         n_features_in_: number of columns.
         feature_names_in_: their names, if the data had any.
@@ -98,6 +99,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         gates, weight = self._train(inputs, target, num_outputs, seed)
         with torch.no_grad():
+            self.log_alpha_ = gates.log_alpha.numpy().copy()
             self.scores_ = gates.p_active().numpy()
             self.coef_ = (weight * gates.median()).numpy()
         self.n_iter_ = self.epochs
@@ -138,7 +140,7 @@ class L0FeatureSelector(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         num_open = int((self.scores_ > 0.5).sum())
         k = max(1, min(num_open, self.max_features or num_open))
         mask = np.zeros(len(self.scores_), dtype=bool)
-        mask[np.argsort(-self.scores_, kind="stable")[:k]] = True
+        mask[np.argsort(-self.log_alpha_, kind="stable")[:k]] = True
         return mask
 
     def __sklearn_tags__(self) -> Any:

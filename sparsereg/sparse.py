@@ -9,7 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsereg.checks import check_count, check_not_negative, check_positive, check_probability
+from sparsereg.checks import (
+    check_below_one,
+    check_count,
+    check_not_negative,
+    check_positive,
+    check_probability,
+)
 from sparsereg.device import usable_device
 from sparsereg.distributions import HardConcrete
 from sparsereg.sparse_matrix import CsrMatrix, Matrix, TorchMatrix, mean_squared_error, multiply
@@ -147,8 +153,12 @@ class SparseL0Linear(nn.Module):
 
         Args:
             threshold: gate value in [0, 1).
+
+        Raises:
+            ValueError: the threshold is outside its range.
         """
-        return torch.nonzero(self.get_deterministic_gates() > threshold).flatten()
+        least = check_below_one("threshold", threshold)
+        return torch.nonzero(self.get_deterministic_gates() > least).flatten()
 
     @torch.no_grad()
     def get_coefficients(self, threshold: float = 0.0) -> Tensor:
@@ -156,9 +166,13 @@ class SparseL0Linear(nn.Module):
 
         Args:
             threshold: gate value in [0, 1).
+
+        Raises:
+            ValueError: the threshold is outside its range.
         """
+        least = check_below_one("threshold", threshold)
         z = self.get_deterministic_gates()
-        return torch.where(z > threshold, self.weight * z, 0.0)
+        return torch.where(z > least, self.weight * z, 0.0)
 
     def fit(
         self,

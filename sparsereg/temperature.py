@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from sparsereg.checks import check_count, check_positive
 from sparsereg.distributions import HardConcrete
 
 SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
@@ -42,16 +43,11 @@ class TemperatureScheduler:
         if anneal_epochs is not None and total_epochs is not None:
             raise ValueError("anneal_epochs and total_epochs are the same thing; give one of them")
         epochs = next((n for n in (anneal_epochs, total_epochs) if n is not None), 100)
-        for name, value in (("initial_temp", initial_temp), ("final_temp", final_temp)):
-            if not value > 0 or not math.isfinite(value):
-                raise ValueError(f"{name} must be a number > 0, got {value!r}")
-        if epochs < 1:
-            raise ValueError(f"anneal_epochs must be >= 1, got {epochs!r}")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-        self.initial_temp = float(initial_temp)
-        self.final_temp = float(final_temp)
-        self.anneal_epochs = epochs
+        self.initial_temp = check_positive("initial_temp", initial_temp)
+        self.final_temp = check_positive("final_temp", final_temp)
+        self.anneal_epochs = check_count("anneal_epochs", epochs)
         self.schedule = schedule
 
     def get_temperature(self, epoch: float) -> float:
@@ -70,6 +66,7 @@ def update_temperatures(model: nn.Module, temperature: float) -> None:
     Raises:
         ValueError: the temperature is not a number > 0.
     """
+    check_positive("temperature", temperature)
     for module in model.modules():
         if isinstance(module, HardConcrete):
             module.temperature = temperature

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsereg.calibration.hard_concrete import GateSettings, GateSolver
 from sparsereg.calibration.losses import TargetLoss, check_loss, group_shares
 from sparsereg.calibration.matrix import HouseholdMatrix, household_matrix
+from sparsereg.checks import check_count, check_finite, check_not_negative, check_positive, check_probability
 from sparsereg.device import usable_device
 from sparsereg.distributions import GAMMA, ZETA, gate_median, p_active, quantile
 
@@ -29,7 +30,8 @@ class SparseCalibrationWeights(nn.Module):
         beta: Temperature of the gates, > 0.
         gamma: Lower end of the stretch interval, < 0.
         zeta: Upper end of the stretch interval, > 1.
-        init_keep_prob: sigmoid of the initial locations, one number or one per weight, in (0, 1).
+        init_keep_prob: sigmoid of the initial locations: one number in (0, 1), or one per weight in [0, 1],
+            taken as at least 1e-6 and at most 1 - 1e-6.
         init_weights: Initial weights, >= 0: one number, one per weight, or None for ones.
         log_weight_jitter_sd: Standard deviation of noise added to ``log_weight`` when a fit starts, >= 0.
         log_alpha_jitter_sd: Standard deviation of noise on the initial locations, >= 0.
@@ -57,13 +59,12 @@ class SparseCalibrationWeights(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if n_features < 1 or not beta > 0 or not gamma < 0 or not zeta > 1:
-            raise ValueError(
-                f"n_features >= 1, beta > 0, gamma < 0 and zeta > 1 are needed, got {n_features!r}, {beta!r},"
-                f" {gamma!r}, {zeta!r}"
-            )
-        if log_weight_jitter_sd < 0 or log_alpha_jitter_sd < 0:
-            raise ValueError("log_weight_jitter_sd and log_alpha_jitter_sd must be >= 0")
+        n_features = check_count("n_features", n_features)
+        check_positive("beta", beta)
+        if check_finite("gamma", gamma) >= 0 or check_finite("zeta", zeta) <= 1:
+            raise ValueError(f"gamma must be < 0 and zeta > 1, got {gamma!r} and {zeta!r}")
+        check_not_negative("log_weight_jitter_sd", log_weight_jitter_sd)
+        check_not_negative("log_alpha_jitter_sd", log_alpha_jitter_sd)
         device = usable_device(device)
         self.n_features, self.beta, self.gamma, self.zeta = n_features, beta, gamma, zeta
         self.log_weight_jitter_sd, self.log_alpha_jitter_sd = log_weight_jitter_sd, log_alpha_jitter_sd
@@ -71,11 +72,14 @@ class SparseCalibrationWeights(nn.Module):
         first = int(torch.randint(2**62, ()).item()) if seed is None else int(seed)
         self._generator = torch.Generator().manual_seed(first)
         weights = _per_feature("init_weights", 1.0 if init_weights is None else init_weights, n_features)
-        if not (weights >= 0).all():
-            raise ValueError("init_weights must be numbers >= 0")
+        if not ((weights >= 0) & (weights < torch.inf)).all():
+            raise ValueError("init_weights must be finite numbers >= 0")
+        # Arrays are often data, with zeros and ones in them; l0-python clamps them, too.
         keep = _per_feature("init_keep_prob", init_keep_prob, n_features)
-        if not ((keep >= 0) & (keep <= 1)).all():
-            raise ValueError("init_keep_prob must lie in (0, 1)")
+        if np.ndim(init_keep_prob) == 0:
+            check_probability("init_keep_prob", init_keep_prob)
+        elif not ((keep >= 0) & (keep <= 1)).all():
+            raise ValueError("init_keep_prob must hold probabilities in [0, 1]")
         location = torch.logit(keep.clamp(1e-6, 1 - 1e-6)) + log_alpha_jitter_sd * self._noise()
         # The small number keeps the logarithm of a weight of zero finite.
         self.log_weight = nn.Parameter(torch.log(weights + 1e-8).to(device))
@@ -130,7 +134,7 @@ class SparseCalibrationWeights(nn.Module):
 
     @torch.no_grad()
     def get_sparsity(self) -> float:
-        """Share of weights whose test-time gate is shut."""
+        """Exact share of weights that are zero at test time: 1 - count / n_features of the active ones."""
         return float((self.get_deterministic_gates() == 0).double().mean())
 
     @torch.no_grad()
@@ -182,8 +186,10 @@ class SparseCalibrationWeights(nn.Module):
             ValueError: An argument is outside its range, or shapes do not fit.
         """
         check_loss(loss_type)
-        if min(lambda_l0, lambda_l2, epochs) < 0 or not lr > 0 or verbose_freq < 1:
-            raise ValueError("lambda_l0, lambda_l2 and epochs must be >= 0, lr > 0 and verbose_freq >= 1")
+        for name, value in (("lambda_l0", lambda_l0), ("lambda_l2", lambda_l2), ("epochs", epochs)):
+            check_not_negative(name, value)
+        check_positive("lr", lr)
+        check_count("verbose_freq", verbose_freq)
         targets = torch.as_tensor(np.asarray(y, dtype=np.float64), device=self.device)
         matrix = self._household_matrix(M)
         if targets.shape != (matrix.num_targets,) or not torch.isfinite(targets).all():
@@ -232,10 +238,13 @@ class SparseCalibrationWeights(nn.Module):
         return self.forward(M, deterministic=True)
 
     def _household_matrix(self, matrix: Any) -> HouseholdMatrix:
-        """Prepare a matrix, or take the prepared one if it has the same values."""
-        csr = sp.csr_array(matrix, dtype=np.float32)
+        """Prepare a matrix, or take the prepared one if it has the same values; refuse NaN and infinity."""
+        with np.errstate(over="ignore"):  # what overflows float32 is refused below
+            csr = sp.csr_array(matrix, dtype=np.float32)
         if csr.shape[1] != self.n_features:
             raise ValueError(f"M must have {self.n_features} columns, got shape {csr.shape}")
+        if not np.isfinite(csr.data.sum(dtype=np.float64)) and not np.isfinite(csr.data).all():
+            raise ValueError("M must be finite in float32, got NaN or infinity")
         if self._matrix is None or not _equal(self._matrix[0], csr):
             own = csr.copy()
             own.sum_duplicates()

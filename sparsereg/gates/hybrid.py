@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsereg.checks import check_count
+from sparsereg.checks import check_count, check_share
 from sparsereg.gates.sample import SampleGate
 from sparsereg.gates.selection import check_items, straight_through, take
 
@@ -46,11 +46,9 @@ class HybridGate(nn.Module):
         n_items = check_count("n_items", n_items)
         target = max(1, int(n_items * DEFAULT_SHARE)) if target_items is None else target_items
         target = check_count("target_items", target, at_most=n_items)
-        if not 0 < l0_fraction <= 1:
-            raise ValueError(f"l0_fraction must be a share in (0, 1], got {l0_fraction!r}")
-        if not 0 <= random_fraction <= 1:
-            raise ValueError(f"random_fraction must be a share in [0, 1], got {random_fraction!r}")
-        both = l0_fraction + random_fraction
+        both = check_share("l0_fraction", l0_fraction) + check_share("random_fraction", random_fraction)
+        if l0_fraction == 0:
+            raise ValueError("l0_fraction must be above 0: without gates there is nothing to learn, got 0")
         if both > 1 + 1e-9:
             raise ValueError(f"l0_fraction and random_fraction must sum to at most 1, got {both:g}")
         self.n_items = n_items

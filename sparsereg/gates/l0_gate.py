@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sparsereg.checks import check_count
+from sparsereg.checks import check_below_one, check_count
 from sparsereg.distributions import HardConcrete
 from sparsereg.gates.selection import top
 
@@ -76,9 +76,8 @@ class L0Gate(nn.Module):
         Raises:
             ValueError: the threshold is outside its range.
         """
-        if threshold is None or not 0 <= threshold < 1:
-            raise ValueError(f"threshold must be a gate value in [0, 1), got {threshold!r}")
-        return torch.nonzero(self.get_gates(generator) > threshold).flatten()
+        least = check_below_one("threshold", threshold)
+        return torch.nonzero(self.get_gates(generator) > least).flatten()
 
     @torch.no_grad()
     def _active_prob(self) -> Tensor:
@@ -129,7 +128,8 @@ class Selector(L0Gate):
             z = self.get_gates(generator)
             indices = torch.nonzero(z.detach() > 0).flatten()
             return indices, z[indices]
-        indices = top(self._active_prob(), self.num_eval(), generator)
+        # log_alpha has the order of P(z > 0), which rounds to 1 (or 0) where the gates are sure.
+        indices = top(self.gates.log_alpha.detach(), self.num_eval(), generator)
         return indices, torch.ones_like(indices, dtype=self.gates.log_alpha.dtype)
 
     @torch.no_grad()

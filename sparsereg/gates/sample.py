@@ -75,6 +75,8 @@ class SampleGate(Selector):
         check_items(data, self.n_samples, 0, "data")
         weights = weights if isinstance(weights, Tensor) else torch.as_tensor(np.asarray(weights))
         check_items(weights, self.n_samples, 0, "weights")
+        if weights.dim() != 1:
+            raise ValueError(f"weights must have shape ({self.n_samples},), got {tuple(weights.shape)}")
         indices, z = self.draw(generator)
         chosen = take(weights, indices, 0)
         if chosen.is_floating_point():

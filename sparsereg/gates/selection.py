@@ -7,23 +7,23 @@ import torch
 from torch import Tensor
 
 
-def top(p: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
-    """Indices of the k largest probabilities, sorted; ties are broken at random.
+def top(score: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+    """Indices of the k largest scores, sorted; ties are broken at random.
 
     Args:
-        p: probabilities, (items,).
+        score: any numbers, (items,).
         k: how many, in [0, items].
         generator: decides ties. If None, a fixed random order does: the same at every call, so that
             batches that are selected one after another get the same columns.
 
     Returns:
-        (k,) distinct indices in ascending order, on the device of ``p``.
+        (k,) distinct indices in ascending order, on the device of ``score``.
     """
-    device = p.device if generator is None else generator.device
+    device = score.device if generator is None else generator.device
     if generator is None:
-        generator = torch.Generator(device=device).manual_seed(len(p))
-    order = torch.randperm(len(p), generator=generator, device=device).to(p.device)
-    ranked = order[torch.sort(p[order], descending=True, stable=True).indices]
+        generator = torch.Generator(device=device).manual_seed(len(score))
+    order = torch.randperm(len(score), generator=generator, device=device).to(score.device)
+    ranked = order[torch.sort(score[order], descending=True, stable=True).indices]
     return ranked[:k].sort().values
 
 

@@ -20,8 +20,8 @@ class L0Conv2d(GatedLayer):
         in_channels: channels in, >= 1.
         out_channels: channels out, >= 1.
         kernel_size: edge of the kernel, or (height, width), >= 1.
-        stride: as in nn.Conv2d.
-        padding: as in nn.Conv2d.
+        stride: as in nn.Conv2d, >= 1.
+        padding: as in nn.Conv2d, >= 0, or ``same`` or ``valid``.
         bias: whether there is a bias.
         temperature: beta > 0.
         init_sparsity: share of the gates that start closed, 1 - P(z > 0), in (0, 1).
@@ -51,7 +51,9 @@ class L0Conv2d(GatedLayer):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        height, width = _pair(kernel_size)
+        height, width = _pair("kernel_size", kernel_size)
+        _pair("stride", stride)
+        _check_padding(padding)
         in_channels = check_count("in_channels", in_channels)
         out_channels = check_count("out_channels", out_channels)
         size = (out_channels,) if structured else (out_channels, in_channels * height * width)
@@ -99,8 +101,8 @@ class L0DepthwiseConv2d(GatedLayer):
     Args:
         in_channels: channels in and out, >= 1.
         kernel_size: edge of the kernel, or (height, width), >= 1.
-        stride: as in nn.Conv2d.
-        padding: as in nn.Conv2d.
+        stride: as in nn.Conv2d, >= 1.
+        padding: as in nn.Conv2d, >= 0, or ``same`` or ``valid``.
         bias: whether there is a bias.
         temperature: beta > 0.
         init_sparsity: share of the gates that start closed, 1 - P(z > 0), in (0, 1).
@@ -117,13 +119,15 @@ class L0DepthwiseConv2d(GatedLayer):
         in_channels: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
+        padding: int | tuple[int, int] | str = 0,
         bias: bool = True,
         temperature: float = 0.5,
         init_sparsity: float = 0.5,
         use_l2: bool = False,
     ) -> None:
-        height, width = _pair(kernel_size)
+        height, width = _pair("kernel_size", kernel_size)
+        _pair("stride", stride)
+        _check_padding(padding)
         in_channels = check_count("in_channels", in_channels)
         gate = HardConcrete(in_channels, temperature=temperature, init_mean=gate_mean(init_sparsity))
         super().__init__("channel_gates", gate, use_l2)
@@ -158,9 +162,21 @@ class L0DepthwiseConv2d(GatedLayer):
         return layer
 
 
-def _pair(kernel_size: Any) -> tuple[int, int]:
-    """One edge for both dimensions, or two."""
-    edges = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
-    if len(edges) != 2:
-        raise ValueError(f"kernel_size must be one or two integers, got {kernel_size!r}")
-    return check_count("kernel_size", edges[0]), check_count("kernel_size", edges[1])
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    """One number >= 1 for both dimensions, or two."""
+    numbers = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(numbers) != 2:
+        raise ValueError(f"{name} must be one or two integers, got {value!r}")
+    return check_count(name, numbers[0]), check_count(name, numbers[1])
+
+
+def _check_padding(padding: Any) -> None:
+    """Check that nn.Conv2d would take it; that one finds out in the first forward pass."""
+    numbers = padding if isinstance(padding, (tuple, list)) else (padding,)
+    if padding in ("same", "valid") or (len(numbers) <= 2 and all(_is_size(n) for n in numbers)):
+        return
+    raise ValueError(f"padding must be one or two integers >= 0, 'same' or 'valid', got {padding!r}")
+
+
+def _is_size(n: Any) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and n >= 0

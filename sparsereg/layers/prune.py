@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from sparsereg.checks import check_below_one
 from sparsereg.distributions import HardConcrete
 from sparsereg.layers.gated import GatedLayer
 from sparsereg.model.basic_l0_blocks import GatedBatchNorm2d, L0Gate
@@ -29,8 +30,7 @@ def prune_model(model: nn.Module, threshold: float = 0.05) -> nn.Module:
     Raises:
         ValueError: the threshold is outside its range, or a gate cannot be multiplied into anything.
     """
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must be a probability in [0, 1), got {threshold!r}")
+    check_below_one("threshold", threshold)
     rows = all_gated_tensors(model)
     folded = {id(row.gate) for row in rows if row.fold}
     free = [name for name, gate in hard_concretes(model).items() if id(gate) not in folded]

@@ -56,6 +56,17 @@ def test_selection_is_by_rank_of_p_active():
     assert torch.equal(indices, want)
 
 
+def test_gates_that_are_sure_are_ranked_too():
+    """P(z > 0) rounds to 1 above a location of 17 and to 0 below -103, and ranks nothing any more."""
+    for base in (40.0, -200.0):
+        gate = SampleGate(100, 2).eval()
+        with torch.no_grad():
+            gate.gates.log_alpha.fill_(base)
+            gate.gates.log_alpha[[7, 71]] = base + 10
+        assert gate.gates.p_active().unique().numel() == 1
+        assert gate.get_active_indices().tolist() == [7, 71]
+
+
 def test_ties_are_broken_by_the_generator_and_without_bias():
     gate = SampleGate(20, 5).eval()
     data = torch.zeros(20, 1)

@@ -56,6 +56,16 @@ def test_a_price_and_a_largest_number():
     assert L0FeatureSelector(lambda_l0=100, random_state=0).fit(x, y).get_support().sum() == 1
 
 
+def test_columns_that_are_sure_are_ranked_too():
+    """After many steps P(z > 0) of both columns rounds to 1; the better one comes second."""
+    x = np.random.default_rng(0).standard_normal((300, 2)).astype(np.float32)
+    y = 1.0 * x[:, 0] + 3.0 * x[:, 1]
+    selector = L0FeatureSelector(1, lambda_l0=1e-4, epochs=50, random_state=0).fit(x, y)
+    selector.log_alpha_ = np.array([30.0, 40.0], dtype=np.float32)
+    selector.scores_ = np.ones(2, dtype=np.float32)
+    assert selector.get_support().tolist() == [False, True]
+
+
 def test_one_seed_one_result_and_constant_columns_never():
     x, y, _ = regression()
     x[:, 7] = 3.3
