@@ -42,14 +42,19 @@ def _lenet300(task: Task, gated: bool, gates: dict[str, Any], **settings: Any) -
     from sparsereg.model.lenet import LeNet300
 
     gate = "units" if gated else "none"
-    return LeNet300(task.num_classes, task.image_shape, gate=gate, **settings, **gates)
+    return LeNet300(task.num_classes, task.image_shape, gate=gate, **_with_rates(settings, gates))
 
 
 def _lenet5(task: Task, gated: bool, gates: dict[str, Any], **settings: Any) -> nn.Module:
     from sparsereg.model.lenet import LeNet5
 
     gate = "units" if gated else "none"
-    return LeNet5(task.num_classes, task.image_shape, gate=gate, **settings, **gates)
+    return LeNet5(task.num_classes, task.image_shape, gate=gate, **_with_rates(settings, gates))
+
+
+def _with_rates(settings: dict[str, Any], gates: dict[str, Any]) -> dict[str, Any]:
+    """Let ``model.droprate_init``, one rate for each group of gates, win over the one for all."""
+    return gates | {k: v for k, v in settings.items() if k != "droprate_init" or v is not None}
 
 
 def _sparse_mlp(task: Task, gated: bool, gates: dict[str, Any], **settings: Any) -> nn.Module:
