@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sparsereg.calibration import run as script
 from sparsereg.calibration.calibrate import Calibration, Settings
 from sparsereg.calibration.config import CalibrateConfig, checked
 from sparsereg.calibration.recorder import Recorder
+from sparsereg.calibration.selection import METHODS
 from sparsereg.calibration.synthetic import synthetic_problem
 from sparsereg.errors import InputError
 
@@ -110,6 +112,17 @@ def test_the_files_agree_with_each_other_in_float64():
     last = log[log.epoch == log.epoch.max()]
     np.testing.assert_allclose(last.estimate, targets.estimate)
     assert log.epoch.nunique() > 5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_from_the_command_line_and_is_in_the_help(method):
+    number = "null" if method == "all" else "60"
+    _, results = run(
+        *SMALL, f"method={method}", f"num_households={number}", "epochs=30", "holdout.groups=null"
+    )
+    assert results["kept"] == 60 if method != "all" else results["kept"] > 60
+    shown = OmegaConf.load(CONFIGS / "calibrate.yaml").hydra.help.template
+    assert re.search(rf"\b{method}\b", shown.partition("Main keys")[2])
 
 
 def test_same_seed_same_weights_and_households_from_tables_like_from_the_generator():
