@@ -21,6 +21,8 @@ _log = logging.getLogger(__name__)
 
 _HELD_SHARE = 1.0
 """Weight of the held sum while its multiplier is found, in weights of all targets together."""
+_WORTH_OF_SIZE = 30.0
+"""Weight of w_j itself in a bounded household's contribution, in weights of all targets together."""
 _FEWEST_STEPS, _MOST_STEPS = 20, 1280
 """Range of the number of conjugate gradient steps between two calls of the sweeps."""
 _STEPS_PER_SWEEP = 4
@@ -149,14 +151,25 @@ class LeastSquares:
         pulled = (self.pull * (self.weights - self.center).square()).sum()
         return float(self.quadratic.value(self.totals()) + pulled)
 
+    def penalized_value(self) -> float:
+        """The objective with the held sum's error as a penalty: to compare fits that have not settled it."""
+        return self.value() + self._held_weight * float(self.weights.sum() - self._held[1]) ** 2
+
     def slope(self) -> Tensor:
         """Half of the gradient with respect to the weights, held sum and multiplier included."""
         held = self._held[2] * (self._held[0] - self._held[1]) + self._held[3]
         return self.matrix.gradient(self._residual) + self.pull * (self.weights - self.center) + held
 
     def contributions(self) -> Tensor:
-        """w_j times the norm of household j: the root of what leaving it out costs, others unchanged."""
-        return self.weights * self.curvature.sqrt()
+        """w_j times the norm of household j: the root of what leaving it out costs, others unchanged.
+
+        With an upper bound the others may be unable to take over the weight of a large household, so that
+        its weight counts too.
+        """
+        norm = self.curvature
+        if bool(torch.isfinite(self.upper).any()):
+            norm = norm + _WORTH_OF_SIZE * (self.size / self.weights.sum().clamp(min=1e-300)).square()
+        return self.weights * norm.sqrt()
 
     def sweep(self, count: int = 1) -> None:
         """Improve the weights by ``count`` rounds over the households."""

@@ -161,9 +161,3 @@ class Quadratic:
     def residual(self, totals: Tensor) -> Tensor:
         """Half of its gradient with respect to the totals."""
         return self.weight * (totals - self.targets)
-
-
-def relative_errors(estimates: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """(estimate - target) / |target|, or the plain error where the target is zero; float64, never NaN."""
-    targets = np.asarray(targets, dtype=np.float64)
-    return (np.asarray(estimates, dtype=np.float64) - targets) / np.where(targets == 0, 1.0, np.abs(targets))

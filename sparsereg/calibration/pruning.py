@@ -124,14 +124,14 @@ class Pruning:
     def _swap(self) -> None:
         """Exchange the least useful of the kept for the most useful of the others, if that pays."""
         if self._value == float("inf"):
-            self._value = self.fit.value()
+            self._value = self.fit.penalized_value()
         others = self.system.matrix.num_households - self.num_kept
         count = min(int(self._share * self.num_kept), others)
         if count < 1:
             self.done = True
             return
         kept, fit = _exchange(self.system, self._kept, self.fit, count, self.schedule)
-        value = fit.value()
+        value = fit.penalized_value()
         if value < self._value:
             self._kept, self.fit, self._value = kept, fit, value
         else:
@@ -225,11 +225,11 @@ def fill(system: System, kept: Tensor, fit: LeastSquares, rounds: int = 8) -> tu
         missing = len(kept) - len(used)
         if missing == 0:
             break
-        value = fit.value()
+        value = fit.penalized_value()
         smaller = system.of(kept[used], fit.weights[used])
         new_kept, new_fit = add(system, kept[used], smaller, missing, 1)
         new_fit.solve(_ROUGH)
-        if new_fit.value() > value:
+        if new_fit.penalized_value() > value:
             break
         kept, fit = new_kept, new_fit
     return kept, fit

@@ -8,6 +8,7 @@ from scipy.optimize import nnls
 from sparsereg.calibration.calibrate import Calibration, Settings, calibrate, polish
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.selection import METHODS
+from sparsereg.calibration.synthetic import synthetic_problem
 
 CHOOSING = [name for name in METHODS if name != "all"]
 
@@ -90,6 +91,18 @@ def test_bounds_and_total_hold(method):
     initial = problem.starting_weights
     assert (result.weights <= 4 * initial).all()
     assert result.weights.sum() == pytest.approx(initial.sum(), rel=1e-8)
+
+
+@pytest.mark.parametrize(("number", "ratio"), [(300, 12.0), (150, 30.0)])
+def test_a_bound_alone_is_no_worse_than_with_the_total_held(number, ratio):
+    """Whoever must not grow beyond a bound has to be large enough: the selection foresees that."""
+    problem = synthetic_problem(3000, 300)
+    free, held = (
+        calibrate(problem, number, max_weight_ratio=ratio, hold_total=hold) for hold in (False, True)
+    )
+    drawn = calibrate(problem, number, max_weight_ratio=ratio, method="random")
+    assert free.loss <= held.loss
+    assert free.loss < 0.1 * drawn.loss
 
 
 def test_a_total_that_bounds_cannot_hold_is_refused():
