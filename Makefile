@@ -20,7 +20,7 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/mypy
 
 docs: $(READY) ## the documentation as HTML, in site/
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 results: $(READY) ## rerun the figures in docs/results.md that a CPU can
 	$(BIN)/python -m benchmarks.results

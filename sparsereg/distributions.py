@@ -315,6 +315,10 @@ class HardConcrete(nn.Module):
     gamma: float
     zeta: float
     log_alpha: nn.Parameter
+    kept: Tensor | None = None
+    """Positions of the gates that are left while others have left the network; see compression.shrink."""
+    num_left: int = 0
+    """Number of gates that have left; their P(z > 0) is zero."""
 
     def __init__(
         self,
@@ -429,6 +433,7 @@ class HardConcrete(nn.Module):
         return p_active(self.log_alpha, *self._shape)
 
     get_active_prob = p_active
+    """:meth:`p_active` under the name that l0-python uses."""
 
     def get_penalty(self) -> Tensor:
         """Expected number of gates that are not zero: the sum of P(z > 0), a scalar."""

@@ -1,6 +1,10 @@
 """The documentation names files, commands and keys that exist."""
 
+import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +37,18 @@ def test_version_has_one_home():
 
     assert re.fullmatch(r"\d+\.\d+\.\d+", sparsereg.__version__)
     assert "version = {" in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.slow
+def test_the_reference_lists_every_public_name(tmp_path):
+    pytest.importorskip("mkdocs")
+    import sparsereg
+
+    site = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    subprocess.run(site, cwd=ROOT, check=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    pages = "".join(page.read_text() for page in (tmp_path / "api").rglob("index.html"))
+    anchors = {anchor.rpartition(".")[2] for anchor in re.findall(r'id="(sparsereg\.[^"]+)"', pages)}
+    names = set(sparsereg.__all__)
+    for module in ("gates", "layers", "penalties", "compression", "calibration"):
+        names |= set(importlib.import_module(f"sparsereg.{module}").__all__)
+    assert names <= anchors, names - anchors
