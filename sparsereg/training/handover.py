@@ -15,6 +15,7 @@ from sparsereg.compression.latency import benchmark
 from sparsereg.config import plain
 from sparsereg.data import ImageDataModule
 from sparsereg.files import free_path
+from sparsereg.layers import GatedLayer, save_csr
 from sparsereg.model import build as networks
 from sparsereg.training.checkpoint import Checkpoint
 
@@ -55,6 +56,8 @@ def run(
         results["compacted"] = str(path)
         results["compacted_test_acc"] = accuracy(small, data.test_dataloader())
         print(f"compacted: {path}, test accuracy {results['compacted_test_acc']:.4f}")
+        if any(isinstance(m, GatedLayer) and m.per_weight for m in net.modules()):
+            results |= store_sparse(small, free_path(beside / "compacted.csr"))
     if cfg.export:
         path = free_path(beside / f"compacted.{cfg.export}")
         results["exported"] = str(export(net, example, path))
@@ -62,6 +65,25 @@ def run(
     if cfg.benchmark:
         results["latency"] = time_networks(cfg, checkpoint, net, example, folder)
     return results
+
+
+def store_sparse(net: nn.Module, path: Path) -> dict[str, Any]:
+    """Write a network with zeros among its weights as compressed sparse rows; say what that saves.
+
+    Returns:
+        The file and its measured size, and the size of the dense tensors, for results.json.
+    """
+    storage = save_csr(net, path)
+    print(
+        f"sparse rows: {path}, {storage.stored_bytes:,} bytes of {storage.dense_bytes:,} dense; "
+        f"{storage.num_nonzero:,} of {storage.num_weights:,} weights are not zero (saves storage, not time)"
+    )
+    return {
+        "csr": str(path),
+        "csr_bytes": storage.stored_bytes,
+        "dense_bytes": storage.dense_bytes,
+        "nonzero_parameters": storage.num_nonzero,
+    }
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsereg.compression import load_compacted
+from sparsereg.layers import load_csr
 
 
 @pytest.fixture
@@ -44,6 +45,23 @@ def test_it_measures_the_network_that_training_measured(run, trained):
     assert int(total["open"].replace(",", "")) == tested.results["open_gates"]
 
 
+def test_gates_on_weights_save_storage_and_say_so(run, tiny):
+    settings = ["trainer.max_epochs=2", "lambda_l0=30", "optimizer.lr=0.05", "optimizer.warmup_epochs=0"]
+    size = "model.hidden_sizes=[40,20]"
+    trained = run("train", *tiny, "model=sparse_mlp", size, *settings, "lambda_l2=1e-4")
+    assert trained.code == 0, trained.err
+    tested = run("test", f"ckpt_path={trained.last}", "compact=true")
+    path = trained.folder / "checkpoints" / "compacted.csr"
+    assert tested.results["csr"] == str(path)
+    assert tested.results["csr_bytes"] == path.stat().st_size
+    assert f"{path.stat().st_size:,} bytes of {tested.results['dense_bytes']:,} dense" in tested.out
+    compacted = load_compacted(tested.results["compacted"])
+    state, loaded = compacted.state_dict(), load_csr(path)
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    left = sum(int(torch.count_nonzero(value)) for value in state.values())
+    assert tested.results["nonzero_parameters"] == left < sum(value.numel() for value in state.values())
+
+
 def test_prune_fine_tune_ship_in_three_commands(run, trained):
     tested = run("test", f"ckpt_path={trained.last}", "compact=true")
     compacted = trained.folder / "checkpoints" / "compacted.pt"
@@ -55,6 +73,8 @@ def test_prune_fine_tune_ship_in_three_commands(run, trained):
     again = run("test", f"ckpt_path={trained.last}", "compact=true")
     assert again.results["compacted"].endswith("compacted-1.pt")
     assert again.folder.name == "version_1"
+
+    assert "csr" not in tested.results  # gates on channels leave no zeros behind
 
     quick = ["trainer=cpu", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
     refused = run("train", f"ckpt_path={compacted}", *quick)
