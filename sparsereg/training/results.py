@@ -18,18 +18,24 @@ log = logging.getLogger(__name__)
 
 
 def gate_summary(net: nn.Module) -> dict[str, Any]:
-    """Return L_C0, expected sparsity and the number of gates and open gates, accumulated in float64.
+    """Return L_C0, expected sparsity and the number of gates and open gates, in all and of each layer.
 
-    Without gates L_C0 is not defined and becomes null.
+    Means are accumulated in float64. Without gates L_C0 is not defined and becomes null.
     """
     gates = hard_concretes(net)
     if not gates:
-        return {"L_C0": None, "expected_sparsity": 0.0, "gates": 0, "open_gates": 0}
+        return {"L_C0": None, "expected_sparsity": 0.0, "gates": 0, "open_gates": 0, "open_gates_of": {}}
     with torch.no_grad():
         active = torch.cat([g.p_active().flatten().double().cpu() for g in gates.values()])
-        num_open = sum(g.get_num_active() for g in gates.values())
+        open_gates = {name.removesuffix(".gates"): g.get_num_active() for name, g in gates.items()}
     mean = active.mean().item()
-    return {"L_C0": mean, "expected_sparsity": 1 - mean, "gates": active.numel(), "open_gates": num_open}
+    return {
+        "L_C0": mean,
+        "expected_sparsity": 1 - mean,
+        "gates": active.numel(),
+        "open_gates": sum(open_gates.values()),
+        "open_gates_of": open_gates,
+    }
 
 
 def count_summary(count: Count) -> dict[str, Any]:

@@ -1,0 +1,216 @@
+"""Rerun the figures of docs/results.md that a CPU can: sweeps of train.py, then a table and a plot of each.
+
+    python -m benchmarks.results                         all studies
+    python -m benchmarks.results mnist_lenet300 ...      some of them; --list names them
+    python -m benchmarks.results --mnist F.npz --cifar10 F.npz    data from archives instead of downloads
+
+Each study is one or more multiruns. Jobs that finished before are not repeated, so an interrupted study
+goes on where it stopped. Writes outputs/results/STUDY.csv (a row for each run) and STUDY.png.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from sparsereg.errors import InputError
+from sparsereg.files import write_atomically
+
+OUT = Path("outputs") / "results"
+SEEDS = "seed=0,1,2,3,4"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table of docs/results.md.
+
+    Attributes:
+        data: mnist, cifar10 or digits.
+        sweeps: label of a curve to the overrides of its multirun.
+        x: column on the horizontal axis of the plot.
+        about: what it shows.
+    """
+
+    data: str
+    sweeps: dict[str, tuple[str, ...]]
+    x: str
+    about: str
+
+
+SMALL = (
+    "data.limit_train_images=10000",
+    "trainer.max_epochs=20",
+    "optimizer.schedule_epochs=20",
+    "callbacks.histogram_every_n_epochs=0",
+)
+"""The small protocol: 10,000 training images, 20 epochs."""
+
+STUDIES = {
+    "mnist_lenet300": Study(
+        "mnist",
+        {
+            "augmented": ("experiment=mnist_lenet300", "target_sparsity=0.955,0.964", SEEDS),
+            "not augmented": (
+                "experiment=mnist_lenet300",
+                "target_sparsity=0.955,0.964",
+                "data.augment=null",
+                SEEDS,
+            ),
+        },
+        "compacted_parameters",
+        "LeNet-300-100 on MNIST, by a target",
+    ),
+    "mnist_lenet300_paper": Study(
+        "mnist",
+        {"paper": ("experiment=mnist_lenet300_paper", "seed=0,1,2")},
+        "compacted_parameters",
+        "LeNet-300-100 on MNIST, the paper's plain recipe",
+    ),
+    "mnist_lenet5": Study(
+        "mnist",
+        {
+            "augmented": ("experiment=mnist_lenet5", SEEDS),
+            "not augmented": ("experiment=mnist_lenet5", "data.augment=null", SEEDS),
+        },
+        "compacted_parameters",
+        "LeNet-5 on MNIST, by a target",
+    ),
+    "mnist_lenet5_paper": Study(
+        "mnist",
+        {"paper": ("experiment=mnist_lenet5_paper", "seed=0")},
+        "compacted_parameters",
+        "LeNet-5 on MNIST, the paper's plain recipe",
+    ),
+    "cifar10_small": Study(
+        "cifar10",
+        {
+            "lambda_l0": ("lambda_l0=0.25,1,4,16", *SMALL),
+            "target_sparsity": ("target_sparsity=0.1,0.39,0.64,0.815", *SMALL),
+        },
+        "exact_sparsity",
+        "GoogleNet on 10,000 images of CIFAR-10, 20 epochs: the small protocol",
+    ),
+    "digits": Study(
+        "digits",
+        {
+            "lambda_l0": ("experiment=digits_demo", "lambda_l0=5,15,30,60"),
+            "target_sparsity": (
+                "experiment=digits_demo",
+                "lambda_l0=null",
+                "target_sparsity=0.43,0.815,0.93,0.976",
+            ),
+        },
+        "exact_sparsity",
+        "GoogleNet on scikit-learn's digits",
+    ),
+}
+
+
+def run(study: Study, archives: dict[str, Path]) -> pd.DataFrame:
+    """Run the multiruns of a study and return a row for each job.
+
+    Args:
+        study: what to run.
+        archives: data set to an archive that ``data=npz`` reads, instead of a download.
+
+    Raises:
+        RuntimeError: a job failed.
+    """
+    data = []
+    if study.data in archives:
+        data = ["data=npz", f"data.path={archives[study.data].resolve()}", "data.val_size=5000"]
+    tables = []
+    for label, overrides in study.sweeps.items():
+        command = [sys.executable, "train.py", "-m", *overrides, *data]
+        print("$ " + " ".join(["python", *command[1:]]), flush=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        lines = done.stdout.strip().splitlines()
+        if done.returncode or not lines or not lines[-1].startswith("results: "):
+            raise RuntimeError(f"a job of {label!r} failed, see above; the others are kept")
+        table = pd.read_csv(lines[-1].removeprefix("results: "))
+        table.insert(0, "curve", label)
+        tables.append(table)
+    frame = pd.concat(tables, ignore_index=True)
+    frame["open_gates_of"] = [json.loads(Path(p).read_text())["open_gates_of"] for p in frame["results"]]
+    return frame
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return mean and standard deviation over the seeds, a row for each setting."""
+    setting = [c for c in ("curve", "target_sparsity", "lambda_l0") if c in frame and frame[c].notna().any()]
+    rows = []
+    for key, runs in frame.groupby(setting, dropna=False):
+        error = 100 * (1 - runs["test_acc"])
+        rows.append(
+            {
+                **dict(zip(setting, key, strict=True)),
+                "runs": len(runs),
+                "test error %": _spread(error, 2),
+                "parameters": _spread(runs["compacted_parameters"], 0),
+                "exact sparsity": _spread(runs["exact_sparsity"], 4),
+                "MACs": _spread(runs["compacted_macs"], 0),
+                "open gates (first seed)": "-".join(str(n) for n in runs["open_gates_of"].iloc[0].values()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _spread(values: pd.Series, digits: int) -> str:
+    mean = f"{values.mean():,.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} +- {values.std():,.{digits}f}"
+
+
+def plot(frame: pd.DataFrame, study: Study, path: Path) -> None:
+    """Draw test accuracy against size, a point for each run."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, runs in frame.groupby("curve"):
+        axes.plot(runs[study.x], 100 * runs["test_acc"], "o", label=label, alpha=0.7)
+    axes.set(xlabel=study.x, ylabel="test accuracy, %", title=study.about)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomically(path, lambda beside: figure.savefig(beside, dpi=150))
+
+
+def main() -> None:
+    """Run the studies that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help="which to run; all if none is named")
+    parser.add_argument("--list", action="store_true", help="name the studies and stop")
+    parser.add_argument("--mnist", type=Path, help="archive with train_images, train_labels, test_...")
+    parser.add_argument("--cifar10", type=Path, help="the same of CIFAR-10")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(f"{name:22s} {study.about}" for name, study in STUDIES.items()))
+        return
+    unknown = [name for name in arguments.studies if name not in STUDIES]
+    if unknown:
+        parser.error(f"unknown study {unknown[0]!r}; expected {', '.join(STUDIES)}")
+    archives = {n: p for n in ("mnist", "cifar10") if (p := getattr(arguments, n)) is not None}
+    for path in archives.values():
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    OUT.mkdir(parents=True, exist_ok=True)
+    for name in arguments.studies or STUDIES:
+        frame = run(STUDIES[name], archives)
+        csv, png = OUT / f"{name}.csv", OUT / f"{name}.png"
+        write_atomically(csv, lambda beside, frame=frame: frame.to_csv(beside, index=False))
+        plot(frame, STUDIES[name], png)
+        print(f"\n{STUDIES[name].about}\n{summary(frame).to_string(index=False)}\n{csv}\n{png}\n", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
