@@ -54,6 +54,8 @@ class CallbacksConfig:
     batch_norm: BatchNormConfig = field(default_factory=BatchNormConfig)
     histogram_every_n_epochs: int = MISSING
     penalty_warmup_epochs: float = MISSING
+    compact_every_n_epochs: int = 0
+    compact_below: float = 0.02
 
 
 @dataclass
@@ -146,7 +148,31 @@ def checked(cfg: DictConfig) -> DictConfig:
     if merged.resume_training and merged.ckpt_path is None:
         raise InputError("resume_training=true needs a checkpoint: give ckpt_path=RUN/checkpoints/last.ckpt")
     _check_recipe(merged)
+    if merged.callbacks.compact_every_n_epochs and not merged.without_using_gate:
+        _check_compaction(merged)
     return merged
+
+
+def _check_compaction(cfg: DictConfig) -> None:
+    """Check what compaction during training needs.
+
+    Raises:
+        InputError: a value is outside its range, or something needs the network at its original size.
+    """
+    key, every = "callbacks.compact_every_n_epochs", cfg.callbacks.compact_every_n_epochs
+    require(every >= 0, key, "an integer >= 0", every)
+    below = cfg.callbacks.compact_below
+    require(0 < below < 0.5, "callbacks.compact_below", "a probability in (0, 0.5)", below)
+    devices = cfg.trainer.devices
+    for excluded, given in (
+        ("penalty=weights", cfg.penalty == "weights"),
+        (f"ema_decay={cfg.ema_decay}", cfg.ema_decay is not None),
+        ("trainer.compile=true", bool(cfg.trainer.compile)),
+        (f"trainer.strategy={cfg.trainer.strategy}", str(cfg.trainer.strategy) != "auto"),
+        (f"trainer.devices={devices}", devices not in (1, "1", "auto")),
+    ):
+        if given:
+            raise InputError(f"{key}={every} and {excluded} do not go together: leave one of them out")
 
 
 PENALTIES = ("gates", "weights")

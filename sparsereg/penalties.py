@@ -58,7 +58,9 @@ def l_c0(model: nn.Module) -> Tensor:
     active = _all_active(model)
     if active is None:
         raise ValueError("the network has no gates, so L_C0 is not defined")
-    return active.mean()
+    num_left = sum(gate.num_left for gate in hard_concretes(model).values())
+    # Gates that have left the network are shut for good, and still gates of it.
+    return active.sum() / (active.numel() + num_left) if num_left else active.mean()
 
 
 def _all_active(model: nn.Module) -> Tensor | None:

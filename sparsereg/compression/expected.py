@@ -151,6 +151,10 @@ class _Pass:
         for shape, members in groups.items():
             p = p_active(torch.cat(members).to(self.none.dtype), *shape)
             active.update(zip(keys[shape], p.split([m.numel() for m in members]), strict=True))
+        for gate in self.network.gates:
+            if gate.kept is not None:  # those that have left the network are shut
+                left = self.none.new_zeros(len(gate.kept) + gate.num_left)
+                active[id(gate)] = left.index_copy(0, gate.kept, active[id(gate)])
         return active
 
     def ones(self, width: int) -> Tensor:

@@ -769,7 +769,16 @@ def _reshape(found: Node) -> Op | None:
     flattened = len(after) == 2 and len(before) > 1 and after[1] == math.prod(before[1:])
     if before[0] != after[0] or len(before) < 2 or not (flattened or before[:2] == after[:2]):
         return None
-    return Reshape(**found.common, input_shape=before)
+    return Reshape(**found.common, input_shape=before, sized=not _flattens(found))
+
+
+def _flattens(found: Node) -> bool:
+    """Whether it works for any number of channels: flattening, or a last size that is left open."""
+    if isinstance(found.module, nn.Flatten) or found.node.target in (torch.flatten, "flatten"):
+        return True
+    last = found.node.args[-1]
+    last = last[-1] if isinstance(last, list | tuple) and last else last
+    return bool(found.shape is not None and len(found.shape) == 2 and last == -1)
 
 
 def _cat(found: Node) -> Op | None:

@@ -544,12 +544,18 @@ class Slopes(PerChannel):
 
 
 class Reshape(Op):
-    """A change of shape that keeps channels apart; flattening puts their positions side by side."""
+    """A change of shape that keeps channels apart; flattening puts their positions side by side.
+
+    Args:
+        input_shape: shape of its input.
+        sized: whether the number of channels may be written into the network's code.
+    """
 
     kind = "reshape"
 
-    def __init__(self, *args: Any, input_shape: tuple[int, ...], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, input_shape: tuple[int, ...], sized: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.sized = sized
         self.spread = self.width // input_shape[1]
 
     def forward(self, inputs: Sequence[Channels], values: Values) -> Channels:

@@ -41,6 +41,9 @@ class L0Gate(nn.Module):
     Source: Louizos, Welling, Kingma 2018, section 4.1.
     """
 
+    selection: Tensor | None = None
+    """Positions of the input that still have a gate while others have left; see compression.shrink."""
+
     def __init__(
         self,
         mask_dim: int,
@@ -80,6 +83,8 @@ class L0Gate(nn.Module):
         Args:
             x: any shape with size ``mask_dim`` at ``dim``.
         """
+        if self.selection is not None:
+            x = x.index_select(self.dim, self.selection)
         if self.per_example:
             z = self.gates.sample((x.shape[0],))
             shape = [1] * x.dim()

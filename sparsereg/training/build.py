@@ -31,6 +31,7 @@ from sparsereg.training import callbacks as ours
 from sparsereg.training import checkpoint as checkpoints
 from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.checkpoint import Checkpoint
+from sparsereg.training.compaction import Compaction
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.module import Classifier, Provenance
 from sparsereg.training.optimizers import OptimizerSettings
@@ -391,6 +392,10 @@ def build_callbacks(
         ours.ReproducibleEpochs(cfg.seed),
         ours.FiniteLoss(),
     ]
+    every = cfg.callbacks.compact_every_n_epochs
+    if every and not cfg.without_using_gate:
+        # In front of all that looks at the network: it then has its original size.
+        callbacks.append(Compaction(accountant, every, cfg.callbacks.compact_below))
     average = WeightAverage(cfg.ema_decay) if cfg.ema_decay is not None else None
     if average is not None:
         callbacks.append(average)
