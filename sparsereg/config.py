@@ -102,6 +102,7 @@ class TrainConfig:
     target_sparsity: float | None = None
     target_macs: float | None = None
     penalty: str = MISSING
+    label_smoothing: float = MISSING
     ema_decay: float | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -206,6 +207,7 @@ def _check_recipe(cfg: DictConfig) -> None:
     require(cfg.finetune.lr > 0, "finetune.lr", "a number > 0", cfg.finetune.lr)
     require(0 <= cfg.distill.weight <= 1, "distill.weight", "a number in [0, 1]", cfg.distill.weight)
     require(cfg.distill.temperature > 0, "distill.temperature", "a number > 0", cfg.distill.temperature)
+    require(0 <= cfg.label_smoothing < 1, "label_smoothing", "a share in [0, 1)", cfg.label_smoothing)
     if cfg.ema_decay is not None:
         require(0 < cfg.ema_decay < 1, "ema_decay", "a number in (0, 1)", cfg.ema_decay)
     if cfg.finetune.epochs and cfg.without_using_gate:

@@ -238,6 +238,7 @@ def build_module(
         compiled,
         cfg.get("penalty", "gates"),
         distillation,
+        cfg.get("label_smoothing", 0.0),
     )
     if compiled:
         net.compile()  # in place: torch.compile(net) would rename the keys of the state dict

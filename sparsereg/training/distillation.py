@@ -24,21 +24,18 @@ class Distillation:
         self.weight = weight
         self.temperature = temperature
 
-    def loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return (1 - weight) cross-entropy + weight T^2 KL(teacher || pupil), a scalar.
+    def mixed(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        """Return (1 - weight) loss + weight T^2 KL(teacher || pupil), a scalar.
 
         Args:
+            loss: the pupil's on the labels, a scalar.
             images: the batch as the pupil saw it.
             logits: the pupil's, (batch, classes).
-            labels: (batch,).
         """
         with torch.no_grad():
             if next(self.teacher.parameters()).device != images.device:
                 self.teacher.to(images.device)
             taught = F.log_softmax(self.teacher(images).float() / self.temperature, dim=1)
-        logits = logits.float()
-        learned = F.log_softmax(logits / self.temperature, dim=1)
+        learned = F.log_softmax(logits.float() / self.temperature, dim=1)
         divergence = F.kl_div(learned, taught, reduction="batchmean", log_target=True)
-        return (1 - self.weight) * F.cross_entropy(
-            logits, labels
-        ) + self.weight * self.temperature**2 * divergence
+        return (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence

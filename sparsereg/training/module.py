@@ -59,6 +59,7 @@ class Classifier(pl.LightningModule):
         penalty: ``gates`` or, as in the paper, ``weights``: lambda_l0 is then the price of
             :func:`sparsereg.penalties.expected_l0` instead of L_C0.
         distillation: a teacher; None trains on the labels alone.
+        label_smoothing: share of each label that is spread over all classes, in [0, 1).
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class Classifier(pl.LightningModule):
         compiled: bool = False,
         penalty: str = "gates",
         distillation: Distillation | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.net = net
         self.penalty = penalty
         self.distillation = distillation
+        self.label_smoothing = label_smoothing
         self.constraint: Constraint | None = None
         self.lambda_l0 = lambda_l0
         self.lambda_l2 = lambda_l2
@@ -127,9 +130,8 @@ class Classifier(pl.LightningModule):
         return loss * _share(labels)
 
     def _task_loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.distillation is None:
-            return F.cross_entropy(logits.float(), labels)
-        return self.distillation.loss(images, logits, labels)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        return loss if self.distillation is None else self.distillation.mixed(loss, images, logits)
 
     def _gate_penalty(self, scalars: dict[str, Tensor]) -> Tensor | float:
         """Return what open gates cost, and note L_C0 and the state of a constraint."""

@@ -111,13 +111,13 @@ def test_distillation_is_cross_entropy_or_divergence_at_its_ends():
     teacher, pupil = nn.Linear(4, 3), nn.Linear(4, 3)
     x, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
     logits = pupil(x)
-    only_labels = Distillation(teacher, 0.0, 4.0).loss(x, logits, labels)
-    assert torch.allclose(only_labels, nn.functional.cross_entropy(logits, labels))
-    same = Distillation(teacher, 1.0, 4.0).loss(x, teacher(x), labels)
+    loss = nn.functional.cross_entropy(logits, labels)
+    assert torch.equal(Distillation(teacher, 0.0, 4.0).mixed(loss, x, logits), loss)
+    same = Distillation(teacher, 1.0, 4.0).mixed(loss, x, teacher(x))
     assert same.abs() < 1e-6
     p, q = (teacher(x) / 2).softmax(1), (logits / 2).softmax(1)
     expected = 4 * (p * (p.log() - q.log())).sum(1).mean()
-    assert torch.allclose(Distillation(teacher, 1.0, 2.0).loss(x, logits, labels), expected, atol=1e-6)
+    assert torch.allclose(Distillation(teacher, 1.0, 2.0).mixed(loss, x, logits), expected, atol=1e-6)
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
@@ -212,6 +212,7 @@ def test_averaged_weights_differ_from_the_last_and_resume(run, tiny):
         (["distill.ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
         (["distill.weight=2"], "distill.weight"),
         (["ema_decay=1"], "ema_decay"),
+        (["label_smoothing=1"], "label_smoothing"),
         (["lambda_l0=null"], "lambda_l0"),
         (["penalty=channels"], "penalty"),
     ],
