@@ -5,7 +5,8 @@
 The ideal is (time of the dense network) x (MACs that remain / all MACs). Its share that is reached is
 ideal / measured. Gates are shut at random, in every layer the same share, at about 0.4, 0.64 and 0.815
 exact sparsity; ``--checkpoint`` adds a trained network. All networks, the dense one too, run in their
-fastest form: BatchNorm folded, channels_last, pooling as maxima of shifted maps, memory kept by malloc.
+fastest form: BatchNorm folded, 1x1 convolutions that read the same map merged, channels_last, pooling as
+maxima of shifted maps, memory kept by malloc.
 """
 
 import argparse
@@ -17,7 +18,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparsereg.compression import Accountant, benchmark, compact, count, fuse, shift_pools
+from sparsereg.compression import (
+    Accountant,
+    benchmark,
+    compact,
+    count,
+    fuse,
+    merge_pointwise,
+    shift_pools,
+)
 from sparsereg.files import write_json
 from sparsereg.model.googlenet import GoogleNet
 from sparsereg.penalties import hard_concretes
@@ -62,18 +71,21 @@ def patterns(seed: int, example: torch.Tensor) -> dict[str, nn.Module]:
     return nets
 
 
-def trained(path: Path) -> nn.Module:
-    """The network of a checkpoint of train.py, or of a file that test.py with compact=true wrote."""
-    from sparsereg.compression import is_compacted, load_compacted
+def trained(path: Path) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """The network of a checkpoint of train.py, the same without gates and untrained, and an example.
 
-    if is_compacted(path):
-        return load_compacted(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    state = {k.removeprefix("net."): v for k, v in content["state_dict"].items() if k.startswith("net.")}
-    gated = sum("log_alpha" in k for k in state)
-    net = GoogleNet(gate="all" if gated > 40 else "branches" if gated else "none")
-    net.load_state_dict(state)
-    return net.eval()
+    Args:
+        path: of a network of any kind with gates.
+    """
+    from sparsereg.model.build import Task, build
+    from sparsereg.training.build import restore
+    from sparsereg.training.checkpoint import read
+
+    checkpoint = read(path)
+    task = Task(checkpoint.num_classes, checkpoint.image_shape)
+    dense = build(checkpoint.config["model"], task, gated=False)
+    example = torch.randn(2, *checkpoint.image_shape, generator=torch.Generator().manual_seed(0))
+    return restore(checkpoint).eval(), dense.eval(), example
 
 
 def deployed(net: nn.Module, example: torch.Tensor, runtime: str, round_to: int = 1) -> nn.Module:
@@ -81,7 +93,7 @@ def deployed(net: nn.Module, example: torch.Tensor, runtime: str, round_to: int 
     fused = fuse(compact(net, example, round_to=round_to))
     if runtime == "onnxruntime":  # it folds and pools as it likes
         return fused
-    return shift_pools(fused).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return shift_pools(merge_pointwise(fused)).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def forms(net: nn.Module, example: torch.Tensor, runtime: str) -> dict[str, nn.Module]:
@@ -93,10 +105,15 @@ def forms(net: nn.Module, example: torch.Tensor, runtime: str) -> dict[str, nn.M
 
 
 def measure(
-    networks: Mapping[str, nn.Module], example: torch.Tensor, runtime: str, batches: list[int], repeats: int
+    networks: Mapping[str, nn.Module],
+    plain: nn.Module,
+    example: torch.Tensor,
+    runtime: str,
+    batches: list[int],
+    repeats: int,
 ) -> list[dict[str, object]]:
-    """Time dense and compacted networks in turn and compare with the ideal."""
-    dense = deployed(GoogleNet(gate="none").eval(), example, runtime)
+    """Time the network without gates and compacted ones in turn and compare with the ideal."""
+    dense = deployed(plain, example, runtime)
     total = count(dense, example).macs
     models: dict[str, nn.Module] = {"dense": dense}
     for sparsity, net in networks.items():
@@ -135,7 +152,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a trained network, too")
     parser.add_argument("--runtimes", nargs="+", default=["eager", "onnxruntime"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 128])
-    parser.add_argument("--seeds", type=int, default=3, help="random patterns for each sparsity")
+    parser.add_argument("--seeds", type=int, default=3, help="random patterns for each sparsity; may be 0")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument(
         "--threads", type=int, help="threads of PyTorch and onnxruntime; all cores if not given"
@@ -151,11 +168,15 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for seed in range(options.seeds):
         networks = patterns(seed, example)
-        if options.checkpoint and seed == 0:
-            networks["trained"] = trained(options.checkpoint)
         for runtime in options.runtimes:
-            found = measure(networks, example, runtime, options.batches, options.repeats)
+            plain = GoogleNet(gate="none").eval()
+            found = measure(networks, plain, example, runtime, options.batches, options.repeats)
             rows += [{**row, "seed": seed} for row in found]
+    if options.checkpoint:
+        net, plain, example = trained(options.checkpoint)
+        for runtime in options.runtimes:
+            found = measure({"trained": net}, plain, example, runtime, options.batches, options.repeats)
+            rows += [{**row, "network": f"{row['network']} (checkpoint)"} for row in found]
     print(table(rows))
     if options.json:
         write_json(
@@ -178,7 +199,7 @@ def table(rows: list[dict[str, object]]) -> str:
             statistics.median(float(str(m[key])) for m in members)
             for key in ("milliseconds", "macs", "speedup", "ideal", "share_of_ideal")
         )
-        verdict = "" if label == "dense" or speedup > 1.02 else "  not faster"
+        verdict = "" if label.startswith("dense") or speedup > 1.02 else "  not faster"
         lines.append(
             f"{runtime:12s}{batch:6d}  {label:24s}"
             f"{ms:9.2f}{macs:9.2f}{speedup:9.2f}{ideal:9.2f}{share:9.0%}{verdict}"
