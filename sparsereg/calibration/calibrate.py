@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ Callback = Callable[[int, int, float, int, np.ndarray], Any]
 
 _MOST_GROWTH = 100.0
 """Most that the pull is multiplied by where households are far fewer than targets."""
+_REFIT_PULL = 0.01
+"""Share of the pull that the refit keeps: of weights that are as good, the most even ones are best."""
 _BLOCK = 256
 """Households that stay neighbours in memory."""
 
@@ -52,7 +54,7 @@ class Settings:
     method: str = "auto"
     loss: str = "relative"
     cap: float = CAP
-    lambda_l0: float = 1e-6
+    lambda_l0: float = 0.01
     lambda_l2: float = 0.0
     lambda_scale: str = "sum"
     max_weight_ratio: float | None = None
@@ -274,8 +276,8 @@ class Calibration:
         )  # fmt: skip
 
     def _refit(self, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Best weights, without the pull; with a wanted number, nobody of it is left at zero."""
-        system = _without_pull(self.goal.system)
+        """Best weights, nearly without the pull; with a wanted number, nobody of it is left at zero."""
+        system = replace(self.goal.system, chi2=_REFIT_PULL * self.settings.chi2)
         exact = self.num_households is not None
         if self.method in ("pruning", "polish", "hard_concrete") and exact:
             kept, fit = fill(self.goal.system, kept, self.goal.system.of(kept, weights))
@@ -339,7 +341,7 @@ def calibrate(
             refit: Best weights for the selection, to optimality.
             chi2: Pull towards the initial weights while households are chosen, >= 0: it evens out the
                 weights. It grows, up to a hundredfold, with fewer households than half the targets. The
-                refit is free of it.
+                refit keeps a hundredth of it, which makes its weights unique; 0 switches it off everywhere.
             consistency: Weight of the squared relative errors of sums of parts (``problem.parent``), relative
                 to the weight of all targets.
             normalize_groups, group_multipliers: Weights of the groups of targets.
@@ -506,10 +508,6 @@ def _with_aggregates(
     both = sp.hstack([problem.matrix_t, problem.matrix_t @ sums.T.tocsr()], format="csr")
     extra = np.full(len(wholes), consistency * shares.sum() / max(1, len(wholes)))
     return sp.csr_array(both), np.append(problem.targets, problem.targets[wholes]), np.append(shares, extra)
-
-
-def _without_pull(system: System) -> System:
-    return System(system.matrix, system.quadratic, system.initial_weights, system.upper, 0.0, system.total)
 
 
 def _swaps_only(goal: Goal, kept: Tensor) -> Selection:

@@ -11,9 +11,12 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from sparsereg.calibration.interior_point import BoxQuadratic, InteriorPoint
 from sparsereg.calibration.losses import Quadratic
 from sparsereg.calibration.matrix import CompiledMatrix, HouseholdMatrix
 
@@ -25,6 +28,8 @@ _WORTH_OF_SIZE = 30.0
 """Weight of w_j itself in a bounded household's contribution, in weights of all targets together."""
 _FEWEST_STEPS, _MOST_STEPS = 20, 1280
 """Range of the number of conjugate gradient steps between two calls of the sweeps."""
+_MOST_DENSE = 2500
+"""Households or targets, whichever are fewer, up to which dense systems are solved (about 0.2 s each)."""
 _STEPS_PER_SWEEP = 4
 """Accelerated gradient steps that stand for one sweep over the households where loops are not compiled."""
 
@@ -184,13 +189,14 @@ class LeastSquares:
     def optimality(self) -> float:
         """Largest violation of the optimality conditions, dimensionless; 0 at the exact minimum.
 
-        The slope along each household over its norm, where the bounds allow a step down it, relative to
-        the size of the targets. With a held sum, at least the sum's relative error.
+        With households scaled to unit norm, how far a step down the slope leads within the bounds, relative
+        to the size of the targets. With a held sum, at least the sum's relative error.
         """
-        slope = self.slope()
-        blocked = ((self.weights <= self.lower) & (slope > 0)) | ((self.weights >= self.upper) & (slope < 0))
         norm = self.curvature.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-        violation = torch.where(blocked | (self.curvature <= 0), torch.zeros_like(slope), slope.abs() / norm)
+        contribution = self.weights * norm
+        ahead = contribution - self.slope() / norm
+        step = torch.minimum(torch.maximum(ahead, self.lower * norm), self.upper * norm) - contribution
+        violation = torch.where(self.curvature > 0, step.abs(), torch.zeros_like(step))
         worst = float(violation.max()) / self.size if len(violation) else 0.0
         return max(worst, self._error_of_sum())
 
@@ -199,19 +205,22 @@ class LeastSquares:
             return 0.0
         return abs(float(self._held[0] - self._held[1])) / max(abs(float(self._held[1])), 1e-300)
 
-    def solve(self, tolerance: float = 1e-9, max_rounds: int = 60, sweeps: int = 20) -> float:
+    def solve(
+        self, tolerance: float = 1e-9, max_rounds: int = 60, sweeps: int = 20, enough: float = 0.0
+    ) -> float:
         """Improve until optimal: sweeps find which bounds hold, conjugate gradients solve for the rest.
 
         Args:
             tolerance: :meth:`optimality` to reach.
             max_rounds: Give up after so many rounds.
             sweeps: Sweeps in each round.
+            enough: Give up, too, when ten rounds have lowered the objective by less than this share of it.
 
         Returns:
             The optimality reached.
         """
-        worst, steps = float("inf"), _FEWEST_STEPS
-        for _ in range(max_rounds):
+        worst, steps, before = float("inf"), _FEWEST_STEPS, float("inf")
+        for number in range(max_rounds):
             self.sweep(sweeps)
             inside = True
             while inside:
@@ -223,7 +232,75 @@ class LeastSquares:
                 inside = self._conjugate_gradients(steps, tolerance) and steps < _MOST_STEPS
                 # Long solves pay once the bounds that hold have been found.
                 steps = min(4 * steps, _MOST_STEPS) if inside else max(steps // 2, _FEWEST_STEPS)
-        return worst
+            if enough > 0 and number % 10 == 9:
+                now = self.penalized_value()
+                if before - now < enough * now:
+                    break
+                before = now
+        return self.optimality()
+
+    @property
+    def is_small(self) -> bool:
+        """Whether :meth:`solve_densely` is quick."""
+        return min(self.matrix.num_households, self.matrix.num_targets) <= _MOST_DENSE and isinstance(
+            self.matrix, CompiledMatrix
+        )
+
+    def solve_densely(self, tolerance: float = 1e-9, max_steps: int = 60) -> float:
+        """Improve until optimal by an interior-point method, for some thousands of households or targets.
+
+        Args:
+            tolerance: :meth:`optimality` to reach.
+            max_steps: Give up after so many steps; the weights are then the best there were.
+
+        Returns:
+            The optimality reached.
+        """
+        free = torch.nonzero((self.curvature > 0) & (self.upper > self.lower)).flatten()
+        best, best_weights, best_multiplier = self.optimality(), self.weights, float(self._held[3])
+        if best <= tolerance or len(free) == 0:
+            return best
+        norm = self.curvature[free].sqrt()
+        point = InteriorPoint(self._scaled(free, norm), (self.weights[free] * norm).numpy())
+        for _ in range(max_steps):
+            try:
+                point.step()
+            except np.linalg.LinAlgError:  # rounding has made the system indefinite
+                break
+            weights = self.weights.clone()
+            weights[free] = torch.from_numpy(point.u) / norm
+            self._take_over(weights, point.multiplier)
+            now = self.optimality()
+            if now < best:
+                best, best_weights, best_multiplier = now, self.weights, point.multiplier
+            if best <= tolerance:
+                break
+        self._take_over(best_weights, best_multiplier)
+        return best
+
+    def _take_over(self, weights: Tensor, multiplier: float) -> None:
+        self.weights = torch.minimum(torch.maximum(weights, self.lower), self.upper)
+        self._held[3] = multiplier
+        self.refresh()
+
+    def _scaled(self, free: Tensor, norm: Tensor) -> BoxQuadratic:
+        """The problem of some households in contributions w_j norm_j; the others stay where they are."""
+        assert isinstance(self.matrix, CompiledMatrix)
+        root = self.quadratic.weight.sqrt().numpy()
+        rest = self.weights.index_fill(0, free, 0.0)
+        missing = (self.quadratic.targets - self.matrix.totals(rest)).numpy()
+        part = self.matrix.take(free).by_household()
+        held = self._held_weight > 0
+        return BoxQuadratic(
+            rows=sp.csr_array(sp.diags_array(1.0 / norm.numpy()) @ part @ sp.diags_array(root)),
+            targets=root * missing,
+            lower=(self.lower[free] * norm).numpy(),
+            upper=(self.upper[free] * norm).numpy(),
+            pull=(self.pull[free] / norm.square()).numpy(),
+            center=(self.center[free] * norm).numpy(),
+            sum_of=(1.0 / norm).numpy() if held else None,
+            total=float(self._held[1] - rest.sum()),
+        )
 
     def _curve(self, direction: Tensor, where: Tensor | None = None) -> Tensor:
         """Half of the second derivative times a direction of weights."""

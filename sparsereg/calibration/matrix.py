@@ -189,6 +189,11 @@ class CompiledMatrix:
         kernels.uniform(np.uint64(seed), np.uint64(epoch), out)
         return torch.from_numpy(out)
 
+    def by_household(self) -> sp.csr_array:
+        """The entries, households x targets, float64."""
+        parts = (self._data.astype(np.float64), self._indices.astype(np.int32), self._indptr)
+        return sp.csr_array(parts, shape=(self.num_households, self.num_targets))
+
     def descend(self, *arguments: Any) -> float:
         """Coordinate descent over the households, one after the other; see ``kernels.descend``."""
         from sparsereg.calibration import kernels

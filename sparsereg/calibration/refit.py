@@ -12,8 +12,12 @@ from sparsereg.calibration.losses import TargetLoss
 
 TOLERANCE = 1e-9
 """Optimality of a refit, see ``LeastSquares.optimality``."""
+_FIRST_ROUNDS = 10
+"""Rounds before a small problem is handed to dense linear algebra."""
 _MOST_ROUNDS = 150
 """Rounds after which a refit gives up; what it has reached is reported."""
+_ENOUGH = 3e-4
+"""A refit that is too large for dense linear algebra gives up when ten rounds gain less than this share."""
 _OUTER_ROUNDS = 30
 """Reweighted least-squares problems solved for a loss of absolute values."""
 _FIRST_FLOOR, _LAST_FLOOR = 1e-2, 1e-7
@@ -57,7 +61,12 @@ def refit(
     """
     lower = _smallest_weights(system, kept) if all_positive else None
     fit = system.of(kept, weights, lower)
-    optimality = fit.solve(tolerance, _MOST_ROUNDS)
+    optimality = fit.solve(tolerance, _FIRST_ROUNDS)
+    if optimality > tolerance:
+        if fit.is_small:
+            optimality = fit.solve_densely(tolerance)
+        else:
+            optimality = fit.solve(tolerance, _MOST_ROUNDS, enough=_ENOUGH)
     if loss.is_quadratic:
         return Refit(fit.weights, optimality)
     best, best_value = fit.weights, float(loss.value(fit.totals()))

@@ -18,6 +18,7 @@ from sparsereg.calibration.checkpoint import Saver, fingerprint
 from sparsereg.calibration.config import checked
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.recorder import Recorder
+from sparsereg.calibration.refit import TOLERANCE
 from sparsereg.calibration.sources import read_problem, touchable
 from sparsereg.cli import wrong_input
 from sparsereg.errors import InputError
@@ -74,6 +75,12 @@ def run(cfg: DictConfig) -> Path:
         _drive(calibration, recorder, saver, folder / "checkpoint.pt")
         with wrong_input():  # the penalty shut every household, or the bounds cannot hold the total
             result = calibration.result()
+        if result.optimality is not None and result.optimality > TOLERANCE:
+            log.info(
+                "refit: optimality %.1e (%g is exact); more rounds gained little",
+                result.optimality,
+                TOLERANCE,
+            )
         solved = time.perf_counter()
         recorder.finish(result.loss, result.weights)
     results = report.measure(task.problem, result.weights)

@@ -57,13 +57,24 @@ def test_same_seed_same_weights(method):
     assert np.array_equal(one.weights, two.weights)
 
 
-def test_all_is_the_nnls_of_everybody():
-    problem = survey(targets=120, households=40)
-    result = calibrate(problem, method="all")
+@pytest.mark.parametrize(
+    ("targets", "households", "noise"), [(120, 40, 0.02), (60, 400, 0.02), (60, 200, 2.0)]
+)
+def test_all_is_the_nnls_of_everybody(targets, households, noise):
+    problem = survey(targets=targets, households=households, noise=noise)
+    result = calibrate(problem, method="all", chi2=0.0)
     scale = np.abs(problem.targets) + 1
     _, rest = nnls(problem.matrix.toarray().astype(np.float64) / scale[:, None], problem.targets / scale)
-    assert result.loss == pytest.approx(rest**2 / 120, rel=1e-8)
+    assert result.loss == pytest.approx(rest**2 / targets, rel=1e-7, abs=1e-15)
     assert result.optimality <= 1e-9
+
+
+def test_the_refit_of_more_households_than_targets_is_exact_and_even():
+    problem = synthetic_problem(1000, 150)
+    pulled, free = (calibrate(problem, 400, method="random", chi2=chi2) for chi2 in (1e-4, 0.0))
+    assert max(pulled.optimality, free.optimality) <= 1e-9
+    assert pulled.loss == pytest.approx(free.loss, rel=0.01)
+    assert pulled.diagnostics["ess"] > 1.2 * free.diagnostics["ess"]
 
 
 def test_pruning_beats_the_others():

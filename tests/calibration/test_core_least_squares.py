@@ -52,6 +52,34 @@ def test_solve_equals_scipy_nnls(backend, targets, households, signs):
         np.testing.assert_allclose(fit.weights, exact, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("total_held", [False, True])
+@pytest.mark.parametrize(("targets", "households"), [(80, 30), (30, 80), (40, 40)])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_dense_solve_equals_general_solvers(total_held, targets, households, bounded):
+    a, t, w0 = problem(8, targets, households)
+    q = np.random.default_rng(0).random(targets) / (np.abs(t) + 1) ** 2
+    lower, upper = 0.2 * w0, 1.5 * w0 if bounded else np.full(households, np.inf)
+    if bounded:
+        upper[3] = lower[3]
+    total = w0.sum() if total_held else None
+    fit = everyone(system(a, t, q, w0, upper=upper, total=total), torch.from_numpy(lower))
+    assert fit.solve_densely(1e-10) <= 1e-10
+    weights = fit.weights.numpy()
+    assert (weights >= lower).all()
+    assert (weights <= upper).all()
+    # A row of large weight holds the sum for a solver that knows bounds only.
+    rows, wanted = a * np.sqrt(q)[:, None], t * np.sqrt(q)
+    if total_held:
+        assert weights.sum() == pytest.approx(total, rel=1e-9)
+        rows, wanted = np.vstack([rows, np.full(households, 1e3)]), np.append(wanted, 1e3 * total)
+    upper[3] += 1e-12
+    exact = lsq_linear(rows, wanted, (lower, upper), method="bvls", tol=1e-15, max_iter=10_000)
+    value = ((rows @ exact.x - wanted) ** 2).sum()
+    assert fit.value() == pytest.approx(value, rel=1e-5, abs=1e-9 * fit.size**2)
+    if targets > households and not total_held:
+        np.testing.assert_allclose(weights, exact.x, rtol=1e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_solve_within_bounds_equals_lsq_linear(backend):
     a, t, w0 = problem(2, 80, 30)
