@@ -5,8 +5,7 @@
 The ideal is (time of the dense network) x (MACs that remain / all MACs). Its share that is reached is
 ideal / measured. Gates are shut at random, in every layer the same share, at about 0.4, 0.64 and 0.815
 exact sparsity; ``--checkpoint`` adds a trained network. All networks, the dense one too, run in their
-fastest form: BatchNorm folded, 1x1 convolutions that read the same map merged, channels_last, pooling as
-maxima of shifted maps, memory kept by malloc.
+fastest form: BatchNorm folded, channels_last, pooling as maxima of shifted maps, memory kept by malloc.
 """
 
 import argparse
@@ -24,7 +23,6 @@ from sparsereg.compression import (
     compact,
     count,
     fuse,
-    merge_pointwise,
     shift_pools,
 )
 from sparsereg.files import write_json
@@ -93,7 +91,7 @@ def deployed(net: nn.Module, example: torch.Tensor, runtime: str, round_to: int 
     fused = fuse(compact(net, example, round_to=round_to))
     if runtime == "onnxruntime":  # it folds and pools as it likes
         return fused
-    return shift_pools(merge_pointwise(fused)).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return shift_pools(fused).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def forms(net: nn.Module, example: torch.Tensor, runtime: str) -> dict[str, nn.Module]:

@@ -2,7 +2,7 @@
 
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant, Count, LayerCount, count
-from sparsereg.compression.deploy import export, fuse, merge_pointwise, shift_pools
+from sparsereg.compression.deploy import export, fuse, shift_pools
 from sparsereg.compression.insert import gate
 from sparsereg.compression.latency import Latency, Timing, benchmark
 from sparsereg.compression.storage import is_compacted, load_compacted, save_compacted
@@ -21,7 +21,6 @@ __all__ = [
     "gate",
     "is_compacted",
     "load_compacted",
-    "merge_pointwise",
     "save_compacted",
     "shift_pools",
 ]

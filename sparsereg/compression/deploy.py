@@ -95,64 +95,6 @@ def fuse(network: fx.GraphModule) -> fx.GraphModule:
     return cast(fx.GraphModule, fused)
 
 
-def merge_pointwise(network: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy in which 1x1 convolutions that read the same map are one, with their ReLUs.
-
-    The branches of an inception block begin with three of them. After compaction each has a handful of
-    channels; one product of matrices with all of them uses the processor better than three. The results
-    are the same up to rounding.
-
-    Args:
-        network: a compacted network with BatchNorm folded, see :func:`fuse`; left as it is.
-    """
-    merged = copy.deepcopy(network).eval()
-    for source in list(merged.graph.nodes):
-        users = [n for n in source.users if _is_pointwise(_called(merged, n))]
-        kinds = {(len(n.users) == 1 and _is_relu(merged, next(iter(n.users)))) for n in users}
-        if len(users) > 1 and kinds == {True}:
-            _merge(merged, source, users)
-    merged.recompile()
-    return cast(fx.GraphModule, merged)
-
-
-def _is_pointwise(module: nn.Module | None) -> bool:
-    """Whether it is a 1x1 convolution and nothing else."""
-    if not isinstance(module, nn.Conv2d) or module.bias is None or module.groups != 1:
-        return False
-    return module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding in ((0, 0), "same")
-
-
-def _is_relu(network: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(_called(network, node), nn.ReLU)
-
-
-def _merge(network: fx.GraphModule, source: fx.Node, convolutions: list[fx.Node]) -> None:
-    """Put one convolution and one ReLU in the place of several."""
-    layers = [cast(nn.Conv2d, _called(network, n)) for n in convolutions]
-    relus = [next(iter(n.users)) for n in convolutions]
-    sizes = [layer.out_channels for layer in layers]
-    one = nn.Conv2d(layers[0].in_channels, sum(sizes), 1, device="meta")
-    one.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]))
-    one.bias = nn.Parameter(torch.cat([cast(Tensor, layer.bias).detach() for layer in layers]))
-    name, relu = str(convolutions[0].target), str(relus[0].target)
-    with network.graph.inserting_after(source):
-        made = network.graph.call_module(name, (source,))
-    with network.graph.inserting_after(made):
-        active = network.graph.call_module(relu, (made,))
-    first = 0
-    after = active
-    for old, size in zip(relus, sizes, strict=True):
-        with network.graph.inserting_after(after):
-            after = network.graph.call_method("narrow", (active, 1, first, size))
-        old.replace_all_uses_with(after)
-        first += size
-    for node in (*relus, *convolutions):
-        network.graph.erase_node(node)
-        network.delete_submodule(str(node.target))
-    network.add_submodule(name, one)
-    network.add_submodule(relu, nn.ReLU(inplace=True))
-
-
 def shift_pools(network: fx.GraphModule) -> fx.GraphModule:
     """Return a copy in which max-pooling with stride 1 is the maximum of shifted maps: faster on CPUs.
 

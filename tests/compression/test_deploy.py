@@ -12,7 +12,6 @@ from sparsereg.compression import (
     export,
     fuse,
     load_compacted,
-    merge_pointwise,
     save_compacted,
     shift_pools,
 )
@@ -97,24 +96,6 @@ def test_shifted_maps_are_max_pooling(tmp_path):
     y = -torch.rand(2, 3, 9, 9)
     plain = compact(odd, y)
     assert torch.equal(plain(y), shift_pools(plain)(y))
-
-
-@pytest.mark.parametrize("name", ["googlenet", "googlenet, branches", "googlenet, gelu", "mobilenet_v3"])
-@pytest.mark.parametrize("pattern", ["mixed", "one open", "one layer shut", "all shut"])
-def test_merged_convolutions_give_the_same_answers(name, pattern):
-    network, x = make(name)
-    set_gates(network, pattern)
-    fused = fuse(compact(network, x, check=False))
-    before = {k: v.clone() for k, v in fused.state_dict().items()}
-    merged = merge_pointwise(fused)
-    assert difference(fused(x), merged(x)) < 1e-5
-    assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())
-    sizes = [sum(p.numel() for p in n.parameters()) for n in (fused, merged)]
-    assert sizes[0] == sizes[1]
-    convolutions = [sum(isinstance(m, nn.Conv2d) for m in n.modules()) for n in (fused, merged)]
-    assert convolutions[1] <= convolutions[0]
-    if (name, pattern) == ("googlenet", "mixed"):
-        assert convolutions == [49, 33]
 
 
 def test_wrong_arguments_are_named(tmp_path, monkeypatch):
