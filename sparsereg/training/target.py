@@ -11,6 +11,7 @@ goes on closing gates after the constraint holds. Here the integral starts again
 """
 
 import bisect
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from sparsereg.compression import Accountant
 from sparsereg.distributions import log_alpha_at
 from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.module import Classifier
+
+log = logging.getLogger(__name__)
 
 COSTS = ("parameters", "macs")
 """What a target can be about."""
@@ -202,10 +205,25 @@ class SparsityTarget(Callback):
         return self.accountant.expected_macs(), self.accountant.macs
 
     def _meet(self) -> None:
-        meet_(self.accountant, self.settings.cost, self.settings.kept)
+        s = self.settings
+        with torch.no_grad():
+            expected, full = self._costs()
+        share = float(expected) / full
+        if share > UNDECIDED * s.kept:
+            log.warning(
+                "the gates have not come near the target: %.1f %% of the %s are expected to stay, %.1f %% "
+                "may; the rest is cut off now, which costs accuracy. Train longer, or raise "
+                "optimizer.gate_lr_ratio",
+                100 * share,
+                s.cost,
+                100 * s.kept,
+            )
+        meet_(self.accountant, s.cost, s.kept)
         self._met = True
 
 
+UNDECIDED = 1.1
+"""Expected over allowed cost at the end, from which on meeting the target is worth a warning."""
 MARGIN = 1e-3
 """How far from P(z > 0) = 1/2 a gate is put that is opened or shut, in units of P(z > 0)."""
 

@@ -135,6 +135,13 @@ def test_target_sparsity_is_met_and_found_again(run, tiny):
     assert tested.results["test_acc"] == done.results["test_acc"]
 
 
+def test_gates_that_had_no_time_are_said_to_have_had_none(run, tiny):
+    short = run("train", *tiny, "model=lenet300", "trainer.max_epochs=1", "target_sparsity=0.9")
+    assert short.code == 0, short.err
+    assert 0.9 <= short.results["exact_sparsity"] < 0.91
+    assert "the gates have not come near the target" in short.err
+
+
 def test_target_macs_of_a_network_with_concatenations(run, tiny):
     done = run("train", *tiny, "model.gate=all", "trainer.max_epochs=2", "target_macs=0.4")
     assert done.code == 0, done.err
