@@ -3,6 +3,8 @@
     python benchmarks/calibration.py epoch              seconds per epoch of gates, small and large
     python benchmarks/calibration.py calls              calibrate() from problem to weights, small and large
     python benchmarks/calibration.py quality            same problem, same number of households, three seeds
+    python benchmarks/calibration.py quality --disagreement 0      the same with targets that can all be met
+    python benchmarks/calibration.py stress             l0-python's stress test: all at random
     python benchmarks/calibration.py huge               one million households, sixty million entries
 
 l0-python (``pip install l0-python==0.6.2``, in an environment of its own put on PYTHONPATH) is left out
@@ -147,25 +149,10 @@ def bench_quality(seeds: int, disagreement: float, lambdas: tuple[float, ...]) -
             start = time.process_time()
             model.fit(problem.matrix, problem.targets, lambda_l0=price, lr=0.15, epochs=1000,
                       loss_type="relative")  # fmt: skip
-            theirs = gated(problem, model, time.process_time() - start)
-            number = int((theirs["weights"] > 0).sum())
-            print(f"seed {seed} lambda {price:g}: {theirs['line']}", flush=True)
-            no_swaps = PruningSchedule(swap_rounds=0)
-            refitted = polish(problem, theirs["weights"] > 0, schedule=no_swaps)
-            report("  its support, refitted", refitted, refitted.seconds)
-            for method in ("pruning", "hard_concrete"):
-                start = time.process_time()
-                result = calibrate(problem, number, method=method, seed=seed)
-                report(f"  {method}", result, time.process_time() - start)
-                if method == "pruning":
-                    d = result.diagnostics
-                    ratios.setdefault(price, []).append((
-                        d["mean_are"] / theirs["mean_are"],
-                        d["mean_are"] / refitted.diagnostics["mean_are"],
-                        d["ess"] / theirs["ess"],
-                    ))  # fmt: skip
-            result = calibrate(problem, number, loss="mape", seed=seed)
-            report("  pruning, absolute loss", result, result.seconds)
+            print(f"seed {seed} lambda {price:g}:", flush=True)
+            ratios.setdefault(price, []).append(
+                compare(problem, gated(problem, model, time.process_time() - start), seed)
+            )
     for price, rows in ratios.items():
         mean, spread = np.mean(rows, axis=0), np.std(rows, axis=0)
         print(
@@ -173,6 +160,54 @@ def bench_quality(seeds: int, disagreement: float, lambdas: tuple[float, ...]) -
             f" {mean[1]:.3f} +- {spread[1]:.3f} of its support refitted,"
             f" sample size {mean[2]:.2f} +- {spread[2]:.2f} of gated"
         )
+
+
+def compare(problem: CalibrationProblem, theirs: dict[str, Any], seed: int) -> tuple[float, float, float]:
+    """Print theirs, theirs refitted and ours at the same number; return the ratios of pruning to theirs."""
+    print(f"  {theirs['line']}", flush=True)
+    number = int((theirs["weights"] > 0).sum())
+    refitted = polish(problem, theirs["weights"] > 0, schedule=PruningSchedule(swap_rounds=0))
+    report("  its support, refitted", refitted, refitted.seconds)
+    ours = {}
+    choices: dict[str, dict[str, Any]] = {
+        "pruning": {},
+        "hard_concrete": {"method": "hard_concrete"},
+        "pruning, absolute loss": {"loss": "mape"},
+    }
+    for name, choice in choices.items():
+        start = time.process_time()
+        result = calibrate(problem, number, seed=seed, **choice)
+        report(f"  {name}", result, time.process_time() - start)
+        ours[name] = result.diagnostics
+    error, ess = ours["pruning"]["mean_are"], ours["pruning"]["ess"]
+    return error / theirs["mean_are"], error / refitted.diagnostics["mean_are"], ess / theirs["ess"]
+
+
+def stress_problem(seed: int) -> CalibrationProblem:
+    """2,000 targets met by half of 20,000 households, a tenth of the entries non-zero, all at random."""
+    rng = np.random.default_rng(seed)
+    shape = (2_000, 20_000)
+    dense = rng.lognormal(1.5, 0.25, shape).astype(np.float32) * (rng.random(shape) < 0.1)
+    matrix = sp.csr_array(dense)
+    truth = rng.lognormal(2.0, 1.0, shape[1])
+    truth[rng.permutation(shape[1])[: shape[1] // 2]] = 0.0
+    return CalibrationProblem(matrix, matrix.astype(np.float64) @ truth)
+
+
+def bench_stress(seeds: int, prices: tuple[float, ...]) -> None:
+    """The distributions of l0-python's own stress test, its model as its users run it, ours at its number."""
+    for seed in range(seeds):
+        problem = stress_problem(seed)
+        for price in prices:
+            model = l0_model(problem, seed)
+            if model is None:
+                print("l0-python is not installed")
+                return
+            start = time.process_time()
+            model.fit(problem.matrix, problem.targets, lambda_l0=price, lr=0.15, epochs=1000,
+                      loss_type="relative")  # fmt: skip
+            print(f"stress, seed {seed}, lambda {price:g}:", flush=True)
+            compare(problem, gated(problem, model, time.process_time() - start), seed)
 
 
 def gated(problem: CalibrationProblem, model: Any, processor: float) -> dict[str, Any]:
@@ -210,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["epoch", "calls", "quality", "huge"])
+    parser.add_argument("what", choices=["epoch", "calls", "quality", "stress", "huge"])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
@@ -224,6 +259,8 @@ def main() -> None:
         bench_calls(args.sizes, args.repeats)
     elif args.what == "quality":
         bench_quality(args.seeds, args.disagreement, tuple(args.lambdas))
+    elif args.what == "stress":
+        bench_stress(args.seeds, tuple(args.lambdas))
     else:
         bench_huge()
 

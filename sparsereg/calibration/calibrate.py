@@ -34,7 +34,7 @@ Callback = Callable[[int, int, float, int, np.ndarray], Any]
 
 _MOST_GROWTH = 100.0
 """Most that the pull is multiplied by where households are far fewer than targets."""
-_REFIT_PULL = 0.01
+_REFIT_PULL = 1e-3
 """Share of the pull that the refit keeps: of weights that are as good, the most even ones are best."""
 _BLOCK = 256
 """Households that stay neighbours in memory."""
@@ -341,7 +341,7 @@ def calibrate(
             refit: Best weights for the selection, to optimality.
             chi2: Pull towards the initial weights while households are chosen, >= 0: it evens out the
                 weights. It grows, up to a hundredfold, with fewer households than half the targets. The
-                refit keeps a hundredth of it, which makes its weights unique; 0 switches it off everywhere.
+                refit keeps a thousandth of it, which makes its weights unique; 0 switches it off everywhere.
             consistency: Weight of the squared relative errors of sums of parts (``problem.parent``), relative
                 to the weight of all targets.
             normalize_groups, group_multipliers: Weights of the groups of targets.
