@@ -256,7 +256,10 @@ class Cut:
         for dim, positions in enumerate(self.index):
             if positions is not None:
                 small = small.index_select(dim, positions)
-        return small.contiguous(memory_format=_memory_format(self.full if full is None else full))
+        # Written into new memory: contiguous() keeps the strides of a tensor with one channel or a kernel of
+        # one position, and a network in channels_last would go on in the other, slow, format.
+        memory_format = _memory_format(self.full if full is None else full)
+        return torch.empty_like(small, memory_format=memory_format).copy_(small)
 
     def put_back(self, small: Tensor, full: Tensor | None = None) -> Tensor:
         """Write the small tensor into the full one and return that."""

@@ -17,6 +17,7 @@ from sparsereg.compression.shrink import (
     shut_for_good_,
     shut_useless_,
 )
+from sparsereg.model.googlenet import GoogleNet
 from sparsereg.model.sparse_mlp import SparseMLP
 from sparsereg.penalties import hard_concretes, l_c0
 
@@ -126,3 +127,20 @@ def test_one_gate_of_each_tensor_stays_open_to_change():
 def test_gates_on_single_weights_cannot_leave():
     net = SparseMLP(3, (1, 4, 4), hidden_sizes=[5])
     assert removable_gates(Accountant(net, torch.zeros(1, 1, 4, 4)).network) == []
+
+
+def test_the_memory_format_survives():
+    # A convolution of one input channel and 1x1 kernels look alike in both formats.
+    net = GoogleNet(in_channels=1, gate="all").to(memory_format=torch.channels_last)
+    x = torch.randn(2, 1, 8, 8)
+    accountant = Accountant(net, x)
+    shut_at_random_(net, 0)
+    seen = []
+    net.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    for stay in (None, plan(accountant.network)):
+        shrunk = shrink_(accountant.network, stay) if stay else None
+        net(x)
+        if shrunk:
+            shrunk.expand_()
+    assert seen[1].shape[1] < seen[0].shape[1]
+    assert all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)
