@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -9,6 +13,7 @@ from sparsereg.calibration.calibrate import Settings, calibrate  # noqa: E402
 from sparsereg.calibration.module import CalibrationModule  # noqa: E402
 from sparsereg.calibration.problem import CalibrationProblem  # noqa: E402
 from sparsereg.calibration.pruning import PruningSchedule  # noqa: E402
+from sparsereg.calibration.synthetic import synthetic_problem  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -87,3 +92,44 @@ def test_targets_shared_out_to_two_processes(tmp_path):
         assert (weights[0] > 0).sum() == 40
         errors = (problem.estimates(weights[0]) - problem.targets) / (np.abs(problem.targets) + 1)
         assert (errors**2).mean() < 0.5 * random
+
+
+PROGRAM = """
+import sys
+import numpy as np
+import pytorch_lightning as pl
+from sparsereg.calibration import synthetic_problem
+from sparsereg.calibration.calibrate import Settings
+from sparsereg.calibration.module import CalibrationModule
+from sparsereg.calibration.pruning import PruningSchedule
+
+quick = PruningSchedule(stages=5, sweeps=5, first_sweeps=5, swap_rounds=1, swap_parts=2)
+choice = {"lambda_l0": 1.0, "refit": False} if sys.argv[1] == "hard_concrete" else {"schedule": quick}
+number = None if sys.argv[1] == "hard_concrete" else 40
+settings = Settings(method=sys.argv[1], epochs=100, **choice)
+module = CalibrationModule(synthetic_problem(300, 40), number, settings=settings)
+off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+trainer = pl.Trainer(max_epochs=-1, accelerator="cpu", devices=2, strategy="ddp", **off)
+trainer.fit(module)
+np.save(f"{sys.argv[2]}/{trainer.global_rank}.npy", module.result().weights)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "number", "choice"),
+    [
+        ("pruning", 40, {"schedule": QUICK, "backend": "torch"}),  # groups prune with torch's steps
+        ("hard_concrete", None, {"lambda_l0": 1.0, "refit": False}),
+    ],
+)
+def test_ddp_of_the_trainer_gives_what_one_process_gives(tmp_path, method, number, choice):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py"), method, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, timeout=300, capture_output=True, env=environment)
+    weights = [np.load(tmp_path / f"{rank}.npy") for rank in range(2)]
+    assert np.array_equal(weights[0], weights[1])
+    expected = calibrate(synthetic_problem(300, 40), number, method=method, epochs=100, **choice).weights
+    assert 0 < (expected > 0).sum() < 300
+    np.testing.assert_allclose(weights[0], expected, rtol=1e-4, atol=1e-4 * expected.max())
