@@ -5,6 +5,7 @@
     python benchmarks/calibration.py quality            same problem, same number of households, three seeds
     python benchmarks/calibration.py quality --disagreement 0      the same with targets that can all be met
     python benchmarks/calibration.py stress             l0-python's stress test: all at random
+    python benchmarks/calibration.py lambda             how many households a price keeps, two sizes
     python benchmarks/calibration.py huge               one million households, sixty million entries
 
 l0-python (``pip install l0-python==0.6.2``, in an environment of its own put on PYTHONPATH) is left out
@@ -224,6 +225,21 @@ def gated(problem: CalibrationProblem, model: Any, processor: float) -> dict[str
     return {**d, "weights": weights, "line": line}
 
 
+def bench_lambda(prices: tuple[float, ...]) -> None:
+    """Households that gates keep at a price, lambda_scale="mean", and pruning told the same number."""
+    for households, targets in ((5_000, 600), (20_000, 2_000)):
+        problem = synthetic_problem(households, targets)
+        for price in prices:
+            gates = calibrate(problem, lambda_l0=price, lambda_scale="mean")
+            told = calibrate(problem, gates.num_kept)
+            print(
+                f"{households:>6,} x {targets:>5,}  mean {price:<6g} sum {price * targets / households:<8.3g}"
+                f" kept {gates.num_kept:>6,} {gates.num_kept / households:6.1%}"
+                f"  error {gates.diagnostics['mean_are']:8.3%}  pruning {told.diagnostics['mean_are']:8.3%}",
+                flush=True,
+            )
+
+
 def bench_huge() -> None:
     """One million households, sixty million entries: a random matrix, to see time and memory."""
     rng = np.random.default_rng(0)
@@ -245,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["epoch", "calls", "quality", "stress", "huge"])
+    parser.add_argument("what", choices=["epoch", "calls", "quality", "stress", "lambda", "huge"])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
@@ -261,6 +277,8 @@ def main() -> None:
         bench_quality(args.seeds, args.disagreement, tuple(args.lambdas))
     elif args.what == "stress":
         bench_stress(args.seeds, tuple(args.lambdas))
+    elif args.what == "lambda":
+        bench_lambda((0.01, 0.1, 0.3, 1.0, 3.0))
     else:
         bench_huge()
 
