@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,9 +65,23 @@ def kept_at(stage: int, stages: int, num_households: int, num_kept: int, power: 
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` largest values in ascending order; ties go to the lower index."""
-    order = torch.argsort(values, descending=True, stable=True)
-    return order[:count].sort().values
+    """Indices of the ``count`` largest values in ascending order; ties go to the lower index.
+
+    Selection, not sorting: finding the smallest that is in takes a tenth of the time of ordering all.
+    """
+    if count >= len(values):
+        return torch.arange(len(values), device=values.device)
+    if count <= 0:
+        return torch.arange(0, device=values.device)
+    place = len(values) - count
+    if values.device.type == "cpu":  # numpy's selection uses vector registers
+        level = torch.from_numpy(np.partition(values.numpy(), place)[place : place + 1])
+    else:
+        level = torch.kthvalue(values, place + 1, keepdim=True).values
+    chosen = values > level
+    ties = torch.nonzero(values == level).flatten()
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return torch.nonzero(chosen).flatten()
 
 
 class Pruning:
