@@ -31,6 +31,8 @@ class Augmentation:
         crop_ratio: smallest and largest width / height of a crop, > 0.
         degrees: rotation about the centre, uniform in +- this many degrees, in [0, 180].
         translate: shift along each axis, uniform in +- this many pixels, >= 0.
+        whole_pixels: shift by whole pixels, each in +- ``translate`` as likely: an image that is not
+            rotated, zoomed or cropped stays as sharp as it is.
         zoom: the image is enlarged by a factor that is uniform in 1 +- this, in [0, 1).
 
     Raises:
@@ -42,6 +44,7 @@ class Augmentation:
     crop_ratio: tuple[float, float] = (0.9, 1.1)
     degrees: float = 0.0
     translate: float = 0.0
+    whole_pixels: bool = False
     zoom: float = 0.0
 
     def __post_init__(self) -> None:
@@ -92,10 +95,16 @@ class Augmentation:
             rows[:, FLIP] = (u[:, 2] < 0.5).float()
         signed = 2 * u[:, 3:7] - 1
         rows[:, ANGLE] = signed[:, 0] * math.radians(self.degrees)
-        rows[:, RIGHT] = signed[:, 1] * self.translate
-        rows[:, DOWN] = signed[:, 2] * self.translate
+        rows[:, RIGHT : DOWN + 1] = self._shift(signed[:, 1:3])
         rows[:, ZOOM] = 1 + signed[:, 3] * self.zoom
         return rows
+
+    def _shift(self, signed: Tensor) -> Tensor:
+        """Shifts in pixels of uniform numbers in [-1, 1)."""
+        if not self.whole_pixels:
+            return signed * self.translate
+        most = math.floor(self.translate)
+        return torch.floor((signed + 1) / 2 * (2 * most + 1)).clamp(max=2 * most) - most
 
 
 def crop_boxes(

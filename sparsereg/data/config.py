@@ -15,6 +15,7 @@ class AugmentConfig:
     crop_ratio: list[float] = field(default_factory=lambda: [0.9, 1.1])
     degrees: float = 0.0
     translate: float = 0.0
+    whole_pixels: bool = False
     zoom: float = 0.0
 
 

@@ -126,3 +126,18 @@ def test_wrong_settings(settings):
     (name,) = settings
     with pytest.raises(InputError, match=f"augment.{name} must"):
         Augmentation(**settings)
+
+
+def test_whole_pixels_move_images_without_blurring_them():
+    images = torch.randint(0, 256, (512, 1, 12, 12), generator=generator(), dtype=torch.uint8)
+    settings = Augmentation(translate=2, whole_pixels=True)
+    rows = settings.draw(512, 12, 12, generator())
+    moved = augment.resample(images, rows, settings.affine)
+    for image, row, result in zip(images, rows, moved, strict=True):
+        right, down = int(row[augment.RIGHT]), int(row[augment.DOWN])
+        padded = torch.nn.functional.pad(image.float(), (2, 2, 2, 2))
+        assert torch.allclose(result, padded[:, 2 - down : 14 - down, 2 - right : 14 - right], atol=1e-3)
+    for column in (augment.RIGHT, augment.DOWN):
+        values, counts = rows[:, column].unique(return_counts=True)
+        assert values.tolist() == [-2, -1, 0, 1, 2]
+        assert counts.min() > 60
