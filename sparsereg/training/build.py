@@ -239,6 +239,7 @@ def build_module(
         cfg.get("penalty", "gates"),
         distillation,
         cfg.get("label_smoothing", 0.0),
+        steady_gates=target_key(cfg) is not None,
     )
     if compiled:
         net.compile()  # in place: torch.compile(net) would rename the keys of the state dict

@@ -1,5 +1,6 @@
 """The LightningModule: a gated (or plain) classifier and its loss."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,8 @@ class Classifier(pl.LightningModule):
             :func:`sparsereg.penalties.expected_l0` instead of L_C0.
         distillation: a teacher; None trains on the labels alone.
         label_smoothing: share of each label that is spread over all classes, in [0, 1).
+        steady_gates: the gates keep their learning rate when that of the weights falls, so that a
+            constraint can still move them.
     """
 
     def __init__(
@@ -74,12 +77,14 @@ class Classifier(pl.LightningModule):
         penalty: str = "gates",
         distillation: Distillation | None = None,
         label_smoothing: float = 0.0,
+        steady_gates: bool = False,
     ) -> None:
         super().__init__()
         self.net = net
         self.penalty = penalty
         self.distillation = distillation
         self.label_smoothing = label_smoothing
+        self.steady_gates = steady_gates
         self.constraint: Constraint | None = None
         self.lambda_l0 = lambda_l0
         self.lambda_l2 = lambda_l2
@@ -169,7 +174,18 @@ class Classifier(pl.LightningModule):
         optimizer = build_optimizer(self.net, self.optimizer_settings)
         factor = self.optimizer_settings.factor()
         steps = max(self._steps_per_epoch(), 1.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / steps))
+
+        def scheduled(step: int) -> float:
+            return factor(step / steps)
+
+        def steady(step: int) -> float:
+            return 1.0
+
+        factors: list[Callable[[int], float]] = [
+            steady if self.steady_gates and group["name"] == "gates" else scheduled
+            for group in optimizer.param_groups
+        ]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _steps_per_epoch(self) -> float:

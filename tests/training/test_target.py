@@ -142,6 +142,16 @@ def test_gates_that_had_no_time_are_said_to_have_had_none(run, tiny):
     assert "the gates have not come near the target" in short.err
 
 
+def test_gates_keep_their_learning_rate_under_a_target(run, tiny):
+    schedule = ["trainer.max_epochs=4", "optimizer.schedule_epochs=4", "optimizer.warmup_epochs=0"]
+    for target, falls in (("target_sparsity=0.5", False), ("lambda_l0=2", True)):
+        done = run("train", *tiny, "model=lenet300", *schedule, target)
+        groups = torch.load(done.last, weights_only=True)["optimizer_states"][0]["param_groups"]
+        rates = {g["name"]: (g["lr"], g["initial_lr"]) for g in groups}
+        assert rates["weights"][0] < 0.01 * rates["weights"][1]
+        assert (rates["gates"][0] < 0.01 * rates["gates"][1]) == falls
+
+
 def test_target_macs_of_a_network_with_concatenations(run, tiny):
     done = run("train", *tiny, "model.gate=all", "trainer.max_epochs=2", "target_macs=0.4")
     assert done.code == 0, done.err
