@@ -189,6 +189,11 @@ def _check_recipe(cfg: DictConfig) -> None:
         InputError: a value is outside its range, or two settings contradict each other.
     """
     one_of(cfg.penalty, "penalty", PENALTIES)
+    if cfg.penalty == "weights" and cfg.model.get("source") == "torchvision":
+        raise InputError(
+            "penalty=weights does not know which weights the gates of a torchvision network stand for: give "
+            "penalty=gates, or a target"
+        )
     targets = [key for key in ("target_sparsity", "target_macs") if cfg[key] is not None]
     for key in targets:
         require(0 < cfg[key] < 1, key, "a share in (0, 1)", cfg[key])

@@ -73,7 +73,7 @@ class Compaction(Callback):
         left = sum(gate.num_left for gate in self.network.gates)
         log.debug("epoch %d trains without %d gates that are shut for good", trainer.current_epoch, left)
         if batch_idx == 0:
-            pl_module.log("gates_left", float(left), on_step=False, on_epoch=True, batch_size=1)
+            pl_module.log("gates_removed", float(left), on_step=False, on_epoch=True, batch_size=1)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before anything is measured."""

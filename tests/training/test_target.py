@@ -232,6 +232,7 @@ def test_averaged_weights_differ_from_the_last_and_resume(run, tiny):
         (["label_smoothing=1"], "label_smoothing"),
         (["lambda_l0=null"], "lambda_l0"),
         (["penalty=channels"], "penalty"),
+        (["penalty=weights", "model=torchvision"], "penalty"),
     ],
 )
 def test_wrong_recipes_are_refused_in_one_line(run, tiny, wrong, says):
