@@ -613,7 +613,9 @@ def _recognise(model: nn.Module, found: Node, shared: set[str]) -> Op:
     else:
         op = _recognise_function(found)
     if op is None:
-        logger.info("%s is kept as it is: no rule for %s", node.name, _what(found))
+        # Without gates nothing could go anyway.
+        if any(isinstance(m, HardConcrete) for m in model.modules()):
+            logger.info("%s is kept as it is: no rule for %s", node.name, _what(found))
         op = Op(**found.common)
     return op
 
