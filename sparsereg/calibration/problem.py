@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,17 +148,19 @@ class CalibrationProblem:
         )
 
 
-def exact_totals(matrix: sp.csr_array, weights: np.ndarray, rows_at_once: int = 4096) -> np.ndarray:
+def exact_totals(matrix: sp.csr_array, weights: np.ndarray, entries_at_once: int = 1_000_000) -> np.ndarray:
     """Multiply a float32 CSR matrix by float64 weights, summing in float64, without a float64 copy of it.
 
     Args:
         matrix: Targets x households.
         weights: Shape (households,), float64.
-        rows_at_once: How many rows are widened to float64 at a time.
+        entries_at_once: About how many entries are widened to float64 at a time; never less than a row.
     """
+    indptr = np.asarray(matrix.indptr, dtype=np.int64)
+    cuts = np.searchsorted(indptr, np.arange(entries_at_once, indptr[-1], entries_at_once))
+    bounds = np.unique(np.concatenate([[0], cuts, [matrix.shape[0]]]))
     parts = [
-        matrix[start : start + rows_at_once].astype(np.float64) @ weights
-        for start in range(0, matrix.shape[0], rows_at_once)
+        matrix[start:stop].astype(np.float64) @ weights for start, stop in itertools.pairwise(bounds.tolist())
     ]
     return np.concatenate(parts)
 

@@ -102,3 +102,16 @@ def test_subset_keeps_rows_and_cuts_nesting():
 def test_wrong_values_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         CalibrationProblem(**({"matrix": np.eye(4, 7), "targets": np.ones(4)} | change))
+
+
+@pytest.mark.parametrize("entries_at_once", [1, 7, 50, 10**6])
+def test_totals_in_parts_are_the_totals(entries_at_once):
+    from sparsereg.calibration.problem import exact_totals
+
+    matrix = sp.random_array((40, 60), density=0.3, format="csr", dtype=np.float32, rng=0)
+    matrix = sp.csr_array(matrix.tolil())
+    weights = np.random.default_rng(1).random(60)
+    expected = matrix.toarray().astype(np.float64) @ weights
+    assert np.allclose(exact_totals(matrix, weights, entries_at_once), expected, rtol=1e-14, atol=0)
+    empty = sp.csr_array((3, 60), dtype=np.float32)
+    assert exact_totals(empty, weights).tolist() == [0, 0, 0]
