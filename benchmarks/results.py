@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
 
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 OUT = Path("outputs") / "results"
 SEEDS = "seed=0,1,2,3,4"
 
@@ -128,8 +129,8 @@ def run(study: Study, archives: dict[str, Path]) -> pd.DataFrame:
         data = ["data=npz", f"data.path={archives[study.data].resolve()}", "data.val_size=5000"]
     tables = []
     for label, overrides in study.sweeps.items():
-        command = [sys.executable, "train.py", "-m", *overrides, *data]
-        print("$ " + " ".join(["python", *command[1:]]), flush=True)
+        command = [sys.executable, str(TRAIN), "-m", *overrides, *data]
+        print(" ".join(["$ python train.py", *command[2:]]), flush=True)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         lines = done.stdout.strip().splitlines()
         if done.returncode or not lines or not lines[-1].startswith("results: "):

@@ -1,0 +1,63 @@
+"""Tables of results: a study runs its sweeps, averages over seeds, and says which job failed."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from .conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import results
+
+QUICK = ("model=lenet300", "data=digits", "data.image_size=8", "trainer=cpu", "trainer.max_epochs=1")
+
+
+def test_summary_is_mean_and_standard_deviation_over_seeds():
+    frame = pd.DataFrame(
+        {
+            "curve": ["a", "a", "b"],
+            "target_sparsity": [0.5, 0.5, None],
+            "lambda_l0": [None, None, 1.0],
+            "test_acc": [0.98, 0.96, 0.9],
+            "compacted_parameters": [10, 20, 30],
+            "exact_sparsity": [0.5, 0.5, 0.1],
+            "compacted_macs": [5, 5, 9],
+            "open_gates_of": [{"x": 3, "y": 4}, {"x": 1, "y": 1}, {"x": 2}],
+        }
+    )
+    table = results.summary(frame)
+    assert table["runs"].tolist() == [2, 1]
+    assert table["test error %"].tolist() == ["3.00 +- 1.41", "10.00"]
+    assert table["parameters"].tolist() == ["15 +- 7", "30"]
+    assert table["open gates (first seed)"].tolist() == ["3-4", "2"]
+
+
+@pytest.mark.slow
+def test_study_runs_its_sweeps_and_draws_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweeps = {"some": (*QUICK, "target_sparsity=0.5", "seed=0,1")}
+    study = results.Study("digits", sweeps, "exact_sparsity", "digits")
+    frame = results.run(study, {})
+    assert frame["exact_sparsity"].between(0.5, 0.51).all()
+    assert frame["open_gates_of"].iloc[0].keys() == {"input_gate", "hidden_gate1", "hidden_gate2"}
+    results.plot(frame, study, Path("study.png"))
+    assert Path("study.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_failed_job_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong = results.Study("digits", {"some": (*QUICK, "target_sparsity=2", "seed=0")}, "exact_sparsity", "")
+    with pytest.raises(RuntimeError, match="'some' failed"):
+        results.run(wrong, {})
+
+
+def test_every_study_names_experiments_that_there_are():
+    names = {p.stem for p in (ROOT / "configs" / "experiment").glob("*.yaml")}
+    for study in results.STUDIES.values():
+        for overrides in study.sweeps.values():
+            named = [o.partition("=")[2] for o in overrides if o.startswith("experiment=")]
+            assert set(named) <= names
