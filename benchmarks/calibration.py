@@ -143,17 +143,12 @@ def bench_quality(seeds: int, disagreement: float, lambdas: tuple[float, ...]) -
     for seed in range(seeds):
         problem = synthetic_problem(*SIZES["small"], seed=seed, disagreement=disagreement)
         for price in lambdas:
-            model = l0_model(problem, seed)
-            if model is None:
+            theirs = fitted(problem, price, seed)
+            if theirs is None:
                 print("l0-python is not installed")
                 return
-            start = time.process_time()
-            model.fit(problem.matrix, problem.targets, lambda_l0=price, lr=0.15, epochs=1000,
-                      loss_type="relative")  # fmt: skip
             print(f"seed {seed} lambda {price:g}:", flush=True)
-            ratios.setdefault(price, []).append(
-                compare(problem, gated(problem, model, time.process_time() - start), seed)
-            )
+            ratios.setdefault(price, []).append(compare(problem, theirs, seed))
     for price, rows in ratios.items():
         mean, spread = np.mean(rows, axis=0), np.std(rows, axis=0)
         print(
@@ -161,6 +156,17 @@ def bench_quality(seeds: int, disagreement: float, lambdas: tuple[float, ...]) -
             f" {mean[1]:.3f} +- {spread[1]:.3f} of its support refitted,"
             f" sample size {mean[2]:.2f} +- {spread[2]:.2f} of gated"
         )
+
+
+def fitted(problem: CalibrationProblem, price: float, seed: int) -> dict[str, Any] | None:
+    """Fit l0-python as its users do and measure it; None where it is not installed."""
+    model = l0_model(problem, seed)
+    if model is None:
+        return None
+    start = time.process_time()
+    model.fit(problem.matrix, problem.targets, lambda_l0=price, lr=0.15, epochs=1000,
+              loss_type="relative")  # fmt: skip
+    return gated(problem, model, time.process_time() - start)
 
 
 def compare(problem: CalibrationProblem, theirs: dict[str, Any], seed: int) -> tuple[float, float, float]:
@@ -200,15 +206,12 @@ def bench_stress(seeds: int, prices: tuple[float, ...]) -> None:
     for seed in range(seeds):
         problem = stress_problem(seed)
         for price in prices:
-            model = l0_model(problem, seed)
-            if model is None:
+            theirs = fitted(problem, price, seed)
+            if theirs is None:
                 print("l0-python is not installed")
                 return
-            start = time.process_time()
-            model.fit(problem.matrix, problem.targets, lambda_l0=price, lr=0.15, epochs=1000,
-                      loss_type="relative")  # fmt: skip
             print(f"stress, seed {seed}, lambda {price:g}:", flush=True)
-            compare(problem, gated(problem, model, time.process_time() - start), seed)
+            compare(problem, theirs, seed)
 
 
 def gated(problem: CalibrationProblem, model: Any, processor: float) -> dict[str, Any]:

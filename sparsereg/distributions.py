@@ -317,7 +317,7 @@ class HardConcrete(nn.Module):
     log_alpha: nn.Parameter
     kept: Tensor | None = None
     """Positions of the gates that are left while others have left the network; see compression.shrink."""
-    num_left: int = 0
+    num_removed: int = 0
     """Number of gates that have left; their P(z > 0) is zero."""
 
     def __init__(

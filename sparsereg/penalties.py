@@ -55,18 +55,19 @@ def l_c0(model: nn.Module) -> Tensor:
     Raises:
         ValueError: the network has no gate.
     """
-    active = _all_active(model)
+    gates = hard_concretes(model).values()
+    active = _all_active(gates)
     if active is None:
         raise ValueError("the network has no gates, so L_C0 is not defined")
-    num_left = sum(gate.num_left for gate in hard_concretes(model).values())
+    num_removed = sum(gate.num_removed for gate in gates)
     # Gates that have left the network are shut for good, and still gates of it.
-    return active.sum() / (active.numel() + num_left) if num_left else active.mean()
+    return active.sum() / (active.numel() + num_removed) if num_removed else active.mean()
 
 
-def _all_active(model: nn.Module) -> Tensor | None:
-    """P(z > 0) of all gates of a network, end to end; None without gates."""
+def _all_active(gates: Iterable[HardConcrete]) -> Tensor | None:
+    """P(z > 0) of all gates, end to end; None without gates."""
     groups: dict[tuple[float, float, float], list[Tensor]] = {}
-    for gate in hard_concretes(model).values():
+    for gate in gates:
         groups.setdefault((gate.temperature, gate.gamma, gate.zeta), []).append(gate.log_alpha.flatten())
     if not groups:
         return None
@@ -154,7 +155,7 @@ def compute_l0_penalty(model: nn.Module) -> Tensor:
     Returns:
         A scalar on the device of the gates; 0 on the device of the parameters without gates.
     """
-    active = _all_active(model)
+    active = _all_active(hard_concretes(model).values())
     return _zero(model) if active is None else active.sum()
 
 
@@ -388,7 +389,7 @@ class PenaltyTracker:
 
     def log_model(self, model: nn.Module) -> None:
         """Append ``l0_penalty``, ``expected_sparsity`` and ``active_parameters`` of a network."""
-        active = _all_active(model)
+        active = _all_active(hard_concretes(model).values())
         self.log("active_parameters", get_active_parameter_count(model))
         if active is not None:
             expected = active.detach().double()

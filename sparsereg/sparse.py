@@ -227,7 +227,9 @@ class SparseL0Linear(nn.Module):
             optimizer.step()
             if verbose and epoch % verbose_freq == 0:
                 num_open = self.gates.get_num_active()
-                logger.info("epoch %d: mse %.4g, L0 %.2f, open %d", epoch, error, penalty, num_open)
+                logger.info(
+                    "epoch %d: mse %.4g, L0 %.2f, open %d", epoch, error.item(), penalty.item(), num_open
+                )
         return self
 
     def _target(self, y: Any, rows: int) -> Tensor:

@@ -153,7 +153,7 @@ class _Pass:
             active.update(zip(keys[shape], p.split([m.numel() for m in members]), strict=True))
         for gate in self.network.gates:
             if gate.kept is not None:  # those that have left the network are shut
-                left = self.none.new_zeros(len(gate.kept) + gate.num_left)
+                left = self.none.new_zeros(len(gate.kept) + gate.num_removed)
                 active[id(gate)] = left.index_copy(0, gate.kept, active[id(gate)])
         return active
 

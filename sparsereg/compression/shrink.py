@@ -422,9 +422,9 @@ def _cut_mixing(shrunk: Shrunk, op: Mixing, out: Tensor | None, into: Tensor | N
 def _cut_gate(shrunk: Shrunk, gate: HardConcrete, out: Tensor) -> None:
     if gate.kept is not None:  # shared, and cut already
         return
-    num_left = gate.log_alpha.numel() - len(out)
+    num_removed = gate.log_alpha.numel() - len(out)
     shrunk.cut_parameter(gate, "log_alpha", (out,))
     shrunk.set(gate, "gate_size", (len(out),))
     shrunk.set(gate, "kept", out)
-    shrunk.set(gate, "num_left", num_left)
+    shrunk.set(gate, "num_removed", num_removed)
     shrunk.set(gate, "_drawn", None)

@@ -36,7 +36,7 @@ from sparsereg.training.distillation import Distillation
 from sparsereg.training.module import Classifier, Provenance
 from sparsereg.training.optimizers import OptimizerSettings
 from sparsereg.training.results import metric
-from sparsereg.training.target import SparsityTarget, TargetSettings
+from sparsereg.training.target import SparsityTarget, TargetSettings, asked_for
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ def build_module(
     module = Classifier(
         net,
         data.num_classes,
-        cfg.lambda_l0 or 0.0 if target_key(cfg) is None else 0.0,
+        cfg.lambda_l0 if target_key(cfg) is None else 0.0,
         settings,
         provenance,
         cfg.get("lambda_l2", 0.0),
@@ -401,9 +401,9 @@ def build_callbacks(
     average = WeightAverage(cfg.ema_decay) if cfg.ema_decay is not None else None
     if average is not None:
         callbacks.append(average)
-    key = target_key(cfg)
-    if key is not None:
-        callbacks.append(SparsityTarget(accountant, target_settings(cfg, key), average))
+    asked = asked_for(cfg)
+    if asked is not None:
+        callbacks.append(SparsityTarget(accountant, target_settings(cfg, *asked), average))
     callbacks.append(batch_norm_estimation(cfg))
     if not cfg.without_using_gate:
         scheduler = TemperatureScheduler(t.initial, t.final, t.anneal_epochs, t.schedule)
@@ -422,13 +422,13 @@ def build_callbacks(
     return callbacks, timer
 
 
-def target_settings(cfg: DictConfig, key: str) -> TargetSettings:
-    """Return what ``target_sparsity`` or ``target_macs`` asks for, in the epochs that the run has."""
+def target_settings(cfg: DictConfig, cost: str, kept: float) -> TargetSettings:
+    """Return how a target is reached in the epochs that the run has."""
     epochs = cfg.trainer.max_epochs
     start = min(cfg.callbacks.penalty_warmup_epochs, epochs - 1)
     return TargetSettings(
-        cost="parameters" if key == "target_sparsity" else "macs",
-        kept=1 - cfg.target_sparsity if key == "target_sparsity" else cfg.target_macs,
+        cost=cost,
+        kept=kept,
         start_epoch=start,
         ramp_epochs=cfg.target.ramp * (epochs - start),
         proportional_gain=cfg.target.proportional_gain,

@@ -70,7 +70,7 @@ class Compaction(Callback):
             self._stay = plan(self.network)
             shut_useless_(self.network, self._stay)
         self._shrunk = shrink_(self.network, self._stay, trainer.optimizers)
-        left = sum(gate.num_left for gate in self.network.gates)
+        left = sum(gate.num_removed for gate in self.network.gates)
         log.debug("epoch %d trains without %d gates that are shut for good", trainer.current_epoch, left)
         if batch_idx == 0:
             pl_module.log("gates_removed", float(left), on_step=False, on_epoch=True, batch_size=1)

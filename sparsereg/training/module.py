@@ -119,7 +119,7 @@ class Classifier(pl.LightningModule):
         draw_together(self._vectors)
         logits = self.net(images)
         acc_loss = self._task_loss(images, logits, labels)
-        scalars = {"acc_loss": acc_loss.detach()}
+        scalars: dict[str, Tensor | float] = {"acc_loss": acc_loss.detach()}
         loss = acc_loss
         if self._gates:
             loss = acc_loss + self._gate_penalty(scalars)
@@ -138,12 +138,12 @@ class Classifier(pl.LightningModule):
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         return loss if self.distillation is None else self.distillation.mixed(loss, images, logits)
 
-    def _gate_penalty(self, scalars: dict[str, Tensor]) -> Tensor | float:
+    def _gate_penalty(self, scalars: dict[str, Tensor | float]) -> Tensor | float:
         """Return what open gates cost, and note L_C0 and the state of a constraint."""
         mean_p_active = l_c0(self.net)
         scalars["L_C0"] = mean_p_active.detach()
         if self.constraint is not None:
-            scalars |= {k: torch.tensor(v) for k, v in self.constraint.scalars.items()}
+            scalars |= self.constraint.scalars
             return self.constraint.penalty()
         price = mean_p_active if self.penalty == "gates" else expected_l0(self.net)
         return self.penalty_scale * self.lambda_l0 * price

@@ -12,7 +12,7 @@ from sparsereg.compression import Accountant, Count
 from sparsereg.config import target_key
 from sparsereg.penalties import hard_concretes
 from sparsereg.training.module import Classifier
-from sparsereg.training.target import exact_share
+from sparsereg.training.target import asked_for, exact_share
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,10 @@ def target_summary(cfg: DictConfig, module: Classifier, accountant: Accountant) 
     """
     if cfg.without_using_gate:
         return {"lambda_l0": None}
-    key = target_key(cfg)
-    if key is None:
+    key, asked = target_key(cfg), asked_for(cfg)
+    if key is None or asked is None:
         return {"lambda_l0": cfg.lambda_l0}
-    cost = "parameters" if key == "target_sparsity" else "macs"
-    allowed = 1 - cfg[key] if key == "target_sparsity" else cfg[key]
+    cost, allowed = asked
     kept = exact_share(accountant, cost)
     if abs(kept - allowed) > 0.01:
         log.warning(

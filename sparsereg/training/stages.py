@@ -5,6 +5,7 @@ folded into the weights, closed channels leave, and the small network is trained
 ``finetune`` of the run, with checkpoints and TensorBoard events of its own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,12 +149,12 @@ def _assemble(
     net: nn.Module,
     structure: str | None,
     teacher: Distillation | None,
-    folder_of: Any,
+    make_folder: Callable[[], Path],
 ) -> Stage:
     net = build.synchronise(cfg, net)
     accountant = Accountant(net, build.example_input(data).to(next(net.parameters()).device))
     module = build.build_module(cfg, net, data, structure, teacher)
-    folder = folder_of()
+    folder = make_folder()  # last of what can fail, so that a wrong input leaves none
     logger = build.build_logger(cfg.logger.name, folder)
     num_batches = build.batches_per_epoch(cfg, data)
     callbacks, timer = build.build_callbacks(cfg, data, accountant, folder, logging_on=bool(logger))

@@ -18,11 +18,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from sparsereg.compression import Accountant
-from sparsereg.distributions import log_alpha_at
+from sparsereg.config import target_key
+from sparsereg.distributions import log_alpha_at, shift
 from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.module import Classifier
 
@@ -30,6 +32,14 @@ log = logging.getLogger(__name__)
 
 COSTS = ("parameters", "macs")
 """What a target can be about."""
+
+
+def asked_for(cfg: DictConfig) -> tuple[str, float] | None:
+    """Return the cost that a configuration's target is about and the share that may stay; None without."""
+    key = target_key(cfg)
+    if key is None:
+        return None
+    return ("parameters", 1 - cfg.target_sparsity) if key == "target_sparsity" else ("macs", cfg.target_macs)
 
 
 @dataclass(frozen=True)
@@ -110,18 +120,20 @@ class Constraint:
 
     Attributes:
         multiplier: lambda, >= 0.
+        violation: log(E[cost] / target) when it was measured last.
         gradients: each gate's locations and d log E[cost] / d log_alpha.
         scalars: what TensorBoard shows.
     """
 
     multiplier: float
+    violation: float
     gradients: list[tuple[Tensor, Tensor]]
     scalars: dict[str, float]
 
     def penalty(self) -> Tensor:
-        """A scalar whose gradient is that of multiplier * log E[cost]; its value has no meaning."""
-        terms = [(log_alpha * gradient).sum() for log_alpha, gradient in self.gradients]
-        return self.multiplier * torch.stack(terms).sum()
+        """Return multiplier * log(E[cost] / target), a scalar: the value and the gradient measured last."""
+        linear = torch.stack([(log_alpha * gradient).sum() for log_alpha, gradient in self.gradients]).sum()
+        return self.multiplier * (self.violation + linear - linear.detach())
 
 
 class SparsityTarget(Callback):
@@ -165,9 +177,11 @@ class SparsityTarget(Callback):
         gradients = torch.autograd.grad(expected.log(), locations, allow_unused=True)
         allowed = s.share_at(epoch)
         share = float(expected.detach()) / full
-        multiplier = self.multiplier.update(math.log(share / allowed), s.every_n_steps)
+        violation = math.log(share / allowed)
+        multiplier = self.multiplier.update(violation, s.every_n_steps)
         pl_module.constraint = Constraint(
             multiplier,
+            violation,
             [(a, g) for a, g in zip(locations, gradients, strict=True) if g is not None],
             {"lambda_target": multiplier, "target_kept": allowed, "expected_kept": share},
         )
@@ -233,7 +247,8 @@ def meet_(accountant: Accountant, cost: str, kept: float) -> float:
     """Open or shut the gates nearest to the boundary until the exact cost is the largest that is allowed.
 
     A gate that is opened lets next to nothing through, one that is shut did so before: the output hardly
-    changes. All gates are ranked by P(z > 0), and those above one common level end up open.
+    changes. All gates are ranked by P(z > 0), and those above one common level end up open. Ranked are the
+    log odds of P(z > 0), since P itself rounds to 0 or 1.
 
     Args:
         accountant: of the network, whose gates are changed in place.
@@ -243,19 +258,19 @@ def meet_(accountant: Accountant, cost: str, kept: float) -> float:
     Returns:
         The share that stays; above ``kept`` only if a network with a single open gate costs more.
     """
-    gates = list({id(g): g for g in accountant.network.gates}.values())
+    gates = accountant.network.gates
     before = [g.log_alpha.clone() for g in gates]
-    active = [g.p_active() for g in gates]
-    levels = sorted(set(torch.cat([p.flatten().double() for p in active]).tolist()))
+    odds = [g.log_alpha.double() - shift(g.temperature, g.gamma, g.zeta) for g in gates]
+    levels = sorted(set(torch.cat([o.flatten() for o in odds]).tolist()))
 
     def share(num_shut: int) -> float:
         """Put a level between the gates and return what stays."""
-        level = levels[num_shut - 1] if num_shut else -1.0
-        for gate, location, p in zip(gates, before, active, strict=True):
+        level = levels[num_shut - 1] if num_shut else -math.inf
+        for gate, location, log_odds in zip(gates, before, odds, strict=True):
             shape = gate.temperature, gate.gamma, gate.zeta
             opened = location.clamp(min=log_alpha_at(0.5 + MARGIN, *shape))
             shut = location.clamp(max=log_alpha_at(0.5 - MARGIN, *shape))
-            gate.log_alpha.copy_(torch.where(p.double() > level, opened, shut))
+            gate.log_alpha.copy_(torch.where(log_odds > level, opened, shut))
         return exact_share(accountant, cost)
 
     # More shut levels never cost more: the first number of them that is cheap enough.

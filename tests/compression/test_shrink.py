@@ -62,7 +62,7 @@ def test_answers_gradients_and_steps_of_the_original(name, seed):
             optimizer.step()
             if shrunk is not None:
                 shrunk.expand_()
-    assert all(gate.kept is None and gate.num_left == 0 for gate in hard_concretes(net).values())
+    assert all(gate.kept is None and gate.num_removed == 0 for gate in hard_concretes(net).values())
     with torch.no_grad():
         torch.testing.assert_close(net(x), twin(x), rtol=1e-7, atol=1e-9)
     for key, value in twin.state_dict().items():
@@ -104,7 +104,7 @@ def test_penalties_count_gates_that_have_left():
     shut_useless_(accountant.network, stay)
     penalty, expected = l_c0(net).item(), accountant.expected_parameters().item()
     shrunk = shrink_(accountant.network, stay)
-    assert sum(g.num_left for g in hard_concretes(net).values()) > 200
+    assert sum(g.num_removed for g in hard_concretes(net).values()) > 200
     assert l_c0(net).item() == pytest.approx(penalty, abs=1e-6)
     assert accountant.expected_parameters().item() == pytest.approx(expected, rel=1e-4)
     assert torch.autograd.grad(accountant.expected_parameters(), net.input_gate.gates.log_alpha)[0].any()

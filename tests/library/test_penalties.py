@@ -26,7 +26,8 @@ from sparsereg.penalties import (
     l_c0,
     update_temperatures,
 )
-from tests.library.nets import NETS, inputs, make
+
+from .nets import NETS, inputs, make
 
 
 @pytest.mark.parametrize("name", NETS)

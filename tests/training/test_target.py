@@ -12,7 +12,7 @@ from sparsereg.compression import Accountant, count
 from sparsereg.model.build import Task, build
 from sparsereg.penalties import expected_l0, hard_concretes
 from sparsereg.training.distillation import Distillation
-from sparsereg.training.target import Multiplier, TargetSettings, exact_share, meet_
+from sparsereg.training.target import Constraint, Multiplier, TargetSettings, exact_share, meet_
 
 LENET = {"name": "lenet300", "sampling": "batch"}
 
@@ -96,6 +96,25 @@ def test_meeting_the_target_hardly_changes_the_output():
         before = net(images)
         meet_(accountant, "parameters", 1.2 * exact_share(accountant, "parameters"))
         assert (net(images) - before).abs().max() < 0.02 * before.abs().max()
+
+
+def test_gates_that_are_surely_open_are_still_ranked():
+    net = build(LENET, Task(10, (1, 28, 28)), gated=True)
+    for seed, gate in enumerate(hard_concretes(net).values()):
+        noise = torch.randn(gate.log_alpha.shape, generator=torch.Generator().manual_seed(seed))
+        gate.log_alpha.data.copy_(30 + noise)
+        assert (gate.p_active() == 1).all()
+    accountant = Accountant(net, torch.zeros(1, 1, 28, 28))
+    assert 0.29 <= meet_(accountant, "parameters", 0.3) <= 0.3
+
+
+def test_penalty_has_the_value_and_the_gradient_of_the_lagrangian():
+    log_alpha = torch.tensor([0.5, -0.2], requires_grad=True)
+    gradient = torch.tensor([0.3, 0.1])
+    penalty = Constraint(2.0, 0.7, [(log_alpha, gradient)], {}).penalty()
+    assert penalty.item() == pytest.approx(1.4)
+    penalty.backward()
+    assert torch.allclose(log_alpha.grad, 2.0 * gradient)
 
 
 def test_expected_l0_weighs_gates_by_their_weights():
