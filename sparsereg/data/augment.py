@@ -1,10 +1,12 @@
 """Random changes of training images, a batch at a time, on the device that trains.
 
-The parameters of every image are drawn first (:meth:`Augmentation.draw`, on the CPU, a row per image),
-then all images are resampled in one go (:func:`resample`). A row depends on nothing but the generator
-and its place in the batch, so processes that share a batch draw all rows and use their own.
+The parameters of every image are drawn first (:meth:`Augmentation.draw` and :meth:`Augmentation.warp`, on
+the CPU, a row per image), then all images are resampled in one go (:func:`resample`). A row depends on
+nothing but the generator and its place in the batch, so processes that share a batch draw all rows and use
+their own.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -34,6 +36,9 @@ class Augmentation:
         whole_pixels: shift by whole pixels, each in +- ``translate`` as likely: an image that is not
             rotated, zoomed or cropped stays as sharp as it is.
         zoom: the image is enlarged by a factor that is uniform in 1 +- this, in [0, 1).
+        elastic: standard deviation in pixels, >= 0, of smooth random displacements along each axis
+            (Simard, Steinkraus, Platt 2003, whose alpha of 34 and sigma of 4 pixels are 1.4 pixels here).
+        elastic_smoothness: standard deviation in pixels, > 0, of the Gaussian that makes them smooth.
 
     Raises:
         InputError: a value is outside its range.
@@ -46,6 +51,8 @@ class Augmentation:
     translate: float = 0.0
     whole_pixels: bool = False
     zoom: float = 0.0
+    elastic: float = 0.0
+    elastic_smoothness: float = 4.0
 
     def __post_init__(self) -> None:
         if self.crop_scale is not None:
@@ -57,16 +64,27 @@ class Augmentation:
             raise InputError(f"augment.translate must be >= 0 pixels, got {self.translate!r}")
         if not 0 <= self.zoom < 1:
             raise InputError(f"augment.zoom must lie in [0, 1), got {self.zoom!r}")
+        if not 0 <= self.elastic < math.inf:
+            raise InputError(f"augment.elastic must be >= 0 pixels, got {self.elastic!r}")
+        if not 0 < self.elastic_smoothness < math.inf:
+            raise InputError(
+                f"augment.elastic_smoothness must be > 0 pixels, got {self.elastic_smoothness!r}"
+            )
 
     @property
     def affine(self) -> bool:
-        """Whether images are rotated, shifted or zoomed."""
-        return self.degrees > 0 or self.translate > 0 or self.zoom > 0
+        """Whether images are rotated, shifted, zoomed or warped."""
+        return self.degrees > 0 or self.translate > 0 or self.zoom > 0 or self.elastic > 0
+
+    @property
+    def cropped(self) -> bool:
+        """Whether images are cropped or mirrored."""
+        return self.flip or self.crop_scale is not None
 
     @property
     def identity(self) -> bool:
         """Whether nothing is changed at all."""
-        return not self.flip and self.crop_scale is None and not self.affine
+        return not self.cropped and not self.affine
 
     def draw(self, num_images: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """Draw the parameters of a batch.
@@ -99,12 +117,50 @@ class Augmentation:
         rows[:, ZOOM] = 1 + signed[:, 3] * self.zoom
         return rows
 
+    def warp(self, num_images: int, height: int, width: int, generator: torch.Generator) -> Tensor | None:
+        """Draw the elastic displacements of a batch.
+
+        White noise on a grid as coarse as ``elastic_smoothness``, made smooth by a Gaussian of that width:
+        each pixel's displacement has the standard deviation ``elastic``.
+
+        Args:
+            num_images: images in the batch, over all processes.
+            height: of the images, in pixels.
+            width: of the images, in pixels.
+            generator: source of the random numbers, on the CPU; not that of :meth:`draw`, whose numbers
+                shall not depend on this switch.
+
+        Returns:
+            Pixels to the right and down, float32, (images, 2, height, width), on the CPU; None where
+            nothing is warped.
+        """
+        if self.elastic == 0:
+            return None
+        down, across = (_smoothing(size, self.elastic_smoothness) for size in (height, width))
+        noise = torch.randn(num_images, 2, across.shape[1], down.shape[1], generator=generator)
+        # Products with one matrix on the right are one large product, not one for each image.
+        columns = noise @ (self.elastic * down.T)
+        return columns.transpose(2, 3) @ across.T
+
     def _shift(self, signed: Tensor) -> Tensor:
         """Shifts in pixels of uniform numbers in [-1, 1)."""
         if not self.whole_pixels:
             return signed * self.translate
         most = math.floor(self.translate)
         return torch.floor((signed + 1) / 2 * (2 * most + 1)).clamp(max=2 * most) - most
+
+
+@functools.lru_cache(maxsize=8)
+def _smoothing(size: int, sigma: float) -> Tensor:
+    """From noise on a grid to pixels: a Gaussian's weights, (size, grid points); rows have norm 1.
+
+    The grid's step is sigma, or a pixel where that is more, and it reaches three sigma beyond the image.
+    """
+    step = max(sigma, 1.0)
+    beyond = math.ceil(3 * sigma / step)
+    points = torch.arange(-beyond, math.ceil((size - 1) / step) + beyond + 1, dtype=torch.float64) * step
+    weights = torch.exp(-((torch.arange(size, dtype=torch.float64)[:, None] - points) ** 2) / (2 * sigma**2))
+    return (weights / weights.norm(dim=1, keepdim=True)).float()
 
 
 def crop_boxes(
@@ -159,8 +215,10 @@ def _largest_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
     return height, width
 
 
-def resample(images: Tensor, rows: Tensor, affine: bool = False) -> Tensor:
-    """Crop, enlarge, mirror, and rotate, shift and zoom each image: one bilinear interpolation in all.
+def resample(
+    images: Tensor, rows: Tensor, affine: bool = False, warp: Tensor | None = None, cropped: bool = True
+) -> Tensor:
+    """Crop, enlarge, mirror, and rotate, shift, zoom and warp each image: one bilinear interpolation in all.
 
     Without ``affine`` this is torchvision's ``resized_crop`` (bilinear) followed by ``hflip``: a crop is
     enlarged with its own border pixels repeated, never with pixels from outside the box. With ``affine``
@@ -169,11 +227,15 @@ def resample(images: Tensor, rows: Tensor, affine: bool = False) -> Tensor:
     Args:
         images: (images, channels, height, width), any real type.
         rows: (images, 9) of :meth:`Augmentation.draw`, on the device of ``images``.
-        affine: whether the last four columns are used.
+        affine: whether the last four columns are used, and ``warp``.
+        warp: of :meth:`Augmentation.warp`, on the device of ``images``; None for no displacements.
+        cropped: whether the columns before are used; without them there is less to compute.
 
     Returns:
         float32, of the shape of ``images``, on the scale of ``images``.
     """
+    if affine and not cropped:
+        return _moved(images, rows, warp)
     height, width = images.shape[2:]
     # Pixel centres of the result, relative to the image's centre.
     x = (torch.arange(width, device=images.device, dtype=torch.float32) - (width - 1) / 2).expand(1, 1, -1)
@@ -181,6 +243,8 @@ def resample(images: Tensor, rows: Tensor, affine: bool = False) -> Tensor:
     inside = None
     if affine:
         x, y = _unmoved(x, y, rows)
+        if warp is not None:
+            x, y = x - warp[:, 0], y - warp[:, 1]
         # The weight that bilinear interpolation gives to the picture where the rest is black.
         inside = _fade(x, width) * _fade(y, height)
     x = torch.where(rows[:, FLIP, None, None] > 0, -x, x)
@@ -193,6 +257,26 @@ def resample(images: Tensor, rows: Tensor, affine: bool = False) -> Tensor:
     )
     moved = functional.grid_sample(images.float(), grid, mode="bilinear", align_corners=False)
     return moved if inside is None else moved * inside[:, None]
+
+
+def _moved(images: Tensor, rows: Tensor, warp: Tensor | None) -> Tensor:
+    """Rotate, shift, zoom and warp whole images, with what is outside of them black."""
+    height, width = images.shape[2:]
+    cos, sin = torch.cos(rows[:, ANGLE]) / rows[:, ZOOM], torch.sin(rows[:, ANGLE]) / rows[:, ZOOM]
+    right, down = rows[:, RIGHT], rows[:, DOWN]
+    x = torch.arange(width, device=images.device, dtype=torch.float32) - (width - 1) / 2
+    y = torch.arange(height, device=images.device, dtype=torch.float32) - (height - 1) / 2
+    # Where points lay before, as a part that a row of pixels shares plus one along the row.
+    shared_x = sin[:, None] * y - (cos * right + sin * down)[:, None]
+    shared_y = cos[:, None] * y - (cos * down - sin * right)[:, None]
+    before_x = torch.addcmul(shared_x[:, :, None], cos[:, None, None], x)
+    before_y = torch.addcmul(shared_y[:, :, None], sin[:, None, None], x, value=-1)
+    if warp is not None:
+        before_x -= warp[:, 0]
+        before_y -= warp[:, 1]
+    # -1 and 1 are the outer edges of the border pixels.
+    grid = torch.stack([before_x.mul_(2 / width), before_y.mul_(2 / height)], dim=-1)
+    return functional.grid_sample(images.float(), grid, mode="bilinear", align_corners=False)
 
 
 def _unmoved(x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ class AugmentConfig:
     translate: float = 0.0
     whole_pixels: bool = False
     zoom: float = 0.0
+    elastic: float = 0.0
+    elastic_smoothness: float = 4.0
 
 
 @dataclass

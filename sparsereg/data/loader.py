@@ -11,8 +11,8 @@ from torch import Tensor
 from sparsereg.data.augment import Augmentation, resample
 from sparsereg.errors import InputError
 
-_ORDER, _AUGMENT = 0, 1
-"""Streams of random numbers of an epoch: adding a third changes neither."""
+_ORDER, _AUGMENT, _WARP = 0, 1, 2
+"""Streams of random numbers of an epoch: adding another changes none of them."""
 
 
 class ImageStore(Protocol):
@@ -104,6 +104,10 @@ class EpochOrder:
     def augmentation_generator(self) -> torch.Generator:
         """A fresh generator on the CPU for this epoch's augmentation."""
         return self._generator(_AUGMENT)
+
+    def warp_generator(self) -> torch.Generator:
+        """A fresh generator on the CPU for this epoch's elastic displacements."""
+        return self._generator(_WARP)
 
     def _generator(self, stream: int) -> torch.Generator:
         # SeedSequence mixes, so neighbouring seeds, epochs and streams have nothing in common; the CPU's
@@ -227,7 +231,7 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.positions[self.sampler.order()]
-        generator = self.sampler.augmentation_generator()
+        generator, warping = self.sampler.augmentation_generator(), self.sampler.warp_generator()
         parts = [self.share.of(*bounds) for bounds in self.bounds]
         own = [order[first:last] for first, last in parts]
         own_labels = self.labels.index_select(0, torch.cat(own).to(self.device)).split([len(p) for p in own])
@@ -237,6 +241,13 @@ class DeviceLoader:
             if self.augmentation is None:
                 yield self.normalise(images), labels
                 continue
-            rows = self.augmentation.draw(stop - start, *self.store.image_shape[1:], generator)
-            rows = rows[first - start : last - start].to(self.device, non_blocking=True)
-            yield self.normalise(resample(images, rows, self.augmentation.affine)), labels
+            size = (stop - start, *self.store.image_shape[1:])
+            rows = self._own(self.augmentation.draw(*size, generator), first - start, last - start)
+            warp = self.augmentation.warp(*size, warping)
+            if warp is not None:
+                warp = self._own(warp, first - start, last - start)
+            moved = resample(images, rows, self.augmentation.affine, warp, self.augmentation.cropped)
+            yield self.normalise(moved), labels
+
+    def _own(self, drawn: Tensor, first: int, last: int) -> Tensor:
+        return drawn[first:last].to(self.device, non_blocking=True)

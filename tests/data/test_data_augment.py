@@ -120,7 +120,7 @@ def test_switches_do_not_disturb_each_other():
     {"crop_scale": (0.0, 1.0)}, {"crop_scale": (0.8, 1.2)}, {"crop_scale": (0.9, 0.8)},
     {"crop_scale": (0.8,)}, {"crop_ratio": (-1.0, 1.0)}, {"crop_ratio": (1.0, math.inf)},
     {"degrees": -1}, {"degrees": 181}, {"translate": -0.5}, {"translate": math.inf}, {"zoom": 1.0},
-    {"zoom": math.nan},
+    {"zoom": math.nan}, {"elastic": -1.0}, {"elastic": math.inf}, {"elastic_smoothness": 0.0},
 ])  # fmt: skip
 def test_wrong_settings(settings):
     (name,) = settings
@@ -141,3 +141,44 @@ def test_whole_pixels_move_images_without_blurring_them():
         values, counts = rows[:, column].unique(return_counts=True)
         assert values.tolist() == [-2, -1, 0, 1, 2]
         assert counts.min() > 60
+
+
+@pytest.mark.parametrize("smoothness", [0.5, 4.0, 7.0])
+def test_warps_have_the_standard_deviation_and_the_correlation_asked_for(smoothness):
+    settings = Augmentation(elastic=1.5, elastic_smoothness=smoothness)
+    warp = settings.warp(20_000, 12, 16, generator()).double()
+    assert warp.std().item() == pytest.approx(1.5, rel=0.02)
+    deviation = warp.pow(2).mean(0).sqrt()
+    assert deviation.min() > 1.4
+    assert deviation.max() < 1.6
+    # White noise under a Gaussian of width s is correlated as exp(-d^2 / (4 s^2)) at a distance of d.
+    for distance in (1, 4, 8):
+        across = (warp[..., distance:] * warp[..., :-distance]).mean() / 1.5**2
+        down = (warp[:, :, distance:] * warp[:, :, :-distance]).mean() / 1.5**2
+        expected = math.exp(-(distance**2) / (4 * smoothness**2)) if smoothness > 1 else None
+        if expected is not None:
+            assert across.item() == pytest.approx(expected, abs=0.03)
+            assert down.item() == pytest.approx(expected, abs=0.03)
+    assert (warp[:, 0] * warp[:, 1]).mean().abs() < 0.03  # the two axes have nothing in common
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 17, 40)])
+@pytest.mark.parametrize("elastic", [0.0, 2.0])
+def test_without_crops_the_short_way_gives_the_same(shape, elastic):
+    batch = images(shape=shape)
+    settings = Augmentation(degrees=30, translate=3, zoom=0.2, elastic=elastic)
+    rows, warp = (f(64, *shape[1:], generator()) for f in (settings.draw, settings.warp))
+    assert not settings.cropped
+    long, short = (resample(batch, rows, True, warp, cropped) for cropped in (True, False))
+    torch.testing.assert_close(short, long, rtol=0, atol=2e-2)
+
+
+def test_a_warp_moves_what_it_says():
+    batch = images(8, (1, 14, 14))
+    rows = Augmentation(elastic=1.0).draw(8, 14, 14, generator())
+    warp = torch.zeros(8, 2, 14, 14)
+    warp[:, 0], warp[:, 1] = 2.0, -1.0
+    moved = resample(batch, rows, affine=True, warp=warp)
+    torch.testing.assert_close(moved[..., :13, 2:], batch[..., 1:, :12].float(), rtol=0, atol=1e-2)
+    assert (moved[..., 13, :] == 0).all()
+    assert (moved[..., :2] == 0).all()
