@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsereg.errors import InputError
+from sparsereg.errors import InputError, interpolation_error
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Run = Callable[[DictConfig], Path]
@@ -69,6 +69,7 @@ def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None
         named = {argument.partition("=")[0] for argument in arguments[1:]}
         _implied[:] = [c for c in choices(arguments[1:]) if c.partition("=")[0] not in named]
         sys.argv[1:1] = _implied
+        OmegaConf.register_new_resolver("checkpoint_of_job", _checkpoint_of_job, replace=True)
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
         if failed:
             raise failed[0]
@@ -82,6 +83,12 @@ def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None
         sys.exit(141)
     except BaseException as error:
         sys.exit(report(name, error))
+
+
+def _checkpoint_of_job(number: int) -> str:
+    from sparsereg.sweep import checkpoint_of_job
+
+    return checkpoint_of_job(number)
 
 
 def user_overrides() -> list[str]:
@@ -109,7 +116,7 @@ def wrong_input() -> Iterator[None]:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(one_line(str(error))) from error
+        raise InputError(interpolation_error(str(error)) or one_line(str(error))) from error
 
 
 def report(name: str, error: BaseException) -> int:
@@ -147,6 +154,8 @@ def _is_about_outputs(error: OSError) -> bool:
 def _config_message(name: str, error: BaseException) -> str:
     """Shorten what Hydra and OmegaConf say about a configuration, and name the nearest key."""
     text = str(error)
+    if (said := interpolation_error(text)) is not None:
+        return said
     unknown = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if unknown and ("not in" in text or "To append" in text):
         key = unknown.group(1)

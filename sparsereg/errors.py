@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     The scripts print it as ``error: ...`` and end with exit code 2, without a traceback.
     """
+
+
+def interpolation_error(text: str) -> str | None:
+    """Return what a resolver said, out of OmegaConf's message around it; None for another message."""
+    _, found, said = text.partition("\n")[0].partition(" raised while resolving interpolation: ")
+    return said if found else None

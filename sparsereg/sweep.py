@@ -13,9 +13,12 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import sparsereg
+from sparsereg.errors import InputError, interpolation_error
 from sparsereg.files import write_atomically, write_json
 
 
@@ -38,8 +41,14 @@ def run_job(
     job: dict[str, Any] = {
         "job": int(hydra_cfg.job.num),
         "overrides": list(hydra_cfg.overrides.task),
-        "digest": digest(name, cfg),
     }
+    try:
+        job["digest"] = digest(name, cfg)
+    except OmegaConfBaseException as error:
+        refused = InputError(interpolation_error(str(error)) or str(error))
+        code = code_of(refused)
+        write_json(folder / "job.json", {**job, "status": "failed", "error": str(refused), "code": code})
+        return
     done = None if cfg.get("rerun") else _finished(folder.parent.parent, job["digest"])
     if done is not None:
         print(f"job {job['job']} ({' '.join(job['overrides'])}): finished before, in {done}", flush=True)
@@ -52,6 +61,20 @@ def run_job(
         write_json(folder / "job.json", {**job, "status": "failed", "error": str(error), "code": code})
     else:
         write_json(folder / "job.json", {**job, "status": "finished", "results": str(results)})
+
+
+def checkpoint_of_job(number: int) -> str:
+    """Return the tested checkpoint of an earlier job of this sweep: ``${checkpoint_of_job:0}`` in a file.
+
+    Raises:
+        InputError: there is no sweep, or that job has not finished.
+    """
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        raise InputError(f"this run starts from job {number} of a sweep: give -m")
+    job = _read(Path(HydraConfig.get().sweep.dir) / str(number) / "job.json")
+    if not job.get("results"):
+        raise InputError(f"this run starts from job {number} of its sweep, which has not finished")
+    return str(_read(Path(job["results"]))["checkpoint"])
 
 
 def digest(name: str, cfg: DictConfig) -> str:
