@@ -103,7 +103,7 @@ STUDIES = {
 
 LIKE_THE_DOWNLOAD = {
     "mnist": (),
-    "cifar10": ("data.val_size=5000", "data.augment.flip=true", "data.augment.crop_scale=[0.8,1.0]"),
+    "cifar10": ("data.augment.flip=true", "data.augment.crop_scale=[0.8,1.0]"),
 }
 """What ``data=npz`` needs to train as the download does, where a study does not say it."""
 
