@@ -47,6 +47,7 @@ class Study:
 
 ALL_IMAGES = "data.val_size=0"
 """Settings were chosen on 10,000 validation images; the runs of the tables train on all training images."""
+DIGITS = ("finetune.epochs=6", "seed=0,1,2")
 
 STUDIES = {
     "mnist_lenet300": Study(
@@ -88,15 +89,22 @@ STUDIES = {
     "digits": Study(
         "digits",
         {
-            "lambda_l0": ("experiment=digits_demo", "lambda_l0=5,15,30,60"),
+            "lambda_l0": ("experiment=digits_demo", "lambda_l0=5,15,30,60", *DIGITS),
             "target_sparsity": (
                 "experiment=digits_demo",
                 "lambda_l0=null",
-                "target_sparsity=0.43,0.815,0.93,0.976",
+                "target_sparsity=0.4,0.8,0.93,0.975",
+                *DIGITS,
             ),
         },
         "exact_sparsity",
-        "GoogleNet on scikit-learn's digits",
+        "GoogleNet on scikit-learn's digits, 18 epochs under gates and 6 of fine-tuning",
+    ),
+    "mnist_ablation": Study(
+        "mnist",
+        {"recipe": ("experiment=mnist_ablation",)},
+        "compacted_parameters",
+        "LeNet-300-100 on 20,000 images of MNIST: what each part of the recipe gives",
     ),
 }
 
@@ -130,7 +138,7 @@ def run(study: Study, archives: dict[str, Path]) -> pd.DataFrame:
         if done.returncode or not lines or not lines[-1].startswith("results: "):
             raise RuntimeError(f"a job of {label!r} failed, see above; the others are kept")
         table = pd.read_csv(lines[-1].removeprefix("results: "))
-        row = table["overrides"].str.extract(r"\brow=([a-z]+)", expand=False)
+        row = table["overrides"].str.extract(r"\brow=([a-z_]+?)(?:_\d+)?(?:\s|$)", expand=False)
         table.insert(0, "curve", row.fillna(label))  # a table's rows are curves of their own
         tables.append(table)
     frame = pd.concat(tables, ignore_index=True)
@@ -148,6 +156,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
             {
                 **dict(zip(setting, key, strict=True)),
                 "runs": len(runs),
+                "validation error %": _spread(100 * (1 - runs["val_acc"]), 2),
                 "test error %": _spread(error, 2),
                 "parameters": _spread(runs["compacted_parameters"], 0),
                 "exact sparsity": _spread(runs["exact_sparsity"], 4),
@@ -159,6 +168,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _spread(values: pd.Series, digits: int) -> str:
+    if values.isna().all():
+        return "-"
     mean = f"{values.mean():,.{digits}f}"
     return mean if len(values) < 2 else f"{mean} +- {values.std():,.{digits}f}"
 

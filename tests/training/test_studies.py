@@ -21,6 +21,7 @@ def test_summary_is_mean_and_standard_deviation_over_seeds():
             "curve": ["a", "a", "b"],
             "target_sparsity": [0.5, 0.5, None],
             "lambda_l0": [None, None, 1.0],
+            "val_acc": [None, None, 0.92],
             "test_acc": [0.98, 0.96, 0.9],
             "compacted_parameters": [10, 20, 30],
             "exact_sparsity": [0.5, 0.5, 0.1],
@@ -31,6 +32,7 @@ def test_summary_is_mean_and_standard_deviation_over_seeds():
     table = results.summary(frame)
     assert table["runs"].tolist() == [2, 1]
     assert table["test error %"].tolist() == ["3.00 +- 1.41", "10.00"]
+    assert table["validation error %"].tolist() == ["-", "8.00"]
     assert table["parameters"].tolist() == ["15 +- 7", "30"]
     assert table["open gates (first seed)"].tolist() == ["3-4", "2"]
 
