@@ -33,8 +33,8 @@ def run(cfg: DictConfig) -> Path:
         trainer.validate(module, datamodule=data, verbose=False)
         val_acc = metric(trainer, "val_acc")
     trainer.test(module, datamodule=data, verbose=False)
-    example = build.example_input(data)
     net.cpu()
+    example = build.example_input(data, net)
     count = Accountant(net, example).count()
     results = {
         "val_acc": val_acc,

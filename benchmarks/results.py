@@ -84,7 +84,7 @@ STUDIES = {
         "cifar10",
         {"rows": ("experiment=cifar10_small",)},
         "exact_sparsity",
-        "GoogleNet on 10,000 images of CIFAR-10, 8 epochs a row: the small protocol",
+        "GoogleNet on 10,000 images of CIFAR-10, 7 epochs a row: the small protocol",
     ),
     "digits": Study(
         "digits",

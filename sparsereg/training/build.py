@@ -479,9 +479,10 @@ def synchronise(cfg: DictConfig, net: nn.Module) -> nn.Module:
     return synchronise_batch_norm(net) if cfg.trainer.sync_batchnorm else net
 
 
-def example_input(data: ImageDataModule) -> torch.Tensor:
-    """Return one image of zeros, for tracing."""
-    return torch.zeros(1, *data.image_shape)
+def example_input(data: ImageDataModule, net: nn.Module) -> torch.Tensor:
+    """Return one image of zeros where a network is and of its type, for tracing."""
+    like = next(p for p in net.parameters() if p.is_floating_point())
+    return torch.zeros(1, *data.image_shape, device=like.device, dtype=like.dtype)
 
 
 def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:

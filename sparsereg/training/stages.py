@@ -96,7 +96,8 @@ def finetuning(before: Stage) -> Stage:
         before: under gates, with the tested weights in place.
     """
     device = before.module.device
-    net = compact(before.net.cpu().eval(), build.example_input(before.data)).to(device)
+    gated = before.net.cpu().eval()
+    net = compact(gated, build.example_input(before.data, gated)).to(device)
     cfg = finetuning_config(before.cfg)
     structure, teacher = storage.describe(net), before.teacher
     return _assemble(cfg, before.data, net.train(), structure, teacher, lambda: before.folder / "finetune")
@@ -152,7 +153,7 @@ def _assemble(
     make_folder: Callable[[], Path],
 ) -> Stage:
     net = build.synchronise(cfg, net)
-    accountant = Accountant(net, build.example_input(data).to(next(net.parameters()).device))
+    accountant = Accountant(net, build.example_input(data, net))
     module = build.build_module(cfg, net, data, structure, teacher)
     folder = make_folder()  # last of what can fail, so that a wrong input leaves none
     logger = build.build_logger(cfg.logger.name, folder)

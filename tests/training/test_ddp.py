@@ -62,3 +62,23 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, images, tiny):
             torch.testing.assert_close(weights[1][key], value, rtol=1e-6, atol=1e-8, msg=key)
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
     assert results[0]["test_acc"] == results[1]["test_acc"]
+
+
+@pytest.mark.slow
+def test_target_and_finetuning_of_two_processes_are_those_of_one(tmp_path, images, tiny):
+    common = [a for a in tiny if "batch_size" not in a and a != "trainer=cpu"]
+    common += ["callbacks.batch_norm.batch_size=16", "trainer.max_epochs=2", "finetune.epochs=1"]
+    common += ["model=lenet300", "target_sparsity=0.5", "optimizer=sgd_cosine", "optimizer.lr=0.01"]
+    common += ["data.limit_train_images=71", "trainer.precision=64-true"]
+    one = train(tmp_path / "one", *common, "trainer=cpu", "data.batch_size=32")
+    two = train(tmp_path / "two", *common, "trainer=ddp", "trainer.accelerator=cpu", "data.batch_size=16")
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
+    for key in ("open_gates_of", "compacted_parameters", "exact_sparsity", "test_acc"):
+        assert results[0][key] == results[1][key], key
+    assert results[0]["lambda_target"] == pytest.approx(results[1]["lambda_target"], rel=1e-6)
+    paths = [f / "finetune/checkpoints/last.ckpt" for f in (one, two)]
+    weights = [torch.load(path, weights_only=True)["state_dict"] for path in paths]
+    assert weights[0].keys() == weights[1].keys()
+    for key, value in weights[0].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(weights[1][key], value, rtol=1e-6, atol=1e-8, msg=key)
