@@ -238,17 +238,20 @@ class SparsityTarget(Callback):
 
 UNDECIDED = 1.1
 """Expected over allowed cost at the end, from which on meeting the target is worth a warning."""
+TRIES, ENOUGH = 100, 0.999
+"""Gates below the common level that may be tried one by one, and the share of the target that ends it."""
 MARGIN = 1e-3
 """How far from P(z > 0) = 1/2 a gate is put that is opened or shut, in units of P(z > 0)."""
 
 
 @torch.no_grad()
 def meet_(accountant: Accountant, cost: str, kept: float) -> float:
-    """Open or shut the gates nearest to the boundary until the exact cost is the largest that is allowed.
+    """Open or shut the gates nearest to the boundary until the exact cost is as large as is allowed.
 
     A gate that is opened lets next to nothing through, one that is shut did so before: the output hardly
-    changes. All gates are ranked by P(z > 0), and those above one common level end up open. Ranked are the
-    log odds of P(z > 0), since P itself rounds to 0 or 1.
+    changes. All gates are ranked by P(z > 0), and those above one common level end up open. A channel can
+    cost more than what is left below the target then; the next gates in the order that cost less are opened
+    instead. Ranked are the log odds of P(z > 0), since P itself rounds to 0 or 1.
 
     Args:
         accountant: of the network, whose gates are changed in place.
@@ -259,23 +262,46 @@ def meet_(accountant: Accountant, cost: str, kept: float) -> float:
         The share that stays; above ``kept`` only if a network with a single open gate costs more.
     """
     gates = accountant.network.gates
-    before = [g.log_alpha.clone() for g in gates]
-    odds = [g.log_alpha.double() - shift(g.temperature, g.gamma, g.zeta) for g in gates]
-    levels = sorted(set(torch.cat([o.flatten() for o in odds]).tolist()))
+    shapes = [(g.temperature, g.gamma, g.zeta) for g in gates]
+    odds = [g.log_alpha.double() - shift(*shape) for g, shape in zip(gates, shapes, strict=True)]
+    opened = [
+        g.log_alpha.clamp(min=log_alpha_at(0.5 + MARGIN, *shape))
+        for g, shape in zip(gates, shapes, strict=True)
+    ]
+    shut = [
+        g.log_alpha.clamp(max=log_alpha_at(0.5 - MARGIN, *shape))
+        for g, shape in zip(gates, shapes, strict=True)
+    ]
+    ranked = torch.cat([o.flatten() for o in odds])
+    levels = sorted(set(ranked.tolist()))
 
     def share(num_shut: int) -> float:
         """Put a level between the gates and return what stays."""
         level = levels[num_shut - 1] if num_shut else -math.inf
-        for gate, location, log_odds in zip(gates, before, odds, strict=True):
-            shape = gate.temperature, gate.gamma, gate.zeta
-            opened = location.clamp(min=log_alpha_at(0.5 + MARGIN, *shape))
-            shut = location.clamp(max=log_alpha_at(0.5 - MARGIN, *shape))
-            gate.log_alpha.copy_(torch.where(log_odds > level, opened, shut))
+        for i, gate in enumerate(gates):
+            gate.log_alpha.copy_(torch.where(odds[i] > level, opened[i], shut[i]))
         return exact_share(accountant, cost)
 
     # More shut levels never cost more: the first number of them that is cheap enough.
     num_shut = bisect.bisect_left(range(len(levels)), True, key=lambda n: share(n) <= kept)
-    return share(min(num_shut, len(levels) - 1))
+    num_shut = min(num_shut, len(levels) - 1)
+    reached = share(num_shut)
+    if num_shut == 0:
+        return reached
+    below = ranked.where(ranked <= levels[num_shut - 1], -math.inf).topk(min(TRIES, len(ranked)))
+    place = [(i, position) for i, o in enumerate(odds) for position in range(o.numel())]
+    for index, log_odds in zip(below.indices.tolist(), below.values.tolist(), strict=True):
+        if reached >= ENOUGH * kept or log_odds == -math.inf:
+            break
+        i, position = place[index]
+        log_alpha = gates[i].log_alpha.view(-1)
+        log_alpha[position] = opened[i].flatten()[position]
+        larger = exact_share(accountant, cost)
+        if reached < larger <= kept:
+            reached = larger
+        else:
+            log_alpha[position] = shut[i].flatten()[position]
+    return reached
 
 
 def exact_share(accountant: Accountant, cost: str) -> float:

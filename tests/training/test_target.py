@@ -73,7 +73,7 @@ def test_exact_count_meets_the_target_from_below(model, kept, cost):
     ranks = torch.cat([g.p_active().flatten() for g in hard_concretes(net).values()]).argsort()
     share = meet_(accountant, cost, kept)
     assert share == exact_share(accountant, cost)
-    assert kept - 0.01 <= share <= kept
+    assert 0.99 * kept <= share <= kept
     counted = count(net, torch.zeros(1, 1, 28, 28))
     full, left = (
         (counted.parameters, counted.compacted_parameters)
@@ -81,8 +81,10 @@ def test_exact_count_meets_the_target_from_below(model, kept, cost):
         else (counted.macs, counted.compacted_macs)
     )
     assert left / full == pytest.approx(share)
+    # The likeliest gates are the open ones, but for a few that fill what is left below the target.
     is_open = torch.cat([(g.median() > 0).flatten() for g in hard_concretes(net).values()])[ranks]
-    assert torch.equal(is_open, is_open.sort().values)  # the likeliest gates are the open ones
+    first_unlike = is_open.long().flip(0).argmin()  # from the likeliest on, the first that is shut
+    assert is_open.sum() - first_unlike < 60
 
 
 def test_meeting_the_target_hardly_changes_the_output():
