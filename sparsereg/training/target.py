@@ -11,6 +11,7 @@ goes on closing gates after the constraint holds. Here the integral starts again
 """
 
 import bisect
+import itertools
 import logging
 import math
 from dataclasses import dataclass
@@ -288,19 +289,47 @@ def meet_(accountant: Accountant, cost: str, kept: float) -> float:
     reached = share(num_shut)
     if num_shut == 0:
         return reached
-    below = ranked.where(ranked <= levels[num_shut - 1], -math.inf).topk(min(TRIES, len(ranked)))
-    place = [(i, position) for i, o in enumerate(odds) for position in range(o.numel())]
-    for index, log_odds in zip(below.indices.tolist(), below.values.tolist(), strict=True):
-        if reached >= ENOUGH * kept or log_odds == -math.inf:
+    next_below = ranked.where(ranked <= levels[num_shut - 1], -math.inf).topk(min(TRIES, len(ranked)))
+    candidates = next_below.indices[next_below.values > -math.inf].tolist()
+    return _fill_(accountant, cost, kept, reached, candidates, opened)
+
+
+def _fill_(
+    accountant: Accountant,
+    cost: str,
+    kept: float,
+    reached: float,
+    candidates: list[int],
+    opened: list[Tensor],
+) -> float:
+    """Open single gates, in this order, that fit between the share that is reached and the one allowed.
+
+    Args:
+        accountant: of the network, whose gates are changed in place.
+        cost: parameters or macs.
+        kept: share of it that may stay.
+        reached: share of it that stays now.
+        candidates: positions of shut gates in all gates' log_alpha, end to end.
+        opened: each gate's log_alpha when it is open, of its shape.
+
+    Returns:
+        The share that stays then.
+    """
+    gates = accountant.network.gates
+    starts = list(itertools.accumulate((g.log_alpha.numel() for g in gates), initial=0))
+    for candidate in candidates:
+        if reached >= ENOUGH * kept:
             break
-        i, position = place[index]
+        i = bisect.bisect_right(starts, candidate) - 1
+        position = candidate - starts[i]
         log_alpha = gates[i].log_alpha.view(-1)
-        log_alpha[position] = opened[i].flatten()[position]
+        before = log_alpha[position].clone()
+        log_alpha[position] = opened[i].view(-1)[position]
         larger = exact_share(accountant, cost)
         if reached < larger <= kept:
             reached = larger
         else:
-            log_alpha[position] = shut[i].flatten()[position]
+            log_alpha[position] = before
     return reached
 
 

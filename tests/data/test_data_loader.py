@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 NORMALISE = ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
-AUGMENT = Augmentation(flip=True, crop_scale=(0.5, 1.0), degrees=10)
+AUGMENT = Augmentation(flip=True, crop_scale=(0.5, 1.0), degrees=10, elastic=0.5)
 
 
 def loader(
