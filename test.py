@@ -40,7 +40,7 @@ def run(cfg: DictConfig) -> Path:
         "val_acc": val_acc,
         "test_acc": metric(trainer, "test_acc"),
         **gate_summary(net),
-        **count_summary(count),
+        **count_summary(count, net),
         "lambda_l0": checkpoint.config["lambda_l0"] if checkpoint.gated else None,
         "seed": checkpoint.config["seed"],
         "epochs": checkpoint.epoch,

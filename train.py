@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> Path:
     results = {
         **stage.test(),
         **gate_summary(stage.net),
-        **count_summary(stage.accountant.count()),
+        **count_summary(stage.accountant.count(), stage.net),
         **target_summary(cfg, stage.module, stage.accountant),
         "seed": cfg.seed,
         "epochs": stage.trainer.current_epoch,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from sparsereg.compression.count import full_costs
 from sparsereg.compression.graph import Analysis, Example, Network, evaluating, examples, trace
 from sparsereg.compression.ops import (
     SMALLEST_FOLD,
@@ -33,6 +34,8 @@ from sparsereg.compression.pad import rounded_pins
 
 logger = logging.getLogger(__name__)
 
+ORIGINAL = "original"
+"""Key in the ``meta`` of a compacted network: the size of the network that it was made from."""
 FLOAT64_TOLERANCE = 1e-7
 """Largest difference in float64, as a share of the output's spread. Not tighter: a float32 location on
 the very edge of closing may be open by 1e-8 when it is read in float64."""
@@ -58,7 +61,9 @@ def compact(
             in float64.
 
     Returns:
-        The network as a torch.fx.GraphModule: its ``code`` shows the forward pass.
+        The network as a torch.fx.GraphModule: its ``code`` shows the forward pass, and ``meta["original"]``
+        holds ``parameters`` and ``macs`` of the network that was compacted (of the first one, where a
+        compacted network is compacted again).
 
     Raises:
         InputError: the network cannot be traced.
@@ -74,6 +79,9 @@ def compact(
     smaller = build(network, analysis)
     if check:
         _check(network, analysis, smaller, examples(example_input))
+    costs = full_costs(network).values()
+    size = {"parameters": sum(n for n, _ in costs), "macs": sum(n for _, n in costs)}
+    smaller.meta[ORIGINAL] = getattr(model, "meta", {}).get(ORIGINAL, size)
     return smaller
 
 

@@ -97,11 +97,7 @@ class Accountant:
 
     def __init__(self, model: nn.Module, example_input: Example) -> None:
         self.network: Network = trace(model, example_input)
-        everything = {name: [_all(w) for w in op.input_widths] for name, op in self.network.ops.items()}
-        self._full = {
-            name: (op.num_parameters(everything[name], _all(op.width)), op.macs)
-            for name, op in self.network.ops.items()
-        }
+        self._full = full_costs(self.network)
         self.parameters = sum(parameters for parameters, _ in self._full.values())
         self.macs = sum(macs for _, macs in self._full.values())
 
@@ -172,6 +168,14 @@ def count(model: nn.Module, example_input: Example) -> Count:
         InputError: the network cannot be traced.
     """
     return Accountant(model, example_input).count()
+
+
+def full_costs(network: Network) -> dict[str, tuple[int, int]]:
+    """Return parameters and MACs of each operation with all its channels."""
+    return {
+        name: (op.num_parameters([_all(w) for w in op.input_widths], _all(op.width)), op.macs)
+        for name, op in network.ops.items()
+    }
 
 
 def _all(width: int) -> Mask:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from sparsereg.compression import graph as rules
+from sparsereg.compression.compact import ORIGINAL
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
 
@@ -151,7 +152,13 @@ def _plan(module: fx.GraphModule) -> dict[str, Any]:
             raise InputError(f"compacted networks with {node.target} cannot be saved yet; export() can")
         nodes.append([node.op, node.name, target, _encode(node.args), _encode(dict(node.kwargs))])
     parameters = {name: p.requires_grad for name, p in module.named_parameters()}
-    return {"name": type(module).__name__, "modules": modules, "nodes": nodes, "parameters": parameters}
+    return {
+        "name": type(module).__name__,
+        "modules": modules,
+        "nodes": nodes,
+        "parameters": parameters,
+        ORIGINAL: module.meta.get(ORIGINAL),
+    }
 
 
 def _module_plan(module: nn.Module, path: str) -> dict[str, Any]:
@@ -238,7 +245,10 @@ def _build(plan: dict[str, Any], weights: dict[str, torch.Tensor]) -> fx.GraphMo
             raise InputError(f"the file names the tensor method {target!r}, which is not on the list")
         made = graph.create_node(op, target, _decode(args, nodes), _decode(kwargs, nodes), name)
         nodes[name] = made
-    return fx.GraphModule(root, graph, class_name=plan["name"]).eval()  # type: ignore[return-value]
+    module = fx.GraphModule(root, graph, class_name=plan["name"])
+    if plan.get(ORIGINAL):  # files of before this was kept lack it
+        module.meta[ORIGINAL] = plan[ORIGINAL]
+    return module.eval()  # type: ignore[return-value]
 
 
 def _build_module(described: dict[str, Any], path: str) -> nn.Module:

@@ -9,6 +9,7 @@ from pytorch_lightning import Trainer
 from torch import nn
 
 from sparsereg.compression import Accountant, Count
+from sparsereg.compression.compact import ORIGINAL
 from sparsereg.config import target_key
 from sparsereg.penalties import hard_concretes
 from sparsereg.training.module import Classifier
@@ -38,14 +39,21 @@ def gate_summary(net: nn.Module) -> dict[str, Any]:
     }
 
 
-def count_summary(count: Count) -> dict[str, Any]:
-    """Return the exact accounting under the names of results.json."""
+def count_summary(count: Count, net: nn.Module) -> dict[str, Any]:
+    """Return the exact accounting under the names of results.json.
+
+    Args:
+        count: of the network.
+        net: the network; one that was compacted before also tells the size it had.
+    """
+    original = getattr(net, "meta", {}).get(ORIGINAL, {})
     return {
         "exact_sparsity": count.exact_sparsity,
         "parameters": count.parameters,
         "compacted_parameters": count.compacted_parameters,
         "macs": count.macs,
         "compacted_macs": count.compacted_macs,
+        **{f"original_{key}": number for key, number in original.items()},
     }
 
 
@@ -79,7 +87,14 @@ def target_summary(cfg: DictConfig, module: Classifier, accountant: Accountant) 
 def headline(results: dict[str, Any]) -> str:
     """Return the few lines that a script prints at the end."""
     keys = ("val_acc", "test_acc", "L_C0", "expected_sparsity", "exact_sparsity")
-    return "\n".join(f"{key:18s} {results[key]:.4f}" for key in keys if results[key] is not None)
+    lines = [f"{key:18s} {results[key]:.4f}" for key in keys if results[key] is not None]
+    if "original_parameters" in results:
+        left = results["compacted_parameters"] / results["original_parameters"]
+        lines.append(
+            f"made by compaction from a network of {results['original_parameters']:,} parameters, "
+            f"of which {1 - left:.4f} are gone"
+        )
+    return "\n".join(lines)
 
 
 def metric(trainer: Trainer, name: str) -> float | None:

@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsereg.compression import compact, is_compacted, load_compacted, save_compacted
+from sparsereg.compression import compact, count, is_compacted, load_compacted, save_compacted
 from sparsereg.errors import InputError
 from tests.compression.networks import NETWORKS, make, set_gates
 
@@ -26,6 +27,17 @@ def test_round_trip(name, tmp_path):
     assert torch.load(path, weights_only=True)["version"] == 1
     save_compacted(loaded, path)
     assert torch.equal(load_compacted(path)(x), smaller(x))
+
+
+def test_keeps_the_size_of_the_first_network(tmp_path):
+    network, x = make("googlenet")
+    full = count(network, x)
+    set_gates(network, "mixed")
+    loaded = load_compacted(save_compacted(compact(network, x, check=False), tmp_path / "c.pt"))
+    assert loaded.meta["original"] == {"parameters": full.parameters, "macs": full.macs}
+    assert count(loaded, x).parameters < full.parameters
+    again = compact(copy.deepcopy(loaded), x, check=False)
+    assert again.meta["original"] == loaded.meta["original"]
 
 
 def test_loaded_network_trains_and_frozen_weights_stay_frozen(tmp_path):

@@ -90,6 +90,12 @@ def test_prune_fine_tune_ship_in_three_commands(run, trained):
     shipped = run("test", f"ckpt_path={tuned.last}")
     assert shipped.results["test_acc"] == tuned.results["test_acc"]
     assert shipped.results["gates"] == 0
+    for cost in ("parameters", "macs"):  # of the network that all of this began with
+        assert tuned.results[f"original_{cost}"] == trained.results[cost]
+        assert shipped.results[f"original_{cost}"] == trained.results[cost]
+    gone = 1 - shipped.results["parameters"] / trained.results["parameters"]
+    assert f"{trained.results['parameters']:,} parameters, of which {gone:.4f} are gone" in shipped.out
+    assert "original_parameters" not in tested.results
 
 
 def test_wrong_input(run, trained):
