@@ -84,7 +84,7 @@ STUDIES = {
         "cifar10",
         {"rows": ("experiment=cifar10_small",)},
         "exact_sparsity",
-        "GoogleNet on 10,000 images of CIFAR-10, 7 epochs a row: the small protocol",
+        "GoogleNet on 10,000 images of CIFAR-10, few epochs: the small protocol",
     ),
     "digits": Study(
         "digits",
@@ -99,6 +99,20 @@ STUDIES = {
         },
         "exact_sparsity",
         "GoogleNet on scikit-learn's digits, 18 epochs under gates and 6 of fine-tuning",
+    ),
+    "digits_batch_norm": Study(
+        "digits",
+        {
+            "re-estimated": ("experiment=digits_demo", "lambda_l0=15,30", "seed=0,1,2"),
+            "as trained": (
+                "experiment=digits_demo",
+                "lambda_l0=15,30",
+                "callbacks.batch_norm.num_images=0",
+                "seed=0,1,2",
+            ),
+        },
+        "exact_sparsity",
+        "GoogleNet on scikit-learn's digits: BatchNorm statistics for the test-time gates",
     ),
     "mnist_ablation": Study(
         "mnist",

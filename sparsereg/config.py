@@ -142,7 +142,8 @@ def checked(cfg: DictConfig) -> DictConfig:
     require(t.anneal_epochs >= 1, "temperature.anneal_epochs", "an integer >= 1", t.anneal_epochs)
     one_of(merged.test_checkpoint, "test_checkpoint", ("last", "best"))
     b = merged.callbacks.batch_norm
-    require(b.num_images >= 2, "callbacks.batch_norm.num_images", "an integer >= 2", b.num_images)
+    enough = b.num_images == 0 or b.num_images >= 2
+    require(enough, "callbacks.batch_norm.num_images", "an integer >= 2, or 0 for never", b.num_images)
     require(b.batch_size >= 2, "callbacks.batch_norm.batch_size", "an integer >= 2", b.batch_size)
     warmup = merged.callbacks.penalty_warmup_epochs
     require(warmup >= 0, "callbacks.penalty_warmup_epochs", "a number >= 0", warmup)

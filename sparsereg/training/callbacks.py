@@ -84,7 +84,7 @@ class BatchNormEstimation(Callback):
     that the network that is tested is the one that was measured.
 
     Args:
-        num_images: training images to use.
+        num_images: training images to use; 0 leaves the statistics that training gathered.
         batch_size: images per batch.
     """
 
@@ -102,7 +102,7 @@ class BatchNormEstimation(Callback):
 
     def _estimate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, Classifier)
-        if not module.gated or module.batch_norm_is_current:
+        if not self.num_images or not module.gated or module.batch_norm_is_current:
             return
         batches: Iterator[Tensor] = trainer.datamodule.estimation_batches(  # type: ignore[attr-defined]
             self.num_images, self.batch_size

@@ -57,3 +57,17 @@ def test_no_batches_and_no_norms():
     with pytest.raises(ValueError, match="no batches"):
         estimate_batch_norm_(network(), [])
     assert estimate_batch_norm_(nn.Linear(2, 2), []) == 0
+
+
+def test_training_estimates_them_unless_told_not_to(run, tiny):
+    for num_images, batches_seen in ((32, 2), (0, 5)):  # of 16 images; an epoch has 72 training images
+        trained = run("train", *tiny, "trainer.max_epochs=1", f"callbacks.batch_norm.num_images={num_images}")
+        assert trained.code == 0, trained.err
+        seen = [v for k, v in trained.weights().items() if k.endswith("num_batches_tracked")]
+        assert seen
+        assert all(int(n) == batches_seen for n in seen)
+        tested = run("test", f"ckpt_path={trained.last}")
+        assert tested.results["test_acc"] == trained.results["test_acc"]
+    refused = run("train", *tiny, "callbacks.batch_norm.num_images=1")
+    assert refused.code == 2
+    assert "an integer >= 2, or 0 for never" in refused.err
