@@ -1,8 +1,10 @@
 """Rerun the figures of docs/results.md that a CPU can: sweeps of train.py, then a table and a plot of each.
 
-    python -m benchmarks.results                         all studies
+    python -m benchmarks.results                         all studies that a CPU can run
     python -m benchmarks.results mnist_lenet300 ...      some of them; --list names them
     python -m benchmarks.results --mnist F.npz --cifar10 F.npz    data from archives instead of downloads
+    python -m benchmarks.results cifar10_small --sweep outputs/train/multirun/STAMP/sweep.csv
+                                                         table and plot of a sweep that train.py ran
 
 Each study is one or more multiruns. Jobs that finished before are not repeated, so an interrupted study
 goes on where it stopped. Writes outputs/results/STUDY.csv (a row for each run) and STUDY.png.
@@ -13,8 +15,10 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -37,17 +41,33 @@ class Study:
         sweeps: label of a curve to the overrides of its multirun.
         x: column on the horizontal axis of the plot.
         about: what it shows.
+        published: points (x, test accuracy) to draw beside it.
+        gpu: it is too large for a CPU, and runs only where it is named.
     """
 
     data: str
     sweeps: dict[str, tuple[str, ...]]
     x: str
     about: str
+    published: tuple[tuple[float, float], ...] = ()
+    gpu: bool = False
 
 
 ALL_IMAGES = "data.val_size=0"
 """Settings were chosen on 10,000 validation images; the runs of the tables train on all training images."""
 DIGITS = ("finetune.epochs=6", "seed=0,1,2")
+
+PREDECESSOR = (
+    (0.0, 0.8957),
+    (0.06, 0.8787),
+    (0.10, 0.9000),
+    (0.22, 0.8656),
+    (0.39, 0.8862),
+    (0.55, 0.8279),
+    (0.64, 0.8588),
+    (0.815, 0.8022),
+)
+"""The predecessor's GoogleNet on CIFAR-10 (its sparsity leaves out what leaves with a channel)."""
 
 STUDIES = {
     "mnist_lenet300": Study(
@@ -85,6 +105,14 @@ STUDIES = {
         {"rows": ("experiment=cifar10_small",)},
         "exact_sparsity",
         "GoogleNet on 10,000 images of CIFAR-10, few epochs: the small protocol",
+    ),
+    "cifar10_table": Study(
+        "cifar10",
+        {"rows": ("experiment=cifar10_table", "trainer=gpu", "trainer.precision=bf16-mixed")},
+        "exact_sparsity",
+        "GoogleNet on CIFAR-10: on a GPU",
+        PREDECESSOR,
+        gpu=True,
     ),
     "digits": Study(
         "digits",
@@ -151,24 +179,39 @@ def run(study: Study, archives: dict[str, Path]) -> pd.DataFrame:
         lines = done.stdout.strip().splitlines()
         if done.returncode or not lines or not lines[-1].startswith("results: "):
             raise RuntimeError(f"a job of {label!r} failed, see above; the others are kept")
-        table = pd.read_csv(lines[-1].removeprefix("results: "))
-        row = table["overrides"].str.extract(r"\brow=([a-z_]+?)(?:_\d+)?(?:\s|$)", expand=False)
-        table.insert(0, "curve", row.fillna(label))  # a table's rows are curves of their own
-        tables.append(table)
-    frame = pd.concat(tables, ignore_index=True)
-    frame["open_gates_of"] = [json.loads(Path(p).read_text())["open_gates_of"] for p in frame["results"]]
-    return frame
+        tables.append(read_sweep(Path(lines[-1].removeprefix("results: ")), label))
+    return pd.concat(tables, ignore_index=True)
+
+
+def read_sweep(path: Path, label: str) -> pd.DataFrame:
+    """Return the rows of a sweep.csv with the curve that each belongs to and the open gates of its layers.
+
+    Args:
+        path: what ``train.py -m`` wrote.
+        label: name of the curve; rows of a table (``row=``) are curves of their own.
+
+    Raises:
+        InputError: results.json of a run is missing.
+    """
+    table = pd.read_csv(path)
+    row = table["overrides"].str.extract(r"\brow=([a-z_]+?)(?:_\d+)?(?:\s|$)", expand=False)
+    table.insert(0, "curve", row.fillna(label))
+    runs = [Path(p) for p in table["results"]]
+    for run_file in runs:
+        if not run_file.is_file():
+            raise InputError(f"{path} names {run_file}, which is not there: stand where train.py was started")
+    table["open_gates_of"] = [json.loads(p.read_text())["open_gates_of"] for p in runs]
+    return table
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """Return mean and standard deviation over the seeds, a row for each setting."""
-    setting = [c for c in ("curve", "target_sparsity", "lambda_l0") if c in frame and frame[c].notna().any()]
     rows = []
-    for key, runs in frame.groupby(setting, dropna=False):
+    for key, runs in settings(frame):
         error = 100 * (1 - runs["test_acc"])
         rows.append(
             {
-                **dict(zip(setting, key, strict=True)),
+                **key,
                 "runs": len(runs),
                 "validation error %": _spread(100 * (1 - runs["val_acc"]), 2),
                 "test error %": _spread(error, 2),
@@ -188,15 +231,29 @@ def _spread(values: pd.Series, digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} +- {values.std():,.{digits}f}"
 
 
+def settings(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Yield each setting of a study, and its runs with all seeds, in the order in which they ran."""
+    by = [c for c in ("curve", "target_sparsity", "lambda_l0") if c in frame and frame[c].notna().any()]
+    for key, runs in frame.groupby(by, dropna=False, sort=False):
+        yield dict(zip(by, key, strict=True)), runs
+
+
 def plot(frame: pd.DataFrame, study: Study, path: Path) -> None:
-    """Draw test accuracy against size, a point for each run."""
+    """Draw test accuracy against size: a point for each run, a line through the means over the seeds."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for label, runs in frame.groupby("curve"):
-        axes.plot(runs[study.x], 100 * runs["test_acc"], "o", label=label, alpha=0.7)
-    axes.set(xlabel=study.x, ylabel="test accuracy, %", title=study.about)
+    for i, (label, curve) in enumerate(frame.groupby("curve", sort=False)):
+        x, y = curve[study.x], 100 * curve["test_acc"]
+        axes.plot(x, y, ".", color=f"C{i % 10}", alpha=0.5)
+        means = sorted((runs[study.x].mean(), 100 * runs["test_acc"].mean()) for _, runs in settings(curve))
+        axes.plot(*zip(*means, strict=True), "o-", color=f"C{i % 10}", label=label)
+    if study.published:
+        x, y = zip(*study.published, strict=True)
+        axes.plot(x, [100 * v for v in y], "kx", label="published by the predecessor")
+    axes.set(xlabel=study.x.replace("_", " "), ylabel="test accuracy, %", title=study.about)
+    axes.title.set_size(10)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=8)
     write_atomically(path, lambda beside: figure.savefig(beside, dpi=150))
 
 
@@ -205,10 +262,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help="which to run; all if none is named")
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help="which to run; by default all for a CPU")
     parser.add_argument("--list", action="store_true", help="name the studies and stop")
     parser.add_argument("--mnist", type=Path, help="archive with train_images, train_labels, test_...")
     parser.add_argument("--cifar10", type=Path, help="the same of CIFAR-10")
+    parser.add_argument(
+        "--sweep", type=Path, nargs="+", help="sweep.csv of each multirun of one study, instead of running it"
+    )
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(f"{name:22s} {study.about}" for name, study in STUDIES.items()))
@@ -216,18 +276,26 @@ def main() -> None:
     unknown = [name for name in arguments.studies if name not in STUDIES]
     if unknown:
         parser.error(f"unknown study {unknown[0]!r}; expected {', '.join(STUDIES)}")
+    if arguments.sweep and len(arguments.studies) != 1:
+        parser.error("--sweep: name the one study that the sweeps belong to")
     archives = {n: p for n in ("mnist", "cifar10") if (p := getattr(arguments, n)) is not None}
-    for path in archives.values():
+    for path in [*archives.values(), *(arguments.sweep or ())]:
         if not path.is_file():
             parser.error(f"there is no file {path}")
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
     OUT.mkdir(parents=True, exist_ok=True)
-    for name in arguments.studies or STUDIES:
-        frame = run(STUDIES[name], archives)
+    for name in arguments.studies or [name for name, study in STUDIES.items() if not study.gpu]:
+        study = STUDIES[name]
+        if arguments.sweep:
+            labels = [*study.sweeps, *[f"sweep {i}" for i in range(len(arguments.sweep))]]
+            tables = [read_sweep(p, label) for p, label in zip(arguments.sweep, labels, strict=False)]
+            frame = pd.concat(tables, ignore_index=True)
+        else:
+            frame = run(study, archives)
         csv, png = OUT / f"{name}.csv", OUT / f"{name}.png"
         write_atomically(csv, lambda beside, frame=frame: frame.to_csv(beside, index=False))
-        plot(frame, STUDIES[name], png)
-        print(f"\n{STUDIES[name].about}\n{summary(frame).to_string(index=False)}\n{csv}\n{png}\n", flush=True)
+        plot(frame, study, png)
+        print(f"\n{study.about}\n{summary(frame).to_string(index=False)}\n{csv}\n{png}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from .conftest import ROOT
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import results
+from sparsereg.errors import InputError
 
 QUICK = ("model=lenet300", "data=digits", "data.image_size=8", "trainer=cpu", "trainer.max_epochs=1")
 
@@ -43,6 +44,12 @@ def test_study_runs_its_sweeps_and_draws_them(tmp_path, monkeypatch):
     sweeps = {"some": (*QUICK, "target_sparsity=0.5", "seed=0,1")}
     study = results.Study("digits", sweeps, "exact_sparsity", "digits")
     frame = results.run(study, {})
+    (sweep,) = Path("outputs").glob("train/multirun/*/sweep.csv")
+    pd.testing.assert_frame_equal(results.read_sweep(sweep, "some"), frame)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="stand where train.py was started"):
+        results.read_sweep(tmp_path / sweep, "some")
     assert frame["exact_sparsity"].between(0.5, 0.51).all()
     assert frame["open_gates_of"].iloc[0].keys() == {"input_gate", "hidden_gate1", "hidden_gate2"}
     results.plot(frame, study, Path("study.png"))
@@ -63,3 +70,27 @@ def test_every_study_names_experiments_that_there_are():
         for overrides in study.sweeps.values():
             named = [o.partition("=")[2] for o in overrides if o.startswith("experiment=")]
             assert set(named) <= names
+
+
+def test_plot_of_a_table_has_a_line_for_each_kind_of_row(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(figure, path, **settings):
+        drawn.append(figure)
+        path.touch()
+
+    monkeypatch.setattr(results.Figure, "savefig", draw)
+    frame = pd.DataFrame(
+        {
+            "curve": ["target", "target", "baseline"],
+            "target_sparsity": [0.8, 0.4, None],
+            "exact_sparsity": [0.8, 0.4, 0.0],
+            "test_acc": [0.7, 0.9, 0.8],
+        }
+    )
+    study = results.Study("digits", {}, "exact_sparsity", "t", published=((0.5, 0.85),))
+    results.plot(frame, study, tmp_path / "t.png")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].lines}
+    assert lines["target"] == [[0.4, 90.0], [0.8, 70.0]]
+    assert lines["baseline"] == [[0.0, 80.0]]
+    assert lines["published by the predecessor"] == [[0.5, 85.0]]
