@@ -131,13 +131,8 @@ STUDIES = {
     "digits_batch_norm": Study(
         "digits",
         {
-            "re-estimated": ("experiment=digits_demo", "lambda_l0=15,30", "seed=0,1,2"),
-            "as trained": (
-                "experiment=digits_demo",
-                "lambda_l0=15,30",
-                "callbacks.batch_norm.num_images=0",
-                "seed=0,1,2",
-            ),
+            "re-estimated": ("experiment=digits_demo", "seed=0,1,2"),
+            "as trained": ("experiment=digits_demo", "callbacks.batch_norm.num_images=0", "seed=0,1,2"),
         },
         "exact_sparsity",
         "GoogleNet on scikit-learn's digits: BatchNorm statistics for the test-time gates",
@@ -266,9 +261,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name the studies and stop")
     parser.add_argument("--mnist", type=Path, help="archive with train_images, train_labels, test_...")
     parser.add_argument("--cifar10", type=Path, help="the same of CIFAR-10")
-    parser.add_argument(
-        "--sweep", type=Path, nargs="+", help="sweep.csv of each multirun of one study, instead of running it"
-    )
+    files = "sweep.csv of the multiruns of one study, in its order, instead of running it"
+    parser.add_argument("--sweep", type=Path, nargs="+", help=files)
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(f"{name:22s} {study.about}" for name, study in STUDIES.items()))
@@ -287,8 +281,9 @@ def main() -> None:
     for name in arguments.studies or [name for name, study in STUDIES.items() if not study.gpu]:
         study = STUDIES[name]
         if arguments.sweep:
-            labels = [*study.sweeps, *[f"sweep {i}" for i in range(len(arguments.sweep))]]
-            tables = [read_sweep(p, label) for p, label in zip(arguments.sweep, labels, strict=False)]
+            whole = len(arguments.sweep) == len(study.sweeps)  # then they are in its order
+            labels = list(study.sweeps) if whole else [p.parent.name for p in arguments.sweep]
+            tables = [read_sweep(p, label) for p, label in zip(arguments.sweep, labels, strict=True)]
             frame = pd.concat(tables, ignore_index=True)
         else:
             frame = run(study, archives)
