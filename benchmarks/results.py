@@ -213,10 +213,15 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
                 "parameters": _spread(runs["compacted_parameters"], 0),
                 "exact sparsity": _spread(runs["exact_sparsity"], 4),
                 "MACs": _spread(runs["compacted_macs"], 0),
-                "open gates (first seed)": "-".join(str(n) for n in runs["open_gates_of"].iloc[0].values()),
+                "open gates (first seed)": _units(runs["open_gates_of"].iloc[0]),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _units(open_gates: dict[str, int]) -> str:
+    """As papers write them, 20-25-45-462; the sum where a network has many layers."""
+    return "-".join(map(str, open_gates.values())) if len(open_gates) < 6 else str(sum(open_gates.values()))
 
 
 def _spread(values: pd.Series, digits: int) -> str:

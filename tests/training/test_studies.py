@@ -27,7 +27,7 @@ def test_summary_is_mean_and_standard_deviation_over_seeds():
             "compacted_parameters": [10, 20, 30],
             "exact_sparsity": [0.5, 0.5, 0.1],
             "compacted_macs": [5, 5, 9],
-            "open_gates_of": [{"x": 3, "y": 4}, {"x": 1, "y": 1}, {"x": 2}],
+            "open_gates_of": [{"x": 3, "y": 4}, {"x": 1, "y": 1}, {f"blocks.{i}": 2 for i in range(21)}],
         }
     )
     table = results.summary(frame)
@@ -35,7 +35,7 @@ def test_summary_is_mean_and_standard_deviation_over_seeds():
     assert table["test error %"].tolist() == ["3.00 +- 1.41", "10.00"]
     assert table["validation error %"].tolist() == ["-", "8.00"]
     assert table["parameters"].tolist() == ["15 +- 7", "30"]
-    assert table["open gates (first seed)"].tolist() == ["3-4", "2"]
+    assert table["open gates (first seed)"].tolist() == ["3-4", "42"]
 
 
 @pytest.mark.slow
