@@ -195,7 +195,7 @@ def _check_data(checkpoint: Checkpoint, data: ImageDataModule) -> None:
     if (data.num_classes, tuple(data.image_shape)) != (checkpoint.num_classes, checkpoint.image_shape):
         raise InputError(
             f"the data have {data.num_classes} classes of images {tuple(data.image_shape)}, but "
-            f"ckpt_path={checkpoint.path} was trained on {checkpoint.num_classes} classes of images "
+            f"{checkpoint.named} was trained on {checkpoint.num_classes} classes of images "
             f"{checkpoint.image_shape}"
         )
 
@@ -255,7 +255,7 @@ def build_teacher(cfg: DictConfig, data: ImageDataModule) -> Distillation | None
     d = cfg.get("distill")
     if d is None or d.ckpt_path is None:
         return None
-    checkpoint = checkpoints.read(d.ckpt_path)
+    checkpoint = checkpoints.read(d.ckpt_path, "distill.ckpt_path")
     _check_data(checkpoint, data)
     return Distillation(_in_memory_format(cfg, restore(checkpoint)), d.weight, d.temperature)
 

@@ -36,6 +36,7 @@ class Checkpoint:
     """A training checkpoint.
 
     Attributes:
+        named: the setting and the file, ``ckpt_path=F``, for messages.
         path: the file.
         weights: state dict of the network.
         config: resolved configuration of the run that wrote it.
@@ -47,6 +48,7 @@ class Checkpoint:
         structure: of a compacted network, see :func:`sparsereg.compression.storage.describe`; else None.
     """
 
+    named: str
     path: Path
     weights: dict[str, Tensor]
     config: dict[str, Any]
@@ -58,31 +60,35 @@ class Checkpoint:
     structure: str | None = None
 
 
-def read(path: str | Path) -> Checkpoint:
+def read(path: str | Path, key: str = "ckpt_path") -> Checkpoint:
     """Read a checkpoint; only tensors, numbers, strings and containers of them are ever loaded.
+
+    Args:
+        path: the file.
+        key: the setting that names it.
 
     Raises:
         InputError: the file is missing, truncated, or not a checkpoint of train.py.
     """
     path = Path(path)
+    named = f"{key}={path}"
     if not path.is_file():
-        raise InputError(
-            f"ckpt_path={path}: no such file; expected a checkpoint such as RUN/checkpoints/last.ckpt"
-        )
+        raise InputError(f"{named}: no such file; expected a checkpoint such as RUN/checkpoints/last.ckpt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise InputError(
-            f"ckpt_path={path}: cannot be read, it is truncated or not a checkpoint ({type(error).__name__})"
+            f"{named}: cannot be read, it is truncated or not a checkpoint ({type(error).__name__})"
         ) from error
     if isinstance(content, dict) and content.get("format") == storage.FORMAT:
-        return _compacted(path)
+        return _compacted(path, named)
     if not isinstance(content, dict) or "sparsereg" not in content or "state_dict" not in content:
-        raise InputError(f"ckpt_path={path}: not a checkpoint that train.py wrote")
+        raise InputError(f"{named}: not a checkpoint that train.py wrote")
     ours = content["sparsereg"]
     prefix = "net."
     channels, height, width = ours["image_shape"]
     return Checkpoint(
+        named=named,
         path=path,
         weights={k[len(prefix) :]: v for k, v in content["state_dict"].items() if k.startswith(prefix)},
         config=ours["config"],
@@ -95,14 +101,15 @@ def read(path: str | Path) -> Checkpoint:
     )
 
 
-def _compacted(path: Path) -> Checkpoint:
+def _compacted(path: Path, named: str) -> Checkpoint:
     """Read a file that test.py wrote with compact=true."""
     net = storage.load_compacted(path)
     notes = net.meta["notes"]
     if "config" not in notes:
-        raise InputError(f"ckpt_path={path}: a compacted network, but not one that test.py wrote")
+        raise InputError(f"{named}: a compacted network, but not one that test.py wrote")
     channels, height, width = notes["image_shape"]
     return Checkpoint(
+        named=named,
         path=path,
         weights=net.state_dict(),
         config={**notes["config"], "model": {"name": COMPACTED}},
@@ -173,7 +180,7 @@ def load_weights_(net: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
     if 0 < len(new) < len(gates):
         found.append(f"it has only some of the gates; missing: {_some(list(new))}")
     if found:
-        raise InputError(f"ckpt_path={checkpoint.path} does not fit this network: {'; '.join(found)}")
+        raise InputError(f"{checkpoint.named} does not fit this network: {'; '.join(found)}")
     net.load_state_dict({**{k: own[k] for k in new}, **checkpoint.weights})
     return new
 

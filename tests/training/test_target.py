@@ -247,7 +247,7 @@ def test_averaged_weights_differ_from_the_last_and_resume(run, tiny):
         (["target.ramp=0", "target_sparsity=0.5"], "target.ramp"),
         (["finetune.epochs=-1"], "finetune.epochs"),
         (["finetune.epochs=1", "without_using_gate=true"], "finetune.epochs"),
-        (["distill.ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["distill.ckpt_path=nowhere.ckpt"], "error: distill.ckpt_path=nowhere.ckpt: no such file"),
         (["distill.weight=2"], "distill.weight"),
         (["ema_decay=1"], "ema_decay"),
         (["label_smoothing=1"], "label_smoothing"),
