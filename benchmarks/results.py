@@ -186,9 +186,14 @@ def read_sweep(path: Path, label: str) -> pd.DataFrame:
         label: name of the curve; rows of a table (``row=``) are curves of their own.
 
     Raises:
-        InputError: results.json of a run is missing.
+        InputError: it is no such table, or results.json of a run is missing.
     """
-    table = pd.read_csv(path)
+    try:
+        table = pd.read_csv(path)
+    except ValueError as error:  # pandas' errors of reading are ValueErrors
+        raise InputError(f"{path} is no table: {error}") from error
+    if not {"overrides", "results"} <= set(table.columns):
+        raise InputError(f"{path} is not what train.py -m writes: it has no columns overrides and results")
     row = table["overrides"].str.extract(r"\brow=([a-z_]+?)(?:_\d+)?(?:\s|$)", expand=False)
     table.insert(0, "curve", row.fillna(label))
     runs = [Path(p) for p in table["results"]]

@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsereg.errors import InputError, interpolation_error
+from sparsereg.errors import InputError, interpolation_error, type_error
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Run = Callable[[DictConfig], Path]
@@ -116,7 +116,8 @@ def wrong_input() -> Iterator[None]:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(interpolation_error(str(error)) or one_line(str(error))) from error
+        said = interpolation_error(str(error)) or type_error(str(error))
+        raise InputError(said or one_line(str(error))) from error
 
 
 def report(name: str, error: BaseException) -> int:
@@ -154,7 +155,7 @@ def _is_about_outputs(error: OSError) -> bool:
 def _config_message(name: str, error: BaseException) -> str:
     """Shorten what Hydra and OmegaConf say about a configuration, and name the nearest key."""
     text = str(error)
-    if (said := interpolation_error(text)) is not None:
+    if (said := interpolation_error(text) or type_error(text)) is not None:
         return said
     unknown = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if unknown and ("not in" in text or "To append" in text):

@@ -122,6 +122,27 @@ class TrainConfig:
     callbacks: CallbacksConfig = field(default_factory=CallbacksConfig)
 
 
+TRAINER_INTEGERS = (
+    "max_epochs",
+    "min_epochs",
+    "max_steps",
+    "min_steps",
+    "accumulate_grad_batches",
+    "check_val_every_n_epoch",
+    "log_every_n_steps",
+    "num_nodes",
+    "num_sanity_val_steps",
+)
+TRAINER_NUMBERS = (
+    "limit_train_batches",
+    "limit_val_batches",
+    "limit_test_batches",
+    "overfit_batches",
+    "gradient_clip_val",
+)
+"""Keys of Lightning's Trainer that it takes without a look at their type, and fails on later."""
+
+
 def checked(cfg: DictConfig) -> DictConfig:
     """Return the training configuration with types checked and ranges checked.
 
@@ -131,6 +152,7 @@ def checked(cfg: DictConfig) -> DictConfig:
     """
     merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), cfg)
     assert isinstance(merged, DictConfig)
+    _check_trainer_numbers(merged.trainer)
     if merged.lambda_l0 is not None:
         require(merged.lambda_l0 >= 0, "lambda_l0", "a number >= 0", merged.lambda_l0)
     require(merged.lambda_l2 >= 0, "lambda_l2", "a number >= 0", merged.lambda_l2)
@@ -153,6 +175,18 @@ def checked(cfg: DictConfig) -> DictConfig:
     if merged.callbacks.compact_every_n_epochs and not merged.without_using_gate:
         _check_compaction(merged)
     return merged
+
+
+def _check_trainer_numbers(trainer: Any) -> None:
+    """Raise an InputError for text where Lightning's Trainer expects a number."""
+    for keys, kinds, expected in (
+        (TRAINER_INTEGERS, int, "an integer"),
+        (TRAINER_NUMBERS, int | float, "a number"),
+    ):
+        for key in keys:
+            value = trainer.get(key)
+            fits = value is None or (isinstance(value, kinds) and not isinstance(value, bool))
+            require(fits, f"trainer.{key}", expected, value)
 
 
 def _check_compaction(cfg: DictConfig) -> None:

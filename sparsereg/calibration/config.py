@@ -13,7 +13,7 @@ from sparsereg.calibration.losses import LOSSES
 from sparsereg.calibration.report import WEIGHT_FORMATS
 from sparsereg.calibration.selection import METHODS, method_of
 from sparsereg.config import TemperatureConfig, one_of, require
-from sparsereg.errors import InputError
+from sparsereg.errors import InputError, type_error
 
 UNTOUCHABLE = ("error", "drop", "keep")
 DEVICES = ("auto", "cpu", "cuda")
@@ -75,8 +75,8 @@ def checked(cfg: DictConfig) -> DictConfig:
     try:
         c = OmegaConf.merge(OmegaConf.structured(CalibrateConfig), cfg)
     except ValidationError as error:
-        said = str(error).partition("\n")[0]
-        raise InputError(f"{error.full_key}={OmegaConf.select(cfg, str(error.full_key))}: {said}") from error
+        key, said = str(error.full_key), str(error).partition("\n")[0]
+        raise InputError(type_error(str(error)) or f"{key}={OmegaConf.select(cfg, key)}: {said}") from error
     assert isinstance(c, DictConfig)
     if c.num_households is not None:
         require(c.num_households >= 1, "num_households", "an integer >= 1, or null", c.num_households)

@@ -16,7 +16,7 @@ from sparsereg.data.image_folder import ImageFolder
 from sparsereg.data.mnist import Mnist
 from sparsereg.data.module import ImageDataModule, Source
 from sparsereg.data.npz import Npz
-from sparsereg.errors import InputError
+from sparsereg.errors import InputError, type_error
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "cifar10": Cifar10,
@@ -70,7 +70,8 @@ def _checked(cfg: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
         merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), given))
     except OmegaConfBaseException as error:
         key = f"data.{error.full_key}" if error.full_key else "data"
-        raise InputError(f"{key}: {str(error).splitlines()[0]}") from error
+        said = type_error(str(error), key) or f"{key}: {str(error).splitlines()[0]}"
+        raise InputError(said) from error
     assert isinstance(merged, dict)
     return {str(key): value for key, value in merged.items()}
 
