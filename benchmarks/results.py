@@ -178,6 +178,22 @@ def run(study: Study, archives: dict[str, Path]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def read_sweeps(study: Study, paths: list[Path]) -> pd.DataFrame:
+    """Return the rows of multiruns that were run before, as :func:`run` does.
+
+    Args:
+        study: that they belong to.
+        paths: their sweep.csv; of all multiruns of the study, in its order, or of some, which are then named
+            by their folders.
+
+    Raises:
+        InputError: see :func:`read_sweep`.
+    """
+    labels = list(study.sweeps) if len(paths) == len(study.sweeps) else [p.parent.name for p in paths]
+    tables = [read_sweep(path, label) for path, label in zip(paths, labels, strict=True)]
+    return pd.concat(tables, ignore_index=True)
+
+
 def read_sweep(path: Path, label: str) -> pd.DataFrame:
     """Return the rows of a sweep.csv with the curve that each belongs to and the open gates of its layers.
 
@@ -290,13 +306,7 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     for name in arguments.studies or [name for name, study in STUDIES.items() if not study.gpu]:
         study = STUDIES[name]
-        if arguments.sweep:
-            whole = len(arguments.sweep) == len(study.sweeps)  # then they are in its order
-            labels = list(study.sweeps) if whole else [p.parent.name for p in arguments.sweep]
-            tables = [read_sweep(p, label) for p, label in zip(arguments.sweep, labels, strict=True)]
-            frame = pd.concat(tables, ignore_index=True)
-        else:
-            frame = run(study, archives)
+        frame = read_sweeps(study, arguments.sweep) if arguments.sweep else run(study, archives)
         csv, png = OUT / f"{name}.csv", OUT / f"{name}.png"
         write_atomically(csv, lambda beside, frame=frame: frame.to_csv(beside, index=False))
         plot(frame, study, png)
