@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sparsereg.checks import check_below_one
 from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
 from sparsereg.penalties import GatedTensor, gated_tensors
 
@@ -29,6 +30,8 @@ class LeNet300(nn.Module):
         gate: ``units`` or ``none``.
         droprate_init: initial dropout rate of all gates, or one for each of the 3 groups (the paper's
             experiments start the inputs at 0.2 and the hidden units at 0.5).
+        dropout: rate in [0, 1) at which single activations are dropped in training where the gates sit,
+            for all or one for each of the 3 groups; 0 drops none. It stays in the compacted network.
         **gate_settings: other keyword arguments of :class:`~sparsereg.model.basic_l0_blocks.L0Gate`.
 
     Raises:
@@ -41,6 +44,7 @@ class LeNet300(nn.Module):
         image_shape: Sequence[int] = (1, 28, 28),
         gate: str = "units",
         droprate_init: Init = 0.5,
+        dropout: Init = 0.0,
         **gate_settings: object,
     ) -> None:
         super().__init__()
@@ -49,6 +53,7 @@ class LeNet300(nn.Module):
         gates = _gates(gate, (inputs, 300, 100), droprate_init, gate_settings)
         self.flatten = nn.Flatten()
         self.input_gate, self.hidden_gate1, self.hidden_gate2 = gates
+        self.input_drop, self.hidden_drop1, self.hidden_drop2 = _dropouts(dropout, 3)
         self.fc1 = nn.Linear(inputs, 300)
         self.fc2 = nn.Linear(300, 100)
         self.fc3 = nn.Linear(100, num_classes)
@@ -58,9 +63,9 @@ class LeNet300(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (batch, channels, height, width) to logits (batch, num_classes)."""
-        x = self.input_gate(self.flatten(x))
-        x = self.hidden_gate1(self.act1(self.fc1(x)))
-        x = self.hidden_gate2(self.act2(self.fc2(x)))
+        x = self.input_drop(self.input_gate(self.flatten(x)))
+        x = self.hidden_drop1(self.hidden_gate1(self.act1(self.fc1(x))))
+        x = self.hidden_drop2(self.hidden_gate2(self.act2(self.fc2(x))))
         return self.fc3(x)
 
 
@@ -79,6 +84,8 @@ class LeNet5(nn.Module):
         image_shape: (channels, height, width) of the images, at least 4 x 4 pixels.
         gate: ``units`` or ``none``.
         droprate_init: initial dropout rate of all gates, or one for each of the 4 groups.
+        dropout: rate in [0, 1) at which single activations are dropped in training where the gates sit,
+            for all or one for each of the 4 groups; 0 drops none. It stays in the compacted network.
         **gate_settings: other keyword arguments of :class:`~sparsereg.model.basic_l0_blocks.L0Gate`.
 
     Raises:
@@ -91,6 +98,7 @@ class LeNet5(nn.Module):
         image_shape: Sequence[int] = (1, 28, 28),
         gate: str = "units",
         droprate_init: Init = 0.5,
+        dropout: Init = 0.0,
         **gate_settings: object,
     ) -> None:
         super().__init__()
@@ -99,6 +107,7 @@ class LeNet5(nn.Module):
         units = 50 * _conv_out(height, padding) * _conv_out(width, padding)
         gates = _gates(gate, (20, 50, units, 500), droprate_init, gate_settings)
         self.conv_gate1, self.conv_gate2, self.input_gate, self.hidden_gate = gates
+        self.conv_drop1, self.conv_drop2, self.input_drop, self.hidden_drop = _dropouts(dropout, 4)
         self.conv1 = nn.Conv2d(channels, 20, 5, padding=padding)
         self.conv2 = nn.Conv2d(20, 50, 5, padding=padding)
         self.pool1 = nn.MaxPool2d(2)
@@ -113,10 +122,10 @@ class LeNet5(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (batch, channels, height, width) to logits (batch, num_classes)."""
-        x = self.conv_gate1(self.act1(self.pool1(self.conv1(x))))
-        x = self.conv_gate2(self.act2(self.pool2(self.conv2(x))))
-        x = self.input_gate(self.flatten(x))
-        x = self.hidden_gate(self.act3(self.fc1(x)))
+        x = self.conv_drop1(self.conv_gate1(self.act1(self.pool1(self.conv1(x)))))
+        x = self.conv_drop2(self.conv_gate2(self.act2(self.pool2(self.conv2(x)))))
+        x = self.input_drop(self.input_gate(self.flatten(x)))
+        x = self.hidden_drop(self.hidden_gate(self.act3(self.fc1(x))))
         return self.fc2(x)
 
 
@@ -172,14 +181,22 @@ def _gates(
 ) -> list[nn.Module]:
     if gate == "none":
         return [nn.Identity() for _ in sizes]
-    rates = [droprate_init] * len(sizes) if isinstance(droprate_init, (int, float)) else list(droprate_init)
-    if len(rates) != len(sizes):
-        raise ValueError(
-            f"droprate_init must be one rate or {len(sizes)}, one for each group of gates, got {rates!r}"
-        )
+    rates = _for_each_group("droprate_init", droprate_init, len(sizes))
     return [
         GateFactory(droprate_init=rate, **settings)(size) for size, rate in zip(sizes, rates, strict=True)
     ]
+
+
+def _dropouts(dropout: Init, groups: int) -> list[nn.Module]:
+    rates = [check_below_one("dropout", rate) for rate in _for_each_group("dropout", dropout, groups)]
+    return [nn.Dropout(rate) if rate else nn.Identity() for rate in rates]
+
+
+def _for_each_group(name: str, rates: Init, groups: int) -> list[float]:
+    each = list(rates) if isinstance(rates, Sequence) and not isinstance(rates, str) else [rates] * groups
+    if len(each) != groups or not all(isinstance(rate, (int, float)) for rate in each):
+        raise ValueError(f"{name} must be one rate or {groups}, one for each group of gates, got {rates!r}")
+    return each
 
 
 def _conv_out(size: int, padding: int) -> int:

@@ -56,6 +56,8 @@ class SparseMLP(nn.Module):
             raise ValueError(f"sampling must be batch for gates on weights, got {sampling!r}")
         if not 0 < droprate_init < 1:
             raise ValueError(f"droprate_init must be a rate in (0, 1), got {droprate_init!r}")
+        if isinstance(hidden_sizes, str) or not isinstance(hidden_sizes, Sequence):
+            raise ValueError(f"hidden_sizes must be a list of integers >= 1, got {hidden_sizes!r}")
         for size in hidden_sizes:
             check_count("hidden_sizes", size)
         settings: dict[str, Any] = {

@@ -46,11 +46,15 @@ def torchvision_network(
         **gate_settings: keyword arguments of L0Gate.
 
     Raises:
-        InputError: torchvision has no network of that name, or it does not fit the images.
+        InputError: torchvision has no network of that name, it does not fit the images, or a switch is
+            neither True nor False.
         ValueError: no channel of it can go.
     """
     from torchvision import models
 
+    for key, switch in {"small_images": small_images, "residual": residual}.items():
+        if not isinstance(switch, bool):
+            raise InputError(f"model.{key}={switch}: expected true or false")
     known = models.list_models(module=models)
     if name not in known:
         raise InputError(

@@ -182,7 +182,7 @@ def build_network(cfg: DictConfig, data: ImageDataModule, checkpoint: Checkpoint
         temperature=cfg.temperature.initial,
     )
     if checkpoint is None and cfg.model.get("weights") is not None:
-        load_weights_file_(net, cfg.model.weights)
+        load_weights_file_(net, str(cfg.model.weights))
     return _in_memory_format(cfg, net)
 
 

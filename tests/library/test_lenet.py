@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from sparsereg.compression import compact
 from sparsereg.layers import L0Linear
 from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.model.lenet import LeNet5, LeNet300
@@ -74,6 +75,22 @@ def test_one_rate_for_each_group():
     assert torch.sigmoid(mlp.layers[1].weight_gates.log_alpha).mean().item() == pytest.approx(0.8)
 
 
+@pytest.mark.parametrize(("cls", "rates"), [(LeNet300, (0.5, 0.0, 0.25)), (LeNet5, (0.0, 0.5, 0.0, 0.25))])
+def test_dropout_acts_in_training_only_and_stays_in_the_compacted_network(cls, rates):
+    torch.manual_seed(0)
+    net = cls(droprate_init=0.4, dropout=rates)
+    plain = cls(droprate_init=0.4)
+    plain.load_state_dict(net.state_dict())
+    x = torch.rand(4, 1, 28, 28)
+    assert torch.equal(net.eval()(x), plain.eval()(x))
+    small = compact(net, x)
+    assert [m.p for m in small.modules() if isinstance(m, nn.Dropout)] == [rate for rate in rates if rate]
+    torch.testing.assert_close(small.eval()(x), net(x))
+    small.train()
+    assert not torch.equal(small(x), small(x))
+    assert not any(isinstance(m, nn.Dropout) for m in plain.modules())
+
+
 def test_per_example_gates():
     net = LeNet300(sampling="example").train()
     x = torch.randn(1, 1, 28, 28).expand(4, 1, 28, 28)
@@ -102,10 +119,18 @@ def test_the_graph_consists_of_modules(cls):
         (lambda: LeNet300(droprate_init=(0.1, 0.2)), "droprate_init"),
         (lambda: LeNet5(droprate_init=(0.1, 0.2, 0.3)), "droprate_init"),
         (lambda: LeNet300(droprate_init=1.0), "droprate_init"),
+        (lambda: LeNet300(droprate_init="abc"), "droprate_init must be one rate or 3, .* got 'abc'"),
+        (lambda: LeNet300(dropout=None), "dropout must be one rate or 3"),
+        (lambda: LeNet300(dropout=(0.1, "x", 0)), "dropout must be one rate or 3"),
+        (lambda: LeNet5(dropout=(0.1, 0.2, 0.3)), "dropout must be one rate or 4"),
+        (lambda: LeNet5(dropout=1.0), r"dropout must be a number in \[0, 1\)"),
+        (lambda: LeNet5(dropout=True), r"dropout must be a number in \[0, 1\)"),
         (lambda: SparseMLP(droprate_init=0.0), "droprate_init"),
         (lambda: SparseMLP(sampling="example"), "sampling"),
         (lambda: SparseMLP(temperature=0.0), "temperature"),
         (lambda: SparseMLP(hidden_sizes=(0,)), "hidden_sizes"),
+        (lambda: SparseMLP(hidden_sizes=3), "hidden_sizes must be a list"),
+        (lambda: SparseMLP(hidden_sizes="abc"), "hidden_sizes must be a list"),
         (lambda: SparseMLP(gate="none", hidden_sizes=(0,)), "hidden_sizes"),
     ],
 )

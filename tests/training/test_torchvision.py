@@ -72,6 +72,9 @@ def test_wrong_input(run, quick, tmp_path):
     for arguments, message in (
         (["model.name=resnet81"], "did you mean 'resnet18'"),
         (["model.weights=nowhere.pth"], "model.weights=nowhere.pth: no such file"),
+        (["model.weights=3"], "model.weights=3: no such file"),
+        (["model.small_images=abc"], "model.small_images=abc: expected true or false"),
+        (["model.residual=1"], "model.residual=1: expected true or false"),
         (["model.smal_images=true"], "did you mean 'model.small_images'"),
         (["model.name=inception_v3"], "model.name=inception_v3 cannot read images of shape (3, 8, 8)"),
     ):
