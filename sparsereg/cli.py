@@ -68,7 +68,7 @@ def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None
             raise InputError(f"{CONFIGS} is missing: run the script from a clone of the repository")
         named = {argument.partition("=")[0] for argument in arguments[1:]}
         _implied[:] = [c for c in choices(arguments[1:]) if c.partition("=")[0] not in named]
-        sys.argv[1:1] = _implied
+        sys.argv[1:] = [*_implied, *_overrides_first(arguments[1:])]
         OmegaConf.register_new_resolver("checkpoint_of_job", _checkpoint_of_job, replace=True)
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
         if failed:
@@ -83,6 +83,15 @@ def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None
         sys.exit(141)
     except BaseException as error:
         sys.exit(report(name, error))
+
+
+def _overrides_first(arguments: list[str]) -> list[str]:
+    """Put the overrides in front of flags such as ``-m``: Hydra refuses those on both sides of one.
+
+    Its parser takes them as one group (hydra issue 3053), and implied choices would be a second one.
+    """
+    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    return overrides + [a for a in arguments if a not in overrides]
 
 
 def _checkpoint_of_job(number: int) -> str:

@@ -26,3 +26,15 @@ def test_a_sweep_with_a_failed_job_and_its_repetition(run, tiny, tmp_path):
     anew = run("train", *sweep[:-1], "lambda_l0=2", "rerun=true")
     assert anew.code == 0, anew.err
     assert pd.read_csv(anew.path)["status"].tolist() == ["finished"]
+
+
+def test_a_sweep_of_fine_tuning_and_flags_between_overrides(run, tiny):
+    """The checkpoint implies choices in front of -m, where Hydra refuses a second group of overrides."""
+    plain = run("train", *tiny, "trainer.max_epochs=1", "without_using_gate=true")
+    start = [f"ckpt_path={plain.last}", "resume_training=false", "without_using_gate=false"]
+    tuned = run("train", "-m", *start, "trainer.max_epochs=1", "lambda_l0=0.5,2")
+    assert tuned.code == 0, tuned.err
+    assert pd.read_csv(tuned.path)["lambda_l0"].tolist() == [0.5, 2]
+    tested = run("test", f"ckpt_path={plain.last}", "--multirun", "seed=0,1")
+    assert tested.code == 0, tested.err
+    assert len(pd.read_csv(tested.path)) == 2
