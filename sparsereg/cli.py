@@ -86,12 +86,12 @@ def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None
 
 
 def _overrides_first(arguments: list[str]) -> list[str]:
-    """Put the overrides in front of flags such as ``-m``: Hydra refuses those on both sides of one.
+    """Sort the overrides in front of flags such as ``-m`` and their values; otherwise the order stays.
 
-    Its parser takes them as one group (hydra issue 3053), and implied choices would be a second one.
+    Hydra's parser takes overrides as one group and refuses a second one behind a flag (hydra#3053), which the
+    implied choices would make of the user's own.
     """
-    overrides = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
-    return overrides + [a for a in arguments if a not in overrides]
+    return sorted(arguments, key=lambda a: a.startswith("-") or not ("=" in a or a.startswith("~")))
 
 
 def _checkpoint_of_job(number: int) -> str:

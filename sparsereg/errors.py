@@ -26,9 +26,10 @@ def type_error(text: str, key: str | None = None) -> str | None:
     said = r"(?:of type '.*' could not be converted to|of type '.*' is incompatible with|is not a valid)"
     wrong = re.match(rf"Value '(.*)' {said} (.*)", text)
     named = re.search(r"full_key: (\S+)", text)
-    if wrong is None or (key is None and named is None):
+    key = key or (named.group(1) if named else None)
+    if wrong is None or key is None:
         return None
     value, kind = wrong.groups()
     kinds = {"Integer": "an integer", "Float": "a number", "bool (type str)": "true or false"}
     expected = "a number" if "float" in kind else kinds.get(kind, kind)
-    return f"{key or named.group(1)}={value}: expected {expected}"  # type: ignore[union-attr]
+    return f"{key}={value}: expected {expected}"
