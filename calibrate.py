@@ -1,26 +1,6 @@
 """Choose few survey households and weights that meet population targets: `python calibrate.py --help`."""
 
-import re
-import sys
-from pathlib import Path
-
-from omegaconf import DictConfig
-
-from sparsereg.cli import script
-
-
-def run(cfg: DictConfig) -> Path:
-    """Read, check, calibrate, hold out, write results.json; return its path."""
-    from sparsereg.calibration.run import run  # NumPy and pandas need not be loaded to print a help text
-
-    return run(cfg)
-
-
-def spelt_out(argument: str) -> str:
-    """Write ``temperature=NUMBER`` in full: temperature is a group, and Hydra takes no number for a group."""
-    return re.sub(r"^(\+*temperature)=(?=[-+.\d])", r"\1.initial=", argument)
-
+from sparsereg.commands.calibrate import main
 
 if __name__ == "__main__":
-    sys.argv[1:] = [spelt_out(argument) for argument in sys.argv[1:]]
-    script("calibrate", run)
+    main()

@@ -1,10 +1,11 @@
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from sparsereg.commands.calibrate import spelt_out
 
 SCRIPT = Path(__file__).parents[2] / "calibrate.py"
 
@@ -28,10 +29,7 @@ def script(folder, *arguments):
     ],
 )
 def test_a_number_as_temperature_is_spelt_out(given, meant):
-    spec = importlib.util.spec_from_file_location("calibrate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.spelt_out(given) == meant
+    assert spelt_out(given) == meant
 
 
 @pytest.mark.parametrize(

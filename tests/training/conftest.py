@@ -1,6 +1,6 @@
 """A small data set that a network can learn, and a way to call the scripts as a user does."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from dataclasses import dataclass
@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from sparsereg import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,16 +72,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.delenv("SPARSEREG_RUN_FOLDER", raising=False)
 
     def call(name: str, *arguments: str) -> Outcome:
-        spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        command = importlib.import_module(f"sparsereg.commands.{name}")
         monkeypatch.setattr(sys, "argv", [str(ROOT / f"{name}.py"), *arguments])
         capfd.readouterr()
         code = 0
         try:
-            cli.script(name, module.run, module.choices)
+            command.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
         captured = capfd.readouterr()

@@ -1,0 +1,1 @@
+"""What a user types: ``sparsereg train``, ``test``, ``calibrate``, the same as the scripts of these names."""

@@ -1,0 +1,70 @@
+"""Say what a trained network is worth, and hand over a smaller one: `python test.py --help`."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from sparsereg.cli import script, user_overrides, wrong_input
+
+
+def run(cfg: DictConfig) -> Path:
+    """Rebuild the network of a checkpoint, test it, compact, export and time it; write results.json."""
+    from sparsereg.compression import Accountant
+    from sparsereg.config import check_test
+    from sparsereg.files import new_version, write_json
+    from sparsereg.training import build, handover
+    from sparsereg.training.results import block_table, count_summary, gate_summary, headline, metric
+
+    with wrong_input():
+        build.tune_process()
+        build.quieten_lightning()
+        check_test(cfg)
+        cfg, checkpoint = build.rebuild_config(cfg, user_overrides())
+        build.check_trainer(cfg, multirun=False)
+        data = build.build_data(cfg)
+        net = build.rebuild_network(cfg, checkpoint, data)
+        module = build.build_module(cfg, net, data, checkpoint.structure)
+        module.on_load_checkpoint(checkpoint.content)
+        trainer = build.build_trainer(cfg, [build.batch_norm_estimation(cfg)])
+        folder = new_version(Path("outputs") / "test")
+
+    val_acc = None
+    if data.num_val:
+        trainer.validate(module, datamodule=data, verbose=False)
+        val_acc = metric(trainer, "val_acc")
+    trainer.test(module, datamodule=data, verbose=False)
+    net.cpu()
+    example = build.example_input(data, net)
+    count = Accountant(net, example).count()
+    results = {
+        "val_acc": val_acc,
+        "test_acc": metric(trainer, "test_acc"),
+        **gate_summary(net),
+        **count_summary(count, net),
+        "lambda_l0": checkpoint.config["lambda_l0"] if checkpoint.gated else None,
+        "seed": checkpoint.config["seed"],
+        "epochs": checkpoint.epoch,
+        "seconds_per_epoch": None,
+        "checkpoint": str(checkpoint.path),
+        "data": data.describe(),
+    }
+    device = trainer.strategy.root_device
+    results |= handover.run(cfg, checkpoint, net, example, data, device, folder)
+    write_json(folder / "results.json", results)
+    print(block_table(count, net))
+    print(headline(results))
+    return folder / "results.json"
+
+
+def choices(arguments: list[str]) -> list[str]:
+    """Take model and data from the checkpoint."""
+    if not any(a.startswith("ckpt_path=") for a in arguments):
+        return []
+    from sparsereg.training.checkpoint import group_choices
+
+    return group_choices(arguments)
+
+
+def main() -> None:
+    """Run the command with the arguments of this process, and leave it."""
+    script("test", run, choices)

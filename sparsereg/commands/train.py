@@ -1,0 +1,70 @@
+"""Train or fine-tune a network with L0 gates: `python train.py --help`."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from sparsereg.cli import script, user_overrides, wrong_input
+
+
+def run(cfg: DictConfig) -> Path:
+    """Compose, build, train, fine-tune, test, write results.json; return its path."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from sparsereg.config import checked
+    from sparsereg.files import write_atomically, write_json
+    from sparsereg.training import build, stages
+    from sparsereg.training.results import count_summary, gate_summary, headline, target_summary
+
+    hydra = HydraConfig.get()
+    overrides = user_overrides()
+    with wrong_input():
+        build.tune_process()
+        build.quieten_lightning()
+        checked(cfg)
+        cfg, checkpoint = build.start_from(cfg, overrides)
+        cfg = checked(cfg)
+        build.check_trainer(cfg, multirun=hydra.mode == RunMode.MULTIRUN)
+        data = build.build_data(cfg)
+        stage = stages.first(cfg, data, checkpoint, overrides, Path("outputs"))
+
+    if stage.trainer.is_global_zero:
+        text = OmegaConf.to_yaml(cfg, resolve=True)
+        write_atomically(stage.folder / "config.yaml", lambda p: p.write_text(text))
+        data.save_split(stage.folder / "split.npz")
+    stage.fit()
+    results = {
+        **stage.test(),
+        **gate_summary(stage.net),
+        **count_summary(stage.accountant.count(), stage.net),
+        **target_summary(cfg, stage.module, stage.accountant),
+        "seed": cfg.seed,
+        "epochs": stage.trainer.current_epoch,
+        "seconds_per_epoch": stage.timer.seconds_per_epoch,
+        "data": data.describe(),
+    }
+    if cfg.finetune.epochs:
+        second = stages.finetuning(stage)
+        second.fit()
+        gated = {key: results[key] for key in ("val_acc", "test_acc", "checkpoint")}
+        results |= {**second.test(), "finetune_epochs": cfg.finetune.epochs, "before_finetuning": gated}
+    if stage.trainer.is_global_zero:
+        stages.log_results(stage, results)
+        write_json(stage.folder / "results.json", results)
+        print(headline(results))
+    return stage.folder / "results.json"
+
+
+def choices(arguments: list[str]) -> list[str]:
+    """Take model and data from the checkpoint, if one is named."""
+    if not any(a.startswith("ckpt_path=") for a in arguments):
+        return []  # and PyTorch need not be loaded to print a help text
+    from sparsereg.training.checkpoint import group_choices
+
+    return group_choices(arguments)
+
+
+def main() -> None:
+    """Run the command with the arguments of this process, and leave it."""
+    script("train", run, choices)
