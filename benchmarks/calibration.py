@@ -27,9 +27,9 @@ import scipy.sparse as sp
 import torch
 
 from sparsereg.calibration import CalibrationProblem, calibrate, polish, synthetic_problem
-from sparsereg.calibration.calibrate import Calibration, Settings
-from sparsereg.calibration.hard_concrete import GateSolver
-from sparsereg.calibration.pruning import PruningSchedule
+from sparsereg.calibration.solver.calibration import Calibration, Settings
+from sparsereg.calibration.solver.hard_concrete import GateSolver
+from sparsereg.calibration.solver.pruning import PruningSchedule
 
 SIZES = {"small": (30_000, 4_000), "large": (337_704, 27_410)}
 LAMBDAS = (0.02, 0.09, 0.6)
@@ -216,7 +216,7 @@ def bench_stress(seeds: int, prices: tuple[float, ...]) -> None:
 
 def gated(problem: CalibrationProblem, model: Any, processor: float) -> dict[str, Any]:
     """Measure l0-python's weights in float64."""
-    from sparsereg.calibration.report import measure
+    from sparsereg.calibration.measures import measure
 
     with torch.no_grad():
         weights = model.get_weights(deterministic=True).double().numpy()

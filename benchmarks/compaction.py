@@ -75,9 +75,9 @@ def trained(path: Path) -> tuple[nn.Module, nn.Module, torch.Tensor]:
     Args:
         path: of a network of any kind with gates.
     """
-    from sparsereg.model.build import Task, build
     from sparsereg.training.build import restore
     from sparsereg.training.checkpoint import read
+    from sparsereg.zoo.networks import Task, build
 
     checkpoint = read(path)
     task = Task(checkpoint.num_classes, checkpoint.image_shape)

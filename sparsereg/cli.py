@@ -5,7 +5,6 @@ traceback is in a log file that the message names. The last line on stdout is ``
 """
 
 import contextlib
-import difflib
 import os
 import re
 import sys
@@ -24,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsereg.errors import InputError, interpolation_error, type_error
+from sparsereg.errors import InputError, interpolation_error, nearest, type_error
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Run = Callable[[DictConfig], Path]
@@ -177,15 +176,6 @@ def _config_message(name: str, error: BaseException) -> str:
         known = [line.strip() for line in listed.splitlines() if line.strip()]
         return f"unknown choice {kind}={choice}{nearest(choice, known)}; choose one of {', '.join(known)}"
     return one_line(text.partition("\nSet the environment")[0])
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """Return ``: did you mean 'x'?`` for the closest known word, or nothing."""
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not match:
-        last = {k.rpartition(".")[2]: k for k in known}
-        match = [last[m] for m in difflib.get_close_matches(word.rpartition(".")[2], list(last), 1, 0.6)]
-    return f": did you mean {match[0]!r}?" if match else ""
 
 
 def _known_keys(name: str) -> list[str]:

@@ -6,8 +6,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sparsereg.cli import nearest
-from sparsereg.errors import InputError
+from sparsereg.errors import InputError, nearest
 
 
 @dataclass

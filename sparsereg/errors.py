@@ -1,5 +1,6 @@
 """The error of a user who gave something that cannot be used."""
 
+import difflib
 import re
 
 
@@ -33,3 +34,27 @@ def type_error(text: str, key: str | None = None) -> str | None:
     kinds = {"Integer": "an integer", "Float": "a number", "bool (type str)": "true or false"}
     expected = "a number" if "float" in kind else kinds.get(kind, kind)
     return f"{key}={value}: expected {expected}"
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return ``: did you mean 'x'?`` for the closest known word, or nothing."""
+    close = _closest(word, known)
+    return f": did you mean {close!r}?" if close else ""
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the closest known word, else a short list of what there is."""
+    close = _closest(word, known)
+    if close:
+        return f"; did you mean {close!r}?"
+    return f"; there are {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+
+
+def _closest(word: str, known: list[str]) -> str | None:
+    """Return the closest known word: as it stands, in other letters, or by the last part of dotted keys."""
+    for spelling in (str, str.casefold, lambda text: text.rpartition(".")[2]):
+        by_spelling = {spelling(k): k for k in known}
+        match = difflib.get_close_matches(spelling(word), list(by_spelling), n=1, cutoff=0.6)
+        if match:
+            return by_spelling[match[0]]
+    return None

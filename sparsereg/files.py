@@ -6,7 +6,10 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -34,6 +37,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object whole or not at all; NaN and infinity, which JSON does not have, become null."""
     text = json.dumps(_plain(content), indent=2) + "\n"
     write_atomically(path, lambda p: p.write_text(text))
+
+
+def write_table(path: Path, table: "pd.DataFrame") -> None:
+    """Write a table whole or not at all, as CSV or Parquet by the name of the file.
+
+    Args:
+        path: Ends in .csv or .parquet.
+        table: What to write; missing values become empty cells.
+    """
+    if path.suffix == ".parquet":
+        write_atomically(path, lambda p: table.to_parquet(p, index=False))
+    else:
+        write_atomically(path, lambda p: table.to_csv(p, index=False))
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from sparsereg.checks import (
 )
 from sparsereg.device import usable_device
 from sparsereg.distributions import HardConcrete
-from sparsereg.sparse_matrix import CsrMatrix, Matrix, TorchMatrix, mean_squared_error, multiply
+from sparsereg.linalg.csr import CsrMatrix, Matrix, TorchMatrix, mean_squared_error, multiply
 
 logger = logging.getLogger(__name__)
 

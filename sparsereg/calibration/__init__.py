@@ -4,31 +4,35 @@ Names are imported on first use, so that ``import sparsereg.calibration`` costs 
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsereg.calibration.calibrate import Calibration, CalibrationResult, Settings, calibrate, polish
-    from sparsereg.calibration.checks import Finding, check
-    from sparsereg.calibration.estimator import SparseCalibrationWeights
-    from sparsereg.calibration.households import build, target_table
+    from sparsereg.calibration.findings import Finding, check
     from sparsereg.calibration.problem import CalibrationProblem
-    from sparsereg.calibration.synthetic import synthetic_problem
+    from sparsereg.calibration.reading.households import build, target_table
+    from sparsereg.calibration.reading.synthetic import synthetic_problem
+    from sparsereg.calibration.solver.calibration import (
+        Calibration,
+        CalibrationResult,
+        Settings,
+        calibrate,
+        polish,
+    )
+    from sparsereg.calibration.solver.estimator import SparseCalibrationWeights
 
 _HOMES = {
-    "Calibration": "calibrate",
+    "Calibration": "solver.calibration",
     "CalibrationProblem": "problem",
-    "CalibrationResult": "calibrate",
-    "Finding": "checks",
-    "Settings": "calibrate",
-    "SparseCalibrationWeights": "estimator",
-    "build": "households",
-    "calibrate": "calibrate",
-    "check": "checks",
-    "polish": "calibrate",
-    "synthetic_problem": "synthetic",
-    "target_table": "households",
+    "CalibrationResult": "solver.calibration",
+    "Finding": "findings",
+    "Settings": "solver.calibration",
+    "SparseCalibrationWeights": "solver.estimator",
+    "build": "reading.households",
+    "calibrate": "solver.calibration",
+    "check": "findings",
+    "polish": "solver.calibration",
+    "synthetic_problem": "reading.synthetic",
+    "target_table": "reading.households",
 }
 
 __all__ = [
@@ -45,18 +49,6 @@ __all__ = [
     "synthetic_problem",
     "target_table",
 ]
-
-
-class _Package(types.ModuleType):
-    """The package: a function that shares its name with its module, as ``calibrate``, is not hidden by it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOMES and isinstance(value, types.ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsereg.calibration.conditions import did_you_mean
+from sparsereg.calibration.measures import relative_errors
 from sparsereg.calibration.problem import CalibrationProblem
-from sparsereg.calibration.report import relative_errors
+from sparsereg.errors import did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -22,9 +22,7 @@ from sparsereg.config import plain, target_key, two_ways
 from sparsereg.data import ImageDataModule
 from sparsereg.errors import InputError
 from sparsereg.files import new_version
-from sparsereg.model import build as networks
 from sparsereg.model.basic_l0_blocks import synchronise_batch_norm
-from sparsereg.model.torchvision import load_weights_file_
 from sparsereg.penalties import hard_concretes
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
 from sparsereg.training import callbacks as ours
@@ -37,6 +35,8 @@ from sparsereg.training.module import Classifier, Provenance
 from sparsereg.training.optimizers import OptimizerSettings
 from sparsereg.training.results import metric
 from sparsereg.training.target import SparsityTarget, TargetSettings, asked_for
+from sparsereg.zoo import networks
+from sparsereg.zoo.torchvision import load_weights_file_
 
 log = logging.getLogger(__name__)
 

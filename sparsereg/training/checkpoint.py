@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsereg.compression import storage
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
-from sparsereg.model import build as networks
+from sparsereg.zoo import networks
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from sparsereg.config import plain
 from sparsereg.data import ImageDataModule
 from sparsereg.files import free_path
 from sparsereg.layers import GatedLayer, save_csr
-from sparsereg.model import build as networks
 from sparsereg.training.checkpoint import Checkpoint
+from sparsereg.zoo import networks
 
 
 def run(

@@ -7,14 +7,14 @@ import pytest
 import torch
 from scipy import sparse
 
-from sparsereg.sparse import SparseL0Linear, _Adam
-from sparsereg.sparse_matrix import (
+from sparsereg.linalg.csr import (
     CsrMatrix,
     TorchMatrix,
     mean_squared_error,
     multiply,
     to_csr,
 )
+from sparsereg.sparse import SparseL0Linear, _Adam
 
 
 def random_matrix(rows: int, columns: int, density: float = 0.3, seed: int = 0, **kwargs):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparsereg.model.build import NETWORKS, Task, build
 from sparsereg.penalties import expected_l2
+from sparsereg.zoo.networks import NETWORKS, Task, build
 
 from .conftest import write_images
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from sparsereg.compression import Accountant, count
-from sparsereg.model.build import Task, build
 from sparsereg.penalties import expected_l0, hard_concretes
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.target import Constraint, Multiplier, TargetSettings, exact_share, meet_
+from sparsereg.zoo.networks import Task, build
 
 LENET = {"name": "lenet300", "sampling": "batch"}
 

@@ -5,8 +5,8 @@ import torch
 
 from sparsereg.compression import load_compacted
 from sparsereg.errors import InputError
-from sparsereg.model.build import Task, build
-from sparsereg.model.torchvision import load_weights_file_, torchvision_network
+from sparsereg.zoo.networks import Task, build
+from sparsereg.zoo.torchvision import load_weights_file_, torchvision_network
 
 MODEL = ["model=torchvision", "model.small_images=true"]
 SETTINGS = {"source": "torchvision", "weights": None, "small_images": False, "residual": True}

@@ -1,0 +1,1 @@
+"""What calibrate.py does: settings, the run, its checkpoint."""

@@ -1,0 +1,283 @@
+"""The work of calibrate.py: read, check, calibrate, hold out, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from sparsereg.calibration import holdout
+from sparsereg.calibration.command.checkpoint import Saver, fingerprint
+from sparsereg.calibration.command.config import checked
+from sparsereg.calibration.findings import KINDS, Finding, check, summary
+from sparsereg.calibration.measures import measure
+from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.reading.sources import read_problem, touchable
+from sparsereg.calibration.reporting import tables as report
+from sparsereg.calibration.reporting.recorder import Recorder
+from sparsereg.calibration.solver.calibration import Calibration, Settings, calibrate
+from sparsereg.calibration.solver.refit import TOLERANCE
+from sparsereg.cli import wrong_input
+from sparsereg.errors import InputError
+from sparsereg.files import new_version, write_atomically, write_json, write_table
+from sparsereg.temperature import TemperatureScheduler
+
+log = logging.getLogger(__name__)
+
+OUTPUTS = Path("outputs") / "calibrate"
+_HOLDOUT_NONZEROS = 3_000_000
+_AUTO_SHARE = 5
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be calibrated, and what is known about it before.
+
+    Args:
+        problem: The problem, without what ``untouchable=drop`` leaves out.
+        findings: Of the checks.
+        dropped: Names of the targets that are left out.
+    """
+
+    problem: CalibrationProblem
+    findings: list[Finding]
+    dropped: list[str]
+
+
+def run(cfg: DictConfig) -> Path:
+    """Calibrate as the configuration says and return the path of results.json.
+
+    Args:
+        cfg: configs/calibrate.yaml with a problem.
+
+    Raises:
+        InputError: Something that the user gave cannot be used; nothing has been written then.
+    """
+    start = time.perf_counter()
+    with wrong_input():
+        cfg = checked(cfg)
+        task = _read(cfg)
+        folds = _folds(task.problem, cfg)
+        calibration = Calibration(task.problem, cfg.num_households, settings(cfg))
+        saver = Saver(calibration, fingerprint(task.problem, cfg), cfg.checkpoint_seconds)
+        moments = saver.load(Path(cfg.ckpt_path)) if cfg.ckpt_path else []
+        folder = new_version(OUTPUTS)
+    _announce(task, cfg, folder)
+    write_atomically(folder / "config.yaml", lambda p: p.write_text(OmegaConf.to_yaml(cfg, resolve=True)))
+    if task.findings:
+        write_table(folder / "findings.csv", report.finding_frame(task.findings))
+    read = time.perf_counter()
+    events = folder if cfg.tensorboard else None
+    with Recorder(task.problem, events, cfg.log_moments, calibration.history, moments) as recorder:
+        _drive(calibration, recorder, saver, folder / "checkpoint.pt")
+        with wrong_input():  # the penalty shut every household, or the bounds cannot hold the total
+            result = calibration.result()
+        if result.optimality is not None and result.optimality > TOLERANCE:
+            log.info(
+                "refit: optimality %.1e (%g is exact); more rounds gained little",
+                result.optimality,
+                TOLERANCE,
+            )
+        solved = time.perf_counter()
+        recorder.finish(result.loss, result.weights)
+    results = measure(task.problem, result.weights)
+    results |= {"loss": result.loss, "optimality": result.optimality, "seconds": solved - read}
+    results |= _settings_told(cfg)
+    results |= _measure_findings(task)
+    results["holdout"] = _hold_out(task.problem, folds, cfg, folder) if folds else None
+    results["worst_targets"] = _write_files(folder, task.problem, result.weights, recorder, cfg)
+    results["total_seconds"] = time.perf_counter() - start
+    write_json(folder / "results.json", results)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)  # there is nothing left to continue
+    for line in _told(results, folder):
+        print(line)
+    return folder / "results.json"
+
+
+def _read(cfg: DictConfig) -> Task:
+    """Read the problem and refuse what cannot be calibrated."""
+    choice = OmegaConf.to_container(cfg.problem, resolve=True)
+    assert isinstance(choice, dict)
+    problem, hints, dropped = touchable(read_problem({str(k): v for k, v in choice.items()}), cfg.untouchable)
+    _check_budget(problem, cfg.num_households)
+    found = check(problem, cfg.num_households, cfg.max_weight_ratio, cfg.hold_total, hints)
+    return Task(problem, found, dropped)
+
+
+def _check_budget(problem: CalibrationProblem, num_households: int | None) -> None:
+    if num_households is not None and num_households > problem.num_households:
+        raise InputError(
+            f"num_households={num_households}: there are only {problem.num_households:,} households"
+        )
+
+
+def _folds(problem: CalibrationProblem, cfg: DictConfig) -> list[tuple[str, ...]]:
+    """Return which groups are left out together, one calibration each; nothing for no hold-out."""
+    groups, folds = cfg.holdout.groups, cfg.holdout.folds
+    if folds is not None:
+        if groups not in (None, "auto"):
+            raise InputError("holdout.groups and holdout.folds contradict each other: give one of them")
+        return holdout.random_folds(problem, folds, cfg.seed)
+    if groups is None:
+        return []
+    if groups != "auto":
+        names = [groups] if isinstance(groups, str) else [str(g) for g in groups]
+        return holdout.named_fold(problem, names) if names else []
+    if problem.target_groups is None or len(np.unique(problem.target_groups)) < 2:
+        log.info("no hold-out: the targets have no groups")
+        return []
+    if problem.matrix.nnz > _HOLDOUT_NONZEROS:
+        log.info(
+            "no hold-out on a problem of this size unless asked for: holdout.folds=5 or holdout.groups=[...]"
+        )
+        return []
+    num_groups = len(np.unique(problem.target_groups))
+    return holdout.random_folds(problem, min(_AUTO_SHARE, num_groups), cfg.seed)[:1]
+
+
+def _announce(task: Task, cfg: DictConfig, folder: Path) -> None:
+    """Say what will be done, and what is known not to work before it is done."""
+    p = task.problem
+    kept = "as many as lambda_l0 leaves" if cfg.num_households is None else f"{cfg.num_households:,}"
+    log.info(
+        "%s targets, %s households, %s non-zeros; keep %s by %s; files in %s",
+        *(f"{n:,}" for n in (p.num_targets, p.num_households, p.matrix.nnz)),
+        kept,
+        cfg.method,
+        folder,
+    )
+    if task.dropped:
+        log.warning("left out, because no household touches them: %s", ", ".join(task.dropped[:10]))
+    for line in summary(task.findings, most=3):
+        log.warning("%s", line)
+
+
+def _settings_told(cfg: DictConfig) -> dict[str, Any]:
+    keys = ("method", "num_households", "lambda_l0", "lambda_l2", "max_weight_ratio", "epochs", "seed")
+    return {("requested" if key == "num_households" else key): cfg[key] for key in keys}
+
+
+def _measure_findings(task: Task) -> dict[str, Any]:
+    counts = {kind: sum(f.kind == kind for f in task.findings) for kind in KINDS}
+    return {"findings": {kind: n for kind, n in counts.items() if n}, "dropped_targets": len(task.dropped)}
+
+
+def _hold_out(
+    problem: CalibrationProblem, folds: list[tuple[str, ...]], cfg: DictConfig, folder: Path
+) -> dict[str, Any]:
+    def solve(part: CalibrationProblem) -> np.ndarray:
+        return calibrate(part, cfg.num_households, **vars(settings(cfg, part))).weights
+
+    table = holdout.hold_out(problem, folds, solve)
+    write_table(folder / "holdout.csv", table)
+    return holdout.summarise(table)
+
+
+def _write_files(
+    folder: Path, problem: CalibrationProblem, weights: np.ndarray, recorder: Recorder, cfg: DictConfig
+) -> list[dict[str, Any]]:
+    """Write the tables and pictures and return the worst targets."""
+    targets, kept = report.target_frame(problem, weights), report.weight_frame(problem, weights)
+    write_table(folder / f"weights.{cfg.weights_format}", kept)
+    write_table(folder / "targets.csv", targets)
+    write_table(folder / "groups.csv", report.group_frame(targets))
+    write_table(folder / "calibration_log.csv", report.log_frame(problem, recorder.totals))
+    if cfg.plots:
+        from sparsereg.calibration.reporting.plots import plot_all
+
+        plot_all(folder / "plots", targets, kept, recorder.history)
+    return report.worst_targets(targets)
+
+
+def _told(r: dict[str, Any], folder: Path) -> list[str]:
+    """Return what the user reads at the end of a run."""
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4%}" if value < 0.01 else f"{value:.2%}"
+
+    lines = [
+        f"kept            {r['kept']:,} of {r['households']:,} households, in {r['seconds']:.1f} s",
+        f"error           mean {share(r['mean_are'])}, median {share(r['median_are'])},"
+        f" largest {share(r['max_are'])}",
+        f"targets         {share(r['within_1pct'])} within 1 %, {share(r['within_10pct'])} within 10 %",
+        f"sample size     effective {r['ess']:,.0f}, design effect {r['design_effect']:.3f}",
+        f"weights         median {r['median_weight']:,.6g}, largest {r['max_weight']:,.6g},"
+        f" sum {r['total_weight']:,.6g} (initially {r['initial_total_weight']:,.6g})",
+    ]
+    if r["untouched_targets"]:
+        lines.append(f"untouched       {r['untouched_targets']} targets that no kept household touches")
+    worst = ", ".join(f"{w['name']} ({w['relative_error']:+.2%})" for w in r["worst_targets"][:3])
+    lines.append(f"worst targets   {worst}")
+    if r["holdout"]:
+        h = r["holdout"]
+        lines.append(
+            f"left out        {h['targets']:,} targets of {len(h['groups'])} groups: {share(h['mean_are'])}"
+            f" with weights made without them, {share(h['initial_mean_are'])} with the initial weights"
+        )
+    return [*lines, f"files           {folder}"]
+
+
+def settings(cfg: DictConfig, part: CalibrationProblem | None = None) -> Settings:
+    """Return the settings of the solver that the configuration asks for.
+
+    Args:
+        cfg: A checked configuration.
+        part: A problem with some of the groups only: multipliers of the others are left out.
+
+    Raises:
+        ValueError: Two settings contradict each other.
+    """
+    t = cfg.temperature
+    temperature: float | TemperatureScheduler = t.initial
+    if t.schedule != "constant":
+        temperature = TemperatureScheduler(t.initial, t.final, t.anneal_epochs, t.schedule)
+    multipliers = {str(k): float(v) for k, v in (cfg.group_multipliers or {}).items()}
+    if part is not None and part.target_groups is not None:
+        multipliers = {k: v for k, v in multipliers.items() if k in part.target_groups}
+    same = {f.name for f in fields(Settings)} & set(cfg.keys()) - {
+        "temperature",
+        "group_multipliers",
+        "device",
+    }
+    return Settings(
+        **{str(name): cfg[name] for name in same},
+        temperature=temperature,
+        group_multipliers=multipliers or None,
+        device=device_of(cfg.device),
+    )
+
+
+def device_of(name: str) -> str:
+    """Return where to compute; "auto" is a GPU if there is one.
+
+    Raises:
+        InputError: This machine does not have that device.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        index = name.partition(":")[2] or "0"
+        if not index.isdigit() or int(index) >= torch.cuda.device_count():
+            raise InputError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return name
+
+
+def _drive(calibration: Calibration, recorder: Recorder, saver: Saver, checkpoint: Path) -> None:
+    """Run the selection to its end; leave a checkpoint now and then, and when interrupted."""
+    try:
+        if not calibration.history:
+            calibration.report(recorder.record)
+        while not calibration.done:
+            calibration.step()
+            calibration.report(recorder.record)
+            saver.save_if_due(checkpoint, recorder.totals)
+    except KeyboardInterrupt:
+        saver.save(checkpoint, recorder.totals)
+        log.warning("to continue: the same command with ckpt_path=%s", checkpoint)
+        raise

@@ -1,0 +1,1 @@
+"""From files to a problem: tables, conditions, matrices, a synthetic survey."""

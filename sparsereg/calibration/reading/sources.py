@@ -1,0 +1,151 @@
+"""From the choice of a problem in the configuration to the problem: one function per kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsereg.calibration.findings import empty_rows
+from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.reading.households import (
+    BuiltProblem,
+    TargetTable,
+    build,
+    initial_weights,
+    target_table,
+    unique_ids,
+)
+from sparsereg.calibration.reading.synthetic import synthetic_tables
+from sparsereg.calibration.reading.tables import read_matrix, read_table
+from sparsereg.errors import InputError, did_you_mean
+from sparsereg.files import write_table
+
+
+def read_problem(choice: Mapping[str, Any]) -> BuiltProblem:
+    """Read or make the problem that the configuration names.
+
+    Args:
+        choice: The keys of one of configs/problem/*.yaml; ``kind`` is a key of ``KINDS``.
+
+    Raises:
+        InputError: A file is missing or wrong; the message names the place.
+    """
+    kind = str(choice["kind"])
+    if kind not in KINDS:
+        raise InputError(
+            f"problem.kind={kind}: expected one of {', '.join(KINDS)}{did_you_mean(kind, list(KINDS))}"
+        )
+    return KINDS[kind](choice)
+
+
+def _synthetic(choice: Mapping[str, Any]) -> BuiltProblem:
+    households, targets = synthetic_tables(
+        choice["households"], choice["targets"], choice["seed"], choice["disagreement"]
+    )
+    if choice["tables"] is not None:
+        folder = Path(choice["tables"])
+        for name, table in (("households.csv", households), ("targets.csv", targets)):
+            if (folder / name).exists():
+                raise InputError(f"problem.tables: {folder / name} is there already and is not overwritten")
+            write_table(folder / name, table)
+    checked = target_table(targets, "the synthetic targets")
+    return build(households, checked, "weight", "household_id", "the synthetic survey")
+
+
+def _households(choice: Mapping[str, Any]) -> BuiltProblem:
+    targets = _read_targets(choice["targets"])
+    households = read_table(choice["households"])
+    return build(households, targets, choice["weight"], choice["id"], str(choice["households"]))
+
+
+def _matrix(choice: Mapping[str, Any]) -> BuiltProblem:
+    targets = _read_targets(choice["targets"])
+    matrix = read_matrix(choice["matrix"])
+    if any(targets.measures) or any(targets.wheres):
+        raise InputError(
+            f"{targets.file} has measure or where, which only problem=households uses;"
+            " with a matrix it needs name,value"
+        )
+    num_targets, num_households = matrix.shape
+    if num_targets != len(targets.names):
+        hint = ": is it transposed?" if num_households == len(targets.names) else ""
+        raise InputError(
+            f"{choice['matrix']} has {num_targets:,} rows (targets) and {num_households:,} columns"
+            f" (households), but {targets.file} has {len(targets.names):,} targets{hint}"
+        )
+    weights, ids = _matrix_weights(choice["weights"], num_households, str(choice["matrix"]))
+    problem = CalibrationProblem(
+        matrix=matrix,
+        targets=targets.values,
+        initial_weights=weights,
+        target_names=targets.names,
+        target_groups=targets.groups,
+        target_weights=targets.weights,
+        ids=ids,
+        parent=targets.parent,
+    )
+    hints = {int(i): f"row {int(i) + 1} of the matrix is all zero" for i in empty_rows(problem.matrix)}
+    return BuiltProblem(problem, hints)
+
+
+KINDS: dict[str, Callable[[Mapping[str, Any]], BuiltProblem]] = {
+    "synthetic": _synthetic,
+    "matrix": _matrix,
+    "households": _households,
+}
+
+
+def _read_targets(file: str) -> TargetTable:
+    return target_table(read_table(file, as_text=True), str(file))
+
+
+def _matrix_weights(
+    file: str | None, num_households: int, matrix: str
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    if file is None:
+        return None, None
+    table = read_table(file)
+    if len(table) != num_households:
+        raise InputError(
+            f"{file} has {len(table):,} weights, but {matrix} has {num_households:,} columns (households)"
+        )
+    return initial_weights(table, "weight", file), unique_ids(
+        table, "id" if "id" in table.columns else None, file
+    )
+
+
+def touchable(built: BuiltProblem, policy: str) -> tuple[CalibrationProblem, dict[int, str], list[str]]:
+    """Deal with targets that no household touches.
+
+    Args:
+        built: The problem and the likely reasons.
+        policy: "error" refuses them (those of 0 are met: they stay), "drop" leaves them out, "keep" does not.
+
+    Returns:
+        The problem, the reasons by index in it, and the names of the targets left out.
+
+    Raises:
+        InputError: There are some that are not 0, and the policy is "error".
+    """
+    problem = built.problem
+    empty = empty_rows(problem.matrix)
+    if policy == "error":
+        wrong = empty[problem.targets[empty] != 0]
+        if len(wrong):
+            named = "; ".join(
+                f"{problem.names[i]} ({built.hints.get(int(i), 'all zero')})" for i in wrong[:3]
+            )
+            more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise InputError(
+                f"no household touches {len(wrong)} of {problem.num_targets} targets: {named}{more};"
+                " correct them, or calibrate without them: untouchable=drop"
+            )
+    if policy != "drop" or len(empty) == 0:
+        return problem, dict(built.hints), []
+    if len(empty) == problem.num_targets:
+        raise InputError("no household touches any target")
+    kept = np.setdiff1d(np.arange(problem.num_targets), empty)
+    return problem.subset(kept), {}, [problem.names[i] for i in empty]

@@ -1,0 +1,1 @@
+"""What a calibration reached: tables, plots, a record of the run."""

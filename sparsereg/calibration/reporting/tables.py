@@ -1,0 +1,138 @@
+"""What a calibration reached, in numbers and in files that open in a spreadsheet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsereg.calibration.findings import Finding
+from sparsereg.calibration.measures import relative_errors
+from sparsereg.calibration.problem import CalibrationProblem
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WEIGHT_FORMATS = ("csv", "parquet")
+_LOG_ROWS = 200_000
+
+
+def target_frame(problem: CalibrationProblem, weights: np.ndarray) -> pd.DataFrame:
+    """Return one row per target: name, group, target, initial, estimate, relative_error.
+
+    Args:
+        problem: The problem.
+        weights: Final weights, shape (households,).
+    """
+    import pandas as pd
+
+    estimates = problem.estimates(weights)
+    return pd.DataFrame(
+        {
+            "name": problem.names,
+            "group": "" if problem.target_groups is None else problem.target_groups,
+            "target": problem.targets,
+            "initial": problem.estimates(problem.starting_weights),
+            "estimate": estimates,
+            "relative_error": relative_errors(estimates, problem.targets),
+        }
+    )
+
+
+def weight_frame(problem: CalibrationProblem, weights: np.ndarray) -> pd.DataFrame:
+    """Return one row per kept household: id, initial_weight, weight.
+
+    Args:
+        problem: The problem.
+        weights: Final weights, shape (households,).
+    """
+    import pandas as pd
+
+    kept = np.flatnonzero(np.asarray(weights) > 0)
+    return pd.DataFrame(
+        {
+            "id": problem.household_ids[kept],
+            "initial_weight": problem.starting_weights[kept],
+            "weight": np.asarray(weights, dtype=np.float64)[kept],
+        }
+    )
+
+
+def log_frame(problem: CalibrationProblem, moments: Sequence[tuple[int, float, np.ndarray]]) -> pd.DataFrame:
+    """Return the totals at some epochs, one row per epoch and target, as dashboards of calibrations read it.
+
+    Args:
+        problem: The problem.
+        moments: Epoch, loss and totals of shape (targets,) at some moments, in order. Of too many for
+            200,000 rows, evenly spaced ones are taken, the first and the last always.
+    """
+    import pandas as pd
+
+    most = max(2, _LOG_ROWS // problem.num_targets)
+    if len(moments) > most:
+        moments = [moments[i] for i in np.unique(np.linspace(0, len(moments) - 1, most).round().astype(int))]
+    parts = []
+    for epoch, loss, totals in moments:
+        error = totals - problem.targets
+        parts.append(
+            pd.DataFrame(
+                {
+                    "epoch": epoch,
+                    "loss": loss,
+                    "target_name": problem.names,
+                    "target": problem.targets,
+                    "estimate": totals,
+                    "error": error,
+                    "abs_error": np.abs(error),
+                    "rel_abs_error": np.abs(relative_errors(totals, problem.targets)),
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def finding_frame(findings: Sequence[Finding]) -> pd.DataFrame:
+    """Return one row per finding of the checks: kind, name, detail."""
+    import pandas as pd
+
+    return pd.DataFrame([(f.kind, f.name, f.detail) for f in findings], columns=["kind", "name", "detail"])
+
+
+def worst_targets(targets: pd.DataFrame, most: int = 5) -> list[dict[str, Any]]:
+    """Return the targets with the largest absolute relative errors, the worst first.
+
+    Args:
+        targets: As ``target_frame`` returns it.
+        most: How many.
+    """
+    worst = targets.loc[targets.relative_error.abs().sort_values(ascending=False, na_position="last").index]
+    columns = ["name", "target", "estimate", "relative_error"]
+    return [{str(k): v for k, v in row.items()} for row in worst.head(most)[columns].to_dict("records")]
+
+
+def group_frame(targets: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per group: targets, mean absolute relative error at first and now, the worst target.
+
+    Args:
+        targets: As ``target_frame`` returns it.
+    """
+    import pandas as pd
+
+    size = targets.target.abs().where(targets.target != 0)
+    frame = pd.DataFrame(
+        {
+            "group": targets.group,
+            "before": (targets.initial - targets.target).abs() / size,
+            "after": targets.relative_error.abs(),
+        }
+    )
+    by = frame.groupby("group", sort=True)
+    return pd.DataFrame(
+        {
+            "targets": by.size(),
+            "initial_mean_are": by.before.mean(),
+            "mean_are": by.after.mean(),
+            "max_are": by.after.max(),
+        }
+    ).reset_index()

@@ -1,0 +1,518 @@
+"""Calibrate survey weights in one call: choose households, fit their weights, report in float64."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.solver.hard_concrete import GateSettings
+from sparsereg.calibration.solver.least_squares import System
+from sparsereg.calibration.solver.losses import CAP, TargetLoss, check_loss, group_shares
+from sparsereg.calibration.solver.matrix import household_matrix, quiet_threads
+from sparsereg.calibration.solver.pruning import Pruning, PruningSchedule, fill
+from sparsereg.calibration.solver.refit import TOLERANCE, refit
+from sparsereg.calibration.solver.selection import METHODS, Goal, Selection, method_of
+from sparsereg.temperature import TemperatureScheduler
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_log = logging.getLogger(__name__)
+
+Callback = Callable[[int, int, float, int, np.ndarray], Any]
+"""Called with (epochs done, epochs planned, loss, households kept, totals in float64)."""
+
+_MOST_GROWTH = 100.0
+"""Most that the pull is multiplied by where households are far fewer than targets."""
+_REFIT_PULL = 1e-3
+"""Share of the pull that the refit keeps: of weights that are as good, the most even ones are best."""
+_BLOCK = 256
+"""Households that stay neighbours in memory."""
+
+LAMBDA_SCALES = ("sum", "mean")
+"""sum: sum of the targets' losses + lambda_l0 * expected number kept, as l0-python. mean: both are means."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to calibrate. See :func:`calibrate` for what each one means.
+
+    Raises:
+        ValueError: a value is outside its range, or two of them contradict each other.
+    """
+
+    method: str = "auto"
+    loss: str = "relative"
+    cap: float = CAP
+    lambda_l0: float = 0.01
+    lambda_l2: float = 0.0
+    lambda_scale: str = "sum"
+    max_weight_ratio: float | None = None
+    hold_total: bool = False
+    refit: bool = True
+    chi2: float = 1e-4
+    consistency: float = 0.0
+    normalize_groups: bool = False
+    group_multipliers: dict[Any, float] | None = None
+    epochs: int = 1000
+    lr: float = 0.15
+    temperature: float | TemperatureScheduler = 0.65
+    droprate_init: float = 0.001
+    log_weight_jitter: float = 0.05
+    log_alpha_jitter: float = 0.01
+    gate_share: float = 0.25
+    schedule: PruningSchedule = field(default_factory=PruningSchedule)
+    seed: int = 0
+    device: str = "cpu"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
+        if self.lambda_scale not in LAMBDA_SCALES:
+            raise ValueError(
+                f"lambda_scale must be one of {', '.join(LAMBDA_SCALES)}, got {self.lambda_scale!r}"
+            )
+        for name in (
+            "lambda_l0",
+            "lambda_l2",
+            "chi2",
+            "consistency",
+            "log_weight_jitter",
+            "log_alpha_jitter",
+        ):
+            _require(getattr(self, name) >= 0, name, "a number >= 0", getattr(self, name))
+        _require(self.cap > 0, "cap", "a relative error > 0", self.cap)
+        _require(self.lr > 0, "lr", "a number > 0", self.lr)
+        _require(0 < self.droprate_init < 1, "droprate_init", "a rate in (0, 1)", self.droprate_init)
+        _require(0 <= self.gate_share <= 1, "gate_share", "a share in [0, 1]", self.gate_share)
+        _require(self.epochs >= 1, "epochs", "an integer >= 1", self.epochs)
+        if not isinstance(self.temperature, TemperatureScheduler):
+            _require(self.temperature > 0, "temperature", "a number > 0", self.temperature)
+        if self.max_weight_ratio is not None:
+            _require(self.max_weight_ratio > 0, "max_weight_ratio", "a number > 0", self.max_weight_ratio)
+        for name in ("max_weight_ratio", "hold_total"):
+            if getattr(self, name) and not self.refit:
+                raise ValueError(f"{name} is kept by the refit: it cannot be combined with refit=False")
+
+    def temperature_at(self, epoch: float) -> float:
+        """Beta of the gates at an epoch."""
+        if isinstance(self.temperature, TemperatureScheduler):
+            return self.temperature.get_temperature(epoch)
+        return self.temperature
+
+
+def _require(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationResult:
+    """Weights and what they reach.
+
+    Args:
+        problem: What was calibrated.
+        weights: Shape (households,), float64, zero where not kept.
+        selected: Shape (households,), which are kept.
+        estimates: Weighted totals in float64, shape (targets,).
+        loss: The loss of the final weights: a mean over the targets by their weights.
+        optimality: Largest violation of the optimality conditions by the refit, dimensionless (see
+            ``LeastSquares.optimality``); None without refit. For losses of absolute values: of the last
+            weighted least-squares problem.
+        method: How the households were chosen.
+        seconds: Wall clock time.
+        history: Per report of the run: epoch, loss, kept, mean_are.
+    """
+
+    problem: CalibrationProblem
+    weights: np.ndarray
+    selected: np.ndarray
+    estimates: np.ndarray
+    loss: float
+    optimality: float | None
+    method: str
+    seconds: float
+    history: list[dict[str, float]]
+
+    @property
+    def num_kept(self) -> int:
+        """How many households have a positive weight."""
+        return int(self.selected.sum())
+
+    @cached_property
+    def diagnostics(self) -> dict[str, Any]:
+        """Errors, sample size and weights in numbers; the keys of ``report.measure``."""
+        from sparsereg.calibration.measures import measure
+
+        return measure(self.problem, self.weights)
+
+    @property
+    def loss_history(self) -> pd.DataFrame:
+        """The history as a table: epoch, loss, kept, mean_are."""
+        import pandas as pd
+
+        return pd.DataFrame(self.history, columns=["epoch", "loss", "kept", "mean_are"])
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per kept household: id, initial_weight, weight."""
+        import pandas as pd
+
+        kept = np.flatnonzero(self.selected)
+        return pd.DataFrame(
+            {
+                "id": self.problem.household_ids[kept],
+                "initial_weight": self.problem.starting_weights[kept],
+                "weight": self.weights[kept],
+            }
+        )
+
+
+class Calibration:
+    """A calibration under way: short steps, a state to save, a result at the end.
+
+    Args:
+        problem: What is to be calibrated.
+        num_households: How many to keep, exactly; None: the method decides.
+        settings: How.
+        selected: Start from this selection (indices or a mask) and only improve it by swaps.
+
+    Raises:
+        ValueError: the number, the method, or the bounds do not fit the problem.
+    """
+
+    def __init__(
+        self,
+        problem: CalibrationProblem,
+        num_households: int | None = None,
+        settings: Settings | None = None,
+        *,
+        selected: np.ndarray | None = None,
+    ) -> None:
+        self._start = time.perf_counter()
+        self.problem, self.settings = problem, settings or Settings()
+        given = None if selected is None else _indices(selected, problem.num_households)
+        if given is not None:
+            num_households = len(given)
+        self.num_households = _check_number(num_households, problem.num_households)
+        self.method = "polish" if given is not None else method_of(self.settings.method, self.num_households)
+        self._order = _visiting_order(problem.matrix_t, self.settings.seed)
+        if given is not None:
+            given = torch.from_numpy(np.flatnonzero(np.isin(self._order, given.numpy())))
+        self.goal = _goal(problem, self.num_households, self.settings, self._order)
+        self.selection: Selection = (
+            METHODS[self.method](self.goal) if given is None else _swaps_only(self.goal, given)
+        )
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether the selection is made."""
+        return self.selection.done
+
+    def step(self) -> None:
+        """Work on the selection for a short while."""
+        with quiet_threads():
+            self.selection.step()
+
+    def report(self, callback: Callback | None = None) -> dict[str, float]:
+        """Note loss, error and count of the current weights; tell a callback."""
+        weights = self.selection.weights()
+        totals = self.goal.system.matrix.totals(weights)[: self.problem.num_targets]
+        loss = float(self._mean_loss().value(totals))
+        size = self.goal.loss.targets.abs()[: self.problem.num_targets]
+        mean_are = float(((totals - self.goal.loss.targets[: len(totals)]).abs() / size)[size > 0].mean())
+        kept = int((weights > 0).sum())
+        row = {"epoch": self.selection.epoch, "loss": loss, "kept": kept, "mean_are": mean_are}
+        self.history.append(row)
+        if callback is not None:
+            callback(self.selection.epoch, self.selection.num_epochs, loss, kept, totals.cpu().numpy())
+        return row
+
+    def _mean_loss(self) -> TargetLoss:
+        """The loss over the problem's own targets, as a weighted mean."""
+        shares = self.goal.loss.shares[: self.problem.num_targets]
+        targets = self.goal.loss.targets[: self.problem.num_targets]
+        return TargetLoss(targets, shares / shares.sum(), self.settings.loss, self.settings.cap)
+
+    def result(self) -> CalibrationResult:
+        """Fit the weights of the selection and describe them.
+
+        Raises:
+            ValueError: the selection is not finished, lambda_l0 shut every household, or the bounds cannot
+                hold the total.
+        """
+        if not self.done:
+            epoch, planned = self.selection.epoch, self.selection.num_epochs
+            raise ValueError(f"the selection is not made yet: {epoch} of {planned} epochs are done")
+        system, weights = self.goal.system, self.selection.weights()
+        kept = self.selection.kept()
+        if len(kept) == 0:
+            raise ValueError(
+                f"lambda_l0={self.settings.lambda_l0!r} shut every household: choose a smaller one"
+            )
+        weights, optimality = weights[kept], None
+        if self.settings.refit:
+            with quiet_threads():
+                kept, weights, optimality = self._refit(kept, weights)
+        full = torch.zeros_like(system.initial_weights)
+        full[kept] = weights
+        final = np.empty(len(full))
+        final[self._order] = full.cpu().numpy()
+        estimates = self.problem.estimates(final)
+        loss = float(self._mean_loss().value(torch.from_numpy(estimates).to(full.device)))
+        return CalibrationResult(
+            self.problem, final, final > 0, estimates, loss, optimality, self.method,
+            time.perf_counter() - self._start, list(self.history),
+        )  # fmt: skip
+
+    def _refit(self, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Best weights, nearly without the pull; with a wanted number, nobody of it is left at zero."""
+        system = replace(self.goal.system, chi2=_REFIT_PULL * self.settings.chi2)
+        exact = self.num_households is not None
+        if self.method in ("pruning", "polish", "hard_concrete") and exact:
+            kept, fit = fill(self.goal.system, kept, self.goal.system.of(kept, weights))
+            weights = fit.weights
+        if system.total is not None and float(system.upper[kept].sum()) < system.total * (1 - 1e-12):
+            raise ValueError(
+                f"max_weight_ratio={self.settings.max_weight_ratio!r} lets the {len(kept)} kept households"
+                f" weigh {float(system.upper[kept].sum()):g} at most, hold_total asks for {system.total:g}"
+            )
+        shares = self.goal.loss.shares / self.goal.loss.shares.sum()
+        loss = TargetLoss(self.goal.loss.targets, shares, self.settings.loss, self.settings.cap)
+        best = refit(system, loss, kept, weights, all_positive=exact, tolerance=TOLERANCE)
+        return kept, best.weights, best.optimality
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the calibration stands: plain numbers and tensors."""
+        return {
+            "method": self.method,
+            "selection": self.selection.state_dict(),
+            "history": list(self.history),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same problem and settings.
+
+        Raises:
+            ValueError: the state is of another method or problem.
+        """
+        if state["method"] != self.method:
+            raise ValueError(
+                f"the state is of method={state['method']!r}, this run is method={self.method!r}"
+            )
+        self.selection.load_state_dict(state["selection"])
+        self.history = [dict(row) for row in state["history"]]
+
+
+def calibrate(
+    problem: CalibrationProblem,
+    num_households: int | None = None,
+    *,
+    callback: Callback | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> CalibrationResult:
+    """Choose households and weights so that weighted totals meet their targets.
+
+    Args:
+        problem: Matrix, targets, initial weights.
+        num_households: How many to keep, exactly; None: lambda_l0 decides ("hard_concrete"), or all stay.
+        callback: Told (epochs done, epochs planned, loss, kept, totals) after every step.
+        progress: Show a progress bar on stderr.
+        **settings: Fields of :class:`Settings`:
+            method: "auto" (pruning with a number, hard_concrete without), or a key of ``METHODS``.
+            loss: "relative", "mse", "mape" or "capped", see ``losses.LOSSES``.
+            cap: Largest relative error that counts, for "capped".
+            lambda_l0, lambda_l2: Penalties of the gates, >= 0; lambda_scale: "sum" as in l0-python (loss
+                summed over targets + lambda_l0 * expected number kept) or "mean" (mean loss + lambda_l0 *
+                expected share kept), which is comparable across sizes of problems.
+            max_weight_ratio: No weight above this multiple of the initial weight.
+            hold_total: Keep the sum of the weights at the sum of the initial weights.
+            refit: Best weights for the selection, to optimality.
+            chi2: Pull towards the initial weights while households are chosen, >= 0: it evens out the
+                weights. It grows, up to a hundredfold, with fewer households than half the targets. The
+                refit keeps a thousandth of it, which makes its weights unique; 0 switches it off everywhere.
+            consistency: Weight of the squared relative errors of sums of parts (``problem.parent``), relative
+                to the weight of all targets.
+            normalize_groups, group_multipliers: Weights of the groups of targets.
+            epochs, lr, temperature, droprate_init, log_weight_jitter, log_alpha_jitter: Of the gates.
+            gate_share: Share of "hybrid" that the gates choose.
+            schedule: Work of the pruning.
+            seed: Seed of all noise. The same seed gives the same weights.
+            device, backend: Where and how to compute, see ``household_matrix``.
+
+    Returns:
+        Weights, estimates, diagnostics.
+
+    Raises:
+        ValueError: a setting is wrong or does not fit the problem.
+    """
+    run = Calibration(problem, num_households, Settings(**settings))
+    return _drive(run, callback, progress)
+
+
+def polish(
+    problem: CalibrationProblem,
+    selected: np.ndarray,
+    *,
+    callback: Callback | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> CalibrationResult:
+    """Improve any selection by swaps and refit; as many households are kept as were given.
+
+    Args:
+        problem: Matrix, targets, initial weights.
+        selected: Indices of households, a mask over them, or weights of all of them.
+        callback: As for :func:`calibrate`.
+        progress: Show a progress bar on stderr.
+        **settings: As for :func:`calibrate`.
+    """
+    run = Calibration(problem, settings=Settings(**settings), selected=selected)
+    return _drive(run, callback, progress)
+
+
+def _drive(run: Calibration, callback: Callback | None, progress: bool) -> CalibrationResult:
+    bar = None
+    if progress:
+        from tqdm import tqdm
+
+        bar = tqdm(total=run.selection.num_epochs, unit="epoch", leave=False)
+    while not run.done:
+        run.step()
+        row = run.report(callback)
+        if bar is not None:
+            bar.update(run.selection.epoch - bar.n)
+            bar.set_postfix(loss=f"{row['loss']:.3g}", error=f"{row['mean_are']:.2%}", kept=row["kept"])
+    if bar is not None:
+        bar.close()
+    return run.result()
+
+
+def _visiting_order(by_household: sp.csr_array, seed: int) -> np.ndarray:
+    """Order in which sweeps visit the households, at random but with neighbours near each other.
+
+    Sweeps favour the households they visit first, so that must not be a matter of the place in the file.
+    Households of one district share their targets, which is fast while those are in the processor's cache:
+    so they are sorted by their last target, cut into blocks, and blocks and their members are shuffled.
+    """
+    num_households = by_household.shape[0]
+    ends = np.maximum(by_household.indptr[1:] - 1, 0)
+    last = by_household.indices[ends] if by_household.nnz else np.zeros(num_households)
+    last = np.where(np.diff(by_household.indptr) > 0, last, -1)
+    generator = np.random.default_rng(seed)
+    neighbours = np.lexsort((generator.random(num_households), last))
+    blocks = np.arange(num_households) // _BLOCK
+    rank = generator.permutation(int(blocks[-1]) + 1)[blocks]
+    return neighbours[np.lexsort((generator.random(num_households), rank))]
+
+
+def _check_number(number: int | None, households: int) -> int | None:
+    if number is None:
+        return None
+    if isinstance(number, bool) or int(number) != number or not 1 <= number <= households:
+        raise ValueError(f"num_households must be an integer from 1 to {households}, got {number!r}")
+    return int(number)
+
+
+def _indices(selected: np.ndarray, households: int) -> Tensor:
+    """Indices from indices, a mask or weights."""
+    given = np.asarray(selected)
+    if given.dtype == bool or (given.dtype.kind == "f" and given.shape == (households,)):
+        if given.shape != (households,):
+            raise ValueError(f"selected must be a mask of shape ({households},), got {given.shape}")
+        given = np.flatnonzero(given > 0)
+    indices = np.unique(given)
+    if given.ndim != 1 or given.dtype.kind not in "iu" or len(indices) != len(given) or len(given) == 0:
+        raise ValueError("selected must be different indices of households, a mask, or weights; at least one")
+    if indices[0] < 0 or indices[-1] >= households:
+        raise ValueError(f"selected must lie in [0, {households}), got {indices[0]} to {indices[-1]}")
+    return torch.from_numpy(indices.astype(np.int64))
+
+
+def _goal(
+    problem: CalibrationProblem, num_households: int | None, settings: Settings, order: np.ndarray
+) -> Goal:
+    """Bring problem and settings into the form that selections work on, the households in this order."""
+    shares = group_shares(
+        problem.num_targets,
+        problem.target_groups,
+        normalize=settings.normalize_groups,
+        multipliers=settings.group_multipliers,
+        target_weights=problem.target_weights,
+    )
+    if not shares.any():
+        raise ValueError("every target has weight zero")
+    by_household, targets, shares = _with_aggregates(problem, shares, settings.consistency)
+    device = torch.device(settings.device)
+    matrix = household_matrix(by_household[order], device, settings.backend)
+    goal_targets, goal_shares = (torch.from_numpy(v).to(device) for v in (targets, shares))
+    loss = TargetLoss(goal_targets, goal_shares, settings.loss, settings.cap)
+    mean = TargetLoss(goal_targets, goal_shares / goal_shares.sum(), settings.loss, settings.cap)
+    initial = torch.from_numpy(problem.starting_weights[order]).to(device)
+    unbounded = torch.full_like(initial, float("inf"))
+    ratio = settings.max_weight_ratio
+    upper = unbounded if ratio is None else ratio * initial
+    total = float(initial.sum()) if settings.hold_total else None
+    chi2 = settings.chi2 * _pull_growth(problem.num_targets, num_households)
+    system = System(matrix, mean.quadratic(), initial, upper, chi2, total)
+    per_household = 1.0
+    if settings.lambda_scale == "mean":
+        per_household = float(shares.sum()) / problem.num_households
+    gates = GateSettings(
+        lambda_l0=settings.lambda_l0 * per_household,
+        lambda_l2=settings.lambda_l2 * per_household,
+        lr=settings.lr,
+        temperature=settings.temperature_at,
+        num_epochs=settings.epochs,
+    )
+    return Goal(
+        system, loss, num_households, gates, settings.droprate_init, settings.schedule,
+        settings.gate_share, settings.seed, settings.log_weight_jitter, settings.log_alpha_jitter,
+    )  # fmt: skip
+
+
+def _pull_growth(num_targets: int, num_households: int | None) -> float:
+    """Factor on the pull, 1 from half as many households as targets on.
+
+    Fewer cannot meet the targets, and the larger the remaining errors, the more pull it takes to matter
+    beside them. The power makes the effective sample size that of the gated method or more.
+    """
+    shortage = num_targets / (2.0 * num_households) if num_households else 1.0
+    return min(_MOST_GROWTH, max(1.0, shortage) ** 6)
+
+
+def _with_aggregates(
+    problem: CalibrationProblem, shares: np.ndarray, consistency: float
+) -> tuple[sp.csr_array, np.ndarray, np.ndarray]:
+    """Append one row per target with parts: the sum of its parts' rows, at the same target.
+
+    Being rows like all others, they need no treatment of their own by any method.
+    """
+    if consistency == 0 or problem.parent is None:
+        return problem.matrix_t, problem.targets, shares
+    part = np.flatnonzero(problem.parent >= 0)
+    wholes, position = np.unique(problem.parent[part], return_inverse=True)
+    shape = (len(wholes), problem.num_targets)
+    sums = sp.csr_array((np.ones(len(part), np.float32), (position, part)), shape=shape)
+    both = sp.hstack([problem.matrix_t, problem.matrix_t @ sums.T.tocsr()], format="csr")
+    extra = np.full(len(wholes), consistency * shares.sum() / max(1, len(wholes)))
+    return sp.csr_array(both), np.append(problem.targets, problem.targets[wholes]), np.append(shares, extra)
+
+
+def _swaps_only(goal: Goal, kept: Tensor) -> Selection:
+    """Swaps from a given selection, whose weights start in proportion to the initial ones."""
+    kept = kept.to(goal.system.matrix.device)
+    start = goal.starting_weights()
+    share = start.sum() / start[kept].sum().clamp(min=1e-300)
+    return Pruning(goal.system, start * share, len(kept), goal.schedule, kept)

@@ -1,0 +1,393 @@
+"""Weighted least squares for non-negative household weights: the problem every selection solves.
+
+Minimise sum_i q_i (total_i - target_i)^2 + sum_j p_j (w_j - c_j)^2 over lower <= w <= upper, optionally
+with the sum of the weights held at a number. Curvature differs between households by many orders of
+magnitude, so all steps are scaled by it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from sparsereg.calibration.solver.interior_point import BoxQuadratic, InteriorPoint
+from sparsereg.calibration.solver.losses import Quadratic
+from sparsereg.calibration.solver.matrix import CompiledMatrix, HouseholdMatrix
+
+_log = logging.getLogger(__name__)
+
+_HELD_SHARE = 1.0
+"""Weight of the held sum while its multiplier is found, in weights of all targets together."""
+_WORTH_OF_SIZE = 30.0
+"""Weight of w_j itself in a bounded household's contribution, in weights of all targets together."""
+_FEWEST_STEPS, _MOST_STEPS = 20, 1280
+"""Range of the number of conjugate gradient steps between two calls of the sweeps."""
+_MOST_DENSE = 2500
+"""Households or targets, whichever are fewer, up to which dense systems are solved (about 0.2 s each)."""
+_STEPS_PER_SWEEP = 4
+"""Accelerated gradient steps that stand for one sweep over the households where loops are not compiled."""
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """The least-squares problem over all households, of which a selection takes some.
+
+    Args:
+        matrix: All households.
+        quadratic: Targets and their weights.
+        initial_weights: Weights the survey came with, >= 0, float64.
+        upper: Largest weight of each household, >= 0; infinity for none.
+        chi2: Factor >= 0 of the pull towards the initial weights: the mean, weighted by initial weight, of
+            (w / (r w0) - 1)^2, with r such that r w0 of the selected households adds up to the sum of all w0.
+        total: What the weights must add up to, or None.
+    """
+
+    matrix: HouseholdMatrix
+    quadratic: Quadratic
+    initial_weights: Tensor
+    upper: Tensor
+    chi2: float = 0.0
+    total: float | None = None
+
+    def of(self, households: Tensor, weights: Tensor, lower: Tensor | None = None) -> LeastSquares:
+        """Return the problem of some households, starting from these weights of theirs.
+
+        Args:
+            households: Indices.
+            weights: Starting weights, one for each of them.
+            lower: Smallest weight of each of them, >= 0; None: 0.
+        """
+        everyone = len(households) == self.matrix.num_households
+        matrix = self.matrix if everyone else self.matrix.take(households)
+        initial = self.initial_weights[households]
+        pull, center = torch.zeros_like(initial), torch.zeros_like(initial)
+        if self.chi2 > 0 and initial.sum() > 0:
+            whole = self.initial_weights.sum()
+            center = initial * (whole / initial.sum())
+            pull = torch.where(center > 0, self.chi2 / (center * whole), pull)
+        lower = torch.zeros_like(initial) if lower is None else lower
+        return LeastSquares(
+            matrix, self.quadratic, weights, lower, self.upper[households], pull, center, self.total
+        )
+
+    @cached_property
+    def curvature(self) -> Tensor:
+        """Half the second derivative of the quadratic along each household, shape (households,)."""
+        return self.matrix.squared_norms(self.quadratic.weight)
+
+    def with_quadratic(self, quadratic: Quadratic) -> System:
+        """Return the same problem with other weights of the targets."""
+        return replace(self, quadratic=quadratic)
+
+    def gains(self, residual: Tensor) -> Tensor:
+        """How much the objective falls when the best step is taken along one unused household alone.
+
+        Args:
+            residual: Half of the quadratic's gradient with respect to the totals.
+
+        Returns:
+            Decreases >= 0, shape (households,).
+        """
+        slope = self.matrix.gradient(residual).clamp(max=0.0)
+        curvature = self.curvature
+        step = torch.minimum(-slope / curvature.clamp(min=torch.finfo(torch.float64).tiny), self.upper)
+        return torch.where(curvature > 0, -step * (2.0 * slope + curvature * step), torch.zeros_like(slope))
+
+
+class LeastSquares:
+    """Bounded least squares over the households of one matrix, with its current weights.
+
+    Args:
+        matrix: The households in question.
+        quadratic: Targets and their weights.
+        weights: Where to start, float64, one per household; moved into the bounds.
+        lower: Smallest weights, >= 0.
+        upper: Largest weights, >= lower; infinity for none.
+        pull: Factor of (w - center)^2 per household, >= 0.
+        center: Where the pull goes.
+        total: What the weights must add up to, or None.
+    """
+
+    def __init__(
+        self,
+        matrix: HouseholdMatrix,
+        quadratic: Quadratic,
+        weights: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+        pull: Tensor,
+        center: Tensor,
+        total: float | None = None,
+    ) -> None:
+        self.matrix, self.quadratic = matrix, quadratic
+        self.lower, self.upper, self.pull, self.center = lower, upper, pull, center
+        self.weights = torch.minimum(torch.maximum(weights.double().clone(), lower), upper)
+        self.size = float((quadratic.weight * quadratic.targets.square()).sum().sqrt().clamp(min=1e-300))
+        self._held_weight = 0.0 if total is None else self._weight_of_sum(total)
+        self._held = torch.tensor([0.0, total or 0.0, self._held_weight, 0.0], dtype=torch.float64)
+        self.curvature = matrix.squared_norms(quadratic.weight) + pull + self._held_weight
+        self.refresh()
+
+    def _weight_of_sum(self, total: float) -> float:
+        return _HELD_SHARE * self.size**2 / max(total, 1e-300) ** 2
+
+    def refresh(self) -> None:
+        """Compute totals and residuals anew from the weights, which removes what rounding has piled up."""
+        self._held[0] = self.weights.sum()
+        self._residual = self.quadratic.residual(self.matrix.totals(self.weights))
+
+    @property
+    def residual(self) -> Tensor:
+        """Half of the quadratic's gradient with respect to the totals."""
+        return self._residual
+
+    def totals(self) -> Tensor:
+        """Weighted totals, computed anew."""
+        return self.matrix.totals(self.weights)
+
+    def value(self) -> float:
+        """The objective (without the held sum), computed anew."""
+        pulled = (self.pull * (self.weights - self.center).square()).sum()
+        return float(self.quadratic.value(self.totals()) + pulled)
+
+    def penalized_value(self) -> float:
+        """The objective with the held sum's error as a penalty: to compare fits that have not settled it."""
+        return self.value() + self._held_weight * float(self.weights.sum() - self._held[1]) ** 2
+
+    def slope(self) -> Tensor:
+        """Half of the gradient with respect to the weights, held sum and multiplier included."""
+        held = self._held[2] * (self._held[0] - self._held[1]) + self._held[3]
+        return self.matrix.gradient(self._residual) + self.pull * (self.weights - self.center) + held
+
+    def contributions(self) -> Tensor:
+        """w_j times the norm of household j: the root of what leaving it out costs, others unchanged.
+
+        With an upper bound the others may be unable to take over the weight of a large household, so that
+        its weight counts too.
+        """
+        norm = self.curvature
+        if bool(torch.isfinite(self.upper).any()):
+            norm = norm + _WORTH_OF_SIZE * (self.size / self.weights.sum().clamp(min=1e-300)).square()
+        return self.weights * norm.sqrt()
+
+    def sweep(self, count: int = 1) -> None:
+        """Improve the weights by ``count`` rounds over the households."""
+        if isinstance(self.matrix, CompiledMatrix):
+            self.matrix.descend(
+                self.quadratic.weight, self._residual, self.weights, self.lower, self.upper,
+                self.curvature, self.pull, self.center, self._held, count,
+            )  # fmt: skip
+        else:
+            self.accelerate(count * _STEPS_PER_SWEEP)
+
+    def optimality(self) -> float:
+        """Largest violation of the optimality conditions, dimensionless; 0 at the exact minimum.
+
+        With households scaled to unit norm, how far a step down the slope leads within the bounds, relative
+        to the size of the targets. With a held sum, at least the sum's relative error.
+        """
+        norm = self.curvature.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+        contribution = self.weights * norm
+        ahead = contribution - self.slope() / norm
+        step = torch.minimum(torch.maximum(ahead, self.lower * norm), self.upper * norm) - contribution
+        violation = torch.where(self.curvature > 0, step.abs(), torch.zeros_like(step))
+        worst = float(violation.max()) / self.size if len(violation) else 0.0
+        return max(worst, self._error_of_sum())
+
+    def _error_of_sum(self) -> float:
+        if self._held_weight == 0:
+            return 0.0
+        return abs(float(self._held[0] - self._held[1])) / max(abs(float(self._held[1])), 1e-300)
+
+    def solve(
+        self, tolerance: float = 1e-9, max_rounds: int = 60, sweeps: int = 20, enough: float = 0.0
+    ) -> float:
+        """Improve until optimal: sweeps find which bounds hold, conjugate gradients solve for the rest.
+
+        Args:
+            tolerance: :meth:`optimality` to reach.
+            max_rounds: Give up after so many rounds.
+            sweeps: Sweeps in each round.
+            enough: Give up, too, when ten rounds have lowered the objective by less than this share of it.
+
+        Returns:
+            The optimality reached.
+        """
+        worst, steps, before = float("inf"), _FEWEST_STEPS, float("inf")
+        for number in range(max_rounds):
+            self.sweep(sweeps)
+            inside = True
+            while inside:
+                self.refresh()
+                self._held[3] += self._held[2] * (self._held[0] - self._held[1])
+                worst = self.optimality()
+                if worst <= tolerance:
+                    return worst
+                inside = self._conjugate_gradients(steps, tolerance) and steps < _MOST_STEPS
+                # Long solves pay once the bounds that hold have been found.
+                steps = min(4 * steps, _MOST_STEPS) if inside else max(steps // 2, _FEWEST_STEPS)
+            if enough > 0 and number % 10 == 9:
+                now = self.penalized_value()
+                if before - now < enough * now:
+                    break
+                before = now
+        return self.optimality()
+
+    @property
+    def is_small(self) -> bool:
+        """Whether :meth:`solve_densely` is quick."""
+        return min(self.matrix.num_households, self.matrix.num_targets) <= _MOST_DENSE and isinstance(
+            self.matrix, CompiledMatrix
+        )
+
+    def solve_densely(self, tolerance: float = 1e-9, max_steps: int = 60) -> float:
+        """Improve until optimal by an interior-point method, for some thousands of households or targets.
+
+        Args:
+            tolerance: :meth:`optimality` to reach.
+            max_steps: Give up after so many steps; the weights are then the best there were.
+
+        Returns:
+            The optimality reached.
+        """
+        free = torch.nonzero((self.curvature > 0) & (self.upper > self.lower)).flatten()
+        best, best_weights, best_multiplier = self.optimality(), self.weights, float(self._held[3])
+        if best <= tolerance or len(free) == 0:
+            return best
+        norm = self.curvature[free].sqrt()
+        point = InteriorPoint(self._scaled(free, norm), (self.weights[free] * norm).numpy())
+        for _ in range(max_steps):
+            try:
+                point.step()
+            except np.linalg.LinAlgError:  # rounding has made the system indefinite
+                break
+            weights = self.weights.clone()
+            weights[free] = torch.from_numpy(point.u) / norm
+            self._take_over(weights, point.multiplier)
+            now = self.optimality()
+            if now < best:
+                best, best_weights, best_multiplier = now, self.weights, point.multiplier
+            if best <= tolerance:
+                break
+        self._take_over(best_weights, best_multiplier)
+        return best
+
+    def _take_over(self, weights: Tensor, multiplier: float) -> None:
+        self.weights = torch.minimum(torch.maximum(weights, self.lower), self.upper)
+        self._held[3] = multiplier
+        self.refresh()
+
+    def _scaled(self, free: Tensor, norm: Tensor) -> BoxQuadratic:
+        """The problem of some households in contributions w_j norm_j; the others stay where they are."""
+        assert isinstance(self.matrix, CompiledMatrix)
+        root = self.quadratic.weight.sqrt().numpy()
+        rest = self.weights.index_fill(0, free, 0.0)
+        missing = (self.quadratic.targets - self.matrix.totals(rest)).numpy()
+        part = self.matrix.take(free).by_household()
+        held = self._held_weight > 0
+        return BoxQuadratic(
+            rows=sp.csr_array(sp.diags_array(1.0 / norm.numpy()) @ part @ sp.diags_array(root)),
+            targets=root * missing,
+            lower=(self.lower[free] * norm).numpy(),
+            upper=(self.upper[free] * norm).numpy(),
+            pull=(self.pull[free] / norm.square()).numpy(),
+            center=(self.center[free] * norm).numpy(),
+            sum_of=(1.0 / norm).numpy() if held else None,
+            total=float(self._held[1] - rest.sum()),
+        )
+
+    def _curve(self, direction: Tensor, where: Tensor | None = None) -> Tensor:
+        """Half of the second derivative times a direction of weights."""
+        product = self.quadratic.weight * self.matrix.totals(direction)
+        held = self._held[2] * direction.sum()
+        return self.matrix.gradient(product, where) + self.pull * direction + held
+
+    def _conjugate_gradients(self, max_steps: int, tolerance: float) -> bool:
+        """Solve for the households between their bounds, then step as far towards it as bounds allow.
+
+        Returns:
+            Whether the step hit no bound.
+        """
+        free = (self.weights > self.lower) & (self.weights < self.upper) & (self.curvature > 0)
+        scale = torch.where(free, 1.0 / self.curvature.clamp(min=1e-300), torch.zeros_like(self.weights))
+        remaining = torch.where(free, -self.slope(), torch.zeros_like(self.weights))
+        solution = torch.zeros_like(self.weights)
+        conditioned = scale * remaining
+        direction, old = conditioned.clone(), float((remaining * conditioned).sum())
+        stop = old * 1e-6
+        mask = free.to(torch.uint8)
+        for _ in range(max_steps):
+            if old <= max(stop, (tolerance * self.size) ** 2 * 1e-4):
+                break
+            curved = torch.where(free, self._curve(direction, mask), torch.zeros_like(direction))
+            length = old / max(float((direction * curved).sum()), 1e-300)
+            solution += length * direction
+            remaining -= length * curved
+            conditioned = scale * remaining
+            new = float((remaining * conditioned).sum())
+            direction = conditioned + (new / old) * direction
+            old = new
+        return self._step_towards(solution)
+
+    def _step_towards(self, step: Tensor) -> bool:
+        """Take the largest of the projected steps 1, 1/2, 1/4 ... that pays, or up to the first bound.
+
+        Returns:
+            Whether the whole step lies within the bounds.
+        """
+        slope, before = self.slope(), self.weights
+        room = torch.where(step > 0, self.upper - before, self.lower - before)
+        ratio = torch.where(step != 0, room / step, torch.full_like(step, float("inf")))
+        longest = min(1.0, float(ratio.min())) if len(step) else 0.0
+        for length in (1.0, 0.5, 0.25, 0.1, longest):
+            candidate = torch.minimum(torch.maximum(before + length * step, self.lower), self.upper)
+            change = candidate - before
+            if float((change * (2.0 * slope + self._curve(change))).sum()) <= 0:
+                self.weights = candidate
+                break
+        self.refresh()
+        return longest >= 1.0
+
+    def accelerate(self, steps: int) -> None:
+        """Accelerated projected gradient with restart, on any device; two products with the matrix a step."""
+        scale = torch.where(self.curvature > 0, 1.0 / self.curvature, torch.zeros_like(self.curvature))
+        largest = self._largest_curvature(scale)
+        ahead, momentum = self.weights.clone(), 1.0
+        self._residual = self.quadratic.residual(self.matrix.totals(ahead))
+        for _ in range(steps):
+            before, point = self.weights, ahead
+            self.weights, self._held[0] = point, point.sum()
+            slope = self.slope()
+            self.weights = torch.minimum(
+                torch.maximum(point - scale * slope / largest, self.lower), self.upper
+            )
+            change = self.weights - before
+            if float((slope * change).sum()) > 0:
+                momentum = 1.0
+            new_momentum = (1.0 + (1.0 + 4.0 * momentum**2) ** 0.5) / 2.0
+            ahead = self.weights + (momentum - 1.0) / new_momentum * change
+            momentum = new_momentum
+            self._residual = self.quadratic.residual(self.matrix.totals(ahead))
+        self.refresh()
+
+    def _largest_curvature(self, scale: Tensor) -> float:
+        """Largest eigenvalue of the scaled second derivative, by power iteration; kept after the first time.
+
+        Entries may have both signs, so the start is not constant; it is fixed, so that runs repeat.
+        """
+        if not hasattr(self, "_largest"):
+            root = scale.sqrt()
+            n = len(root)
+            vector = 1.0 + torch.sin(torch.arange(n, dtype=torch.float64, device=root.device))
+            size = 1.0
+            for _ in range(30):
+                vector = root * self._curve(root * (vector / vector.norm().clamp(min=1e-300)))
+                size = float(vector.norm())
+            self._largest = max(1.05 * size, 1e-300)
+        return self._largest

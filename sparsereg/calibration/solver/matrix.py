@@ -1,0 +1,360 @@
+"""The matrix of a calibration problem, stored by household, and the products a solver needs.
+
+Two homes of the same three products: compiled loops over float32 entries on the CPU, and torch's sparse
+products on any device. Both accumulate in float64, and both give the same bits for the same input
+whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+_ENTRIES_PER_LANE = 250_000
+"""Fewer entries than this are not worth handing to a second thread (about 0.2 ms of work)."""
+_MAX_LANES = 8
+"""Private totals cost num_targets x 8 bytes per lane."""
+
+
+class HouseholdMatrix(Protocol):
+    """What solvers ask of a matrix. Vectors are torch tensors on ``device``."""
+
+    num_households: int
+    num_targets: int
+    num_entries: int
+    device: torch.device
+
+    def totals(self, weights: Tensor) -> Tensor:
+        """Sum of weights times entries for every target, float64; households of weight zero cost nothing."""
+
+    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+        """Sum of residuals times entries for every household, float64; zero where ``where`` is zero."""
+
+    def squared_norms(self, row_weights: Tensor) -> Tensor:
+        """Sum of row_weights times squared entries for every household, float64."""
+
+    def noise(self, seed: int, epoch: int) -> Tensor:
+        """Uniform numbers in [0, 1), float32, one per household: the same for the same seed and epoch."""
+
+    def take(self, households: Tensor) -> HouseholdMatrix:
+        """Return the matrix of these households only, in this order (a copy)."""
+
+
+def household_matrix(
+    by_household: sp.csr_array,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    *,
+    local: bool = False,
+) -> HouseholdMatrix:
+    """Prepare a matrix for a solver; in a group of processes, each one's share of the targets.
+
+    Args:
+        by_household: Households x targets, canonical CSR, float32.
+        device: Where to compute.
+        backend: "compiled" (numba; CPU only), "torch", or "auto": compiled where it can be.
+        local: Keep the whole matrix in this process, whether or not there is a group.
+
+    Raises:
+        ValueError: the backend is unknown or does not run on the device.
+    """
+    device = torch.device(device)
+    can_compile = device.type == "cpu" and importlib.util.find_spec("numba") is not None
+    if backend not in ("auto", "compiled", "torch"):
+        raise ValueError(f"backend must be one of auto, compiled, torch, got {backend!r}")
+    if backend == "compiled" and not can_compile:
+        raise ValueError(f"backend='compiled' needs numba and device='cpu', got device={str(device)!r}")
+    if not local and _num_processes() > 1:
+        return ShardedMatrix.of_this_process(by_household, device, backend)
+    if backend == "torch" or not can_compile:
+        return TorchMatrix.from_scipy(by_household, device)
+    return CompiledMatrix(by_household)
+
+
+_threads: ContextVar[int | None] = ContextVar("threads", default=None)
+
+
+@contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Give torch's threads to the compiled loops for a while; torch itself computes in one.
+
+    Torch's threads spin while they wait for each other, which on a machine with other work costs many times
+    what they save on vectors of this size.
+    """
+    number = torch.get_num_threads()
+    token = _threads.set(_threads.get() or number)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)
+        _threads.reset(token)
+
+
+@lru_cache(maxsize=4)
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    """Threads that sleep while there is nothing to do (OpenMP's would spin)."""
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="calibration")
+
+
+class CompiledMatrix:
+    """The matrix on the CPU, with numba's loops.
+
+    The households are cut into lanes of about equally many entries. Each lane sums into totals of its own
+    and these are added in order, so the result does not depend on how many threads share the lanes.
+
+    Args:
+        by_household: Households x targets, canonical CSR, float32.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, by_household: sp.csr_array) -> None:
+        num_targets = int(by_household.shape[1])
+        small = num_targets <= np.iinfo(np.uint16).max
+        self._set(
+            np.ascontiguousarray(by_household.indptr),
+            np.ascontiguousarray(by_household.indices, dtype=np.uint16 if small else np.int32),
+            np.ascontiguousarray(by_household.data, dtype=np.float32),
+            num_targets,
+        )
+
+    def _set(self, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, num_targets: int) -> None:
+        self._indptr, self._indices, self._data = indptr, indices, data
+        self.num_households, self.num_targets = len(indptr) - 1, num_targets
+        self.num_entries = int(indptr[-1] - indptr[0])
+        num_lanes = max(1, min(_MAX_LANES, self.num_entries // _ENTRIES_PER_LANE))
+        cuts = indptr[0] + np.arange(num_lanes + 1) * (self.num_entries / num_lanes)
+        bounds = np.searchsorted(indptr, cuts)
+        bounds[0], bounds[-1] = 0, self.num_households
+        self._lanes = [slice(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
+
+    def _run(self, name: str, per_lane: list[tuple[Any, ...]]) -> None:
+        """Call a kernel for every lane, in threads if torch may use several."""
+        from sparsereg.calibration.solver import kernels
+
+        kernel = getattr(kernels, name)
+        calls = [
+            (self._indptr[lane.start : lane.stop + 1], self._indices, self._data, *arguments)
+            for lane, arguments in zip(self._lanes, per_lane, strict=True)
+        ]
+        num_threads = min(_threads.get() or torch.get_num_threads(), len(calls))
+        if num_threads == 1:
+            for call in calls:
+                kernel(*call)
+        else:
+            for done in [_pool(num_threads).submit(kernel, *call) for call in calls]:
+                done.result()
+
+    def totals(self, weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        values = weights.numpy()
+        private = np.zeros((len(self._lanes), self.num_targets))
+        self._run("scatter", [(values[lane], private[k]) for k, lane in enumerate(self._lanes)])
+        return torch.from_numpy(private[0] if len(private) == 1 else private.sum(axis=0))
+
+    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        values, out = residual.numpy(), np.empty(self.num_households)
+        if where is None:
+            self._run("gather", [(values, out[lane]) for lane in self._lanes])
+        else:
+            mask = where.numpy()
+            self._run("gather_where", [(values, mask[lane], out[lane]) for lane in self._lanes])
+        return torch.from_numpy(out)
+
+    def squared_norms(self, row_weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        out = np.empty(self.num_households)
+        self._run("squared_norms", [(row_weights.numpy(), out[lane]) for lane in self._lanes])
+        return torch.from_numpy(out)
+
+    def noise(self, seed: int, epoch: int) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        from sparsereg.calibration.solver import kernels
+
+        out = np.empty(self.num_households, dtype=np.float32)
+        kernels.uniform(np.uint64(seed), np.uint64(epoch), out)
+        return torch.from_numpy(out)
+
+    def by_household(self) -> sp.csr_array:
+        """The entries, households x targets, float64."""
+        parts = (self._data.astype(np.float64), self._indices.astype(np.int32), self._indptr)
+        return sp.csr_array(parts, shape=(self.num_households, self.num_targets))
+
+    def descend(self, *arguments: Any) -> float:
+        """Coordinate descent over the households, one after the other; see ``kernels.descend``."""
+        from sparsereg.calibration.solver import kernels
+
+        values = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
+        return float(kernels.descend(self._indptr, self._indices, self._data, *values))
+
+    def take(self, households: Tensor) -> CompiledMatrix:
+        """See :class:`HouseholdMatrix`."""
+        from sparsereg.calibration.solver import kernels
+
+        chosen = households.numpy()
+        indptr = np.zeros(len(chosen) + 1, dtype=np.int64)
+        np.cumsum(np.diff(self._indptr)[chosen], out=indptr[1:])
+        indices, data = np.empty(indptr[-1], self._indices.dtype), np.empty(indptr[-1], np.float32)
+        kernels.copy_households(self._indptr, self._indices, self._data, chosen, indptr, indices, data)
+        part = CompiledMatrix.__new__(CompiledMatrix)
+        part._set(indptr.astype(self._indptr.dtype), indices, data, self.num_targets)
+        return part
+
+
+class TorchMatrix:
+    """The matrix on any device, with torch's sparse products, stored both ways to never transpose.
+
+    Args:
+        by_household: Households x targets, sparse CSR tensor, float64.
+        by_target: Its transpose, sparse CSR.
+    """
+
+    def __init__(self, by_household: Tensor, by_target: Tensor) -> None:
+        self._by_household, self._by_target = by_household, by_target
+        self.num_households, self.num_targets = (int(n) for n in by_household.shape)
+        self.num_entries = int(by_household.values().numel())
+        self.device = by_household.device
+
+    @classmethod
+    def from_scipy(cls, by_household: sp.csr_array, device: torch.device) -> TorchMatrix:
+        """Copy a scipy matrix, households x targets, and its transpose to the device."""
+        by_target = sp.csr_array(by_household.T.tocsr())
+        return cls(_to_torch(by_household, device), _to_torch(by_target, device))
+
+    def totals(self, weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        return self._by_target @ weights.double()
+
+    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        gradient = self._by_household @ residual
+        return gradient if where is None else gradient * (where != 0)
+
+    def squared_norms(self, row_weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        squares = _csr_tensor(
+            self._by_household.crow_indices(),
+            self._by_household.col_indices(),
+            self._by_household.values().square(),
+            self._by_household.shape,
+        )
+        return squares @ row_weights
+
+    def noise(self, seed: int, epoch: int) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        mixed = (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1342543DE82EF95) % 2**63
+        generator = torch.Generator(device=self.device).manual_seed(mixed)
+        return torch.rand(self.num_households, generator=generator, device=self.device)
+
+    def take(self, households: Tensor) -> TorchMatrix:
+        """See :class:`HouseholdMatrix`."""
+        crow = self._by_household.crow_indices()
+        columns, values = self._by_household.col_indices(), self._by_household.values()
+        counts = (crow[1:] - crow[:-1])[households]
+        new_crow = torch.zeros(len(households) + 1, dtype=crow.dtype, device=self.device)
+        new_crow[1:] = counts.cumsum(0)
+        entries = torch.repeat_interleave(crow[households] - new_crow[:-1], counts)
+        entries = entries + torch.arange(len(entries), device=self.device)
+        shape = (len(households), self.num_targets)
+        chosen = _csr_tensor(new_crow, columns[entries], values[entries], shape)
+        return TorchMatrix(chosen, _transposed(chosen))
+
+
+class ShardedMatrix:
+    """Some rows (targets) of a matrix in each process of a group, which sums over processes.
+
+    Vectors are whole in every process; with the same input all processes see the same output.
+
+    Args:
+        local: Households x the targets of this process.
+        first: Index of the first of these targets.
+        num_targets: Number of all targets.
+    """
+
+    def __init__(self, local: HouseholdMatrix, first: int, num_targets: int) -> None:
+        self._local, self._rows = local, slice(first, first + local.num_targets)
+        self.num_households, self.num_targets = local.num_households, num_targets
+        self.num_entries, self.device = local.num_entries, local.device
+
+    @classmethod
+    def of_this_process(cls, by_household: sp.csr_array, device: torch.device, backend: str) -> ShardedMatrix:
+        """Take this process's share of the targets, about equally many entries each."""
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        num_targets = int(by_household.shape[1])
+        entries = np.bincount(by_household.indices, minlength=num_targets).cumsum()
+        cuts = np.searchsorted(entries, np.arange(1, world) * (entries[-1] / world)) + 1
+        bounds = np.concatenate([[0], np.minimum(cuts, num_targets), [num_targets]])
+        first, last = int(bounds[rank]), int(bounds[rank + 1])
+        local = household_matrix(sp.csr_array(by_household[:, first:last]), device, backend, local=True)
+        return cls(local, first, num_targets)
+
+    def totals(self, weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        totals = torch.zeros(self.num_targets, dtype=torch.float64, device=self.device)
+        totals[self._rows] = self._local.totals(weights)
+        return _sum_over_processes(totals)
+
+    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        return _sum_over_processes(self._local.gradient(residual[self._rows], where))
+
+    def squared_norms(self, row_weights: Tensor) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        return _sum_over_processes(self._local.squared_norms(row_weights[self._rows]))
+
+    def noise(self, seed: int, epoch: int) -> Tensor:
+        """See :class:`HouseholdMatrix`."""
+        return self._local.noise(seed, epoch)
+
+    def take(self, households: Tensor) -> ShardedMatrix:
+        """See :class:`HouseholdMatrix`."""
+        return ShardedMatrix(self._local.take(households), self._rows.start, self.num_targets)
+
+
+def _num_processes() -> int:
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if group else 1
+
+
+def _sum_over_processes(values: Tensor) -> Tensor:
+    torch.distributed.all_reduce(values)
+    return values
+
+
+def _to_torch(matrix: sp.csr_array, device: torch.device) -> Tensor:
+    """Scipy CSR to a torch CSR tensor in float64, so that sums are exact enough to report."""
+    parts = (matrix.indptr, matrix.indices, matrix.data.astype(np.float64))
+    crow, columns, values = (torch.from_numpy(part).to(device) for part in parts)
+    return _csr_tensor(crow, columns, values, matrix.shape)
+
+
+def _csr_tensor(crow: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Build a sparse CSR tensor without torch's warnings that CSR is in beta and goes unchecked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
+        return torch.sparse_csr_tensor(crow, columns, values, shape)
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    """Transpose a CSR tensor by one stable sort of its column indices."""
+    num_rows, num_columns = matrix.shape
+    crow, columns = matrix.crow_indices(), matrix.col_indices()
+    rows = torch.repeat_interleave(torch.arange(num_rows, device=matrix.device), crow[1:] - crow[:-1])
+    order = torch.argsort(columns, stable=True)
+    new_crow = torch.zeros(num_columns + 1, dtype=crow.dtype, device=matrix.device)
+    new_crow[1:] = torch.bincount(columns, minlength=num_columns).cumsum(0)
+    return _csr_tensor(new_crow, rows[order].to(crow.dtype), matrix.values()[order], (num_columns, num_rows))

@@ -1,0 +1,1 @@
+"""From the names of a configuration to networks."""

@@ -1,0 +1,333 @@
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from omegaconf import OmegaConf
+
+from sparsereg.calibration.command import run as script
+from sparsereg.calibration.command.config import CalibrateConfig, checked
+from sparsereg.calibration.reading.synthetic import synthetic_problem
+from sparsereg.calibration.reporting.recorder import Recorder
+from sparsereg.calibration.solver.calibration import Calibration, Settings
+from sparsereg.calibration.solver.selection import METHODS
+from sparsereg.errors import InputError
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+SMALL = (
+    "problem.households=300",
+    "problem.targets=60",
+    "num_households=60",
+    "plots=false",
+    "tensorboard=false",
+)
+
+
+def config(*overrides):
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose("calibrate", overrides=list(overrides))
+
+
+def run(*overrides):
+    path = script.run(config(*overrides))
+    return path.parent, json.loads(path.read_text())
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def tables(n=120):
+    rng = np.random.default_rng(0)
+    households = pd.DataFrame(
+        {
+            "id": [f"h{i}" for i in range(n)],
+            "w": rng.random(n) + 1,
+            "area": rng.choice(["A", "B"], n),
+            "x": rng.random(n),
+        }
+    )
+    where = ["", "area == 'A'", "area == 'B'", "x > 0.5"]
+    targets = pd.DataFrame({"name": ["all", "a", "b", "big"], "value": [180.0, 90, 90, 95], "where": where})
+    households.to_csv("H.csv", index=False)
+    targets.assign(group=["t", "area", "area", "t"]).to_csv("T.csv", index=False)
+    return (
+        "problem=households", "problem.households=H.csv", "problem.targets=T.csv", "problem.weight=w",
+        "problem.id=id",
+        "num_households=20", "plots=false", "tensorboard=false",
+    )  # fmt: skip
+
+
+def test_the_configuration_has_the_defaults_of_the_library():
+    cfg = config()
+    for f in fields(Settings):
+        if f.name in cfg and f.name not in ("temperature", "device", "group_multipliers"):
+            assert cfg[f.name] == getattr(Settings(), f.name), f.name
+    assert cfg.temperature.initial == Settings().temperature
+    assert set(cfg.keys()) == {f.name for f in fields(CalibrateConfig)}
+
+
+def test_a_run_writes_everything_and_overwrites_nothing():
+    folder, results = run(*[s for s in SMALL if "false" not in s])
+    assert folder == Path("outputs/calibrate/version_0")
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {
+        "weights.csv", "targets.csv", "groups.csv", "calibration_log.csv", "results.json", "holdout.csv",
+        "config.yaml", "plots",
+    }  # fmt: skip
+    assert any(n.startswith("events.out.tfevents") for n in names)
+    assert "checkpoint.pt" not in names
+    assert {p.name for p in (folder / "plots").iterdir()} == {
+        "errors.png", "targets.png", "weights.png", "progress.png",
+    }  # fmt: skip
+    assert set(results) >= {
+        "households", "kept", "targets", "loss", "mean_are", "median_are", "max_are", "within_10pct", "ess",
+        "max_weight", "seconds",
+    }  # fmt: skip
+    again, _ = run(*SMALL)
+    assert again.name == "version_1"
+
+
+def test_the_files_agree_with_each_other_in_float64():
+    folder, results = run(*SMALL)
+    weights, targets = pd.read_csv(folder / "weights.csv"), pd.read_csv(folder / "targets.csv")
+    problem = synthetic_problem(300, 60)
+    full = pd.Series(0.0, index=problem.household_ids)
+    full[weights.id] = weights.weight.to_numpy()
+    assert results["kept"] == len(weights) == 60
+    assert (weights.weight > 0).all()
+    np.testing.assert_array_equal(problem.estimates(full.to_numpy()), targets.estimate)
+    errors = (targets.estimate - targets.target).abs() / targets.target.abs()
+    np.testing.assert_allclose(errors, targets.relative_error.abs(), rtol=1e-12, atol=1e-15)
+    assert results["mean_are"] == pytest.approx(errors.mean())
+    assert results["max_are"] == pytest.approx(errors.max())
+    assert results["ess"] == pytest.approx(weights.weight.sum() ** 2 / (weights.weight**2).sum())
+    log = pd.read_csv(folder / "calibration_log.csv")
+    last = log[log.epoch == log.epoch.max()]
+    np.testing.assert_allclose(last.estimate, targets.estimate)
+    assert log.epoch.nunique() > 5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_from_the_command_line_and_is_in_the_help(method):
+    number = "null" if method == "all" else "60"
+    _, results = run(
+        *SMALL, f"method={method}", f"num_households={number}", "epochs=30", "holdout.groups=null"
+    )
+    assert results["kept"] == 60 if method != "all" else results["kept"] > 60
+    shown = OmegaConf.load(CONFIGS / "calibrate.yaml").hydra.help.template
+    assert re.search(rf"\b{method}\b", shown.partition("Main keys")[2])
+
+
+def test_same_seed_same_weights_and_households_from_tables_like_from_the_generator():
+    first, _ = run(*SMALL, "problem.tables=survey")
+    second, _ = run(
+        "problem=households", "problem.households=survey/households.csv",
+        "problem.targets=survey/targets.csv",
+        "problem.weight=weight", "problem.id=household_id", *SMALL[2:], "weights_format=parquet",
+    )  # fmt: skip
+    a, b = pd.read_csv(first / "weights.csv"), pd.read_parquet(second / "weights.parquet")
+    assert a.id.tolist() == b.id.tolist()
+    np.testing.assert_array_equal(a.weight, b.weight)
+    with pytest.raises(InputError, match="households.csv is there already"):
+        run(*SMALL, "problem.tables=survey")
+
+
+def test_a_matrix_with_weights():
+    matrix = np.random.default_rng(0).random((4, 30))
+    sp.save_npz("M.npz", sp.csr_array(matrix))
+    pd.DataFrame({"name": list("abcd"), "value": matrix.sum(1) * 1.1}).to_csv("T.csv", index=False)
+    pd.DataFrame({"id": range(100, 130), "weight": np.ones(30)}).to_csv("W.csv", index=False)
+    folder, results = run(
+        "problem=matrix", "problem.matrix=M.npz", "problem.targets=T.csv", "problem.weights=W.csv",
+        "num_households=10",
+        "plots=false", "tensorboard=false",
+    )  # fmt: skip
+    weights = pd.read_csv(folder / "weights.csv")
+    assert results["kept"] == 10
+    assert weights.id.between(100, 129).all()
+    np.testing.assert_allclose(matrix[:, weights.id - 100] @ weights.weight, matrix.sum(1) * 1.1, rtol=1e-3)
+
+
+def test_bounds_and_total_are_kept():
+    _, results = run(*SMALL, "max_weight_ratio=12", "hold_total=true")
+    assert results["max_ratio"] <= 12 * (1 + 1e-9)
+    assert results["total_weight"] == pytest.approx(results["initial_total_weight"], rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["pruning", "hard_concrete", "hybrid", "random", "pps"])
+def test_every_method_keeps_exactly_the_number(method):
+    _, results = run(*SMALL, f"method={method}", "epochs=60", "holdout.groups=null")
+    assert (results["kept"], results["method"]) == (60, method)
+
+
+def test_without_a_number_lambda_decides_and_all_keeps_all():
+    _, some = run(*SMALL, "num_households=null", "lambda_l0=0.1", "epochs=200", "holdout.groups=null")
+    assert 0 < some["kept"] < 300
+    assert some["method"] == "hard_concrete"
+    _, everyone = run(*SMALL, "num_households=null", "method=all", "holdout.groups=null")
+    assert everyone["mean_are"] < some["mean_are"]
+    with pytest.raises(InputError, match="shut every household"):
+        run(*SMALL, "num_households=null", "lambda_l0=1e6", "epochs=300", "holdout.groups=null")
+
+
+def test_hold_outs():
+    folder, results = run(*SMALL, "holdout.folds=3")
+    table = pd.read_csv(folder / "holdout.csv")
+    assert table.fold.nunique() == results["holdout"]["folds"] == 3
+    assert table.targets.sum() == results["holdout"]["targets"] == 60
+    assert results["holdout"]["mean_are"] > results["mean_are"]
+    _, results = run(*SMALL, "holdout.groups=[age]")
+    assert results["holdout"]["groups"] == ["age"]
+    _, results = run(*SMALL, "holdout.groups=null")
+    assert results["holdout"] is None
+    with pytest.raises(InputError, match="contradict each other"):
+        run(*SMALL, "holdout.groups=[age]", "holdout.folds=3")
+
+
+def test_multipliers_of_groups_that_are_left_out_do_not_matter():
+    run(*SMALL, "+group_multipliers.age=3", "holdout.groups=[age]")
+    with pytest.raises(InputError, match="group_multipliers key 'agee' not found"):
+        run(*SMALL, "+group_multipliers.agee=3")
+
+
+def interrupted(after, overrides, monkeypatch):
+    """Interrupt a run after so many reports, as Ctrl-C would."""
+    record = Recorder.record
+
+    def interrupting(self, epoch, *rest):
+        record(self, epoch, *rest)
+        if len(self.history) == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "record", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            run(*overrides)
+
+
+@pytest.mark.parametrize("method", ["pruning", "hard_concrete"])
+def test_an_interrupted_run_ends_where_it_would_have_ended(method, monkeypatch):
+    overrides = (*SMALL, f"method={method}", "epochs=100", "holdout.groups=null")
+    whole, _ = run(*overrides)
+    interrupted(5, overrides, monkeypatch)
+    cut = Path("outputs/calibrate/version_1")
+    assert (cut / "checkpoint.pt").is_file()
+    assert not (cut / "weights.csv").exists()
+    resumed, _ = run(*overrides, f"ckpt_path={cut}/checkpoint.pt")
+    assert resumed.name == "version_2"
+    one, two = (pd.read_csv(f / "weights.csv") for f in (whole, resumed))
+    pd.testing.assert_frame_equal(one, two)
+    logs = [pd.read_csv(f / "calibration_log.csv") for f in (whole, resumed)]
+    pd.testing.assert_frame_equal(*logs)
+    with pytest.raises(InputError, match="of another problem or of other settings"):
+        run(*overrides, "lr=0.1", f"ckpt_path={cut}/checkpoint.pt")
+    with pytest.raises(InputError, match="is not a checkpoint of calibrate.py"):
+        run(*overrides, f"ckpt_path={whole}/weights.csv")
+    with pytest.raises(InputError, match="does not exist"):
+        run(*overrides, f"ckpt_path={whole}/checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["num_households=301"], "num_households=301: there are only 300 households"),
+        (["num_households=0"], "num_households=0: expected an integer >= 1"),
+        (["num_households=2.5"], "num_households=2.5"),
+        (["method=prunning"], "did you mean 'pruning'"),
+        (["loss=relativ"], "did you mean 'relative'"),
+        (["num_households=null", "method=pruning"], "needs num_households"),
+        (["method=all"], "leave num_households out"),
+        (["num_households=null", "lambda_l0=0"], "nothing decides how many"),
+        (["max_weight_ratio=0"], "max_weight_ratio=0.0: expected a number > 0"),
+        (["max_weight_ratio=2", "refit=false"], "max_weight_ratio is kept by the refit"),
+        (["max_weight_ratio=2", "hold_total=true"], "lets the 60 kept households weigh"),
+        (["epochs=0"], "epochs=0: expected"),
+        (["lr=nan"], "lr=nan: expected"),
+        (["device=cuda:99"], "this machine has"),
+        (["device=gpu"], "expected one of auto, cpu, cuda"),
+        (["problem.targets=3000"], "targets must be at most"),
+        (["problem.kind=matrx"], "did you mean 'matrix'"),
+        (["holdout.groups=[nothing]"], "no target has the group 'nothing'"),
+        (["problem=matrix"], "problem=matrix needs problem.matrix=FILE"),
+    ],
+)
+def test_wrong_settings_are_named_and_nothing_is_written(overrides, message):
+    with pytest.raises(InputError, match=message):
+        run(*SMALL, *overrides) if "problem=matrix" not in overrides else run(*overrides)
+    assert not list(Path().glob("outputs/**/weights.csv"))
+
+
+def test_targets_that_nobody_touches(caplog):
+    overrides = tables()
+    targets = pd.read_csv("T.csv", keep_default_na=False)
+    targets.loc[1, "where"] = "area == 'C'"
+    targets.to_csv("T.csv", index=False)
+    with pytest.raises(
+        InputError, match=r"no household touches 1 of 4 targets: a \(no household has area == 'C'"
+    ):
+        run(*overrides)
+    folder, results = run(*overrides, "untouchable=drop")
+    assert results["dropped_targets"] == 1
+    assert pd.read_csv(folder / "targets.csv").name.tolist() == ["all", "b", "big"]
+    folder, results = run(*overrides, "untouchable=keep")
+    assert results["findings"]["untouchable"] == 1
+    assert pd.read_csv(folder / "findings.csv").name[0] == "a"
+    targets.loc[1, "value"] = 0  # nothing is to be reached, and nothing is reached
+    targets.to_csv("T.csv", index=False)
+    _, results = run(*overrides)
+    assert results["zero_targets"] == 1
+
+
+@pytest.mark.parametrize("loss", ["relative", "mse", "mape", "capped"])
+@pytest.mark.parametrize("value", [0, -50])
+def test_targets_of_zero_and_below_never_give_nan(loss, value):
+    overrides = tables()
+    targets = pd.read_csv("T.csv", keep_default_na=False)
+    targets.loc[3, "value"] = value
+    targets.to_csv("T.csv", index=False)
+    folder, results = run(*overrides, f"loss={loss}", "holdout.groups=null")
+    assert np.isfinite([results[k] for k in ("loss", "mean_are", "median_are", "max_are", "ess")]).all()
+    assert np.isfinite(pd.read_csv(folder / "weights.csv").weight).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "message"),
+    [
+        (5, 30, "M.npz has 4 rows .* but T.csv has 5 targets"),
+        (30, 30, "is it transposed"),
+        (4, 29, "W.csv has 29 weights, but M.npz has 30 columns"),
+    ],
+)
+def test_lengths_that_do_not_fit(rows, weights, message):
+    sp.save_npz("M.npz", sp.csr_array(np.ones((4, 30))))
+    pd.DataFrame({"name": range(rows), "value": 1.0}).to_csv("T.csv", index=False)
+    pd.DataFrame({"weight": np.ones(weights)}).to_csv("W.csv", index=False)
+    with pytest.raises(InputError, match=message):
+        run("problem=matrix", "problem.matrix=M.npz", "problem.targets=T.csv", "problem.weights=W.csv")
+
+
+def test_a_temperature_schedule_reaches_the_gates():
+    cfg = checked(config("temperature=exponential", "temperature.final=0.1", "temperature.anneal_epochs=50"))
+    made = script.settings(cfg)
+    assert made.temperature_at(0) == pytest.approx(0.65)
+    assert made.temperature_at(50) == pytest.approx(0.1)
+    assert script.settings(checked(config())).temperature == 0.65
+
+
+def test_the_checked_configuration_can_be_written_and_read():
+    cfg = checked(config())
+    assert OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True)).method == "pruning"
+
+
+def test_state_of_another_method_is_refused():
+    problem = synthetic_problem(200, 30)
+    state = Calibration(problem, 20, Settings(method="hard_concrete")).state_dict()
+    with pytest.raises(ValueError, match="the state is of method='hard_concrete'"):
+        Calibration(problem, 20, Settings(method="pruning")).load_state_dict(state)

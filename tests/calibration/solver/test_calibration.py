@@ -1,0 +1,234 @@
+import itertools
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from scipy.optimize import nnls
+
+from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.reading.synthetic import synthetic_problem
+from sparsereg.calibration.solver.calibration import Calibration, Settings, calibrate, polish
+from sparsereg.calibration.solver.selection import METHODS
+
+CHOOSING = [name for name in METHODS if name != "all"]
+
+
+def survey(seed=0, targets=30, households=300, noise=0.02, **more):
+    rng = np.random.default_rng(seed)
+    matrix = rng.lognormal(size=(targets, households)) * (rng.random((targets, households)) < 0.2)
+    initial = rng.lognormal(sigma=0.5, size=households) * 100
+    totals = matrix @ (initial * rng.lognormal(sigma=0.2, size=households))
+    return CalibrationProblem(
+        sp.csr_array(matrix), totals * rng.lognormal(sigma=noise, size=targets), initial, **more
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_selection_against_all_subsets(seed):
+    """Tiny problems: the best of all subsets is found, or one that is nearly as good."""
+    problem = survey(seed, targets=6, households=11, noise=0.1)
+    scale = np.abs(problem.targets) + 1
+    dense, wanted = problem.matrix.toarray().astype(np.float64) / scale[:, None], problem.targets / scale
+    values = sorted(
+        nnls(dense[:, list(subset)], wanted)[1] ** 2 / 6 for subset in itertools.combinations(range(11), 4)
+    )
+    result = calibrate(problem, 4)
+    assert result.num_kept == 4
+    assert result.loss >= values[0] * (1 - 1e-9)
+    assert np.searchsorted(values, result.loss * (1 - 1e-6)) < 0.05 * len(values)
+
+
+@pytest.mark.parametrize("method", CHOOSING)
+@pytest.mark.parametrize("number", [1, 7, 29, 150, 300])
+def test_exactly_the_wanted_number(method, number):
+    problem = survey()
+    result = calibrate(problem, number, method=method, epochs=60)
+    assert result.num_kept == number
+    assert (result.weights > 0).sum() == number
+    assert (result.weights >= 0).all()
+    np.testing.assert_allclose(result.estimates, problem.estimates(result.weights), rtol=1e-12)
+    assert len(result.to_frame()) == number
+
+
+@pytest.mark.parametrize("method", CHOOSING)
+def test_same_seed_same_weights(method):
+    problem = survey()
+    one, two = (calibrate(problem, 40, method=method, epochs=40, seed=5) for _ in range(2))
+    assert np.array_equal(one.weights, two.weights)
+
+
+@pytest.mark.parametrize(
+    ("targets", "households", "noise"), [(120, 40, 0.02), (60, 400, 0.02), (60, 200, 2.0)]
+)
+def test_all_is_the_nnls_of_everybody(targets, households, noise):
+    problem = survey(targets=targets, households=households, noise=noise)
+    result = calibrate(problem, method="all", chi2=0.0)
+    scale = np.abs(problem.targets) + 1
+    _, rest = nnls(problem.matrix.toarray().astype(np.float64) / scale[:, None], problem.targets / scale)
+    assert result.loss == pytest.approx(rest**2 / targets, rel=1e-7, abs=1e-15)
+    assert result.optimality <= 1e-9
+
+
+def test_the_refit_of_more_households_than_targets_is_exact_and_even():
+    problem = synthetic_problem(1000, 150)
+    pulled, free = (calibrate(problem, 400, method="random", chi2=chi2) for chi2 in (1e-4, 0.0))
+    assert max(pulled.optimality, free.optimality) <= 1e-9
+    assert pulled.loss == pytest.approx(free.loss, rel=0.01)
+    assert pulled.diagnostics["ess"] > 1.2 * free.diagnostics["ess"]
+
+
+def test_pruning_beats_the_others():
+    problem = survey(1, targets=60, households=1500)
+    losses = {name: calibrate(problem, 40, method=name, epochs=200).loss for name in CHOOSING}
+    assert min(losses, key=losses.get) == "pruning"
+    assert losses["pruning"] < 0.5 * losses["random"]
+
+
+def test_polish_never_worsens_a_support():
+    problem = survey(2)
+    start = calibrate(problem, 20, method="random")
+    better = polish(problem, start.selected)
+    assert better.num_kept == 20
+    assert better.loss < start.loss
+    by_index = polish(problem, np.flatnonzero(start.selected))
+    assert np.array_equal(by_index.weights, better.weights)
+
+
+@pytest.mark.parametrize("method", ["pruning", "hard_concrete", "all"])
+def test_bounds_and_total_hold(method):
+    problem = survey(3)
+    number = None if method == "all" else 150
+    result = calibrate(problem, number, method=method, max_weight_ratio=4.0, hold_total=True, epochs=50)
+    initial = problem.starting_weights
+    assert (result.weights <= 4 * initial).all()
+    assert result.weights.sum() == pytest.approx(initial.sum(), rel=1e-8)
+
+
+@pytest.mark.parametrize(("number", "ratio"), [(300, 12.0), (150, 30.0)])
+def test_a_bound_alone_is_no_worse_than_with_the_total_held(number, ratio):
+    """Whoever must not grow beyond a bound has to be large enough: the selection foresees that."""
+    problem = synthetic_problem(3000, 300)
+    free, held = (
+        calibrate(problem, number, max_weight_ratio=ratio, hold_total=hold) for hold in (False, True)
+    )
+    drawn = calibrate(problem, number, max_weight_ratio=ratio, method="random")
+    assert free.loss <= held.loss
+    assert free.loss < 0.1 * drawn.loss
+
+
+def test_a_total_that_bounds_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="max_weight_ratio=1.5 lets the 50 kept households weigh"):
+        calibrate(survey(), 50, max_weight_ratio=1.5, hold_total=True)
+
+
+@pytest.mark.parametrize("loss", ["relative", "mse", "mape", "capped"])
+@pytest.mark.parametrize("method", ["pruning", "hard_concrete"])
+def test_zero_and_negative_targets_are_never_nan(loss, method):
+    problem = survey(4, targets=10)
+    targets = problem.targets.copy()
+    targets[:4] = [-1.0, 0.0, -1000.0, 1e-9]
+    changed = CalibrationProblem(problem.matrix, targets, problem.initial_weights)
+    result = calibrate(changed, 30, loss=loss, method=method, epochs=30)
+    assert np.isfinite(result.weights).all()
+    assert np.isfinite(result.loss)
+    assert result.num_kept == 30
+
+
+def test_the_absolute_loss_is_lower_for_its_own_fit():
+    problem = survey(5, targets=80, noise=0.3)
+    kept = calibrate(problem, 40).selected
+    scale = np.abs(problem.targets) + 1
+    errors = {
+        loss: np.abs((polish_without_swaps(problem, kept, loss) - problem.targets) / scale).mean()
+        for loss in ("relative", "mape")
+    }
+    assert errors["mape"] < errors["relative"]
+
+
+def polish_without_swaps(problem, kept, loss):
+    from sparsereg.calibration.solver.pruning import PruningSchedule
+
+    return polish(problem, kept, loss=loss, schedule=PruningSchedule(swap_rounds=0)).estimates
+
+
+def test_consistency_draws_parts_towards_the_whole():
+    parent = np.full(30, -1)
+    parent[1:6] = 0
+    problem = survey(6, targets=30, households=60, noise=0.3, parent=parent)
+    gaps = []
+    for factor in (0.0, 100.0):
+        estimates = calibrate(problem, 15, consistency=factor).estimates
+        gaps.append(abs(estimates[1:6].sum() / problem.targets[0] - 1))
+    assert gaps[1] < 0.1 * gaps[0]
+
+
+def test_group_weights_matter():
+    groups = np.array(["few"] * 3 + ["many"] * 27)
+    problem = survey(7, noise=0.5, households=40, target_groups=groups)
+    plain = calibrate(problem, 10)
+    favoured = calibrate(problem, 10, group_multipliers={"few": 1000.0})
+    few = slice(0, 3)
+    error = [np.abs(r.estimates / problem.targets - 1)[few].mean() for r in (plain, favoured)]
+    assert error[1] < error[0]
+
+
+@pytest.mark.parametrize("method", ["pruning", "hard_concrete", "hybrid"])
+def test_interrupted_and_resumed_gives_the_same(method):
+    problem, settings = survey(8), Settings(method=method, epochs=60)
+    whole = Calibration(problem, 25, settings)
+    while not whole.done:
+        whole.step()
+    first = Calibration(problem, 25, settings)
+    for _ in range(3):
+        first.step()
+    second = Calibration(problem, 25, settings)
+    second.load_state_dict(first.state_dict())
+    while not second.done:
+        second.step()
+    assert np.array_equal(whole.result().weights, second.result().weights)
+
+
+def test_compiled_and_torch_agree():
+    problem = survey(9)
+    random = calibrate(problem, 25, method="random").loss
+    for backend in ("compiled", "torch"):  # other steps, other selections, both good
+        assert calibrate(problem, 25, backend=backend).loss < 0.01 * random
+    everyone = [calibrate(problem, method="all", backend=b).loss for b in ("compiled", "torch")]
+    assert everyone[1] == pytest.approx(everyone[0], rel=1e-6, abs=1e-12)
+
+
+def test_callback_and_history():
+    seen = []
+    result = calibrate(survey(), 25, callback=lambda *a: seen.append(a))
+    assert len(seen) == len(result.history) == len(result.loss_history)
+    assert [s[0] for s in seen] == sorted(s[0] for s in seen)
+    assert seen[-1][3] <= 25 + 1
+    assert seen[-1][4].shape == (30,)
+
+
+def test_lambda_decides_without_a_number():
+    counts = [calibrate(survey(), lambda_l0=price, epochs=150).num_kept for price in (1e-6, 1e-3, 1e-1)]
+    assert counts[0] > counts[1] > counts[2] > 0
+    with pytest.raises(ValueError, match="shut every household"):
+        calibrate(survey(), lambda_l0=1e9, epochs=150)
+
+
+@pytest.mark.parametrize(
+    ("number", "settings", "message"),
+    [
+        (0, {}, "num_households must be an integer from 1 to 300, got 0"),
+        (301, {}, "from 1 to 300, got 301"),
+        (2.5, {}, "got 2.5"),
+        (10, {"method": "prunning"}, r"did you mean 'pruning'"),
+        (None, {"method": "pruning"}, "needs num_households"),
+        (10, {"method": "all"}, "keeps everybody"),
+        (10, {"loss": "rmse"}, "loss must be one of relative, mse, mape, capped"),
+        (10, {"lambda_l0": -1}, "lambda_l0 must be a number >= 0"),
+        (10, {"max_weight_ratio": 0}, "max_weight_ratio must be a number > 0"),
+        (10, {"hold_total": True, "refit": False}, "hold_total is kept by the refit"),
+        (10, {"lambda_scale": "max"}, "lambda_scale must be one of sum, mean"),
+    ],
+)
+def test_wrong_settings_are_named(number, settings, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(survey(), number, **settings)
