@@ -11,9 +11,9 @@ from sparsereg.cli import script
 
 def run(cfg: DictConfig) -> Path:
     """Read, check, calibrate, hold out, write results.json; return its path."""
-    from sparsereg.calibration.command.run import run  # NumPy and pandas need not be loaded to print a help text
+    from sparsereg.calibration.command import run  # NumPy and pandas need not be loaded to print a help text
 
-    return run(cfg)
+    return run.run(cfg)
 
 
 def spelt_out(argument: str) -> str:
