@@ -4,25 +4,24 @@ Gates are found by their type, and which parameters a gate multiplies is said on
 in :func:`gated_tensors`. Penalties, statistics and pruning all read it from there.
 """
 
-import csv
-import itertools
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import singledispatch
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsereg.checks import check_not_negative
 from sparsereg.distributions import HardConcrete, p_active
-from sparsereg.model.basic_l0_blocks import ConvBlock, GatedBatchNorm2d
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
+
+if TYPE_CHECKING:
+    from sparsereg.tracker import PenaltyTracker
 
 __all__ = [
     "GatedTensor",
+    "GatedWeights",
     "PenaltyTracker",
     "TemperatureScheduler",
     "compute_l0_penalty",
@@ -31,6 +30,7 @@ __all__ = [
     "expected_l0",
     "expected_l2",
     "gated_tensors",
+    "gated_weights",
     "get_active_parameter_count",
     "get_sparsity_stats",
     "hard_concretes",
@@ -56,7 +56,7 @@ def l_c0(model: nn.Module) -> Tensor:
         ValueError: the network has no gate.
     """
     gates = hard_concretes(model).values()
-    active = _all_active(gates)
+    active = all_active(gates)
     if active is None:
         raise ValueError("the network has no gates, so L_C0 is not defined")
     num_removed = sum(gate.num_removed for gate in gates)
@@ -64,7 +64,7 @@ def l_c0(model: nn.Module) -> Tensor:
     return active.sum() / (active.numel() + num_removed) if num_removed else active.mean()
 
 
-def _all_active(gates: Iterable[HardConcrete]) -> Tensor | None:
+def all_active(gates: Iterable[HardConcrete]) -> Tensor | None:
     """P(z > 0) of all gates, end to end; None without gates."""
     groups: dict[tuple[float, float, float], list[Tensor]] = {}
     for gate in gates:
@@ -121,19 +121,27 @@ def gated_tensors(module: nn.Module) -> list[GatedTensor]:
     return []
 
 
-@gated_tensors.register
-def _(module: GatedBatchNorm2d) -> list[GatedTensor]:
-    gate = module.gate.gates
-    return [GatedTensor(gate, module, name, 0) for name in ("weight", "bias")]
+@dataclass(frozen=True)
+class GatedWeights:
+    """The weights of a layer that is counted by its weights.
+
+    Attributes:
+        weight: the weights.
+        gate: their gates; None once they are baked in.
+    """
+
+    weight: Tensor
+    gate: HardConcrete | None
 
 
-@gated_tensors.register
-def _(module: ConvBlock) -> list[GatedTensor]:
-    if not isinstance(module.norm, GatedBatchNorm2d):
-        return []
-    # Between the convolution and its gate stands the normalisation, which divides any scale away.
-    gate = module.norm.gate.gates
-    return [GatedTensor(gate, module.conv, name, 0, fold=False) for name in ("weight", "bias")]
+@singledispatch
+def gated_weights(module: nn.Module) -> GatedWeights | None:
+    """The weights by which a layer's sparsity is counted; None for a module that is no such layer.
+
+    Args:
+        module: the module itself; its children answer for themselves.
+    """
+    return None
 
 
 def all_gated_tensors(model: nn.Module) -> list[GatedTensor]:
@@ -155,7 +163,7 @@ def compute_l0_penalty(model: nn.Module) -> Tensor:
     Returns:
         A scalar on the device of the gates; 0 on the device of the parameters without gates.
     """
-    active = _all_active(hard_concretes(model).values())
+    active = all_active(hard_concretes(model).values())
     return _zero(model) if active is None else active.sum()
 
 
@@ -254,20 +262,21 @@ def get_sparsity_stats(model: nn.Module) -> dict[str, dict[str, Any]]:
         ``active_params`` (expected number of weights in use), ``total_params``, ``num_gates`` and
         ``num_open_gates`` (P(z > 0) > 1/2). Plain Python numbers, summed in float64.
     """
-    from sparsereg.layers.gated import GatedLayer
-
     stats: dict[str, dict[str, Any]] = {}
     counted: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, HardConcrete) and id(module) not in counted:
-            stats[name.removesuffix(".gates")] = _gate_stats(module, 1.0)
-        elif isinstance(module, GatedLayer):
-            weight = module.gated_weight
-            if module.gate is None:
-                stats[name] = _pruned_stats(module)
-                continue
-            counted.add(id(module.gate))
-            stats[name] = _gate_stats(module.gate, weight.numel() / module.gate.log_alpha.numel())
+        if isinstance(module, HardConcrete):
+            if id(module) not in counted:
+                stats[name.removesuffix(".gates")] = _gate_stats(module, 1.0)
+            continue
+        weights = gated_weights(module)
+        if weights is None:
+            continue
+        if weights.gate is None:
+            stats[name] = _pruned_stats(weights.weight)
+            continue
+        counted.add(id(weights.gate))
+        stats[name] = _gate_stats(weights.gate, weights.weight.numel() / weights.gate.log_alpha.numel())
     return stats
 
 
@@ -288,10 +297,10 @@ def _gate_stats(gate: HardConcrete, weights_per_gate: float) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _pruned_stats(layer: Any) -> dict[str, Any]:
+def _pruned_stats(weight: Tensor) -> dict[str, Any]:
     """The same for a layer whose gates are baked in: what is left is certain."""
-    total = layer.gated_weight.numel()
-    left = int(torch.count_nonzero(layer.gated_weight).item())
+    total = weight.numel()
+    left = int(torch.count_nonzero(weight).item())
     sparsity = 1.0 - left / total
     return {
         "sparsity": sparsity,
@@ -377,90 +386,9 @@ def _zero(model: nn.Module) -> Tensor:
     return torch.zeros((), device=None if parameter is None else parameter.device)
 
 
-class PenaltyTracker:
-    """Histories of named numbers during training."""
+def __getattr__(name: str) -> Any:
+    if name == "PenaltyTracker":  # it stands above this module, and users know it under this name
+        from sparsereg.tracker import PenaltyTracker
 
-    def __init__(self) -> None:
-        self.history: dict[str, list[float]] = {}
-
-    def log(self, name: str, value: float) -> None:
-        """Append a number (or a tensor with one element) to a history."""
-        self.history.setdefault(name, []).append(float(value))
-
-    def log_model(self, model: nn.Module) -> None:
-        """Append ``l0_penalty``, ``expected_sparsity`` and ``active_parameters`` of a network."""
-        active = _all_active(hard_concretes(model).values())
-        self.log("active_parameters", get_active_parameter_count(model))
-        if active is not None:
-            expected = active.detach().double()
-            self.log("l0_penalty", expected.sum().item())
-            self.log("expected_sparsity", 1.0 - expected.mean().item())
-
-    def get_history(self, name: str) -> list[float]:
-        """All numbers logged under a name, in order; empty for a name that was never logged."""
-        return list(self.history.get(name, []))
-
-    def get_stats(self, name: str) -> dict[str, float]:
-        """``mean``, ``std`` (of the population), ``min``, ``max`` and ``last``; empty if never logged."""
-        values = self.get_history(name)
-        if not values:
-            return {}
-        x = torch.tensor(values, dtype=torch.float64)
-        return {
-            "mean": x.mean().item(),
-            "std": x.std(correction=0).item(),
-            "min": x.min().item(),
-            "max": x.max().item(),
-            "last": values[-1],
-        }
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.history.clear()
-
-    def save_to_csv(self, filepath: str | os.PathLike[str]) -> None:
-        """Write one column for each name; a shorter history ends in empty cells.
-
-        Args:
-            filepath: where to; the file appears whole or not at all.
-        """
-        path = Path(filepath)
-        beside = path.with_name(path.name + ".part")
-        with beside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.history)
-            writer.writerows(itertools.zip_longest(*self.history.values(), fillvalue=""))
-        os.replace(beside, path)
-
-    def plot_history(self, metrics: list[str] | None = None, save_path: str | None = None) -> None:
-        """Draw histories below each other.
-
-        Args:
-            metrics: names to draw; all if None.
-            save_path: image file to write; the figure is shown on the screen if None.
-
-        Raises:
-            ValueError: a name was never logged, or nothing was.
-        """
-        names = list(self.history) if metrics is None else metrics
-        unknown = [name for name in names if name not in self.history]
-        if unknown or not names:
-            known = ", ".join(self.history) or "(nothing was logged)"
-            raise ValueError(f"metrics must be among {known}, got {names}")
-        if save_path is None:
-            import matplotlib.pyplot as plt
-
-            figure = plt.figure(figsize=(10, 4 * len(names)), layout="tight")
-        else:
-            from matplotlib.figure import Figure
-
-            figure = Figure(figsize=(10, 4 * len(names)), layout="tight")
-        for i, name in enumerate(names):
-            axes = figure.add_subplot(len(names), 1, i + 1)
-            axes.plot(self.history[name])
-            axes.set(title=name, xlabel="step", ylabel="value")
-            axes.grid(visible=True)
-        if save_path is None:
-            plt.show()
-        else:
-            figure.savefig(save_path)
+        return PenaltyTracker
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparsereg.checks import check_probability
 from sparsereg.distributions import HardConcrete
-from sparsereg.penalties import GatedTensor, gated_tensors
+from sparsereg.penalties import GatedTensor, GatedWeights, gated_tensors, gated_weights
 
 
 class GatedLayer(nn.Module):
@@ -122,6 +122,11 @@ def _(module: GatedLayer) -> list[GatedTensor]:
     if module.per_weight:
         return [GatedTensor(gate, owner, "weight")]
     return [GatedTensor(gate, owner, name, 0) for name in ("weight", "bias")]
+
+
+@gated_weights.register
+def _(module: GatedLayer) -> GatedWeights:
+    return GatedWeights(module.gated_weight, module.gate)
 
 
 def gate_mean(init_sparsity: float) -> float:

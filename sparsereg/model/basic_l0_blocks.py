@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsereg.distributions import TEMPERATURE, HardConcrete
 from sparsereg.model.synchronised import batch_norm_over_processes, several_processes
+from sparsereg.penalties import GatedTensor, gated_tensors
 
 SAMPLING = ("batch", "example")
 HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.Identity)
@@ -240,3 +241,18 @@ def synchronise_batch_norm(net: nn.Module) -> nn.Module:
     if isinstance(net, BatchNorm2d):
         net.synchronised = True
     return net
+
+
+@gated_tensors.register
+def _(module: GatedBatchNorm2d) -> list[GatedTensor]:
+    gate = module.gate.gates
+    return [GatedTensor(gate, module, name, 0) for name in ("weight", "bias")]
+
+
+@gated_tensors.register
+def _(module: ConvBlock) -> list[GatedTensor]:
+    if not isinstance(module.norm, GatedBatchNorm2d):
+        return []
+    # Between the convolution and its gate stands the normalisation, which divides any scale away.
+    gate = module.norm.gate.gates
+    return [GatedTensor(gate, module.conv, name, 0, fold=False) for name in ("weight", "bias")]
