@@ -7,7 +7,7 @@ in :func:`gated_tensors`. Penalties, statistics and pruning all read it from the
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from sparsereg.checks import check_not_negative
 from sparsereg.distributions import HardConcrete, p_active
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
-
-if TYPE_CHECKING:
-    from sparsereg.tracker import PenaltyTracker
+from sparsereg.tracker import History
 
 __all__ = [
     "GatedTensor",
@@ -56,7 +54,7 @@ def l_c0(model: nn.Module) -> Tensor:
         ValueError: the network has no gate.
     """
     gates = hard_concretes(model).values()
-    active = all_active(gates)
+    active = _all_active(gates)
     if active is None:
         raise ValueError("the network has no gates, so L_C0 is not defined")
     num_removed = sum(gate.num_removed for gate in gates)
@@ -64,7 +62,7 @@ def l_c0(model: nn.Module) -> Tensor:
     return active.sum() / (active.numel() + num_removed) if num_removed else active.mean()
 
 
-def all_active(gates: Iterable[HardConcrete]) -> Tensor | None:
+def _all_active(gates: Iterable[HardConcrete]) -> Tensor | None:
     """P(z > 0) of all gates, end to end; None without gates."""
     groups: dict[tuple[float, float, float], list[Tensor]] = {}
     for gate in gates:
@@ -163,7 +161,7 @@ def compute_l0_penalty(model: nn.Module) -> Tensor:
     Returns:
         A scalar on the device of the gates; 0 on the device of the parameters without gates.
     """
-    active = all_active(hard_concretes(model).values())
+    active = _all_active(hard_concretes(model).values())
     return _zero(model) if active is None else active.sum()
 
 
@@ -386,9 +384,14 @@ def _zero(model: nn.Module) -> Tensor:
     return torch.zeros((), device=None if parameter is None else parameter.device)
 
 
-def __getattr__(name: str) -> Any:
-    if name == "PenaltyTracker":  # it stands above this module, and users know it under this name
-        from sparsereg.tracker import PenaltyTracker
+class PenaltyTracker(History):
+    """Histories of named numbers, and of the penalties of a network, during training."""
 
-        return PenaltyTracker
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def log_model(self, model: nn.Module) -> None:
+        """Append ``l0_penalty``, ``expected_sparsity`` and ``active_parameters`` of a network."""
+        active = _all_active(hard_concretes(model).values())
+        self.log("active_parameters", get_active_parameter_count(model))
+        if active is not None:
+            expected = active.detach().double()
+            self.log("l0_penalty", expected.sum().item())
+            self.log("expected_sparsity", 1.0 - expected.mean().item())

@@ -1,4 +1,4 @@
-"""Histories of penalties and other numbers during training."""
+"""Histories of named numbers during training, as a table and as a plot."""
 
 import csv
 import itertools
@@ -6,13 +6,11 @@ import os
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from sparsereg.files import write_atomically
-from sparsereg.penalties import all_active, get_active_parameter_count, hard_concretes
 
 
-class PenaltyTracker:
+class History:
     """Histories of named numbers during training."""
 
     def __init__(self) -> None:
@@ -21,15 +19,6 @@ class PenaltyTracker:
     def log(self, name: str, value: float) -> None:
         """Append a number (or a tensor with one element) to a history."""
         self.history.setdefault(name, []).append(float(value))
-
-    def log_model(self, model: nn.Module) -> None:
-        """Append ``l0_penalty``, ``expected_sparsity`` and ``active_parameters`` of a network."""
-        active = all_active(hard_concretes(model).values())
-        self.log("active_parameters", get_active_parameter_count(model))
-        if active is not None:
-            expected = active.detach().double()
-            self.log("l0_penalty", expected.sum().item())
-            self.log("expected_sparsity", 1.0 - expected.mean().item())
 
     def get_history(self, name: str) -> list[float]:
         """All numbers logged under a name, in order; empty for a name that was never logged."""
