@@ -12,8 +12,7 @@ from sparsereg.layers import GatedLayer, L0Conv2d, L0Linear, load_csr, prune_mod
 from sparsereg.model.basic_l0_blocks import GatedBatchNorm2d, L0Gate
 from sparsereg.model.googlenet import GoogleNet
 from sparsereg.penalties import get_active_parameter_count, get_sparsity_stats, hard_concretes
-
-from .nets import LAYERS, NETS, inputs, make
+from tests.nets import LAYERS, NETS, inputs, make
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.5])

@@ -26,8 +26,7 @@ from sparsereg.penalties import (
     l_c0,
     update_temperatures,
 )
-
-from .nets import NETS, inputs, make
+from tests.nets import NETS, inputs, make
 
 
 @pytest.mark.parametrize("name", NETS)

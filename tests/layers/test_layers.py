@@ -11,8 +11,7 @@ from torch import nn
 
 from sparsereg.layers import GatedLayer, L0Conv2d, L0DepthwiseConv2d, L0Linear, SparseMLP, prune_model
 from sparsereg.penalties import hard_concretes, update_temperatures
-
-from .nets import LAYERS, NETS, inputs, make
+from tests.nets import LAYERS, NETS, inputs, make
 
 
 def test_linear_is_a_product_with_gated_weights():
