@@ -22,6 +22,8 @@ from sparsereg.linalg.csr import CsrMatrix, Matrix, TorchMatrix, mean_squared_er
 
 logger = logging.getLogger(__name__)
 
+KEEP_PROB = 0.5
+"""sigmoid(log_alpha) of a new gate (as in l0-python)."""
 JITTER = 0.01
 """Standard deviation of the noise on the initial locations of the gates (as in the paper's code)."""
 WEIGHT_SD = 0.1
@@ -40,14 +42,18 @@ class SparseL0Linear(nn.Module):
         beta: temperature > 0.
         gamma: lower end of the stretch interval, < 0.
         zeta: upper end of the stretch interval, > 1.
-        init_keep_prob: initial P(z > 0), in (0, 1).
+        init_keep_prob: sigmoid of the initial locations, in (0, 1), as in l0-python: 0.5 gives
+            log_alpha = 0, gates of 1/2 at test time, and P(z > 0) = 0.83.
         device: of the parameters and of the work; without CUDA the CPU instead of it, with a warning.
         seed: makes the initial parameters and every :meth:`fit` repeatable, without PyTorch's global
             generator; None draws from that one.
+        init_mean: initial P(z > 0), in (0, 1), as for :class:`HardConcrete`; instead of ``init_keep_prob``.
 
     Raises:
-        ValueError: an argument is outside its range.
+        ValueError: an argument is outside its range, or both ``init_keep_prob`` and ``init_mean`` are given.
     """
+
+    _first_log_alpha: Tensor
 
     def __init__(
         self,
@@ -56,9 +62,11 @@ class SparseL0Linear(nn.Module):
         beta: float = 2 / 3,
         gamma: float = -0.1,
         zeta: float = 1.1,
-        init_keep_prob: float = 0.5,
+        init_keep_prob: float = KEEP_PROB,
         device: str | torch.device = "cpu",
         seed: int | None = None,
+        *,
+        init_mean: float | None = None,
     ) -> None:
         super().__init__()
         self.n_features = check_count("n_features", n_features)
@@ -71,10 +79,12 @@ class SparseL0Linear(nn.Module):
             self.n_features,
             temperature=check_positive("beta", beta),
             interval=(gamma, zeta),
-            init_mean=init_keep_prob,
+            **self._location(init_mean),
             jitter=JITTER,
             generator=self._seeded("cpu"),
         )
+        # A fit starts from here: drawing anew would take l0-python's programs to other draws.
+        self.register_buffer("_first_log_alpha", self.gates.log_alpha.detach().clone(), persistent=False)
         self.to(usable_device(device))
 
     @property
@@ -101,6 +111,17 @@ class SparseL0Linear(nn.Module):
     def zeta(self) -> float:
         """Upper end of the stretch interval."""
         return self.gates.zeta
+
+    def _location(self, init_mean: float | None) -> dict[str, float]:
+        """Where the gates start, as arguments of HardConcrete."""
+        if init_mean is None:
+            return {"log_alpha_init": math.log(self.init_keep_prob / (1 - self.init_keep_prob))}
+        if self.init_keep_prob != KEEP_PROB:
+            raise ValueError(
+                f"init_keep_prob={self.init_keep_prob:g} and init_mean={init_mean!r} say the same in two "
+                "scales: give one of them"
+            )
+        return {"init_mean": init_mean}
 
     def _seeded(self, device: str | torch.device) -> torch.Generator | None:
         return None if self.seed is None else torch.Generator(device=device).manual_seed(self.seed)
@@ -245,8 +266,10 @@ class SparseL0Linear(nn.Module):
     @torch.no_grad()
     def _start(self, target: Tensor) -> None:
         """Small random weights, the mean as intercept, gates as in the constructor."""
+        self.gates.log_alpha.copy_(self._first_log_alpha)
         generator = self._seeded("cpu")
-        self.gates.reset_parameters(generator)
+        if generator is not None:
+            torch.randn(self.n_features, generator=generator)  # the gates' jitter, drawn in the constructor
         noise = torch.randn(self.n_features, generator=generator)
         self.weight.copy_(WEIGHT_SD * noise)
         if self.bias is not None:

@@ -12,7 +12,7 @@ from torch import nn
 import sparsereg
 
 HEAVY = ("pytorch_lightning", "sklearn", "torchvision", "hydra", "pandas", "matplotlib", "numba")
-MODULES = ("distributions", "layers", "gates", "penalties", "sparse")
+MODULES = ("distributions", "layers", "gates", "penalties", "sparse", "calibration")
 
 
 def test_import_is_light():

@@ -137,7 +137,7 @@ def test_four_variables(seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((500, 4))
     y = x @ np.array([1.0, 0.0, -2.0, 0.0]) + 0.1 * rng.standard_normal(500)
-    model = SparseL0Linear(4, seed=seed).fit(sparse.csr_matrix(x), y)
+    model = SparseL0Linear(4, seed=seed, init_mean=0.5).fit(sparse.csr_matrix(x), y)
     assert model.get_selected_features().tolist() == [0, 2]
     coefficients = model.get_coefficients()
     assert coefficients[[1, 3]].tolist() == [0.0, 0.0]

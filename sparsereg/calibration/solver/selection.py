@@ -31,7 +31,8 @@ class Goal:
         loss: The loss with weights of the targets that are not normalised: what the gates minimise.
         num_households: How many to keep, or None if the method decides.
         gates: Settings of the gates.
-        droprate_init: Initial P(z = 0) of a gate at the location log((1 - d) / d), in (0, 1).
+        droprate_init: Initial dropout rate d of the gates before they are stretched, in (0, 1): they start at
+            log_alpha = log((1 - d) / d).
         schedule: Work of the pruning.
         gate_share: Share of the households that "hybrid" leaves to the gates, in [0, 1].
         seed: Seed of all noise.
