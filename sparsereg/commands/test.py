@@ -24,7 +24,7 @@ def run(cfg: DictConfig) -> Path:
         data = build.build_data(cfg)
         net = build.rebuild_network(cfg, checkpoint, data)
         module = build.build_module(cfg, net, data, checkpoint.structure)
-        module.on_load_checkpoint(checkpoint.content)
+        module.batch_norm_is_current = checkpoint.batch_norm_is_current
         trainer = build.build_trainer(cfg, [build.batch_norm_estimation(cfg)])
         folder = new_version(Path("outputs") / "test")
 

@@ -1,7 +1,7 @@
-"""BatchNorm statistics for the gates that are used at test time.
+"""BatchNorm statistics for the network that is used at test time.
 
-Running statistics are gathered under sampled gates; the test-time gates (medians) give other
-activations, so those statistics do not fit them and cost accuracy. They are taken anew.
+Running statistics follow the weights with a delay and are gathered under sampled gates and augmented images;
+the network at test time (last weights, medians of the gates) gives other activations. They are taken anew.
 """
 
 from collections.abc import Iterable

@@ -28,6 +28,7 @@ from sparsereg.temperature import TemperatureScheduler, update_temperatures
 from sparsereg.training import callbacks as ours
 from sparsereg.training import checkpoint as checkpoints
 from sparsereg.training.averaging import WeightAverage
+from sparsereg.training.batch_norm import estimate_batch_norm_
 from sparsereg.training.checkpoint import Checkpoint
 from sparsereg.training.compaction import Compaction
 from sparsereg.training.distillation import Distillation
@@ -257,7 +258,12 @@ def build_teacher(cfg: DictConfig, data: ImageDataModule) -> Distillation | None
         return None
     checkpoint = checkpoints.read(d.ckpt_path, "distill.ckpt_path")
     _check_data(checkpoint, data)
-    return Distillation(_in_memory_format(cfg, restore(checkpoint)), d.weight, d.temperature)
+    teacher = _in_memory_format(cfg, restore(checkpoint))
+    if not checkpoint.batch_norm_is_current:  # it teaches as the network that test.py would test
+        settings = checkpoint.config.get("callbacks", {}).get("batch_norm", plain(cfg.callbacks.batch_norm))
+        if settings["num_images"]:
+            estimate_batch_norm_(teacher, data.estimation_batches(**settings))
+    return Distillation(teacher, d.weight, d.temperature)
 
 
 def restore(checkpoint: Checkpoint, settings: dict[str, Any] | None = None) -> nn.Module:
@@ -404,7 +410,7 @@ def build_callbacks(
     asked = asked_for(cfg)
     if asked is not None:
         callbacks.append(SparsityTarget(accountant, target_settings(cfg, *asked), average))
-    callbacks.append(batch_norm_estimation(cfg))
+    callbacks.append(batch_norm_estimation(cfg, average))
     if not cfg.without_using_gate:
         scheduler = TemperatureScheduler(t.initial, t.final, t.anneal_epochs, t.schedule)
         callbacks += [
@@ -442,10 +448,21 @@ def keeps_best(cfg: DictConfig) -> bool:
     return cfg.trainer.limit_val_batches != 0
 
 
-def batch_norm_estimation(cfg: DictConfig) -> ours.BatchNormEstimation:
-    """Build the callback that re-estimates BatchNorm statistics."""
+def batch_norm_estimation(cfg: DictConfig, average: WeightAverage | None = None) -> ours.BatchNormEstimation:
+    """Build the callback that re-estimates BatchNorm statistics, of averaged weights if there are any."""
     b = cfg.callbacks.batch_norm
-    return ours.BatchNormEstimation(b.num_images, b.batch_size)
+    return ours.BatchNormEstimation(b.num_images, b.batch_size, average)
+
+
+def statistics_fit(cfg: DictConfig, net: nn.Module, checkpoint: Checkpoint | None) -> bool:
+    """Whether the BatchNorm statistics that a network starts with are those of its weights.
+
+    They are where they come with the weights: from a checkpoint that says so, or from a file of weights.
+    New gates change the activations, and the statistics of a network that starts anew are no statistics.
+    """
+    if checkpoint is None:
+        return cfg.model.get("weights") is not None and not hard_concretes(net)
+    return checkpoint.batch_norm_is_current and checkpoint.gated == bool(hard_concretes(net))
 
 
 def tested_checkpoint(cfg: DictConfig, trainer: pl.Trainer, folder: Path) -> tuple[float | None, str | None]:

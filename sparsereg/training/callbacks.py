@@ -1,5 +1,6 @@
 """Callbacks: seeds, temperature, BatchNorm, sparsity, time, checkpoints, a loss that is not a number."""
 
+import contextlib
 import shutil
 import statistics
 import time
@@ -18,6 +19,7 @@ from sparsereg.files import write_atomically
 from sparsereg.model.synchronised import several_processes
 from sparsereg.penalties import hard_concretes
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
+from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.batch_norm import estimate_batch_norm_
 from sparsereg.training.module import Classifier
 
@@ -78,23 +80,35 @@ class PenaltyWarmUp(Callback):
 
 
 class BatchNormEstimation(Callback):
-    """Re-estimate the BatchNorm statistics of a gated network before each validation and test.
+    """Take the BatchNorm statistics anew whenever the network is about to be measured or saved.
 
-    Statistics that were estimated for exactly these weights (they travel in the checkpoint) are kept, so
-    that the network that is tested is the one that was measured.
+    The one rule for every network, with gates or without, compacted or not: what is measured has the
+    statistics of exactly its weights. Those that training gathers lag behind the weights (by a hundred steps
+    and more in networks with a small momentum) and know sampled gates only. Statistics that fit, since
+    nothing was trained after they were taken, are kept: the network that is tested is the one measured.
 
     Args:
         num_images: training images to use; 0 leaves the statistics that training gathered.
         batch_size: images per batch.
+        average: holds the averaged weights that are measured and saved, if there are any.
     """
 
-    def __init__(self, num_images: int, batch_size: int) -> None:
+    def __init__(self, num_images: int, batch_size: int, average: WeightAverage | None = None) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
+        self.average = average
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before validation."""
+        """Before validation; averaged weights are in place already."""
         self._estimate(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before the checkpoint is written, where there was no validation."""
+        assert isinstance(pl_module, Classifier)
+        if pl_module.batch_norm_is_current:
+            return
+        with contextlib.nullcontext() if self.average is None else self.average.in_place(pl_module):
+            self._estimate(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before test."""
@@ -102,7 +116,7 @@ class BatchNormEstimation(Callback):
 
     def _estimate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, Classifier)
-        if not self.num_images or not module.gated or module.batch_norm_is_current:
+        if not self.num_images or module.batch_norm_is_current:
             return
         batches: Iterator[Tensor] = trainer.datamodule.estimation_batches(  # type: ignore[attr-defined]
             self.num_images, self.batch_size

@@ -46,6 +46,7 @@ class Checkpoint:
         epoch: number of finished epochs.
         content: everything in the file.
         structure: of a compacted network, see :func:`sparsereg.compression.storage.describe`; else None.
+        batch_norm_is_current: whether its BatchNorm statistics were taken for exactly these weights.
     """
 
     named: str
@@ -58,6 +59,7 @@ class Checkpoint:
     epoch: int
     content: dict[str, Any]
     structure: str | None = None
+    batch_norm_is_current: bool = True
 
 
 def read(path: str | Path, key: str = "ckpt_path") -> Checkpoint:
@@ -98,6 +100,7 @@ def read(path: str | Path, key: str = "ckpt_path") -> Checkpoint:
         epoch=int(content["epoch"]) + 1,
         content=content,
         structure=ours.get("structure"),
+        batch_norm_is_current=bool(ours["batch_norm_is_current"]),
     )
 
 
@@ -117,7 +120,7 @@ def _compacted(path: Path, named: str) -> Checkpoint:
         image_shape=(channels, height, width),
         gated=False,
         epoch=0,
-        content={"sparsereg": {"batch_norm_is_current": True}},
+        content={},
         structure=storage.describe(net),
     )
 

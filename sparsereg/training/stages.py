@@ -86,7 +86,9 @@ def first(
         build.start_weights(net, checkpoint, cfg, overrides)
     structure = None if checkpoint is None else checkpoint.structure
     teacher = build.build_teacher(cfg, data)
-    return _assemble(cfg, data, net, structure, teacher, lambda: build.claim_run_folder(outputs))
+    stage = _assemble(cfg, data, net, structure, teacher, lambda: build.claim_run_folder(outputs))
+    stage.module.batch_norm_is_current = build.statistics_fit(cfg, net, checkpoint)
+    return stage
 
 
 def finetuning(before: Stage) -> Stage:
@@ -100,7 +102,9 @@ def finetuning(before: Stage) -> Stage:
     net = compact(gated, build.example_input(before.data, gated)).to(device)
     cfg = finetuning_config(before.cfg)
     structure, teacher = storage.describe(net), before.teacher
-    return _assemble(cfg, before.data, net.train(), structure, teacher, lambda: before.folder / "finetune")
+    stage = _assemble(cfg, before.data, net.train(), structure, teacher, lambda: before.folder / "finetune")
+    stage.module.batch_norm_is_current = before.module.batch_norm_is_current
+    return stage
 
 
 def finetuning_config(cfg: DictConfig) -> DictConfig:

@@ -59,15 +59,83 @@ def test_no_batches_and_no_norms():
     assert estimate_batch_norm_(nn.Linear(2, 2), []) == 0
 
 
-def test_training_estimates_them_unless_told_not_to(run, tiny):
+@pytest.mark.parametrize("kind", [[], ["without_using_gate=true"]], ids=["gated", "plain"])
+def test_training_estimates_them_unless_told_not_to(run, tiny, kind):
     for num_images, batches_seen in ((32, 2), (0, 5)):  # of 16 images; an epoch has 72 training images
-        trained = run("train", *tiny, "trainer.max_epochs=1", f"callbacks.batch_norm.num_images={num_images}")
+        trained = run(
+            "train", *tiny, *kind, "trainer.max_epochs=1", f"callbacks.batch_norm.num_images={num_images}"
+        )
         assert trained.code == 0, trained.err
-        seen = [v for k, v in trained.weights().items() if k.endswith("num_batches_tracked")]
-        assert seen
-        assert all(int(n) == batches_seen for n in seen)
+        assert batches_of(trained.weights()) == {batches_seen}
         tested = run("test", f"ckpt_path={trained.last}")
         assert tested.results["test_acc"] == trained.results["test_acc"]
+        assert tested.results["val_acc"] == trained.results["val_acc"]
     refused = run("train", *tiny, "callbacks.batch_norm.num_images=1")
     assert refused.code == 2
     assert "an integer >= 2, or 0 for never" in refused.err
+
+
+def without(arguments: list[str], settings: list[str]) -> list[str]:
+    """The arguments whose key is not set anew."""
+    keys = {s.partition("=")[0] for s in settings}
+    return [a for a in arguments if a.partition("=")[0] not in keys]
+
+
+def batches_of(weights: dict[str, torch.Tensor]) -> set[int]:
+    """From how many batches the statistics of each BatchNorm are."""
+    return {int(n) for key, n in weights.items() if key.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["finetune.epochs=1"], ["data.val_size=0"], ["data.val_size=0", "ema_decay=0.5"], ["ema_decay=0.5"]],
+    ids=["finetuned", "no validation", "averaged without validation", "averaged"],
+)
+def test_what_is_saved_has_the_statistics_of_its_weights(run, tiny, settings):
+    trained = run("train", *without(tiny, settings), *settings, "trainer.max_epochs=1")
+    assert trained.code == 0, trained.err
+    shipped = torch.load(trained.results["checkpoint"], weights_only=True)
+    assert shipped["sparsereg"]["batch_norm_is_current"]
+    assert batches_of(shipped["state_dict"]) == {2}
+    tested = run("test", f"ckpt_path={trained.results['checkpoint']}")
+    assert tested.results["test_acc"] == trained.results["test_acc"]
+    assert tested.results["val_acc"] == trained.results["val_acc"]
+
+
+def test_statistics_that_lag_behind_do_not_spoil_the_accuracy(run, tiny):
+    """A momentum of 0.01 has seen a twentieth of the way after five steps."""
+    network = ["model=torchvision", "model.name=mobilenet_v3_small", "model.small_images=true"]
+    trained = run("train", *tiny, *network, "without_using_gate=true", "trainer.max_epochs=1")
+    assert trained.code == 0, trained.err
+    left = run("test", f"ckpt_path={trained.last}", "callbacks.batch_norm.num_images=0")
+    assert left.results["test_acc"] == trained.results["test_acc"]
+    assert batches_of(trained.weights()) == {2}
+
+
+def test_weights_that_nothing_trained_keep_their_statistics(run, tiny):
+    trained = run("train", *tiny, "without_using_gate=true", "trainer.max_epochs=1")
+    common = [f"ckpt_path={trained.last}", "trainer.max_epochs=0", "trainer=cpu"]
+    more_images = ["callbacks.batch_norm.num_images=48", "callbacks.batch_norm.batch_size=16"]
+    kept = run("train", *common, "without_using_gate=true", *more_images)
+    assert kept.results["test_acc"] == trained.results["test_acc"]
+
+
+def test_a_teacher_has_the_statistics_of_its_weights(run, tiny, monkeypatch):
+    from sparsereg.training import build
+
+    teachers = []
+    estimate = build.estimate_batch_norm_
+
+    def noted(net, batches):
+        teachers.append(net)
+        return estimate(net, batches)
+
+    monkeypatch.setattr(build, "estimate_batch_norm_", noted)
+    trained = run("train", *tiny, "without_using_gate=true", "trainer.max_epochs=1")
+    content = torch.load(trained.last, weights_only=True)
+    content["sparsereg"]["batch_norm_is_current"] = False
+    torch.save(content, trained.last)
+    taught = run("train", *tiny, f"distill.ckpt_path={trained.last}", "trainer.max_epochs=1")
+    assert taught.code == 0, taught.err
+    (teacher,) = teachers
+    assert batches_of(teacher.state_dict()) == {2}
