@@ -592,13 +592,21 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 def difference(a: Tensor, b: Tensor) -> float:
     """Largest difference of two answers as a share of the first one's spread.
 
-    Answers that are all alike have no spread; then it is a share of their magnitude.
+    Answers that are all alike have no spread; then it is a share of their magnitude. What is infinite or not
+    a number must be so in both.
     """
     if a.shape != b.shape:
         return float("inf")
     if not a.numel():
         return 0.0
     a, b = a.double(), b.double()
+    finite = a.isfinite() & b.isfinite()
+    alike = (a == b) | (a.isnan() & b.isnan())
+    if not (finite | alike).all():
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    a, b = a[finite], b[finite]
     magnitude = a.abs().max().item()
     spread = (a.max() - a.min()).item()
     size = spread if spread > 1e-6 * magnitude else magnitude

@@ -277,7 +277,10 @@ def restore(checkpoint: Checkpoint, settings: dict[str, Any] | None = None) -> n
         InputError: the checkpoint does not fit the network.
     """
     if checkpoint.structure is not None:
-        return storage.rebuild(checkpoint.structure, checkpoint.weights)
+        try:
+            return storage.rebuild(checkpoint.structure, checkpoint.weights)
+        except InputError as error:
+            raise InputError(f"{checkpoint.named}: its network cannot be read: {error}") from error
     net = networks.build(
         checkpoint.config["model"] if settings is None else settings,
         networks.Task(checkpoint.num_classes, checkpoint.image_shape),
