@@ -112,7 +112,7 @@ class SparseL0Linear(nn.Module):
         """Upper end of the stretch interval."""
         return self.gates.zeta
 
-    def _location(self, init_mean: float | None) -> dict[str, float]:
+    def _location(self, init_mean: float | None) -> dict[str, Any]:
         """Where the gates start, as arguments of HardConcrete."""
         if init_mean is None:
             return {"log_alpha_init": math.log(self.init_keep_prob / (1 - self.init_keep_prob))}

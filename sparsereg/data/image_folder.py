@@ -1,7 +1,7 @@
 """Images in folders, one folder per class: in memory when they fit, else read while training."""
 
 import logging
-import warnings
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sparsereg.data.arrays import ImageArrays
+from sparsereg.data.image_file import MODES, check_file, read_image
 from sparsereg.errors import InputError
 
 log = logging.getLogger(__name__)
 
-MODES = {1: "L", 3: "RGB"}
-"""Pillow's pixel format for a number of channels."""
 _LAYOUT = "train/CLASS/* and test/CLASS/*"
 _READ_AT_ONCE = 256
 """Images per piece when a data set is read as a whole."""
@@ -52,10 +50,12 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """``root/train/CLASS/*`` and ``root/test/CLASS/*``, in the formats that Pillow reads.
+    """``root/train/CLASS/*`` and ``root/test/CLASS/*``, in the formats of ``image_file.FORMATS``.
 
-    Every file below a class folder is an image, except hidden ones. An image is turned as its EXIF entry
-    says, its shorter side is scaled to ``image_size`` (bilinear, antialiased) and the middle is cut out.
+    Every file below a class folder is an image, except hidden ones. A symbolic link is followed to a file
+    that lies below ``root``, too. Whatever is no such file or link is refused, and never opened. An image is
+    turned as its EXIF entry says, its shorter side is scaled to ``image_size`` (bilinear, antialiased) and
+    the middle is cut out.
 
     Args:
         root: the folder.
@@ -112,13 +112,14 @@ class ImageFolder:
         if not self.root:
             raise InputError(f"data=image_folder needs data.root=FOLDER with {_LAYOUT}")
         root = Path(self.root).expanduser()
-        classes = {part: _class_names(root / part) for part in ("train", "test")}
+        real = root.resolve()
+        classes = {part: _class_names(root / part, real) for part in ("train", "test")}
         for part, other in (("train", "test"), ("test", "train")):
             alone = sorted(set(classes[part]) - set(classes[other]))
             if alone:
                 raise InputError(f"data.root={root}: class {alone[0]!r} is in {part}/ but not in {other}/")
-        train_paths, train_labels = _images(root / "train", classes["train"])
-        test_paths, test_labels = _images(root / "test", classes["train"])
+        train_paths, train_labels = _images(root / "train", classes["train"], real)
+        test_paths, test_labels = _images(root / "test", classes["train"], real)
         return ImageFiles(
             str(root),
             train_paths,
@@ -131,20 +132,28 @@ class ImageFolder:
         )
 
 
-def _class_names(part: Path) -> tuple[str, ...]:
+def _class_names(part: Path, root: Path) -> tuple[str, ...]:
     if not part.is_dir():
         raise InputError(f"data.root: there is no folder {part}; expected {_LAYOUT} in data.root")
-    names = sorted(p.name for p in part.iterdir() if p.is_dir() and not p.name.startswith("."))
+    _refuse_link(part)
+    names = []
+    for entry in _entries(part):
+        if _is_folder(entry):
+            _refuse_link(Path(entry))
+            names.append(entry.name)
+        else:
+            check_file(Path(entry), root)
+            log.warning("%s lies beside the class folders and is not read", entry.path)
     if not names:
         raise InputError(f"data.root: there are no class folders in {part}; expected {_LAYOUT} in data.root")
     return tuple(names)
 
 
-def _images(part: Path, class_names: Sequence[str]) -> tuple[tuple[Path, ...], Tensor]:
+def _images(part: Path, class_names: Sequence[str], root: Path) -> tuple[tuple[Path, ...], Tensor]:
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(class_names):
-        found = [p for p in sorted((part / name).rglob("*")) if p.is_file() and not p.name.startswith(".")]
+        found = sorted(_files_below(part / name, root), key=lambda path: path.parts)
         if not found:
             raise InputError(f"data.root: there are no images in {part / name}")
         paths += found
@@ -152,32 +161,38 @@ def _images(part: Path, class_names: Sequence[str]) -> tuple[tuple[Path, ...], T
     return tuple(paths), torch.tensor(labels, dtype=torch.int64)
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """Decode one file to uint8 (channels, height, width): see :class:`ImageFolder`.
+def _files_below(folder: Path, root: Path) -> Iterator[Path]:
+    """Yield every file below a folder that is not hidden, checked."""
+    for entry in _entries(folder):
+        path = Path(entry)
+        if _is_folder(entry):
+            _refuse_link(path)
+            yield from _files_below(path, root)
+        else:
+            check_file(path, root)
+            yield path
 
-    Raises:
-        InputError: the file is not an image that can be read; names it.
-    """
-    channels, height, width = shape
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder, by name, without what is hidden."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's hints about odd files; what counts is that they decode
-            with Image.open(path) as opened:
-                if opened.mode.startswith(("I", "F")):
-                    raise InputError(f"{path}: this image has more than 8 bits per channel; convert it first")
-                upright = ImageOps.exif_transpose(opened)
-                # Through RGBA, since Pillow drops a palette's transparency otherwise with made-up colours.
-                if "transparency" in upright.info:
-                    upright = upright.convert("RGBA")
-                colours = upright.convert(MODES[channels])
-                exact = ImageOps.fit(colours, (width, height), Image.Resampling.BILINEAR)
-    except InputError:
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever their format's parser does
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: this image cannot be read ({reason[:200]})") from error
-    pixels = np.array(exact, dtype=np.uint8).reshape(height, width, channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise InputError(f"{folder}: this folder cannot be read ({error.strerror})") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _refuse_link(folder: Path) -> None:
+    """Refuse a link to a folder: it may lead in circles, or count images twice."""
+    if folder.is_symlink():
+        raise InputError(f"{folder}: this is a link to a folder; put the folder itself there")
 
 
 class _FileBatches(Dataset[Tensor | InputError]):

@@ -12,7 +12,8 @@ from sparsereg.data import ImageArrays, ImageFiles
 from sparsereg.data import download as download_module
 from sparsereg.data.cifar10 import Cifar10
 from sparsereg.data.digits import Digits
-from sparsereg.data.image_folder import FileStore, ImageFolder, read_image
+from sparsereg.data.image_file import read_image
+from sparsereg.data.image_folder import FileStore, ImageFolder
 from sparsereg.data.mnist import Mnist
 from sparsereg.data.npz import Npz
 from sparsereg.errors import InputError
