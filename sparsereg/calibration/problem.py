@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from sparsereg.linalg.checked import as_csr, smallest_exact
+
 _INT32_MAX = np.iinfo(np.int32).max
 
 
@@ -22,9 +24,9 @@ class CalibrationProblem:
 
     Args:
         matrix: Targets x households. What one unit of a household's weight adds to each total: its income,
-            its number of children, 1 when it is counted. Any scipy sparse matrix or array, or a dense array;
-            held as canonical CSR (sorted, no duplicates, no explicit zeros) in float32, with int32 indices
-            where they fit.
+            its number of children, 1 when it is counted. Any scipy sparse matrix or array, a torch tensor,
+            or a dense array; held as canonical CSR (sorted, entries given twice added up, no explicit zeros),
+            in float32 if that holds every entry exactly, else in float64, with int32 indices where they fit.
         targets: The value each total should have, shape (targets,), finite, in the unit of its row.
         initial_weights: The weights the survey came with, shape (households,), finite, >= 0. None: ones.
         target_names: One unique name per target. None: "target_0", "target_1", ...
@@ -149,13 +151,15 @@ class CalibrationProblem:
 
 
 def exact_totals(matrix: sp.csr_array, weights: np.ndarray, entries_at_once: int = 1_000_000) -> np.ndarray:
-    """Multiply a float32 CSR matrix by float64 weights, summing in float64, without a float64 copy of it.
+    """Multiply a CSR matrix by float64 weights, summing in float64, without a float64 copy of it.
 
     Args:
-        matrix: Targets x households.
+        matrix: Targets x households, float32 or float64.
         weights: Shape (households,), float64.
         entries_at_once: About how many entries are widened to float64 at a time; never less than a row.
     """
+    if matrix.dtype == np.float64:
+        return matrix @ weights
     indptr = np.asarray(matrix.indptr, dtype=np.int64)
     cuts = np.searchsorted(indptr, np.arange(entries_at_once, indptr[-1], entries_at_once))
     bounds = np.unique(np.concatenate([[0], cuts, [matrix.shape[0]]]))
@@ -166,31 +170,35 @@ def exact_totals(matrix: sp.csr_array, weights: np.ndarray, entries_at_once: int
 
 
 def _canonical_csr(matrix: Any) -> sp.csr_array:
-    """Bring anything two-dimensional to canonical float32 CSR; copy only what must change."""
-    if not sp.issparse(matrix):
-        matrix = np.asarray(matrix)
-    if matrix.ndim != 2 or 0 in matrix.shape:
-        raise ValueError(
-            f"matrix must be targets x households, at least one of each, got shape {matrix.shape}"
-        )
-    if not (np.issubdtype(matrix.dtype, np.number) or matrix.dtype == bool) or np.iscomplexobj(matrix):
-        raise ValueError(f"matrix must hold real numbers, got {matrix.dtype}")
-    csr = sp.csr_array(matrix)
+    """Bring anything two-dimensional to canonical CSR, checked whole; copy only what must change."""
+    csr = as_csr(matrix)
+    if not _is_canonical(csr):
+        wide = csr.data.astype(np.float64)  # a copy; entries given twice add up without loss
+        csr = sp.csr_array((wide, csr.indices.copy(), csr.indptr.copy()), shape=csr.shape)
+        csr.sum_duplicates()
+        csr.eliminate_zeros()
+    return _with_small_indices(sp.csr_array((_exact_data(csr), csr.indices, csr.indptr), shape=csr.shape))
+
+
+def _exact_data(csr: sp.csr_array) -> np.ndarray:
+    """Return the entries, checked, as float32 if that holds every one of them exactly, else as float64."""
     with np.errstate(over="ignore"):  # what overflows float32 is refused below, with its place
-        data = np.asarray(csr.data, dtype=np.float32)
-    bad = np.flatnonzero(~np.isfinite(data))
+        bad = np.flatnonzero(~np.isfinite(csr.data.astype(np.float32)))
     if bad.size:
         row = int(np.searchsorted(csr.indptr, bad[0], side="right")) - 1
         raise ValueError(
             f"matrix must be finite in float32: {csr.data[bad[0]]} in row {row}, column {csr.indices[bad[0]]}"
         )
-    canonical = csr.has_canonical_format
-    if not canonical or (data == 0).any():
-        mutable = sp.csr_array((data.copy(), csr.indices.copy(), csr.indptr.copy()), shape=csr.shape)
-        mutable.sum_duplicates()
-        mutable.eliminate_zeros()
-        return _with_small_indices(mutable)
-    return _with_small_indices(sp.csr_array((data, csr.indices, csr.indptr), shape=csr.shape))
+    return csr.data if csr.dtype == np.float32 else smallest_exact(csr.data.astype(np.float64))
+
+
+def _is_canonical(csr: sp.csr_array) -> bool:
+    """Whether every row has its columns once and ascending and no zeros; scipy's own flag may be wrong."""
+    if (csr.data == 0).any():
+        return False
+    starts = np.zeros(len(csr.data) + 1, dtype=bool)
+    starts[csr.indptr] = True
+    return bool((starts[1:-1] | (csr.indices[1:] > csr.indices[:-1])).all())
 
 
 def _with_small_indices(csr: sp.csr_array) -> sp.csr_array:

@@ -1,6 +1,10 @@
+import math
+
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 
 from sparsereg.calibration.problem import CalibrationProblem
 
@@ -10,20 +14,38 @@ def dense(rows=4, columns=7, seed=0):
     return rng.normal(size=(rows, columns)) * (rng.random((rows, columns)) < 0.5)
 
 
-@pytest.mark.parametrize(
-    "form", [np.asarray, sp.csr_array, sp.csc_matrix, sp.coo_array, sp.lil_array, sp.csr_matrix]
-)
-def test_every_form_of_matrix_becomes_the_same_canonical_csr(form):
-    a = dense()
+FORMS = [
+    np.asarray,
+    pd.DataFrame,
+    torch.tensor,
+    lambda a: torch.tensor(a).to_sparse(),
+    lambda a: torch.tensor(a).to_sparse_csr(),
+    lambda a: torch.tensor(a).to_sparse_csc(),
+    sp.csr_array,
+    sp.csc_matrix,
+    sp.coo_array,
+    sp.lil_array,
+    sp.dok_array,
+    sp.dia_array,
+    sp.csr_matrix,
+    lambda a: sp.bsr_array(a, blocksize=(2, 7)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|invariant):UserWarning")
+@pytest.mark.parametrize("exponent", [0, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_matrix_becomes_the_same_canonical_csr(form, exponent):
+    a = dense().round(exponent)  # whole numbers fit float32, others do not
     problem = CalibrationProblem(form(a), np.ones(4))
     m = problem.matrix
     assert isinstance(m, sp.csr_array)
-    assert m.dtype == np.float32
+    assert m.dtype == (np.float64 if exponent else np.float32)
     assert m.indices.dtype == np.int32
-    np.testing.assert_array_equal(m.toarray(), a.astype(np.float32))
+    np.testing.assert_array_equal(m.toarray(), a)
     assert m.has_canonical_format
     assert (m.data != 0).all()
-    np.testing.assert_array_equal(problem.matrix_t.toarray(), a.T.astype(np.float32))
+    np.testing.assert_array_equal(problem.matrix_t.toarray(), a.T)
     assert problem.matrix_t.indices.dtype == np.int32
     assert problem.matrix_t is problem.matrix_t
 
@@ -39,6 +61,64 @@ def test_duplicates_and_explicit_zeros_are_cleaned_without_touching_the_input():
     assert messy.nnz == 5
 
 
+def test_totals_of_values_as_read_lose_no_digits():
+    entries = (np.array([1e9, 1, -1e9], np.float32), ([0, 0, 0], [0, 0, 0]))
+    assert CalibrationProblem(sp.coo_array(entries, shape=(1, 2)), [1]).matrix.toarray().tolist() == [[1, 0]]
+    cents = np.round(np.random.default_rng(0).lognormal(10, 2, 500), 2)
+    problem = CalibrationProblem(np.vstack([cents, -cents * 1e6, np.full(500, 2.0)]), np.ones(3))
+    weights = np.random.default_rng(1).random(500)
+    exact = [math.fsum(cents * weights), math.fsum(-cents * 1e6 * weights), math.fsum(2 * weights)]
+    np.testing.assert_allclose(problem.estimates(weights), exact, rtol=1e-15)
+    assert problem.matrix.dtype == problem.subset([1]).matrix.dtype == np.float64
+    assert problem.subset([2]).matrix.dtype == np.float32
+
+
+def _csr(data=(1.0, 2.0, 3.0), indices=(0, 2, 1), indptr=(0, 2, 3), shape=(2, 3)):
+    """A matrix whose parts nobody has checked, as a program may make it."""
+    matrix = sp.csr_array(([1.0, 2.0, 3.0], [0, 2, 1], [0, 2, 3]), shape=(2, 3))
+    matrix.data, matrix.indices, matrix.indptr = (np.array(part) for part in (data, indices, indptr))
+    matrix._shape = shape
+    return matrix
+
+
+def _coo(rows, columns):
+    matrix = sp.coo_array(([1.0, 2.0], ([0, 1], [0, 1])), shape=(2, 3))
+    matrix.coords = (np.array(rows), np.array(columns))
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (_csr(indices=(0, 3, 1)), r"indices outside \[0, 3\): 3"),
+        (_csr(indices=(0, -1, 1)), r"indices outside \[0, 3\): -1"),
+        (_csr(indices=np.array([0, 2**63 + 5, 1], np.uint64)), r"outside \[0, 3\): 9223372036854775813"),
+        (_csr(indices=(0.0, 2.0, 1.0)), "whole indices, got float64"),
+        (_csr(indptr=(0, 4, 3)), "indptr that go back, from 4 to 3"),
+        (_csr(indptr=(0, 2, 9)), "indptr up to 9, but 3 entries"),
+        (_csr(indptr=(1, 2, 3)), "begin at 1"),
+        (_csr(indptr=(0, 3)), "needs 3 whole indptr"),
+        (_csr(indices=(0, 2)), "indptr up to 3, but 2 entries"),
+        (_coo([0, 2], [0, 1]), r"row indices outside \[0, 2\): 2"),
+        (_coo([0, 1], [0, -1]), r"column indices outside \[0, 3\): -1"),
+        (sp.dia_array(([[1.0, 1, 1]], [5]), shape=(2, 3)), "a diagonal outside it: 5"),
+        (np.ma.masked_invalid([[1.0, np.nan]]), "no masked entries"),
+        (np.array([[1, "a"]], dtype=object), "real numbers, got object"),
+        (np.array([["2020-01-01"]], dtype="datetime64[D]"), "real numbers, got datetime64"),
+        (torch.ones(3), r"got shape \(3,\)"),
+        (torch.ones(2, 2, dtype=torch.complex64), "real numbers, got complex64"),
+    ],
+)
+def test_matrices_with_wrong_parts_are_refused_before_use(matrix, message):
+    with pytest.raises(ValueError, match=message):
+        CalibrationProblem(matrix, np.ones(matrix.shape[0]))
+
+
+def test_room_behind_the_last_entry_is_not_read():
+    matrix = _csr(data=(1.0, 2.0, 3.0, np.nan), indices=(0, 2, 1, 99))
+    assert CalibrationProblem(matrix, [1, 1]).matrix.toarray().tolist() == [[1, 0, 2], [0, 3, 0]]
+
+
 def test_defaults_are_filled_and_estimates_are_float64():
     a = dense()
     problem = CalibrationProblem(a, np.ones(4))
@@ -48,7 +128,7 @@ def test_defaults_are_filled_and_estimates_are_float64():
     assert problem.target_names == ("target_0", "target_1", "target_2", "target_3")
     np.testing.assert_array_equal(problem.ids, np.arange(7))
     w = np.random.default_rng(1).random(7)
-    np.testing.assert_allclose(problem.estimates(w), a.astype(np.float32).astype(np.float64) @ w, rtol=1e-15)
+    np.testing.assert_allclose(problem.estimates(w), a @ w, rtol=1e-15)
     with pytest.raises(ValueError, match=r"weights must have shape \(7,\)"):
         problem.estimates(np.ones(3))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,36 +11,52 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sparsereg.calibration.reading.cells import advice, exact_numbers, number, numbers, shown
 from sparsereg.calibration.reading.conditions import (
     COMPARISONS,
+    OPPOSITE,
     And,
     Column,
     Compare,
     Condition,
     Constant,
     In,
+    Missing,
     Not,
     Or,
     columns_of,
     conjuncts,
     equality,
 )
-from sparsereg.calibration.reading.tables import numbers
 from sparsereg.errors import InputError, did_you_mean
+from sparsereg.linalg.checked import smallest_exact
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _CACHED_MASK_BYTES = 256 * 2**20
+_NUMERIC = ("integer", "floating", "mixed-integer-float", "decimal", "empty")
+_PLAIN = (*_NUMERIC, "string", "boolean")
+_TIMES = (datetime.date, datetime.time, datetime.timedelta)
+_NAMED = (str, bool, int, float, np.generic, decimal.Decimal, *_TIMES)
+"""What a condition can name; dates and times as the texts that they print as."""
 
 
 @dataclass
 class _Values:
-    """A column of kind "number", "boolean" (``data`` as it is) or "text" (``data``: codes of ``texts``)."""
+    """A column of kind "number", "boolean" (``data``: 0 and 1) or "text" (``data``: codes of ``texts``).
+
+    What ``data`` holds where a value is missing means nothing.
+    """
 
     kind: str
     data: np.ndarray
+    missing: np.ndarray | None = None  # a mask; None: nothing is missing
     texts: np.ndarray | None = None
+
+    def known(self, at: np.ndarray | slice) -> np.ndarray | bool:
+        """Return which of these rows have a value."""
+        return True if self.missing is None else ~self.missing[at]
 
 
 class Columns:
@@ -58,7 +76,10 @@ class Columns:
     def values(self, name: str) -> _Values:
         """Return a column in its kind."""
         if name not in self._values:
-            self._values[name] = _converted(self.table[name])
+            try:
+                self._values[name] = _converted(self.table[name])
+            except InputError as error:
+                raise InputError(f"uses {name!r}, which {error}") from None
         return self._values[name]
 
     def check(self, condition: Condition) -> None:
@@ -67,7 +88,7 @@ class Columns:
             return
         for name in columns_of(condition):
             if name not in self.known:
-                raise InputError(f"has the unknown column {name!r}{did_you_mean(name, self.known)}")
+                raise InputError(f"has the unknown column {shown(name)}{did_you_mean(name, self.known)}")
         self._check_kinds(condition)
         self._checked.add(condition)
 
@@ -101,7 +122,7 @@ class Columns:
         said = [
             f"the column {side.name!r} holds {self._kind(side)}s"
             if isinstance(side, Column)
-            else f"{side.value!r} is a {side.kind}"
+            else f"{shown(side.value)} is a {side.kind}"
             for side in (text, other)
         ]
         advice = (
@@ -124,7 +145,10 @@ class Columns:
                 self._codes[name] = (values.data, values.texts)
             else:
                 unique, codes = np.unique(values.data, return_inverse=True)
-                self._codes[name] = (codes.astype(np.int32), unique)
+                codes = codes.astype(np.int32)
+                if values.missing is not None:
+                    codes[values.missing] = -1
+                self._codes[name] = (codes, unique)
         return self._codes[name]
 
     def code(self, name: str, value: Constant) -> int:
@@ -134,17 +158,21 @@ class Columns:
         return at if at < len(known) and known[at] == value.value else -1
 
     def measure(self, name: str) -> np.ndarray:
-        """Return a column to sum, as float32 without missing values."""
+        """Return a column to sum, without missing values; as float32 where that holds every one exactly."""
         if name not in self._measures:
             if name not in self.known:
-                raise InputError(f"unknown column {name!r} as measure{did_you_mean(name, self.known)}")
+                raise InputError(f"unknown column {shown(name)} as measure{did_you_mean(name, self.known)}")
+            table = self.table[[name]]
             if self.values(name).kind == "text":
-                text = _first_text(self.table[name])
-                raise InputError(f"the measure {name!r} is not numeric: {self.file} holds {text!r} there")
-            exact = numbers(self.table, name, self.file)
-            if np.abs(exact).max() > np.finfo(np.float32).max:
+                wrong = next(v for v in table[name].dropna() if not np.isfinite(number(v)))
+                said = f"{self.file} holds {shown(wrong)} there{advice(wrong)}"
+                raise InputError(f"the measure {name!r} is not numeric: {said}")
+            if self.values(name).kind == "boolean":  # its sum is a count
+                table = table.astype(object).replace({True: 1, False: 0})
+            values = numbers(table, name, self.file)
+            if np.abs(values).max() > np.finfo(np.float32).max:
                 raise InputError(f"{self.file}: {name} has values beyond {np.finfo(np.float32).max:.3g}")
-            self._measures[name] = exact.astype(np.float32)
+            self._measures[name] = smallest_exact(values)
         return self._measures[name]
 
     def count_uses(self, conditions: Iterable[Condition]) -> None:
@@ -162,83 +190,97 @@ class Columns:
         self._masks.move_to_end(condition)
         return self._masks[condition][at]
 
-    def _evaluate(self, condition: Condition, at: np.ndarray | slice) -> np.ndarray:
-        size = self.num_rows if isinstance(at, slice) else len(at)
+    def _evaluate(self, condition: Condition, at: np.ndarray | slice, wanted: bool = True) -> np.ndarray:
+        """Return which of the rows ``at`` make the condition true, or with ``wanted=False`` false.
+
+        Where it is neither, something is missing. ``not`` only turns ``wanted`` round, and De Morgan's rules
+        do the rest: the strong three-valued logic of Kleene, which SQL and R have, without a third array.
+        """
         match condition:
             case Constant(value):
-                return np.full(size, bool(value))
+                return np.full(self._size(at), bool(value) == wanted)
             case Column(name):
-                return self.values(name).data[at] == 1
-            case Compare():
-                return self._compare(condition, at)
+                values = self.values(name)
+                return ((values.data[at] == 1) == wanted) & values.known(at)
+            case Missing(Column(name)):
+                return np.broadcast_to(self.values(name).known(at), (self._size(at),)) != wanted
+            case Compare(left, op, right):
+                return self._compare(left, op if wanted else OPPOSITE[op], right, at)
             case In(Column(name), values):
-                return self._membership(name, values, at)
+                return self._membership(name, values, at, wanted)
             case Not(item):
-                return self._negate(item, at)
-            case And(items):
-                return np.logical_and.reduce([self._evaluate(i, at) for i in items]) | np.zeros(size, bool)
-            case Or(items):
-                return np.logical_or.reduce([self._evaluate(i, at) for i in items])
+                return self._evaluate(item, at, not wanted)
+            case And(items) | Or(items):
+                both = isinstance(condition, And) == wanted
+                return self._joined(items, at, wanted, both)
         raise AssertionError(condition)
 
-    def _negate(self, item: Condition, at: np.ndarray | slice) -> np.ndarray:
-        if isinstance(item, Column):
-            return self.values(item.name).data[at] == 0  # a missing boolean is neither
-        return ~self._evaluate(item, at)
+    def _size(self, at: np.ndarray | slice) -> int:
+        return self.num_rows if isinstance(at, slice) else len(at)
 
-    def _compare(self, condition: Compare, at: np.ndarray | slice) -> np.ndarray:
-        left, right = condition.left, condition.right
+    def _joined(
+        self, items: tuple[Condition, ...], at: np.ndarray | slice, wanted: bool, both: bool
+    ) -> np.ndarray:
+        """Evaluate items one after the other, so that only two masks are held however many there are."""
+        join = np.logical_and if both else np.logical_or
+        result = np.full(self._size(at), both)
+        for item in items:
+            join(result, self._evaluate(item, at, wanted), out=result)
+        return result
+
+    def _compare(
+        self, left: Column | Constant, op: str, right: Column | Constant, at: np.ndarray | slice
+    ) -> np.ndarray:
+        known: np.ndarray | bool = True
+        for side in (left, right):
+            if isinstance(side, Column):
+                known = known & self.values(side.name).known(at)
         if isinstance(left, Column) and isinstance(right, Constant):
             values = self.values(left.name)
             if values.texts is not None:
-                same = values.data[at] == self.code(left.name, right)
-                same &= values.data[at] >= 0
-                return same if condition.op == "==" else ~same
-            return COMPARISONS[condition.op](values.data[at], right.value)
+                return ((values.data[at] == self.code(left.name, right)) == (op == "==")) & known
+            return COMPARISONS[op](values.data[at], right.value) & known
         sides = [self._plain(side, at) for side in (left, right)]
-        size = self.num_rows if isinstance(at, slice) else len(at)
-        return np.broadcast_to(COMPARISONS[condition.op](*sides), (size,))
+        return np.broadcast_to(COMPARISONS[op](*sides) & known, (self._size(at),))
 
     def _plain(self, side: Column | Constant, at: np.ndarray | slice) -> np.ndarray:
         if isinstance(side, Constant):
             return np.asarray(side.value)
         values = self.values(side.name)
-        if values.texts is None:
-            return values.data[at]
-        codes = values.data[at]
-        texts = values.texts[codes].astype(object)
-        texts[codes < 0] = np.nan  # equal to nothing, itself included
-        return texts
+        return values.data[at] if values.texts is None else np.append(values.texts, "")[values.data[at]]
 
-    def _membership(self, name: str, values: tuple[Constant, ...], at: np.ndarray | slice) -> np.ndarray:
-        wanted = [code for value in values if (code := self.code(name, value)) >= 0]
-        table = np.zeros(self.num_codes(name) + 1, dtype=bool)  # the last entry answers code -1, missing
-        table[wanted] = True
+    def _membership(
+        self, name: str, values: tuple[Constant, ...], at: np.ndarray | slice, wanted: bool
+    ) -> np.ndarray:
+        table = np.full(self.num_codes(name) + 1, not wanted)
+        table[[code for value in values if (code := self.code(name, value)) >= 0]] = wanted
+        table[-1] = False  # answers code -1: missing
         return table[self.codes(name)[at]]
 
 
 def _converted(series: pd.Series) -> _Values:
-    """Bring a column of a table to one of the three kinds."""
+    """Bring a column of a table to one of the three kinds.
+
+    Raises:
+        InputError: It holds something else; the message goes on from "the column".
+    """
     import pandas as pd
 
     if isinstance(series.dtype, pd.CategoricalDtype):
-        series = series.astype(series.cat.categories.dtype)
+        series = series.astype(object)
+    missing = series.isna().to_numpy(dtype=bool)
+    mask = missing if missing.any() else None
     kind = pd.api.types.infer_dtype(series, skipna=True)
+    if kind == "complex" or (kind not in _PLAIN and not all(isinstance(v, _NAMED) for v in series.dropna())):
+        raise InputError("holds neither numbers nor texts nor true and false")
     if kind == "boolean":
-        return _Values("boolean", series.astype(object).map({True: 1.0, False: 0.0}).to_numpy(np.float64))
-    if pd.api.types.is_integer_dtype(series.dtype) and not series.hasnans:
-        return _Values("number", series.to_numpy(np.int64))
-    if pd.api.types.is_numeric_dtype(series.dtype) or kind in ("floating", "integer", "mixed-integer-float"):
-        return _Values("number", pd.to_numeric(series).to_numpy(np.float64, na_value=np.nan))
-    codes, texts = pd.factorize(series.astype(str).where(series.notna()), sort=True)
-    return _Values("text", codes.astype(np.int32), np.asarray(texts, dtype=str))
-
-
-def _first_text(series: pd.Series) -> str:
-    import pandas as pd
-
-    texts = series[series.notna() & pd.to_numeric(series, errors="coerce").isna()]
-    return str(texts.iloc[0]) if len(texts) else str(series.iloc[0])
+        filled = series.astype(object).where(~missing, False)
+        return _Values("boolean", filled.to_numpy(dtype=bool).astype(np.int8), mask)
+    if kind in _NUMERIC:
+        return _Values("number", exact_numbers(series, missing), mask)
+    texts = series if kind == "string" else series.astype(object).map(str, na_action="ignore")
+    codes, known = pd.factorize(texts, sort=True)
+    return _Values("text", codes.astype(np.int32), mask, np.asarray(known, dtype=str))
 
 
 def why_empty(condition: Condition, columns: Columns, measure: str) -> str:
@@ -249,7 +291,7 @@ def why_empty(condition: Condition, columns: Columns, measure: str) -> str:
             name, value = found
             known = [str(v) for v in columns._coded(name)[1][:1000]]
             hint = did_you_mean(str(value.value), known) if value.kind == "text" else ""
-            return f"no household has {name} == {value.value!r}{hint}"
+            return f"no household has {name} == {shown(value.value)}{hint}"
     members = np.arange(columns.num_rows)
     for part in conjuncts(condition):
         members = members[columns._evaluate(part, members)]

@@ -4,19 +4,24 @@ A condition is parsed here, by hand, into a small tree; nothing from the file is
 
 The language: comparisons ``== != < <= > >=`` (also chained, ``18 <= age < 65``) between columns,
 numbers, quoted texts and ``true``/``false``; ``column in ('a', 'b')`` and ``not in`` (round or square
-brackets); ``not``, ``and``, ``or`` (also ``~ & |``) with parentheses, binding in this order; a boolean column
-alone. A column name with other than letters, digits and underscores stands in backticks. A missing value
-fulfils only ``!=`` and ``not in``.
+brackets); ``column is missing`` and ``is not missing``; ``not``, ``and``, ``or`` (also ``~ & |``) with
+parentheses, binding in this order; a boolean column alone. A column name with other than letters, digits and
+underscores stands in backticks.
+
+Logic has three values, as in SQL and R: what compares a missing value is unknown, ``not`` unknown is unknown,
+and a household counts only where the whole condition is true.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn, TypeAlias
 
+from sparsereg.calibration.reading.cells import shown
 from sparsereg.errors import InputError
 
 Literal: TypeAlias = "float | int | str | bool"
@@ -55,6 +60,13 @@ class In:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """``column is missing``: the only condition that a missing value fulfils."""
+
+    column: Column
+
+
+@dataclass(frozen=True)
 class Not:
     """The item does not hold."""
 
@@ -75,7 +87,7 @@ class Or:
     items: tuple[Condition, ...]
 
 
-Condition: TypeAlias = "Column | Constant | Compare | In | Not | And | Or"
+Condition: TypeAlias = "Column | Constant | Compare | In | Missing | Not | And | Or"
 
 COMPARISONS: dict[str, Callable] = {
     "==": operator.eq,
@@ -86,10 +98,12 @@ COMPARISONS: dict[str, Callable] = {
     ">=": operator.ge,
 }
 MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
+OPPOSITE = {"==": "!=", "!=": "==", "<": ">=", "<=": ">", ">": "<=", ">=": "<"}
 
+# Every alternative begins with characters of its own and takes what it can: a token is read in linear time.
 _TOKEN = re.compile(
     r"""\s*(?:
-    (?P<number>(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
+    (?P<number>(?:[0-9]|\.[0-9])(?:[\w.]|(?<=[eE])[+-](?=[0-9]))*)
     |(?P<text>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
     |(?P<name>[^\W\d]\w*)
     |`(?P<quoted>[^`]+)`
@@ -97,9 +111,14 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+_NUMBER = re.compile(r"(?:[0-9][0-9_]*(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _WORDS = {"and", "or", "not", "in", "true", "false"}
 _SAME = {"&": "and", "&&": "and", "|": "or", "||": "or", "~": "not", "!": "not", "<>": "!="}
+_MAX_LENGTH = 200_000
+"""Characters of a condition: a list of 20,000 districts still fits."""
 _MAX_DEPTH = 100
+_MAX_DIGITS = 400
+"""Characters of a number: more than any number of double precision needs."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,10 @@ def parse(text: str) -> Condition:
     Raises:
         InputError: The text is not a condition; the message shows where it stops making sense.
     """
+    if len(text) > _MAX_LENGTH:
+        raise InputError(
+            f"{_shown(text)} has {len(text):,} characters; a condition has at most {_MAX_LENGTH:,}"
+        )
     if not text.strip():
         return And(())
     return _Parser(text).whole()
@@ -131,7 +154,7 @@ def columns_of(condition: Condition) -> Iterator[str]:
         case Compare(left, _, right):
             yield from columns_of(left)
             yield from columns_of(right)
-        case In(column, _):
+        case In(column, _) | Missing(column):
             yield column.name
         case Not(item):
             yield from columns_of(item)
@@ -191,7 +214,7 @@ class _Parser:
         token = self._now
         if token.kind == "word" and token.text == "=":
             raise InputError(f"{_shown(self.text)}: write == to compare, not = (character {token.at + 1})")
-        found = "the condition ends" if token.kind == "end" else f"there is {token.text!r}"
+        found = "the condition ends" if token.kind == "end" else f"there is {shown(token.text)}"
         raise InputError(
             f"{_shown(self.text)} is not a condition: expected {expected} at character {token.at + 1},"
             f" {found}"
@@ -234,6 +257,8 @@ class _Parser:
             return Not(member) if negated else member
         if negated:
             self._refuse("'in'")
+        if self._accept_name("is"):
+            return self._missing(left)
         links: list[Condition] = []
         while op := self._accept(*COMPARISONS):
             right = self._value()
@@ -247,6 +272,20 @@ class _Parser:
         if isinstance(value, Constant) and value.kind != "boolean":
             self._refuse("a comparison")
         return value
+
+    def _accept_name(self, name: str) -> bool:
+        """Take a word that is only one where no column can stand, as after a value."""
+        found = self._now.kind == "name" and self._now.text.lower() == name
+        self.position += found
+        return found
+
+    def _missing(self, left: Column | Constant) -> Condition:
+        if not isinstance(left, Column):
+            self._refuse("a column before 'is missing'")
+        negated = self._accept("not")
+        if not self._accept_name("missing"):
+            self._refuse("'missing' or 'not missing'")
+        return Not(Missing(left)) if negated else Missing(left)
 
     def _membership(self, left: Column | Constant) -> In:
         if not isinstance(left, Column):
@@ -274,7 +313,7 @@ class _Parser:
         token = self._now
         if token.kind == "number":
             self.position += 1
-            number = _number(token.text)
+            number = _number(token, self.text)
             return Constant(-number if sign == "-" else number, "number")
         if sign:
             self._refuse("a number")
@@ -315,12 +354,24 @@ def _tokens(text: str) -> Iterator[_Token]:
     yield _Token("end", "", end)
 
 
-def _number(text: str) -> float | int:
-    plain = text.replace("_", "")
-    return int(plain) if plain.isdigit() else float(plain)
+def _number(token: _Token, text: str) -> float | int:
+    """Read a number; a whole one exactly, as far as 64 bits go."""
+    if len(token.text) > _MAX_DIGITS:
+        raise InputError(
+            f"{_shown(text)}: the number at character {token.at + 1} has {len(token.text):,} characters,"
+            f" at most {_MAX_DIGITS} are read"
+        )
+    if not _NUMBER.fullmatch(token.text):
+        raise InputError(f"{_shown(text)} is not a condition: {shown(token.text)} at character {token.at + 1}")
+    value = float(token.text)
+    if not math.isfinite(value):
+        raise InputError(f"{_shown(text)}: {token.text} at character {token.at + 1} is beyond all numbers")
+    plain = token.text.replace("_", "")
+    if plain.isdigit() and int(plain) < 2**64:
+        return int(plain)
+    return int(value) if value.is_integer() and value < 2**63 else value
 
 
 def _shown(text: str) -> str:
     text = " ".join(text.split())
     return f'"{text if len(text) <= 120 else text[:117] + "..."}"'
-

@@ -18,9 +18,10 @@ import numpy as np
 import scipy.sparse as sp
 
 from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.reading.cells import numbers, row
 from sparsereg.calibration.reading.columns import Columns, why_empty
 from sparsereg.calibration.reading.conditions import Condition, conjuncts, equality, parse
-from sparsereg.calibration.reading.tables import numbers, require_column, row
+from sparsereg.calibration.reading.tables import require_column
 from sparsereg.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def target_matrix(
     by_columns: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for i, plan in enumerate(plans):
         by_columns[plan.columns].append(i)
-    rows: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0), np.empty(0))] * len(plans)
+    rows: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0), np.empty(0, np.float32))] * len(plans)
     for names, members in by_columns.items():
         index = _EqualityIndex(names, columns)
         for i in members:
@@ -249,7 +250,8 @@ def _stack(rows: Sequence[tuple[np.ndarray, np.ndarray]], num_households: int) -
     indptr = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(members) for members, _ in rows], out=indptr[1:])
     indices = np.empty(indptr[-1], dtype=np.int32)
-    data = np.empty(indptr[-1], dtype=np.float32)
+    wide = any(values.dtype == np.float64 for _, values in rows)
+    data = np.empty(indptr[-1], dtype=np.float64 if wide else np.float32)
     for start, end, (members, values) in zip(indptr[:-1], indptr[1:], rows, strict=True):
         indices[start:end] = members
         data[start:end] = values

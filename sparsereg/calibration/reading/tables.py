@@ -72,31 +72,6 @@ def read_matrix(path: str | Path) -> sp.csr_array:
         raise InputError(f"{file} cannot be read as a sparse matrix: {error}") from error
 
 
-def numbers(table: pd.DataFrame, column: str, file: object, allow_missing: bool = False) -> np.ndarray:
-    """Return a column as float64; name the first cell that is not a finite number.
-
-    Args:
-        table: The table.
-        column: One of its columns.
-        file: Where the table came from, for the message.
-        allow_missing: Give NaN for a missing cell instead of refusing it.
-    """
-    import pandas as pd
-
-    series = table[column]
-    values = pd.to_numeric(series, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    if np.isfinite(values).all():
-        return values
-    missing = (series.isna() | series.astype(str).str.strip().eq("")).to_numpy()
-    wrong = ~np.isfinite(values) & ~(missing if allow_missing else False)
-    if wrong.any():
-        at = int(np.flatnonzero(wrong)[0])
-        cell = "is missing" if missing[at] else f"is {_shown(series.iloc[at])}"
-        more = f" ({int(wrong.sum())} such rows)" if wrong.sum() > 1 else ""
-        raise InputError(f"{file}: {column} must be a finite number, but it {cell} in row {row(at)}{more}")
-    return values
-
-
 def require_column(table: pd.DataFrame, column: str, file: object, what: str) -> None:
     """Raise an InputError that names the nearest column unless the table has this one.
 
@@ -109,15 +84,6 @@ def require_column(table: pd.DataFrame, column: str, file: object, what: str) ->
     if column not in table.columns:
         known = [str(c) for c in table.columns]
         raise InputError(f"{file} has no column {column!r} ({what}){did_you_mean(column, known)}")
-
-
-def row(position: int) -> int:
-    """Return the spreadsheet row of the data row at ``position`` (from 0): the header is row 1."""
-    return position + 2
-
-
-def _shown(cell: object) -> str:
-    return repr(cell) if isinstance(cell, str) else str(cell)
 
 
 def _existing(path: str | Path) -> Path:

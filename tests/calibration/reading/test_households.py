@@ -56,9 +56,9 @@ def test_the_matrix_is_what_the_conditions_say():
     )
     matrix, hints = target_matrix(table, targets)
     for i, (measure, where) in enumerate(specs):
-        amounts = table[measure].to_numpy(np.float32) if measure else 1.0
+        amounts = table[measure].to_numpy(np.float64) if measure else 1.0
         expected = np.where(CONDITIONS[where](table), amounts, 0)
-        np.testing.assert_array_equal(matrix[[i]].toarray()[0], expected.astype(np.float32), err_msg=where)
+        np.testing.assert_array_equal(matrix[[i]].toarray()[0], expected, err_msg=where)
     assert set(hints) == set(np.flatnonzero(np.diff(matrix.indptr) == 0))
     assert hints[specs.index(("", "state == 'ZZ'"))].startswith("no household has state == 'ZZ'")
     assert hints[specs.index(("owner", "state in ('CA', 'NY') and not owner"))].startswith(
@@ -99,18 +99,18 @@ def test_many_targets_over_many_households_are_built_in_seconds():
     assert matrix.nnz == n + (table.age < 85).sum()
 
 
-def test_missing_values_count_nowhere_but_in_unequal():
+def test_missing_values_count_nowhere():
     table = pd.DataFrame({"g": ["a", None, "b"], "x": [1.0, np.nan, 3.0], "one": 1})
     wheres = ["g == 'a'", "g != 'a'", "x > 0", "x != 1", "g in ('a', 'b')", "g not in ('a')"]
     targets = target_table(pd.DataFrame({"name": wheres, "value": 1, "where": wheres}))
     matrix, _ = target_matrix(table, targets)
     assert matrix.toarray().astype(int).tolist() == [
         [1, 0, 0],
-        [0, 1, 1],
+        [0, 0, 1],
         [1, 0, 1],
-        [0, 1, 1],
+        [0, 0, 1],
         [1, 0, 1],
-        [0, 1, 1],
+        [0, 0, 1],
     ]
 
 

@@ -1,0 +1,167 @@
+"""What the cells of a table mean: which are numbers, and which number each one is."""
+
+from __future__ import annotations
+
+import decimal
+import numbers as abstract
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsereg.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+DECIMALS = {"point": ".", "comma": ","}
+_MOST_CHARACTERS = 400
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_COMMA = re.compile(r"[+-]?[0-9][0-9.']*,[0-9]+")
+_TRUTHS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_LAST_EXACT = 2**53
+
+
+def number(cell: object) -> float:
+    """Return what a cell says as a number; NaN if it is none, infinity if it is beyond all numbers.
+
+    Numbers are plain ones, also in quotes: ``-1``, ``2.50``, ``1e6``. None are dates, times, true and false,
+    ``1,234``, ``1_000``, ``0x1F``, ``nan``, ``inf``.
+    """
+    if isinstance(cell, str):
+        text = cell.strip()
+        return float(text) if len(text) <= _MOST_CHARACTERS and _NUMBER.fullmatch(text) else np.nan
+    if isinstance(cell, bool | np.bool_) or not isinstance(cell, abstract.Real | decimal.Decimal):
+        return np.nan
+    try:
+        return float(cell)
+    except OverflowError:
+        return np.inf
+
+
+def numbers(table: pd.DataFrame, column: str, file: object, allow_missing: bool = False) -> np.ndarray:
+    """Return a column as float64; name the first cell that is not a finite number.
+
+    Args:
+        table: The table.
+        column: One of its columns.
+        file: Where the table came from, for the message.
+        allow_missing: Give NaN for a missing cell instead of refusing it.
+    """
+    series = table[column]
+    values = _as_float64(series)
+    if np.isfinite(values).all():
+        return values
+    missing = (series.isna() | series.astype(str).str.strip().eq("")).to_numpy(dtype=bool)
+    wrong = ~np.isfinite(values) & ~(missing if allow_missing else False)
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        cell = "is missing" if missing[at] else f"is {shown(series.iloc[at])}"
+        more = f" ({int(wrong.sum())} such rows)" if wrong.sum() > 1 else ""
+        raise InputError(
+            f"{file}: {column} must be a finite number, but it {cell} in row {row(at)}{more}"
+            f"{advice(series.iloc[at])}"
+        )
+    return values
+
+
+def exact_numbers(series: pd.Series, missing: np.ndarray) -> np.ndarray:
+    """Return a column of numbers as int64 or uint64 where those hold it exactly, else as float64.
+
+    Args:
+        series: Numbers of any kind.
+        missing: Where there is none; what is returned there means nothing.
+    """
+    import pandas as pd
+
+    if pd.api.types.is_integer_dtype(series.dtype):
+        whole = np.uint64 if pd.api.types.is_unsigned_integer_dtype(series.dtype) else np.int64
+        if not missing.any():
+            return series.to_numpy(whole)
+        return series.to_numpy(whole, na_value=0)
+    if series.dtype == object and all(isinstance(v, abstract.Integral) for v in series[~missing]):
+        filled = [0 if absent else int(v) for v, absent in zip(series, missing, strict=True)]
+        if all(-(2**63) <= v < 2**63 for v in filled):
+            return np.array(filled, dtype=np.int64)
+    return _as_float64(series)
+
+
+def _as_float64(series: pd.Series) -> np.ndarray:
+    """NaN where a cell is missing or no number, infinity where it is beyond all numbers."""
+    import pandas as pd
+
+    kind = series.dtype
+    plain = pd.api.types.is_numeric_dtype(kind) and not isinstance(kind, pd.CategoricalDtype)
+    if plain and not pd.api.types.is_bool_dtype(kind) and not pd.api.types.is_complex_dtype(kind):
+        return series.to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.fromiter(map(number, series.astype(object)), dtype=np.float64, count=len(series))
+
+
+def row(position: int) -> int:
+    """Return the spreadsheet row of the data row at ``position`` (from 0): the header is row 1."""
+    return position + 2
+
+
+def shown(cell: object) -> str:
+    """Return a cell as a message shows it."""
+    text = repr(cell) if isinstance(cell, str) else str(cell)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def advice(cell: object) -> str:
+    """Return what to do about a cell that is a number in another country, or nothing."""
+    if isinstance(cell, str) and len(cell) <= _MOST_CHARACTERS and _COMMA.fullmatch(cell.strip()):
+        return "; if the comma is the decimal sign, say problem.decimal=comma; thousands are not separated"
+    return ""
+
+
+def typed(texts: pa.ChunkedArray, decimal_sign: str = ".") -> Any:
+    """Convert the texts of a column to whole numbers, numbers, or true and false, if all of them are such.
+
+    Args:
+        texts: Texts without blanks around them; null is missing.
+        decimal_sign: "." or ",".
+
+    Returns:
+        A pyarrow array: int64, float64, bool, or the texts as they were. Numbers are rounded correctly.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    trimmed = pc.utf8_trim(texts, " ")
+    if decimal_sign == ",":
+        trimmed = pc.replace_substring(pc.replace_substring(trimmed, ".", "_"), ",", ".")
+    if texts.null_count == len(texts):
+        return texts.cast(pa.float64())
+    try:
+        whole = trimmed.cast(pa.int64())
+        hexadecimal = pc.any(pc.match_substring(trimmed, "x", ignore_case=True))  # pyarrow reads them
+        if not hexadecimal.as_py():
+            return whole
+    except pa.ArrowInvalid:
+        pass
+    try:
+        values = trimmed.cast(pa.float64())
+        if pc.all(pc.is_finite(values)).as_py():
+            return values
+    except pa.ArrowInvalid:
+        pass
+    truths = pc.index_in(trimmed, pa.array(list(_TRUTHS)))
+    if truths.null_count == texts.null_count:
+        return pc.take(pa.array(list(_TRUTHS.values())), truths)
+    return texts
+
+
+def to_series(values: Any) -> pd.Series:
+    """Turn a pyarrow column into a pandas one; whole numbers stay exact beside missing ones."""
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_integer(values.type) and values.null_count:
+        low, high = (int(v.as_py() or 0) for v in pc.min_max(values).values())
+        if max(-low, high) > _LAST_EXACT:
+            kinds = {pa.int64(): pd.Int64Dtype(), pa.uint64(): pd.UInt64Dtype()}
+            return values.to_pandas(types_mapper=kinds.get)
+    return values.to_pandas()
