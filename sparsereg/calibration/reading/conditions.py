@@ -362,7 +362,8 @@ def _number(token: _Token, text: str) -> float | int:
             f" at most {_MAX_DIGITS} are read"
         )
     if not _NUMBER.fullmatch(token.text):
-        raise InputError(f"{_shown(text)} is not a condition: {shown(token.text)} at character {token.at + 1}")
+        place = f"at character {token.at + 1}"
+        raise InputError(f"{_shown(text)} is not a condition: {shown(token.text)} {place}")
     value = float(token.text)
     if not math.isfinite(value):
         raise InputError(f"{_shown(text)}: {token.text} at character {token.at + 1} is beyond all numbers")

@@ -171,7 +171,7 @@ def test_conditions_agree_with_python_on_all_short_boolean_formulas():
         ("5 is missing", "expected a column before 'is missing'"),
         ("age > " + "7" * 30_000, "the number at character 7 has 30,000 characters, at most 400 are read"),
         ("age > " + "1_" * 30_000 + "x", "the number at character 7"),
-        (f"age == 5 '{'x' * 900}'", "expected 'and', 'or' or the end at character 10, there is 'xxx"),
+        (f"age == 5 '{'x' * 900}'", "expected 'and', 'or' or the end at character 10, there is \"'xxx"),
         (f"{'x' * 900} > 5", "has the unknown column 'xxx"),
         (f"age == '{'x' * 900}'", "xxx... is a text, the column 'age' holds numbers"),
         ("age > 1 or " * 30_000, "330,000 characters; a condition has at most 200,000"),
