@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 
 from sparsereg.errors import InputError
-from sparsereg.files import write_atomically
+from sparsereg.files import write_atomically, write_table
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 OUT = Path("outputs") / "results"
@@ -308,7 +308,7 @@ def main() -> None:
         study = STUDIES[name]
         frame = read_sweeps(study, arguments.sweep) if arguments.sweep else run(study, archives)
         csv, png = OUT / f"{name}.csv", OUT / f"{name}.png"
-        write_atomically(csv, lambda beside, frame=frame: frame.to_csv(beside, index=False))
+        write_table(csv, frame)
         plot(frame, study, png)
         print(f"\n{study.about}\n{summary(frame).to_string(index=False)}\n{csv}\n{png}\n", flush=True)
 

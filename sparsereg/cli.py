@@ -23,7 +23,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsereg.errors import InputError, interpolation_error, nearest, type_error
+from sparsereg.errors import InputError, OutputError, interpolation_error, nearest, type_error
+from sparsereg.files import no_room, write_text
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Run = Callable[[DictConfig], Path]
@@ -147,8 +148,10 @@ def one_line(text: str) -> str:
 
 def _input_message(name: str, error: BaseException) -> str | None:
     """Return the one line for wrong input, or None if the failure is ours."""
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | OutputError):
         return one_line(str(error))
+    if (reason := no_room(error)) is not None:
+        return f"the outputs cannot be written: {reason}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _config_message(name, error)
     if isinstance(error, OSError) and _is_about_outputs(error):
@@ -209,7 +212,6 @@ def _write_traceback(name: str, error: BaseException) -> Path:
     file = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     for folder in (Path("outputs") / "failures", Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text(text)
+            write_text(folder / file, text)
             return folder / file
     return Path("(the log could not be written)")

@@ -1,4 +1,4 @@
-"""The error of a user who gave something that cannot be used."""
+"""What is told to the user in one line: wrong input, damaged files, outputs that cannot be written."""
 
 import difflib
 import re
@@ -9,6 +9,14 @@ class InputError(ValueError):
 
     The scripts print it as ``error: ...`` and end with exit code 2, without a traceback.
     """
+
+
+class OutputError(OSError):
+    """A file cannot be written: the disk is full, say. One line: which one, why, what to do."""
+
+
+class DamagedFile(ValueError):
+    """A file is not as it was written, or something else. The reason, to follow the file's name."""
 
 
 def interpolation_error(text: str) -> str | None:

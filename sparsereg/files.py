@@ -1,55 +1,229 @@
-"""Files that appear whole or not at all, and run folders that are never shared or overwritten."""
+"""Files that appear whole or not at all, and folders that are never shared or overwritten.
 
+Everything that the project writes goes through :func:`write_atomically`: the new file is filled beside its
+place, brought to the disk, and takes the place in one step. A process that is killed, or a disk that is full,
+leaves what was there before, and at most a file named ``.writing-*``, which the next writer removes.
+"""
+
+import contextlib
+import errno
 import json
 import math
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sparsereg.errors import OutputError
 
 if TYPE_CHECKING:
     import pandas as pd
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: leftovers stay there
+    fcntl = None  # type: ignore[assignment]
+
+LEFTOVER = ".writing-"
+"""How the names of unfinished files start."""
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "your quota on this disk is used up: free some space",
+    errno.EFBIG: "a limit on the size of files (ulimit -f, or the file system's) is too small",
+}
+_PROBE = 1 << 20
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then rename it.
+    """Let ``write`` fill a file beside ``path``, bring it to the disk, then rename it.
+
+    What was at ``path`` before stays until then, and for good if anything fails.
 
     Args:
         path: the file to make.
         write: gets the temporary path, which has the same suffix.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
+    if path.name.startswith(LEFTOVER):  # within another write, which cares for all that
+        write(path)
+        return
+    with _beside(path) as beside:
+        _fill(beside, path, write)
+        with _reported(path):
+            os.replace(beside, path)
+            _flush(path.parent)
+
+
+def write_new(path: Path, write: Callable[[Path], object]) -> Path:
+    """Write as :func:`write_atomically` does, but never over another file; return where it went.
+
+    Args:
+        path: where to; if that is taken, the first free one of ``stem-1.suffix``, ``stem-2.suffix`` ...
+        write: gets the temporary path, which has the same suffix.
+    """
+    with _beside(path) as beside:
+        _fill(beside, path, write)
+        with _reported(path):
+            number, free = 0, path
+            while not _place(beside, free):
+                number += 1
+                free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+            _flush(path.parent)
+    return free
+
+
+def _place(beside: Path, path: Path) -> bool:
+    """Give a file a name unless the name is taken."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: claim the name, then take it
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        os.replace(beside, path)
+    return True
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary file in the folder of ``path``; nothing is left of it afterwards."""
+    with _reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent.glob(f"{LEFTOVER}*"))
+        handle, beside = _locked_file(path)
+    try:
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked_file(path: Path) -> tuple[int, Path]:
+    """Make a temporary file whose lock tells others that somebody is writing it."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=LEFTOVER, suffix=f"-{path.name[-100:]}", dir=path.parent)
+        _lock(handle)
+        if os.fstat(handle).st_nlink:  # else it was taken for a leftover before it was locked
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file; whether that was possible, and nobody else has."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove_leftovers(files: Iterator[Path]) -> None:
+    """Remove unfinished files whose writers were killed; files that are being written stay.
+
+    Args:
+        files: named ``.writing-*``; others are left alone.
+    """
+    for file in files:
+        with contextlib.suppress(OSError):
+            if not file.name.startswith(LEFTOVER) or file.is_symlink():
+                continue
+            handle = os.open(file, os.O_RDWR)
+            try:
+                if _lock(handle):
+                    file.unlink()
+            finally:
+                os.close(handle)
+
+
+def _fill(beside: Path, path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill the file, and bring it to the disk; say it plainly if there is no room."""
     try:
         write(beside)
         umask = os.umask(0)
         os.umask(umask)
         beside.chmod(0o666 & ~umask)
-        os.replace(beside, path)
+        _flush(beside)
+    except Exception as error:
+        reason = no_room(error) or _no_room_for_more(beside)
+        if reason is None:
+            if isinstance(error, OSError) and error.filename == str(beside):
+                raise _refused(path, error) from error
+            raise
+        raise OutputError(f"{path} cannot be written: {reason}; nothing was changed") from error
+
+
+def no_room(error: BaseException | None) -> str | None:
+    """Return what to do if an error, or one behind it, says that the disk has no room left; else None."""
+    seen = 0
+    while error is not None and seen < 20:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return _NO_ROOM[error.errno]
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return None
+
+
+def _no_room_for_more(beside: Path) -> str | None:
+    """Find out whether the disk is full by writing on; not every library says why it failed."""
+    try:
+        with beside.open("ab") as file:
+            file.write(b"\xff" * _PROBE)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return no_room(error)
+    return None
+
+
+@contextlib.contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Within this context an OSError is about writing ``path`` and says so in one line."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> OutputError:
+    reason = no_room(error) or f"{error.strerror or error}; make the folder writable or run elsewhere"
+    return OutputError(f"{path} cannot be written: {reason}")
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or a folder's list of names to the disk, so that it survives a loss of power."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():  # Windows opens no folders
+            return
+        raise
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # a file system without it
+            raise
     finally:
-        beside.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all, as UTF-8."""
+    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object whole or not at all; NaN and infinity, which JSON does not have, become null."""
-    text = json.dumps(_plain(content), indent=2) + "\n"
-    write_atomically(path, lambda p: p.write_text(text))
-
-
-def write_table(path: Path, table: "pd.DataFrame") -> None:
-    """Write a table whole or not at all, as CSV or Parquet by the name of the file.
-
-    Args:
-        path: Ends in .csv or .parquet.
-        table: What to write; missing values become empty cells.
-    """
-    if path.suffix == ".parquet":
-        write_atomically(path, lambda p: table.to_parquet(p, index=False))
-    else:
-        write_atomically(path, lambda p: table.to_csv(p, index=False))
+    write_text(path, json.dumps(_plain(content), indent=2) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -64,26 +238,83 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four are their wide forms
+_NUMBER = re.compile(r"'*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def inert(text: str) -> str:
+    """Return a text for a cell of a CSV file that no spreadsheet takes for a formula.
+
+    A text that starts with = + - @, a tab or the end of a line gets an apostrophe in front, which is how
+    spreadsheets mark a text; so does one that starts so behind apostrophes, so that :func:`as_it_was` finds
+    every text again. Plain numbers such as -5 stay.
+    """
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def as_it_was(cell: str) -> str:
+    """Return the text that :func:`inert` made a cell of; a cell that it did not change stays."""
+    return cell[1:] if cell.startswith("'") and inert(cell) != cell else cell
+
+
+def write_table(path: Path, table: "pd.DataFrame") -> None:
+    """Write a table whole or not at all, as CSV or Parquet by the name of the file.
+
+    Args:
+        path: Ends in .csv or .parquet.
+        table: What to write, without its index; missing values become empty cells. Texts in a CSV file are
+            :func:`inert`.
+    """
+    if path.suffix == ".parquet":
+        write_atomically(path, lambda p: table.to_parquet(p, index=False))
+    else:
+        safe = _inert_table(table)
+        write_atomically(path, lambda p: safe.to_csv(p, index=False))
+
+
+def _inert_table(table: "pd.DataFrame") -> "pd.DataFrame":
+    import pandas as pd
+
+    def cell(value: Any) -> Any:
+        return inert(value) if isinstance(value, str) else value
+
+    safe = table.copy(deep=False)
+    for position, kind in enumerate(table.dtypes):
+        if not (pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_datetime64_any_dtype(kind)):
+            safe.isetitem(position, table.iloc[:, position].astype(object).map(cell))
+    safe.columns = pd.Index([cell(name) for name in table.columns])
+    return safe
+
+
 def new_version(parent: Path) -> Path:
     """Make and return the next free folder ``parent/version_N``; safe beside other processes."""
-    parent.mkdir(parents=True, exist_ok=True)
-    taken = [p.name.removeprefix("version_") for p in parent.glob("version_*")]
-    number = max((int(t) for t in taken if t.isdigit()), default=-1) + 1
-    while True:
-        folder = parent / f"version_{number}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
+    with _reported(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(parent.glob(f"version_*/**/{LEFTOVER}*"))
+        taken = [p.name.removeprefix("version_") for p in parent.glob("version_*")]
+        number = max((int(t) for t in taken if t.isdigit()), default=-1) + 1
+        while True:
+            folder = parent / f"version_{number}"
+            if _made(folder):
+                return folder
             number += 1
-        else:
-            return folder
 
 
-def free_path(path: Path) -> Path:
-    """Return ``path``, or the first of ``stem-1.suffix``, ``stem-2.suffix`` ... that does not exist."""
-    number = 0
-    candidate = path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return candidate
+def new_folder(path: Path) -> Path:
+    """Make and return ``path``, or the first of ``path-1``, ``path-2`` ... that nobody else has made."""
+    with _reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, folder = 0, path
+        while not _made(folder):
+            number += 1
+            folder = path.with_name(f"{path.name}-{number}")
+        return folder
+
+
+def _made(folder: Path) -> bool:
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    _flush(folder.parent)
+    return True

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import sparsereg
 from sparsereg.errors import InputError, interpolation_error
-from sparsereg.files import write_atomically, write_json
+from sparsereg.files import write_atomically, write_json, write_table
 
 
 def run_job(
@@ -188,4 +188,4 @@ def _row(job: dict[str, Any]) -> dict[str, Any]:
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     import pandas as pd
 
-    write_atomically(path, lambda p: pd.DataFrame(rows).to_csv(p, index=False))
+    write_table(path, pd.DataFrame(rows))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sparsereg.files import write_atomically
+from sparsereg.files import inert, write_atomically
 
 
 class History:
@@ -51,7 +51,7 @@ class History:
         def write(path: Path) -> None:
             with path.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
-                writer.writerow(self.history)
+                writer.writerow(inert(name) for name in self.history)
                 writer.writerows(itertools.zip_longest(*self.history.values(), fillvalue=""))
 
         write_atomically(Path(filepath), write)

@@ -13,7 +13,7 @@ def run(cfg: DictConfig) -> Path:
     from hydra.types import RunMode
 
     from sparsereg.config import checked
-    from sparsereg.files import write_atomically, write_json
+    from sparsereg.files import write_json, write_text
     from sparsereg.training import build, stages
     from sparsereg.training.results import count_summary, gate_summary, headline, target_summary
 
@@ -30,8 +30,7 @@ def run(cfg: DictConfig) -> Path:
         stage = stages.first(cfg, data, checkpoint, overrides, Path("outputs"))
 
     if stage.trainer.is_global_zero:
-        text = OmegaConf.to_yaml(cfg, resolve=True)
-        write_atomically(stage.folder / "config.yaml", lambda p: p.write_text(text))
+        write_text(stage.folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         data.save_split(stage.folder / "split.npz")
     stage.fit()
     results = {

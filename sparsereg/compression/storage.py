@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsereg.archives import load_torch, save_torch
 from sparsereg.compression import vocabulary
 from sparsereg.compression.compact import ORIGINAL
 from sparsereg.compression.vocabulary import check_name, check_path, short
-from sparsereg.errors import InputError
-from sparsereg.files import write_atomically
+from sparsereg.errors import DamagedFile, InputError
 
 FORMAT = "sparsereg.compacted"
 VERSION = 1
@@ -49,7 +49,7 @@ def save_compacted(module: fx.GraphModule, path: str | Path, notes: dict[str, An
         "weights": {name: value.detach().cpu() for name, value in module.state_dict().items()},
     }
     path = Path(path)
-    write_atomically(path, lambda beside: torch.save(content, beside))
+    save_torch(path, content)
     return path
 
 
@@ -66,12 +66,9 @@ def load_compacted(path: str | Path) -> fx.GraphModule:
     if not path.is_file():
         raise InputError(f"there is no file {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch.load raises many kinds of errors on a damaged file.
-        raise InputError(
-            f"{path} cannot be read as a compacted network: it is damaged or another kind of file"
-        ) from error
+        content = load_torch(path)
+    except (DamagedFile, OSError) as error:
+        raise InputError(f"{path} cannot be read as a compacted network: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is no compacted network; test.py with compact=true writes one")
     if content.get("version") != VERSION:

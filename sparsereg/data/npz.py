@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsereg import archives
 from sparsereg.data.arrays import ImageArrays
 from sparsereg.errors import InputError
 
@@ -67,6 +68,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"data.path={path}: a single array, not an .npz archive of {_listed()}")
+            archives.check(path)
             missing = [key for key in ARRAYS if key not in archive.files]
             if missing:
                 found = ", ".join(archive.files) or "nothing"

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsereg.errors import InputError
-from sparsereg.files import write_atomically
+from sparsereg.archives import load_npz, save_npz
+from sparsereg.errors import DamagedFile, InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +64,7 @@ class Split:
             "seed": np.int64(self.seed),
             "sha256": np.array(self.digest),
         }
-
-        def write(beside: Path) -> None:
-            with beside.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-
-        write_atomically(Path(path), write)
+        save_npz(Path(path), arrays)
         return Path(path)
 
     @classmethod
@@ -77,12 +72,16 @@ class Split:
         """Read what :meth:`save` wrote.
 
         Raises:
-            InputError: the positions do not fit the digest that was written with them.
+            InputError: the file is damaged, or its positions do not fit the digest written with them.
         """
-        with np.load(path, allow_pickle=False) as file:
-            split = cls(torch.from_numpy(file["train"]), torch.from_numpy(file["val"]), int(file["seed"]))
-            if str(file["sha256"]) != split.digest:
-                raise InputError(f"{path}: the split was changed after it was written (sha256 differs)")
+        try:
+            arrays = load_npz(path)
+            train, val = torch.from_numpy(arrays["train"]), torch.from_numpy(arrays["val"])
+            split, digest = cls(train, val, int(arrays["seed"])), str(arrays["sha256"])
+        except (DamagedFile, OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as a split: {error}") from error
+        if digest != split.digest:
+            raise InputError(f"{path}: the split was changed after it was written (sha256 differs)")
         return split
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsereg.archives import load_torch, save_torch
+
 PARTS = ("counts", "columns", "values", "shape")
 """A matrix in the file: non-zeros in each row, their columns, their values, and the tensor's shape."""
 
@@ -51,9 +53,7 @@ def save_csr(model: nn.Module, path: str | os.PathLike[str]) -> Storage:
     """
     state = {k: v.detach().cpu() for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     file = Path(path)
-    beside = file.with_name(file.name + ".part")
-    torch.save({k: _pack(v) for k, v in state.items()}, beside)
-    os.replace(beside, file)
+    save_torch(file, {k: _pack(v) for k, v in state.items()})
     return Storage(
         dense_bytes=sum(v.numel() * v.element_size() for v in state.values()),
         stored_bytes=file.stat().st_size,
@@ -67,8 +67,11 @@ def load_csr(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Args:
         path: the file.
+
+    Raises:
+        DamagedFile: the file is not as it was written.
     """
-    stored = torch.load(path, weights_only=True)
+    stored = load_torch(path)
     return {key: _unpack(value) for key, value in stored.items()}
 
 

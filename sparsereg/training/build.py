@@ -30,6 +30,7 @@ from sparsereg.training import checkpoint as checkpoints
 from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.batch_norm import estimate_batch_norm_
 from sparsereg.training.checkpoint import Checkpoint
+from sparsereg.training.checkpoint_io import WholeCheckpoints
 from sparsereg.training.compaction import Compaction
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.module import Classifier, Provenance
@@ -368,11 +369,13 @@ def build_trainer(
     if num_batches is not None:
         keys["log_every_n_steps"] = max(1, min(keys.get("log_every_n_steps", 50), num_batches))
     bar = [ours.ProgressBar()] if keys.get("enable_progress_bar", True) else []
+    plugins = [*(keys.pop("plugins", None) or []), WholeCheckpoints()]
     try:
         return pl.Trainer(
             **keys,
             logger=logger,
             callbacks=[*callbacks, *bar],
+            plugins=plugins,
             default_root_dir=None if folder is None else str(folder),
         )
     except (MisconfigurationException, TypeError, RuntimeError, ValueError) as error:

@@ -1,34 +1,22 @@
 """Checkpoints: reading them safely, saying what is wrong with them, starting another run from them."""
 
 import logging
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from sparsereg.archives import load_torch
 from sparsereg.compression import storage
 from sparsereg.distributions import HardConcrete
-from sparsereg.errors import InputError
+from sparsereg.errors import DamagedFile, InputError
 from sparsereg.zoo import networks
 
 log = logging.getLogger(__name__)
 
 COMPACTED = "compacted"
 """Name of the model whose structure is in its file and not in the configuration."""
-UNREADABLE = (
-    RuntimeError,
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
-"""What torch.load raises on files that are cut off or something else."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +65,9 @@ def read(path: str | Path, key: str = "ckpt_path") -> Checkpoint:
     if not path.is_file():
         raise InputError(f"{named}: no such file; expected a checkpoint such as RUN/checkpoints/last.ckpt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise InputError(
-            f"{named}: cannot be read, it is truncated or not a checkpoint ({type(error).__name__})"
-        ) from error
+        content = load_torch(path)
+    except (DamagedFile, OSError) as error:
+        raise InputError(f"{named}: cannot be read as a checkpoint: {error}") from error
     if isinstance(content, dict) and content.get("format") == storage.FORMAT:
         return _compacted(path, named)
     if not isinstance(content, dict) or "sparsereg" not in content or "state_dict" not in content:

@@ -14,8 +14,9 @@ from sparsereg.compression import compact, export, fuse, load_compacted, save_co
 from sparsereg.compression.latency import benchmark
 from sparsereg.config import plain
 from sparsereg.data import ImageDataModule
-from sparsereg.files import free_path
+from sparsereg.files import write_new
 from sparsereg.layers import GatedLayer, save_csr
+from sparsereg.layers.storage import Storage
 from sparsereg.training.checkpoint import Checkpoint
 from sparsereg.zoo import networks
 
@@ -50,17 +51,18 @@ def run(
             "data": data.describe(),
             "checkpoint": str(checkpoint.path),
         }
-        path = save_compacted(compact(net, example), free_path(beside / "compacted.pt"), notes)
+        small = compact(net, example)
+        path = write_new(beside / "compacted.pt", lambda p: save_compacted(small, p, notes))
         # What is tested is what the file holds.
         small = load_compacted(path).to(device)
         results["compacted"] = str(path)
         results["compacted_test_acc"] = accuracy(small, data.test_dataloader())
         print(f"compacted: {path}, test accuracy {results['compacted_test_acc']:.4f}")
         if any(isinstance(m, GatedLayer) and m.per_weight for m in net.modules()):
-            results |= store_sparse(small, free_path(beside / "compacted.csr"))
+            results |= store_sparse(small, beside / "compacted.csr")
     if cfg.export:
-        path = free_path(beside / f"compacted.{cfg.export}")
-        results["exported"] = str(export(net, example, path))
+        path = write_new(beside / f"compacted.{cfg.export}", lambda p: export(net, example, p))
+        results["exported"] = str(path)
         print(f"exported: {path}")
     if cfg.benchmark:
         results["latency"] = time_networks(cfg, checkpoint, net, example, folder)
@@ -73,7 +75,9 @@ def store_sparse(net: nn.Module, path: Path) -> dict[str, Any]:
     Returns:
         The file and its measured size, and the size of the dense tensors, for results.json.
     """
-    storage = save_csr(net, path)
+    measured: list[Storage] = []
+    path = write_new(path, lambda beside: measured.append(save_csr(net, beside)))
+    (storage,) = measured
     print(
         f"sparse rows: {path}, {storage.stored_bytes:,} bytes of {storage.dense_bytes:,} dense; "
         f"{storage.num_nonzero:,} of {storage.num_weights:,} weights are not zero (saves storage, not time)"

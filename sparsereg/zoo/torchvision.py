@@ -5,15 +5,15 @@ classes as the data have, and if asked for a stem that does not shrink small ima
 """
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsereg.archives import load_weights
 from sparsereg.compression import gate
-from sparsereg.errors import InputError, nearest
+from sparsereg.errors import DamagedFile, InputError, nearest
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def load_weights_file_(net: nn.Module, path: str | Path) -> None:
 
     Args:
         net: changed in place.
-        path: a file that torch.load reads with weights_only=True.
+        path: a file that torch.save wrote.
 
     Raises:
         InputError: the file is missing or damaged, or does not fit the network.
@@ -142,9 +142,9 @@ def load_weights_file_(net: nn.Module, path: str | Path) -> None:
     if not path.is_file():
         raise InputError(f"model.weights={path}: no such file")
     try:
-        given = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise InputError(f"model.weights={path}: not a file of weights ({type(error).__name__})") from error
+        given = load_weights(path)
+    except (DamagedFile, OSError) as error:
+        raise InputError(f"model.weights={path}: not a file of weights: {error}") from error
     if not isinstance(given, dict) or not all(isinstance(v, Tensor) for v in given.values()):
         raise InputError(f"model.weights={path}: expected a state dict, names and tensors")
     own = {k: v for k, v in net.state_dict().items() if ".gate." not in k}

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from sparsereg.archives import load_torch, save_torch
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.solver.calibration import Calibration
-from sparsereg.errors import InputError
-from sparsereg.files import write_atomically
+from sparsereg.errors import DamagedFile, InputError
 
 Moments = list[tuple[int, float, np.ndarray]]
 _NOT_OF_THE_RUN = {
@@ -73,7 +73,7 @@ class Saver:
             "calibration": self.calibration.state_dict(),
             "moments": [(epoch, loss, torch.from_numpy(totals)) for epoch, loss, totals in moments],
         }
-        write_atomically(path, lambda p: torch.save(content, p))
+        save_torch(path, content)
         self._last = time.monotonic()
 
     def load(self, path: Path) -> Moments:
@@ -85,9 +85,13 @@ class Saver:
         if not path.is_file():
             raise InputError(f"ckpt_path={path} does not exist (a run that ended has no checkpoint any more)")
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_torch(path)
             digest, state, moments = content["digest"], content["calibration"], content["moments"]
-        except Exception as error:
+        except (DamagedFile, OSError) as error:
+            raise InputError(
+                f"ckpt_path={path} cannot be read as a checkpoint of calibrate.py: {error}"
+            ) from error
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"ckpt_path={path} is not a checkpoint of calibrate.py") from error
         if digest != self.digest:
             raise InputError(

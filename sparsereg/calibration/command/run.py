@@ -25,7 +25,7 @@ from sparsereg.calibration.solver.calibration import Calibration, Settings, cali
 from sparsereg.calibration.solver.refit import TOLERANCE
 from sparsereg.cli import wrong_input
 from sparsereg.errors import InputError
-from sparsereg.files import new_version, write_atomically, write_json, write_table
+from sparsereg.files import new_version, write_json, write_table, write_text
 from sparsereg.temperature import TemperatureScheduler
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def run(cfg: DictConfig) -> Path:
         moments = saver.load(Path(cfg.ckpt_path)) if cfg.ckpt_path else []
         folder = new_version(OUTPUTS)
     _announce(task, cfg, folder)
-    write_atomically(folder / "config.yaml", lambda p: p.write_text(OmegaConf.to_yaml(cfg, resolve=True)))
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     if task.findings:
         write_table(folder / "findings.csv", report.finding_frame(task.findings))
     read = time.perf_counter()

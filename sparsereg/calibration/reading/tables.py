@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import scipy.sparse as sp
 
-from sparsereg.errors import InputError, did_you_mean
+from sparsereg import archives
+from sparsereg.errors import DamagedFile, InputError, did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,9 +55,8 @@ def read_matrix(path: str | Path) -> sp.csr_array:
         InputError: No such file, or not such a file.
     """
     file = _existing(path)
-    if not zipfile.is_zipfile(file):
-        raise InputError(f"{file} is not an .npz file: write the matrix with scipy.sparse.save_npz")
     try:
+        archives.check(file)
         with np.load(file, allow_pickle=False) as arrays:
             known = list(arrays.files)
         if "format" not in known:
@@ -68,6 +67,10 @@ def read_matrix(path: str | Path) -> sp.csr_array:
         return sp.csr_array(sp.load_npz(file))
     except InputError:
         raise
+    except DamagedFile as error:
+        raise InputError(
+            f"{file} cannot be read as an .npz file: {error}; write the matrix with scipy.sparse.save_npz"
+        ) from error
     except Exception as error:
         raise InputError(f"{file} cannot be read as a sparse matrix: {error}") from error
 

@@ -228,7 +228,7 @@ def test_an_interrupted_run_ends_where_it_would_have_ended(method, monkeypatch):
     pd.testing.assert_frame_equal(*logs)
     with pytest.raises(InputError, match="of another problem or of other settings"):
         run(*overrides, "lr=0.1", f"ckpt_path={cut}/checkpoint.pt")
-    with pytest.raises(InputError, match="is not a checkpoint of calibrate.py"):
+    with pytest.raises(InputError, match="cannot be read as a checkpoint of calibrate.py"):
         run(*overrides, f"ckpt_path={whole}/weights.csv")
     with pytest.raises(InputError, match="does not exist"):
         run(*overrides, f"ckpt_path={whole}/checkpoint.pt")
