@@ -268,22 +268,31 @@ def write_table(path: Path, table: "pd.DataFrame") -> None:
     if path.suffix == ".parquet":
         write_atomically(path, lambda p: table.to_parquet(p, index=False))
     else:
-        safe = _inert_table(table)
+        safe = _each_text(table, inert)
         write_atomically(path, lambda p: safe.to_csv(p, index=False))
 
 
-def _inert_table(table: "pd.DataFrame") -> "pd.DataFrame":
+def texts_as_they_were(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Return a table that was read from a CSV file with its texts as they were before :func:`write_table`."""
+    return _each_text(table, as_it_was)
+
+
+def _each_text(table: "pd.DataFrame", change: Callable[[str], str]) -> "pd.DataFrame":
+    """Change every text in a table and in the names of its columns."""
     import pandas as pd
 
     def cell(value: Any) -> Any:
-        return inert(value) if isinstance(value, str) else value
+        return change(value) if isinstance(value, str) else value
 
-    safe = table.copy(deep=False)
+    changed = table.copy(deep=False)
     for position, kind in enumerate(table.dtypes):
         if not (pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_datetime64_any_dtype(kind)):
-            safe.isetitem(position, table.iloc[:, position].astype(object).map(cell))
-    safe.columns = pd.Index([cell(name) for name in table.columns])
-    return safe
+            before = table.iloc[:, position]
+            after = before.astype(object).map(cell)
+            if not after.equals(before.astype(object)):
+                changed.isetitem(position, after)
+    changed.columns = pd.Index([cell(name) for name in table.columns])
+    return changed
 
 
 def new_version(parent: Path) -> Path:

@@ -146,6 +146,8 @@ def test_tables_keep_numbers_and_mark_texts(tmp_path):
         "'=id,x,n,c", "'=1,-1.5,-1,'@a", "a,,2,b", ",2.0,3,b",
     ]  # fmt: skip
     assert table.columns[0] == "=id"
+    again = files.texts_as_they_were(pd.read_csv(tmp_path / "t.csv"))
+    assert again.astype({"c": "category"}).equals(table)
 
 
 def test_umask_decides_who_may_read(tmp_path):

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 from sparsereg import archives
 from sparsereg.errors import DamagedFile, InputError, did_you_mean
+from sparsereg.files import texts_as_they_were
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +37,7 @@ def read_table(path: str | Path, as_text: bool = False) -> pd.DataFrame:
     if name.endswith(_PARQUET):
         table = _read_parquet(file)
     elif name.endswith(_CSV):
-        table = _read_csv(file, as_text)
+        table = texts_as_they_were(_read_csv(file, as_text))
     else:
         raise InputError(f"{file}: expected a table named .csv or .parquet")
     table.columns = [str(c).strip() for c in table.columns]
@@ -69,7 +70,7 @@ def read_matrix(path: str | Path) -> sp.csr_array:
         raise
     except DamagedFile as error:
         raise InputError(
-            f"{file} cannot be read as an .npz file: {error}; write the matrix with scipy.sparse.save_npz"
+            f"{file} is not an .npz file, or is damaged: {error}; write the matrix with scipy.sparse.save_npz"
         ) from error
     except Exception as error:
         raise InputError(f"{file} cannot be read as a sparse matrix: {error}") from error

@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from sparsereg.calibration.reading.households import build, target_matrix, target_table
 from sparsereg.calibration.reading.tables import read_matrix, read_table
 from sparsereg.errors import InputError
+from sparsereg.files import write_table
 
 
 def households(n=200, seed=0):
@@ -231,3 +232,12 @@ def test_files_that_are_not_what_their_name_says(tmp_path):
     refuses("arrays.npz", "holds the arrays x, not a sparse matrix", read_matrix)
     refuses("objects.npz", "cannot be read as a sparse matrix", read_matrix)
     assert read_matrix(tmp_path / "good.npz").toarray().tolist() == np.eye(3).tolist()
+
+
+def test_texts_that_a_spreadsheet_would_run_are_read_as_they_were(tmp_path):
+    ids = ["=1+1", "-A1", "-5", "'=x", "plain"]
+    write_table(tmp_path / "t.csv", pd.DataFrame({"id": ids, "w": [-1.0, 2, 3, 4, 5]}))
+    assert "'=1+1,-1.0" in (tmp_path / "t.csv").read_text()
+    table = read_table(tmp_path / "t.csv")
+    assert table["id"].tolist() == ids
+    assert table["w"].tolist() == [-1, 2, 3, 4, 5]
