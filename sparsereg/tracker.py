@@ -48,6 +48,7 @@ class History:
         Args:
             filepath: where to; the file appears whole or not at all.
         """
+
         def write(path: Path) -> None:
             with path.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)

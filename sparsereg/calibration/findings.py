@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -22,6 +22,7 @@ KINDS = {
     "duplicate": "the same total is asked for twice, with the same value",
     "zero": "they are 0, which only weight 0 for every household that they touch can reach",
     "tiny": "one household of average kept weight is more than the whole target",
+    "set aside": "all other targets rule them out: the loss leaves them out",
     "disagreeing levels": "the targets of the parts do not add up to the target of the whole",
 }
 _SAME_VALUE = 1e-6
@@ -64,6 +65,7 @@ def check(
     Returns:
         The findings, by kind in the order of ``KINDS``, then by target.
     """
+    given, problem = problem, problem.linear
     found = [
         *_untouchable(problem, hints or {}),
         *_equal_rows(problem),
@@ -71,8 +73,32 @@ def check(
         *_small(problem, num_households),
         *_levels(problem),
     ]
+    return in_order([_of_ratio(given, f) for f in found])
+
+
+def in_order(findings: Sequence[Finding]) -> list[Finding]:
+    """Sort findings by kind in the order of ``KINDS``, then by target."""
     order = list(KINDS)
-    return sorted(found, key=lambda f: (order.index(f.kind), f.target))
+    return sorted(findings, key=lambda f: (order.index(f.kind), f.target))
+
+
+def _of_ratio(problem: CalibrationProblem, finding: Finding) -> Finding:
+    """Say what the numbers of a finding mean where the target is a ratio."""
+    if not problem.is_ratio[finding.target]:
+        return finding
+    value = _shown(problem.targets[finding.target])
+    return replace(finding, detail=f"of numerator - {value} x denominator: {finding.detail}")
+
+
+def set_aside(problem: CalibrationProblem, targets: Sequence[int] | np.ndarray) -> list[Finding]:
+    """Return the findings about targets near zero that the loss leaves out."""
+    gross = problem.gross
+    return [
+        _finding(
+            problem, "set aside", i, f"target {_shown(problem.targets[i])}, of {_shown(gross[i])} in sum"
+        )
+        for i in targets
+    ]
 
 
 def summary(findings: Sequence[Finding], most: int = 5) -> list[str]:
@@ -133,7 +159,7 @@ def _out_of_reach(
     problem: CalibrationProblem, num_households: int | None, max_weight_ratio: float | None, hold_total: bool
 ) -> Iterator[Finding]:
     low, high = reachable(problem, num_households, max_weight_ratio, hold_total)
-    slack = 1e-6 * np.abs(problem.targets)  # the bounds come from float32 data
+    slack = 1e-6 * problem.scale + problem.tolerance
     beyond = (problem.targets < low - slack) | (problem.targets > high + slack)
     beyond[empty_rows(problem.matrix)] = False
     for i in np.flatnonzero(beyond):

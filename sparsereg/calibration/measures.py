@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.problem import CalibrationProblem, exact_totals
 
 
 def relative_errors(estimates: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -31,12 +31,14 @@ def measure(problem: CalibrationProblem, weights: np.ndarray) -> dict[str, Any]:
         The keys of results.json that follow from the weights; absolute relative errors are called ``are``,
         ``within_10pct`` is a share in [0, 1], ``ess`` is Kish's effective sample size (sum w)^2 / sum w^2,
         ``design_effect`` is kept / ess, ``untouched_targets`` counts those that no kept household touches.
+        ``max_abs_scaled_error`` is the largest error beyond the tolerance over its scale, targets of 0
+        included.
     """
     w = np.asarray(weights, dtype=np.float64)
     kept = w > 0
     estimates = problem.estimates(w)
     errors = np.abs(relative_errors(estimates, problem.targets))
-    touched = problem.estimates(kept.astype(np.float64)) if (problem.matrix.data >= 0).all() else None
+    touched = exact_totals(problem.matrix, kept.astype(float)) if (problem.matrix.data >= 0).all() else None
     initial = problem.starting_weights
     ratio = w[kept & (initial > 0)] / initial[kept & (initial > 0)]
     ess = float(w.sum() ** 2 / (w @ w)) if kept.any() else 0.0
@@ -45,6 +47,7 @@ def measure(problem: CalibrationProblem, weights: np.ndarray) -> dict[str, Any]:
         "kept": int(kept.sum()),
         "targets": problem.num_targets,
         **error_summary(errors),
+        "max_abs_scaled_error": _largest(np.abs(problem.scaled_errors(estimates))),
         "zero_targets": int((problem.targets == 0).sum()),
         "untouched_targets": int((touched == 0).sum()) if touched is not None else _untouched(problem, kept),
         "ess": ess,
@@ -77,6 +80,11 @@ def error_summary(errors: np.ndarray) -> dict[str, float | None]:
         "within_1pct": float((known <= 0.01).mean()),
         "within_10pct": float((known <= 0.10).mean()),
     }
+
+
+def _largest(values: np.ndarray) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.max()) if len(known) else None
 
 
 def _untouched(problem: CalibrationProblem, kept: np.ndarray) -> int:

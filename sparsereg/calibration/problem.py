@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,8 @@ import scipy.sparse as sp
 from sparsereg.linalg.checked import as_csr, smallest_exact
 
 _INT32_MAX = np.iinfo(np.int32).max
+_NET_SHARE = 1e-3
+"""Share of what goes into a total, signs left aside, that its error is at least compared with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +29,22 @@ class CalibrationProblem:
             its number of children, 1 when it is counted. Any scipy sparse matrix or array, a torch tensor,
             or a dense array; held as canonical CSR (sorted, entries given twice added up, no explicit zeros),
             in float32 if that holds every entry exactly, else in float64, with int32 indices where they fit.
-        targets: The value each total should have, shape (targets,), finite, in the unit of its row.
+        targets: The value each total should have, shape (targets,), finite, in the unit of its row; where
+            ``denominators`` has entries, the value of the ratio.
         initial_weights: The weights the survey came with, shape (households,), finite, >= 0. None: ones.
         target_names: One unique name per target. None: "target_0", "target_1", ...
         target_groups: One label per target (any strings or numbers), the families that are normalised and
             held out together. None: no groups.
         target_weights: How much each target counts, shape (targets,), finite, >= 0, not all zero. None:
-            equally.
+            equally. NaN for one of them: 1, and hard for ``method="calibrate"``.
+        target_scales: What an error of each target is compared with, at least, shape (targets,), in the
+            target's unit, >= 0. None: see :attr:`scale`.
+        target_tolerances: How far each total may be from its target without being wrong, shape (targets,),
+            in the target's unit, >= 0. None: 0.
+        target_hard: Which targets must be met exactly by ``method="calibrate"``, shape (targets,). None:
+            those without a weight. A target with a tolerance must be met within it.
+        denominators: Targets x households, as ``matrix``. A target with entries here is a ratio of two
+            totals: a share, a mean. None: all targets are totals.
         ids: One unique id per household. None: 0, 1, ...
         parent: For nested targets (district in state in nation): the index of the target that each one is
             part of, or -1, shape (targets,), without cycles. None: nothing is nested.
@@ -50,9 +61,13 @@ class CalibrationProblem:
     target_weights: np.ndarray | None = None
     ids: np.ndarray | None = None
     parent: np.ndarray | None = None
+    target_scales: np.ndarray | None = None
+    target_tolerances: np.ndarray | None = None
+    target_hard: np.ndarray | None = None
+    denominators: sp.csr_array | None = None
 
     def __post_init__(self) -> None:
-        matrix = _canonical_csr(self.matrix)
+        matrix = _canonical_csr("matrix", self.matrix)
         num_targets, num_households = matrix.shape
         self._set("matrix", matrix)
         self._set("targets", _vector("targets", self.targets, num_targets, "rows of the matrix"))
@@ -69,10 +84,21 @@ class CalibrationProblem:
         if self.target_groups is not None:
             self._set("target_groups", _labels("target_groups", self.target_groups, num_targets))
         if self.target_weights is not None:
-            shares = _vector("target_weights", self.target_weights, num_targets, "targets", smallest=0.0)
+            given = np.array(self.target_weights, dtype=np.float64)
+            shares = _vector("target_weights", np.nan_to_num(given, nan=1.0), num_targets, "targets", 0.0)
             if not shares.any():
                 raise ValueError("target_weights must not all be zero")
-            self._set("target_weights", shares)
+            self._set("target_weights", np.where(np.isnan(given), np.nan, shares))
+        for name in ("target_scales", "target_tolerances"):
+            if getattr(self, name) is not None:
+                self._set(name, _vector(name, getattr(self, name), num_targets, "targets", smallest=0.0))
+        if self.target_hard is not None:
+            hard = np.array(self.target_hard)
+            if hard.shape != (num_targets,) or hard.dtype != bool:
+                raise ValueError(f"target_hard must be a mask of shape ({num_targets},), got {hard.shape}")
+            self._set("target_hard", hard)
+        if self.denominators is not None:
+            self._set_denominators(_canonical_csr("denominators", self.denominators))
         ids = np.arange(num_households) if self.ids is None else _unique("ids", self.ids, num_households)
         self._set("ids", ids)
         if self.parent is not None:
@@ -80,6 +106,22 @@ class CalibrationProblem:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    def _set_denominators(self, denominators: sp.csr_array) -> None:
+        if denominators.shape != self.matrix.shape:
+            raise ValueError(
+                f"denominators must have the matrix's shape {self.matrix.shape}, got {denominators.shape}"
+            )
+        if denominators.nnz == 0:
+            self._set("denominators", None)
+            return
+        self._set("denominators", denominators)
+        totals = exact_totals(denominators, self.starting_weights)
+        zero = np.flatnonzero(self.is_ratio & (totals == 0))
+        if len(zero):
+            raise ValueError(
+                f"the denominator of target {self.names[zero[0]]!r} is zero with the initial weights"
+            )
 
     @property
     def num_targets(self) -> int:
@@ -110,20 +152,104 @@ class CalibrationProblem:
         return self.ids
 
     @cached_property
+    def is_ratio(self) -> np.ndarray:
+        """Which targets are ratios of two totals, shape (targets,)."""
+        if self.denominators is None:
+            return np.zeros(self.num_targets, dtype=bool)
+        return np.asarray(np.diff(self.denominators.indptr) > 0)
+
+    @cached_property
+    def target_shares(self) -> np.ndarray:
+        """How much each target counts, shape (targets,), float64, >= 0; 1 where nothing was given."""
+        if self.target_weights is None:
+            return np.ones(self.num_targets)
+        return np.nan_to_num(self.target_weights, nan=1.0)
+
+    @cached_property
+    def tolerance(self) -> np.ndarray:
+        """How far each total may be from its target without being wrong, shape (targets,), >= 0."""
+        return np.zeros(self.num_targets) if self.target_tolerances is None else self.target_tolerances
+
+    @cached_property
+    def gross(self) -> np.ndarray:
+        """What goes into each target with the initial weights, signs left aside, in the target's unit.
+
+        For a total the sum of |entry| x weight; for a ratio with target t that of |numerator -
+        t x denominator|, over the denominator.
+        """
+        linear = self.linear
+        size = _gross_totals(linear.matrix, self.starting_weights)
+        everybody = _gross_totals(linear.matrix, np.full(self.num_households, self.starting_weights.mean()))
+        return np.where(size > 0, size, everybody) / self._unit
+
+    @cached_property
+    def scale(self) -> np.ndarray:
+        """What errors are compared with, shape (targets,), > 0, in the unit of each target.
+
+        The largest of |target|, the target's own scale, and a thousandth of what goes into it, signs left
+        aside: a target of zero, or a difference of large totals, is not judged in single units.
+        """
+        own = 0.0 if self.target_scales is None else self.target_scales
+        scale = np.maximum(np.maximum(np.abs(self.targets), own), _NET_SHARE * self.gross)
+        return np.where(scale > 0, scale, 1.0)
+
+    @cached_property
+    def _unit(self) -> np.ndarray:
+        """One unit of each target in units of its linear row: the initial denominator of a ratio, else 1."""
+        unit = np.ones(self.num_targets)
+        if self.denominators is not None:
+            totals = np.abs(exact_totals(self.denominators, self.starting_weights))
+            unit[self.is_ratio] = totals[self.is_ratio]
+        return unit
+
+    @cached_property
+    def linear(self) -> CalibrationProblem:
+        """The same problem with totals only: a ratio a / b = t becomes the total a - t b with target 0."""
+        if self.denominators is None:
+            return self
+        ratio, unit = self.is_ratio, self._unit
+        factor = sp.diags_array(np.where(ratio, self.targets, 0.0))
+        rows = sp.csr_array(self.matrix.astype(np.float64) - factor @ self.denominators.astype(np.float64))
+        unscaled = replace(
+            self,
+            matrix=rows,
+            targets=np.where(ratio, 0.0, self.targets),
+            target_tolerances=self.tolerance * unit,
+            denominators=None,
+        )
+        own = np.zeros(self.num_targets) if self.target_scales is None else self.target_scales
+        own = np.where(ratio, np.maximum(np.abs(self.targets), own), own)
+        return replace(unscaled, target_scales=own * unit)
+
+    @cached_property
     def matrix_t(self) -> sp.csr_array:
         """Households x targets: the matrix by household, canonical CSR, made on first use."""
         return _with_small_indices(sp.csr_array(self.matrix.T.tocsr()))
 
     def estimates(self, weights: np.ndarray) -> np.ndarray:
-        """Weighted totals ``matrix @ weights`` in float64, shape (targets,).
+        """Weighted totals ``matrix @ weights`` and ratios of them in float64, shape (targets,).
 
         Args:
-            weights: Shape (households,).
+            weights: Shape (households,). A ratio whose denominator they make zero is NaN.
         """
         w = np.asarray(weights, dtype=np.float64)
         if w.shape != (self.num_households,):
             raise ValueError(f"weights must have shape ({self.num_households},), got {w.shape}")
-        return exact_totals(self.matrix, w)
+        totals = exact_totals(self.matrix, w)
+        if self.denominators is None:
+            return totals
+        below = np.where(self.is_ratio, exact_totals(self.denominators, w), 1.0)
+        return np.divide(totals, below, out=np.full(len(totals), np.nan), where=below != 0)
+
+    def scaled_errors(self, estimates: np.ndarray) -> np.ndarray:
+        """How far estimates lie outside their targets' tolerance, signed, over :attr:`scale`.
+
+        Args:
+            estimates: As :meth:`estimates` returns them, shape (targets,).
+        """
+        error = estimates - self.targets
+        beyond: np.ndarray = np.sign(error) * np.maximum(np.abs(error) - self.tolerance, 0.0) / self.scale
+        return beyond
 
     def subset(self, rows: np.ndarray) -> CalibrationProblem:
         """Return the problem with only these targets, in this order; cutting nesting through left-out ones.
@@ -138,15 +264,16 @@ class CalibrationProblem:
             new_index = np.full(self.num_targets + 1, -1)  # the last entry answers parent = -1
             new_index[rows] = np.arange(len(rows))
             parent = new_index[self.parent[rows]]
+        per_target = ("target_groups", "target_weights", "target_scales", "target_tolerances", "target_hard")
+        some = {name: getattr(self, name) for name in (*per_target, "denominators")}
         return CalibrationProblem(
             matrix=self.matrix[rows],
             targets=self.targets[rows],
             initial_weights=self.initial_weights,
             target_names=tuple(self.names[i] for i in rows),
-            target_groups=None if self.target_groups is None else self.target_groups[rows],
-            target_weights=None if self.target_weights is None else self.target_weights[rows],
             ids=self.ids,
             parent=parent,
+            **{name: None if values is None else values[rows] for name, values in some.items()},
         )
 
 
@@ -169,7 +296,14 @@ def exact_totals(matrix: sp.csr_array, weights: np.ndarray, entries_at_once: int
     return np.concatenate(parts)
 
 
-def _canonical_csr(matrix: Any) -> sp.csr_array:
+def _gross_totals(matrix: sp.csr_array, weights: np.ndarray) -> np.ndarray:
+    """Weighted totals of the entries without their signs."""
+    if (matrix.data < 0).any():
+        matrix = sp.csr_array((np.abs(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)
+    return exact_totals(matrix, weights)
+
+
+def _canonical_csr(name: str, matrix: Any) -> sp.csr_array:
     """Bring anything two-dimensional to canonical CSR, checked whole; copy only what must change."""
     csr = as_csr(matrix)
     if not _is_canonical(csr):
@@ -177,17 +311,19 @@ def _canonical_csr(matrix: Any) -> sp.csr_array:
         csr = sp.csr_array((wide, csr.indices.copy(), csr.indptr.copy()), shape=csr.shape)
         csr.sum_duplicates()
         csr.eliminate_zeros()
-    return _with_small_indices(sp.csr_array((_exact_data(csr), csr.indices, csr.indptr), shape=csr.shape))
+    return _with_small_indices(
+        sp.csr_array((_exact_data(name, csr), csr.indices, csr.indptr), shape=csr.shape)
+    )
 
 
-def _exact_data(csr: sp.csr_array) -> np.ndarray:
+def _exact_data(name: str, csr: sp.csr_array) -> np.ndarray:
     """Return the entries, checked, as float32 if that holds every one of them exactly, else as float64."""
     with np.errstate(over="ignore"):  # what overflows float32 is refused below, with its place
         bad = np.flatnonzero(~np.isfinite(csr.data.astype(np.float32)))
     if bad.size:
         row = int(np.searchsorted(csr.indptr, bad[0], side="right")) - 1
         raise ValueError(
-            f"matrix must be finite in float32: {csr.data[bad[0]]} in row {row}, column {csr.indices[bad[0]]}"
+            f"{name} must be finite in float32: {csr.data[bad[0]]} in row {row}, column {csr.indices[bad[0]]}"
         )
     return csr.data if csr.dtype == np.float32 else smallest_exact(csr.data.astype(np.float64))
 

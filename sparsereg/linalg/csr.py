@@ -161,7 +161,6 @@ def mean_squared_error(w: Tensor, bias: Tensor | None, matrix: Matrix, y: Tensor
 
 
 class _Product(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx: Any, w: Tensor, matrix: Matrix) -> Tensor:
         ctx.matrix = matrix
@@ -174,7 +173,6 @@ class _Product(torch.autograd.Function):
 
 
 class _SquaredError(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx: Any, w: Tensor, bias: Tensor | None, matrix: Matrix, y: Tensor) -> Tensor:
         offset = 0.0 if bias is None else bias.item()

@@ -195,3 +195,44 @@ def test_totals_in_parts_are_the_totals(entries_at_once):
     assert np.allclose(exact_totals(matrix, weights, entries_at_once), expected, rtol=1e-14, atol=0)
     empty = sp.csr_array((3, 60), dtype=np.float32)
     assert exact_totals(empty, weights).tolist() == [0, 0, 0]
+
+
+def test_totals_are_summed_from_the_values_as_given():
+    problem = CalibrationProblem(np.array([[1e9 + 1, -1e9, 0.1]]), [1.0])
+    assert problem.estimates(np.array([1.0, 1.0, 0.0])) == [1.0]
+    assert problem.estimates(np.array([0.0, 0.0, 1.0])) == [0.1]
+
+
+def test_the_scale_is_the_largest_of_target_own_and_a_thousandth_of_the_gross():
+    rows = np.array([[1.0, -1.0], [1.0, 1.0], [1.0, -1.0], [0.0, 0.0]])
+    problem = CalibrationProblem(rows, [0.0, -50.0, 0.0, 0.0], [300.0, 700.0], target_scales=[0.0, 0, 20, 0])
+    np.testing.assert_allclose(problem.scale, [1.0, 50.0, 20.0, 1.0])
+    np.testing.assert_allclose(problem.scaled_errors(np.array([3.0, -40.0, -10.0, 0.0])), [3, 0.2, -0.5, 0])
+    part = problem.subset([2, 1])
+    np.testing.assert_allclose(part.scale, [20.0, 50.0])
+
+
+def test_a_ratio_is_judged_by_its_own_size():
+    problem = CalibrationProblem(
+        np.array([[1.0, 0.0, 3.0]]), [0.5], [10.0, 20.0, 30.0], denominators=np.array([[1.0, 1.0, 2.0]])
+    )
+    np.testing.assert_allclose(problem.estimates([1.0, 1.0, 1.0]), [1.0])
+    assert problem.scale == pytest.approx([0.5])
+    linear = problem.linear
+    np.testing.assert_allclose(linear.matrix.toarray(), [[0.5, -0.5, 2.0]])
+    assert linear.targets == [0]
+    assert linear.scale == pytest.approx([0.5 * 90])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_scales": [-1.0, 1]}, "target_scales must be >= 0"),
+        ({"target_tolerances": [np.nan, 1]}, "target_tolerances must be finite"),
+        ({"target_hard": [1, 0]}, "target_hard must be a mask"),
+        ({"denominators": np.ones((1, 3))}, r"denominators must have the matrix's shape \(2, 3\)"),
+    ],
+)
+def test_wrong_kinds_of_targets_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CalibrationProblem(np.ones((2, 3)), [1.0, 2.0], **arguments)

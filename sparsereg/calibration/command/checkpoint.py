@@ -34,8 +34,12 @@ def fingerprint(problem: CalibrationProblem, cfg: DictConfig) -> str:
     m = problem.matrix
     for array in (m.indptr, m.indices, m.data, problem.targets, problem.starting_weights):
         digest.update(np.ascontiguousarray(array).data)
-    for extra in (problem.target_weights, problem.target_groups, problem.parent):
+    numbers = (problem.target_weights, problem.scale, problem.tolerance, problem.target_hard)
+    for extra in (*numbers, problem.target_groups, problem.parent):
         digest.update(str(None if extra is None else extra.tolist()).encode())
+    if problem.denominators is not None:
+        for array in (problem.denominators.indptr, problem.denominators.indices, problem.denominators.data):
+            digest.update(np.ascontiguousarray(array).data)
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     kept = {str(k): v for k, v in settings.items() if k not in _NOT_OF_THE_RUN}

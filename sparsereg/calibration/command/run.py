@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from sparsereg.calibration import holdout
 from sparsereg.calibration.command.checkpoint import Saver, fingerprint
 from sparsereg.calibration.command.config import checked
-from sparsereg.calibration.findings import KINDS, Finding, check, summary
+from sparsereg.calibration.findings import KINDS, Finding, check, in_order, set_aside, summary
 from sparsereg.calibration.measures import measure
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.reading.sources import read_problem, touchable
@@ -65,6 +65,8 @@ def run(cfg: DictConfig) -> Path:
         task = _read(cfg)
         folds = _folds(task.problem, cfg)
         calibration = Calibration(task.problem, cfg.num_households, settings(cfg))
+        aside = set_aside(task.problem, calibration.set_aside)
+        task = replace(task, findings=in_order([*task.findings, *aside]))
         saver = Saver(calibration, fingerprint(task.problem, cfg), cfg.checkpoint_seconds)
         moments = saver.load(Path(cfg.ckpt_path)) if cfg.ckpt_path else []
         folder = new_version(OUTPUTS)

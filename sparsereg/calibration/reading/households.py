@@ -11,13 +11,13 @@ import functools
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 
-from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.problem import CalibrationProblem, exact_totals
 from sparsereg.calibration.reading.cells import numbers, row
 from sparsereg.calibration.reading.columns import Columns, why_empty
 from sparsereg.calibration.reading.conditions import Condition, conjuncts, equality, parse
@@ -29,7 +29,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TARGET_COLUMNS = ("name", "value", "group", "weight", "measure", "where", "parent")
+TARGET_COLUMNS = (
+    "name", "value", "group", "weight", "measure", "where", "parent", "scale", "tolerance", "hard",
+    "of", "of_where",
+)  # fmt: skip
+_YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
+_SLIGHT = 1e-6
+"""A tolerance of less than this share of the value was probably meant as a share."""
+_COUNT = "1"
+"""As ``of``: the denominator counts households."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,11 @@ class TargetTable:
         wheres: The condition that each household must fulfil; "" is every household.
         parent: Index of the target that each one is part of, or -1; None without nesting.
         file: Where the table came from, for messages.
+        scales: What an error of each is compared with, at least, in its unit, or None.
+        tolerances: How far each may be from its value without being wrong, in its unit, or None.
+        hard: Which ones must be met, or None for what their weights say.
+        of: The column that the denominator of each sums; "" with an empty ``of_where`` is none.
+        of_wheres: The condition of the denominator.
     """
 
     names: tuple[str, ...]
@@ -55,6 +68,31 @@ class TargetTable:
     wheres: tuple[str, ...]
     parent: np.ndarray | None
     file: str
+    scales: np.ndarray | None = None
+    tolerances: np.ndarray | None = None
+    hard: np.ndarray | None = None
+    of: tuple[str, ...] = ()
+    of_wheres: tuple[str, ...] = ()
+
+    @property
+    def is_ratio(self) -> np.ndarray:
+        """Which targets have a denominator, shape (targets,)."""
+        pairs = zip(self.of or self.of_wheres, self.of_wheres or self.of, strict=True)
+        given = [bool(of or where) for of, where in pairs]
+        return np.array(given or [False] * len(self.names))
+
+    def numbers(self) -> dict[str, Any]:
+        """The arguments of ``CalibrationProblem`` that are one number or text per target."""
+        return {
+            "targets": self.values,
+            "target_names": self.names,
+            "target_groups": self.groups,
+            "target_weights": self.weights,
+            "target_scales": self.scales,
+            "target_tolerances": self.tolerances,
+            "target_hard": self.hard,
+            "parent": self.parent,
+        }
 
     def place(self, i: int) -> str:
         """Name a target for a message: its file, row and name."""
@@ -79,8 +117,8 @@ def target_table(table: pd.DataFrame, file: str = "the target table") -> TargetT
 
     Args:
         table: Columns name and value; optionally group, weight, measure, where, parent (the name of the
-            target that this one is part of). Other columns are left alone, unless their name looks like a
-            misspelling.
+            target that this one is part of), scale, tolerance, hard, of, of_where. Other columns are left
+            alone, unless their name looks like a misspelling.
         file: Where it came from, for messages.
 
     Raises:
@@ -102,19 +140,25 @@ def target_table(table: pd.DataFrame, file: str = "the target table") -> TargetT
         groups = None
     weights = None
     if "weight" in table.columns:
-        weights = numbers(table, "weight", file)
-        if (weights < 0).any():
-            at = int(np.flatnonzero(weights < 0)[0])
-            raise InputError(f"{file}: weight must be >= 0, but it is {weights[at]:g} in row {row(at)}")
+        weights = _not_negative(table, "weight", file)
+    values = numbers(table, "value", file)
+    scales = None
+    if "scale" in table.columns:
+        scales = np.nan_to_num(_not_negative(table, "scale", file))
     return TargetTable(
         names=names,
-        values=numbers(table, "value", file),
+        values=values,
         groups=None if groups is None else np.where(groups == "", "(no group)", groups),
         weights=weights,
         measures=_texts(table, "measure"),
         wheres=_texts(table, "where"),
         parent=_parents(_texts(table, "parent"), names, file) if "parent" in table.columns else None,
         file=file,
+        scales=scales,
+        tolerances=_tolerances(table, values, file) if "tolerance" in table.columns else None,
+        hard=_hard(table, weights, file) if "hard" in table.columns else None,
+        of=_texts(table, "of"),
+        of_wheres=_texts(table, "of_where"),
     )
 
 
@@ -139,21 +183,39 @@ def build(
             value in a measure, a weight or an id, an id twice; the message names the place.
     """
     matrix, hints = target_matrix(households, targets, file)
+    weights = initial_weights(households, weight, file)
     problem = CalibrationProblem(
         matrix=matrix,
-        targets=targets.values,
-        initial_weights=initial_weights(households, weight, file),
-        target_names=targets.names,
-        target_groups=targets.groups,
-        target_weights=targets.weights,
+        initial_weights=weights,
         ids=unique_ids(households, id, file),
-        parent=targets.parent,
+        denominators=_denominators(households, targets, weights, file),
+        **targets.numbers(),
     )
     return BuiltProblem(problem, hints)
 
 
+def _denominators(
+    households: pd.DataFrame, targets: TargetTable, weights: np.ndarray | None, file: str
+) -> sp.csr_array | None:
+    """Build the denominators of the ratios, targets x households; None without ratios."""
+    ratio = targets.is_ratio
+    if not ratio.any():
+        return None
+    measures = tuple("" if of == _COUNT else of for of in targets.of)
+    below = replace(targets, measures=measures, wheres=targets.of_wheres)
+    matrix, hints = target_matrix(households, below, file, ratio)
+    totals = exact_totals(matrix, np.ones(len(households)) if weights is None else weights)
+    for i in np.flatnonzero(ratio & (totals == 0)):
+        reason = hints.get(int(i), "it adds up to 0 with the initial weights")
+        raise InputError(f"{targets.place(int(i))}: its denominator (of, of_where) is zero: {reason}")
+    return matrix
+
+
 def target_matrix(
-    households: pd.DataFrame, targets: TargetTable, file: str = "the household table"
+    households: pd.DataFrame,
+    targets: TargetTable,
+    file: str = "the household table",
+    only: np.ndarray | None = None,
 ) -> tuple[sp.csr_array, dict[int, str]]:
     """Build the matrix, targets x households, and the likely reason of each row without an entry.
 
@@ -161,24 +223,26 @@ def target_matrix(
         households: One row per household.
         targets: Their ``measures`` and ``wheres`` are used, the values are not.
         file: Where the households came from, for messages.
+        only: A mask of the targets whose rows are wanted, the others stay empty; None: all.
 
     Raises:
         InputError: As ``build``.
     """
     columns = Columns(households, file)
-    conditions = [_parsed(targets, i, columns) for i in range(len(targets.names))]
-    plans = [_plan(c, columns) for c in conditions]
-    columns.count_uses(rest for plan in plans for rest in plan.rest)
+    wanted = range(len(targets.names)) if only is None else np.flatnonzero(only).tolist()
+    conditions = {i: _parsed(targets, i, columns) for i in wanted}
+    plans = {i: _plan(c, columns) for i, c in conditions.items()}
+    columns.count_uses(rest for plan in plans.values() for rest in plan.rest)
     by_columns: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for i, plan in enumerate(plans):
+    for i, plan in plans.items():
         by_columns[plan.columns].append(i)
-    rows: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0), np.empty(0, np.float32))] * len(plans)
+    rows: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0), np.empty(0, np.float32))] * len(targets.names)
     for names, members in by_columns.items():
         index = _EqualityIndex(names, columns)
         for i in members:
             rows[i] = _row(index, plans[i], targets, i, columns)
     matrix = _stack(rows, len(households))
-    empty = np.flatnonzero(np.diff(matrix.indptr) == 0)
+    empty = [i for i in wanted if matrix.indptr[i] == matrix.indptr[i + 1]]
     return matrix, {int(i): why_empty(conditions[i], columns, targets.measures[i]) for i in empty}
 
 
@@ -297,6 +361,48 @@ def _texts(table: pd.DataFrame, column: str) -> tuple[str, ...]:
         return ("",) * len(table)
     series = table[column]
     return tuple(series.astype(object).where(series.notna(), "").astype(str).str.strip())
+
+
+def _not_negative(table: pd.DataFrame, column: str, file: str) -> np.ndarray:
+    """Return a column of numbers >= 0, NaN where a cell is empty."""
+    values = numbers(table, column, file, allow_missing=True)
+    if (values < 0).any():
+        at = int(np.flatnonzero(values < 0)[0])
+        raise InputError(f"{file}: {column} must be >= 0, but it is {values[at]:g} in row {row(at)}")
+    return values
+
+
+def _tolerances(table: pd.DataFrame, values: np.ndarray, file: str) -> np.ndarray:
+    """Return tolerances in the unit of their targets: a number as it is, "2%" as a share of |value|."""
+    texts = _texts(table, "tolerance")
+    share = np.array([text.endswith("%") for text in texts])
+    bare = table[["name"]].assign(tolerance=[text.removesuffix("%").strip() for text in texts])
+    given = np.nan_to_num(_not_negative(bare, "tolerance", file))
+    without_size = np.flatnonzero(share & (values == 0))
+    if len(without_size):
+        at = int(without_size[0])
+        raise InputError(
+            f"{file} row {row(at)}: tolerance is {texts[at]} of a value of 0: give it in its unit"
+        )
+    slight = (given > 0) & ~share & (given < _SLIGHT * np.abs(values))
+    if slight.any():
+        at = int(np.flatnonzero(slight)[0])
+        log.warning(
+            "%s row %d: a tolerance of %s of %g is next to nothing; tolerances are in the unit of the value,"
+            " a share is written as 1%%",
+            *(file, row(at), texts[at], values[at]),
+        )
+    return np.where(share, given / 100 * np.abs(values), given)
+
+
+def _hard(table: pd.DataFrame, weights: np.ndarray | None, file: str) -> np.ndarray:
+    """Return which targets must be met: where the cell is empty, those without a weight."""
+    texts = [text.lower() for text in _texts(table, "hard")]
+    for i, text in enumerate(texts):
+        if text and text not in (*_YES, *_NO):
+            raise InputError(f"{file} row {row(i)}: hard must be true, false or empty, got {text!r}")
+    free = np.ones(len(texts), dtype=bool) if weights is None else np.isnan(weights)
+    return np.array([text in _YES if text else bool(free[i]) for i, text in enumerate(texts)])
 
 
 def _refuse_bad_names(names: tuple[str, ...], file: str) -> None:

@@ -64,9 +64,9 @@ def _households(choice: Mapping[str, Any]) -> BuiltProblem:
 def _matrix(choice: Mapping[str, Any]) -> BuiltProblem:
     targets = _read_targets(choice["targets"])
     matrix = read_matrix(choice["matrix"])
-    if any(targets.measures) or any(targets.wheres):
+    if any(targets.measures) or any(targets.wheres) or targets.is_ratio.any():
         raise InputError(
-            f"{targets.file} has measure or where, which only problem=households uses;"
+            f"{targets.file} has measure, where or of, which only problem=households uses;"
             " with a matrix it needs name,value"
         )
     num_targets, num_households = matrix.shape
@@ -77,16 +77,7 @@ def _matrix(choice: Mapping[str, Any]) -> BuiltProblem:
             f" (households), but {targets.file} has {len(targets.names):,} targets{hint}"
         )
     weights, ids = _matrix_weights(choice["weights"], num_households, str(choice["matrix"]))
-    problem = CalibrationProblem(
-        matrix=matrix,
-        targets=targets.values,
-        initial_weights=weights,
-        target_names=targets.names,
-        target_groups=targets.groups,
-        target_weights=targets.weights,
-        ids=ids,
-        parent=targets.parent,
-    )
+    problem = CalibrationProblem(matrix=matrix, initial_weights=weights, ids=ids, **targets.numbers())
     hints = {int(i): f"row {int(i) + 1} of the matrix is all zero" for i in empty_rows(problem.matrix)}
     return BuiltProblem(problem, hints)
 

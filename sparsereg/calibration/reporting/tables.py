@@ -19,7 +19,9 @@ _LOG_ROWS = 200_000
 
 
 def target_frame(problem: CalibrationProblem, weights: np.ndarray) -> pd.DataFrame:
-    """Return one row per target: name, group, target, initial, estimate, relative_error.
+    """Return one row per target: name, group, target, initial, estimate, relative_error and other errors.
+
+    ``error`` is estimate - target; ``scaled_error`` is what of it lies beyond the tolerance, over ``scale``.
 
     Args:
         problem: The problem.
@@ -36,6 +38,9 @@ def target_frame(problem: CalibrationProblem, weights: np.ndarray) -> pd.DataFra
             "initial": problem.estimates(problem.starting_weights),
             "estimate": estimates,
             "relative_error": relative_errors(estimates, problem.targets),
+            "error": estimates - problem.targets,
+            "scale": problem.scale,
+            "scaled_error": problem.scaled_errors(estimates),
         }
     )
 

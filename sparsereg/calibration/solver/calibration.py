@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,10 +15,11 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.measures import relative_errors
+from sparsereg.calibration.problem import CalibrationProblem, exact_totals
 from sparsereg.calibration.solver.hard_concrete import GateSettings
 from sparsereg.calibration.solver.least_squares import System
-from sparsereg.calibration.solver.losses import CAP, TargetLoss, check_loss, group_shares
+from sparsereg.calibration.solver.losses import CAP, Quadratic, TargetLoss, check_loss, group_shares
 from sparsereg.calibration.solver.matrix import household_matrix, quiet_threads
 from sparsereg.calibration.solver.pruning import Pruning, PruningSchedule, fill
 from sparsereg.calibration.solver.refit import TOLERANCE, refit
@@ -36,6 +38,12 @@ _MOST_GROWTH = 100.0
 """Most that the pull is multiplied by where households are far fewer than targets."""
 _REFIT_PULL = 1e-3
 """Share of the pull that the refit keeps: of weights that are as good, the most even ones are best."""
+_SMALL_BESIDE_GROSS = 0.01
+"""A scale of at most this share of what goes into the total marks a target that a sign or a zero may rule."""
+_SET_ASIDE = 0.25
+"""Such a target is set aside if the others leave it wrong by this share of what goes into it."""
+_LOOK_SWEEPS = 60
+"""Sweeps over everybody to see that."""
 _BLOCK = 256
 """Households that stay neighbours in memory."""
 
@@ -132,6 +140,7 @@ class CalibrationResult:
         method: How the households were chosen.
         seconds: Wall clock time.
         history: Per report of the run: epoch, loss, kept, mean_are.
+        set_aside: Indices of targets near zero that the loss leaves out, because the others rule them out.
     """
 
     problem: CalibrationProblem
@@ -143,6 +152,7 @@ class CalibrationResult:
     method: str
     seconds: float
     history: list[dict[str, float]]
+    set_aside: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     @property
     def num_kept(self) -> int:
@@ -203,12 +213,16 @@ class Calibration:
         given = None if selected is None else _indices(selected, problem.num_households)
         if given is not None:
             num_households = len(given)
-        self.num_households = _check_number(num_households, problem.num_households)
+        candidates = int((problem.starting_weights > 0).sum())
+        self.num_households = _check_number(num_households, candidates, problem.num_households)
         self.method = "polish" if given is not None else method_of(self.settings.method, self.num_households)
-        self._order = _visiting_order(problem.matrix_t, self.settings.seed)
+        order = _visiting_order(problem.matrix_t, self.settings.seed)
+        self._order = order[problem.starting_weights[order] > 0]  # of weight zero: not in the survey
         if given is not None:
+            _refuse_weightless(problem, given.numpy())
             given = torch.from_numpy(np.flatnonzero(np.isin(self._order, given.numpy())))
         self.goal = _goal(problem, self.num_households, self.settings, self._order)
+        self.set_aside = self._set_aside()
         self.selection: Selection = (
             METHODS[self.method](self.goal) if given is None else _swaps_only(self.goal, given)
         )
@@ -218,6 +232,32 @@ class Calibration:
     def done(self) -> bool:
         """Whether the selection is made."""
         return self.selection.done
+
+    def _set_aside(self) -> np.ndarray:
+        """Leave out of the loss the targets near zero that all others rule out; return their indices.
+
+        A target of zero for what others ask to be large would be met by giving up those others: its scale
+        is a thousandth of what goes into it. So it is first judged by the whole of that.
+        """
+        linear, system, device = self.problem.linear, self.goal.system, self.goal.system.matrix.device
+        suspect = linear.scale <= _SMALL_BESIDE_GROSS * linear.gross
+        suspect &= system.quadratic.weight[: len(suspect)].cpu().numpy() > 0
+        if not suspect.any():
+            return np.empty(0, dtype=np.int64)
+        whole = torch.from_numpy(np.maximum(linear.scale, linear.gross)).to(device)
+        quadratic = Quadratic(self.goal.loss.targets, system.quadratic.weight.clone(), self.goal.loss.scales)
+        quadratic.weight[: len(suspect)] = self.goal.loss.shares[: len(suspect)] / whole.square()
+        everyone = torch.arange(system.matrix.num_households, device=device)
+        with quiet_threads():
+            fit = system.with_quadratic(quadratic).of(everyone, self.goal.starting_weights())
+            fit.sweep(_LOOK_SWEEPS)
+        missed = (fit.totals() - quadratic.targets)[: len(suspect)].abs() / whole
+        aside = np.flatnonzero(suspect & (missed.cpu().numpy() > _SET_ASIDE))
+        if len(aside):
+            self.goal = self.goal.without(torch.from_numpy(aside).to(device))
+            names = ", ".join(self.problem.names[i] for i in aside[:5])
+            _log.warning("set aside, because all other targets rule them out: %s", names)
+        return aside
 
     def step(self) -> None:
         """Work on the selection for a short while."""
@@ -229,20 +269,28 @@ class Calibration:
         weights = self.selection.weights()
         totals = self.goal.system.matrix.totals(weights)[: self.problem.num_targets]
         loss = float(self._mean_loss().value(totals))
-        size = self.goal.loss.targets.abs()[: self.problem.num_targets]
-        mean_are = float(((totals - self.goal.loss.targets[: len(totals)]).abs() / size)[size > 0].mean())
+        estimates = totals.cpu().numpy()
+        if self.problem.denominators is not None:
+            estimates = self.problem.estimates(self._in_order_of_the_problem(weights))
+        errors = np.abs(relative_errors(estimates, self.problem.targets))
+        mean_are = float(np.nanmean(errors)) if not np.isnan(errors).all() else math.nan
         kept = int((weights > 0).sum())
         row = {"epoch": self.selection.epoch, "loss": loss, "kept": kept, "mean_are": mean_are}
         self.history.append(row)
         if callback is not None:
-            callback(self.selection.epoch, self.selection.num_epochs, loss, kept, totals.cpu().numpy())
+            callback(self.selection.epoch, self.selection.num_epochs, loss, kept, estimates)
         return row
+
+    def _in_order_of_the_problem(self, weights: Tensor) -> np.ndarray:
+        """Weights of all households of the problem, float64, zero for those that are not in the survey."""
+        full = np.zeros(self.problem.num_households)
+        full[self._order] = weights.cpu().numpy()
+        return full
 
     def _mean_loss(self) -> TargetLoss:
         """The loss over the problem's own targets, as a weighted mean."""
-        shares = self.goal.loss.shares[: self.problem.num_targets]
-        targets = self.goal.loss.targets[: self.problem.num_targets]
-        return TargetLoss(targets, shares / shares.sum(), self.settings.loss, self.settings.cap)
+        loss = self.goal.loss.first(self.problem.num_targets)
+        return replace(loss, shares=loss.shares / loss.shares.sum())
 
     def result(self) -> CalibrationResult:
         """Fit the weights of the selection and describe them.
@@ -266,13 +314,12 @@ class Calibration:
                 kept, weights, optimality = self._refit(kept, weights)
         full = torch.zeros_like(system.initial_weights)
         full[kept] = weights
-        final = np.empty(len(full))
-        final[self._order] = full.cpu().numpy()
-        estimates = self.problem.estimates(final)
-        loss = float(self._mean_loss().value(torch.from_numpy(estimates).to(full.device)))
+        final = self._in_order_of_the_problem(full)
+        totals = exact_totals(self.problem.linear.matrix, final)
+        loss = float(self._mean_loss().value(torch.from_numpy(totals).to(full.device)))
         return CalibrationResult(
-            self.problem, final, final > 0, estimates, loss, optimality, self.method,
-            time.perf_counter() - self._start, list(self.history),
+            self.problem, final, final > 0, self.problem.estimates(final), loss, optimality, self.method,
+            time.perf_counter() - self._start, list(self.history), self.set_aside,
         )  # fmt: skip
 
     def _refit(self, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -287,8 +334,7 @@ class Calibration:
                 f"max_weight_ratio={self.settings.max_weight_ratio!r} lets the {len(kept)} kept households"
                 f" weigh {float(system.upper[kept].sum()):g} at most, hold_total asks for {system.total:g}"
             )
-        shares = self.goal.loss.shares / self.goal.loss.shares.sum()
-        loss = TargetLoss(self.goal.loss.targets, shares, self.settings.loss, self.settings.cap)
+        loss = replace(self.goal.loss, shares=self.goal.loss.shares / self.goal.loss.shares.sum())
         best = refit(system, loss, kept, weights, all_positive=exact, tolerance=TOLERANCE)
         return kept, best.weights, best.optimality
 
@@ -417,12 +463,23 @@ def _visiting_order(by_household: sp.csr_array, seed: int) -> np.ndarray:
     return neighbours[np.lexsort((generator.random(num_households), rank))]
 
 
-def _check_number(number: int | None, households: int) -> int | None:
+def _check_number(number: int | None, candidates: int, households: int) -> int | None:
+    """Check a number to keep against those with an initial weight > 0."""
     if number is None:
         return None
-    if isinstance(number, bool) or int(number) != number or not 1 <= number <= households:
-        raise ValueError(f"num_households must be an integer from 1 to {households}, got {number!r}")
+    if isinstance(number, bool) or int(number) != number or not 1 <= number <= candidates:
+        more = "" if candidates == households else f" (of {households}, these have an initial weight > 0)"
+        raise ValueError(f"num_households must be an integer from 1 to {candidates}{more}, got {number!r}")
     return int(number)
+
+
+def _refuse_weightless(problem: CalibrationProblem, selected: np.ndarray) -> None:
+    without = selected[problem.starting_weights[selected] == 0]
+    if len(without):
+        raise ValueError(
+            f"selected holds {len(without)} households of initial weight 0, which are not in the survey:"
+            f" {problem.household_ids[without[0]]}"
+        )
 
 
 def _indices(selected: np.ndarray, households: int) -> Tensor:
@@ -449,16 +506,17 @@ def _goal(
         problem.target_groups,
         normalize=settings.normalize_groups,
         multipliers=settings.group_multipliers,
-        target_weights=problem.target_weights,
+        target_weights=problem.target_shares,
     )
     if not shares.any():
         raise ValueError("every target has weight zero")
-    by_household, targets, shares = _with_aggregates(problem, shares, settings.consistency)
+    by_household, rows, shares = _with_aggregates(problem.linear, shares, settings.consistency)
     device = torch.device(settings.device)
     matrix = household_matrix(by_household[order], device, settings.backend)
-    goal_targets, goal_shares = (torch.from_numpy(v).to(device) for v in (targets, shares))
-    loss = TargetLoss(goal_targets, goal_shares, settings.loss, settings.cap)
-    mean = TargetLoss(goal_targets, goal_shares / goal_shares.sum(), settings.loss, settings.cap)
+    targets, scales, tolerance, goal_shares = (torch.from_numpy(v).to(device) for v in (*rows, shares))
+    band = tolerance if bool(tolerance.any()) else None
+    loss = TargetLoss(targets, goal_shares, settings.loss, settings.cap, scales, band)
+    mean = replace(loss, shares=goal_shares / goal_shares.sum())
     initial = torch.from_numpy(problem.starting_weights[order]).to(device)
     unbounded = torch.full_like(initial, float("inf"))
     ratio = settings.max_weight_ratio
@@ -494,20 +552,24 @@ def _pull_growth(num_targets: int, num_households: int | None) -> float:
 
 def _with_aggregates(
     problem: CalibrationProblem, shares: np.ndarray, consistency: float
-) -> tuple[sp.csr_array, np.ndarray, np.ndarray]:
+) -> tuple[sp.csr_array, list[np.ndarray], np.ndarray]:
     """Append one row per target with parts: the sum of its parts' rows, at the same target.
 
     Being rows like all others, they need no treatment of their own by any method.
+
+    Returns:
+        Households x rows; the rows' targets, scales and tolerances; their shares.
     """
+    rows = [problem.targets, problem.scale, problem.tolerance]
     if consistency == 0 or problem.parent is None:
-        return problem.matrix_t, problem.targets, shares
+        return problem.matrix_t, rows, shares
     part = np.flatnonzero(problem.parent >= 0)
     wholes, position = np.unique(problem.parent[part], return_inverse=True)
     shape = (len(wholes), problem.num_targets)
     sums = sp.csr_array((np.ones(len(part), np.float32), (position, part)), shape=shape)
     both = sp.hstack([problem.matrix_t, problem.matrix_t @ sums.T.tocsr()], format="csr")
     extra = np.full(len(wholes), consistency * shares.sum() / max(1, len(wholes)))
-    return sp.csr_array(both), np.append(problem.targets, problem.targets[wholes]), np.append(shares, extra)
+    return sp.csr_array(both), [np.append(v, v[wholes]) for v in rows], np.append(shares, extra)
 
 
 def _swaps_only(goal: Goal, kept: Tensor) -> Selection:

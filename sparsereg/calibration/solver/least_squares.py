@@ -128,7 +128,7 @@ class LeastSquares:
         self.matrix, self.quadratic = matrix, quadratic
         self.lower, self.upper, self.pull, self.center = lower, upper, pull, center
         self.weights = torch.minimum(torch.maximum(weights.double().clone(), lower), upper)
-        self.size = float((quadratic.weight * quadratic.targets.square()).sum().sqrt().clamp(min=1e-300))
+        self.size = quadratic.size
         self._held_weight = 0.0 if total is None else self._weight_of_sum(total)
         self._held = torch.tensor([0.0, total or 0.0, self._held_weight, 0.0], dtype=torch.float64)
         self.curvature = matrix.squared_norms(quadratic.weight) + pull + self._held_weight

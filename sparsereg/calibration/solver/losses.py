@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 LOSSES = ("relative", "mse", "mape", "capped")
-"""relative: squared error over (|target| + 1)^2; mse: squared error; mape: absolute error over
-|target| + 1; capped: the same, no more than ``cap`` for any one target."""
+"""relative: squared error over the target's scale squared; mse: squared error; mape: absolute error over
+the scale; capped: the same, no more than ``cap`` for any one target."""
 
 CAP = 1.0
 """Largest contribution of one target to the capped loss: being wrong by 100 % (and all beyond)."""
@@ -75,6 +75,8 @@ class TargetLoss:
         shares: Weight of each target, >= 0; a mean if they add up to one.
         loss: A name in ``LOSSES``.
         cap: Largest relative error that counts, for "capped".
+        scales: What errors are compared with, > 0; None: |target| + 1, as in l0-python.
+        tolerance: How far each total may be from its target without being wrong, >= 0; None: 0.
 
     Raises:
         ValueError: the loss is unknown, or the cap is not > 0.
@@ -84,26 +86,44 @@ class TargetLoss:
     shares: Tensor
     loss: str = "relative"
     cap: float = CAP
+    scales: Tensor | None = None
+    tolerance: Tensor | None = None
     scale: Tensor = field(init=False)
-    """What an error is divided by: |target| + 1, so that zero and negative targets are defined."""
+    """What an error is divided by: the scales, or 1 for "mse"."""
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
         if not self.cap > 0:
             raise ValueError(f"cap must be a relative error > 0, got {self.cap!r}")
+        if self.scales is None:
+            object.__setattr__(self, "scales", self.targets.abs() + 1.0)
         plain = self.loss == "mse"
-        scale = torch.ones_like(self.targets) if plain else self.targets.abs() + 1.0
-        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "scale", torch.ones_like(self.targets) if plain else self.scales)
 
     @property
     def is_quadratic(self) -> bool:
         """Whether the loss is a sum of squares, and :meth:`bound` therefore the loss itself."""
-        return self.loss in ("relative", "mse")
+        return self.loss in ("relative", "mse") and self.tolerance is None
+
+    def _errors(self, totals: Tensor) -> Tensor:
+        """What is wrong with each total, over its scale."""
+        error = totals - self.targets
+        if self.tolerance is not None:
+            error = error.sign() * (error.abs() - self.tolerance).clamp(min=0.0)
+        return error / self.scale
+
+    def first(self, count: int) -> TargetLoss:
+        """The loss of the first targets only."""
+        parts = (self.targets, self.shares, self.scales, self.tolerance)
+        targets, shares, scales, tolerance = (v if v is None else v[:count] for v in parts)
+        assert targets is not None
+        assert shares is not None
+        return TargetLoss(targets, shares, self.loss, self.cap, scales, tolerance)
 
     def value(self, totals: Tensor) -> Tensor:
         """The loss, a float64 scalar."""
-        error = (totals - self.targets) / self.scale
-        if self.is_quadratic:
+        error = self._errors(totals)
+        if self.loss in ("relative", "mse"):
             per_target = error.square()
         elif self.loss == "mape":
             per_target = error.abs()
@@ -113,8 +133,8 @@ class TargetLoss:
 
     def residual(self, totals: Tensor) -> Tensor:
         """Gradient of the loss with respect to the totals, float64."""
-        error = (totals - self.targets) / self.scale
-        if self.is_quadratic:
+        error = self._errors(totals)
+        if self.loss in ("relative", "mse"):
             slope = 2.0 * error
         elif self.loss == "mape":
             slope = error.sign()
@@ -129,17 +149,20 @@ class TargetLoss:
             totals: Where to touch.
             floor: Relative error below which an absolute value is rounded off, > 0.
         """
-        weight = self.shares / self.scale.square()
-        if not self.is_quadratic:
-            error = ((totals - self.targets) / self.scale).abs()
+        weight, targets = self.shares / self.scale.square(), self.targets
+        if self.tolerance is not None:  # the nearest value that is right
+            low, high = targets - self.tolerance, targets + self.tolerance
+            targets = torch.minimum(torch.maximum(totals, low), high)
+        if self.loss in ("mape", "capped"):
+            error = self._errors(totals).abs()
             weight = weight / (2.0 * error.clamp(min=floor))
             if self.loss == "capped":
                 weight = weight * (error < self.cap)
-        return Quadratic(self.targets, weight)
+        return Quadratic(targets, weight, self.scales)
 
     def quadratic(self) -> Quadratic:
         """The squared error of the same scale: the loss itself, or a smooth stand-in for it."""
-        return Quadratic(self.targets, self.shares / self.scale.square())
+        return Quadratic(self.targets, self.shares / self.scale.square(), self.scales)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +172,19 @@ class Quadratic:
     Args:
         targets: Wanted totals, float64.
         weight: Weight of each target's squared error, >= 0.
+        scales: What an error of each is compared with, > 0; None: the largest target.
     """
 
     targets: Tensor
     weight: Tensor
+    scales: Tensor | None = None
+
+    @property
+    def size(self) -> float:
+        """Root of what the quadratic is when every error is as large as its scale; > 0."""
+        scales = self.targets.abs() if self.scales is None else self.scales
+        size = float((self.weight * scales.square()).sum().sqrt())
+        return size if size > 0 else 1.0
 
     def value(self, totals: Tensor) -> Tensor:
         """The quadratic, a float64 scalar."""

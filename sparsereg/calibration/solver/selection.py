@@ -51,6 +51,15 @@ class Goal:
     log_weight_jitter: float = 0.05
     log_alpha_jitter: float = 0.01
 
+    def without(self, targets: Tensor) -> Goal:
+        """Return the goal with these targets left out of the loss."""
+        shares = self.loss.shares.index_fill(0, targets, 0.0)
+        weight = self.system.quadratic.weight.index_fill(0, targets, 0.0)
+        quadratic = replace(self.system.quadratic, weight=weight)
+        return replace(
+            self, loss=replace(self.loss, shares=shares), system=self.system.with_quadratic(quadratic)
+        )
+
     def starting_weights(self) -> Tensor:
         """Initial weights times the one factor that brings all totals closest to their targets."""
         initial = self.system.initial_weights

@@ -241,3 +241,52 @@ def test_texts_that_a_spreadsheet_would_run_are_read_as_they_were(tmp_path):
     table = read_table(tmp_path / "t.csv")
     assert table["id"].tolist() == ids
     assert table["w"].tolist() == [-1, 2, 3, 4, 5]
+
+
+def ratio_targets(**columns):
+    table = {
+        "name": ["all", "mean", "share"],
+        "value": ["10", "2.5", "0.4"],
+        "measure": ["", "income", "owner"],
+        "where": ["", "state == 'CA'", ""],
+        "of": ["", "1", ""],
+        "of_where": ["", "state == 'CA'", "state in ('CA', 'NY')"],
+    }
+    return target_table(pd.DataFrame({**table, **columns}), "T.csv")
+
+
+def test_a_target_with_a_denominator_is_a_ratio():
+    table = households()
+    problem = build(table, ratio_targets(), weight="w", id="id").problem
+    w, state = table.w.to_numpy(), table.state.to_numpy()
+    ca, both = state == "CA", np.isin(state, ["CA", "NY"])
+    income, owner = table.income.to_numpy(), table.owner.to_numpy()
+    expected = [w.sum(), (w * income)[ca].sum() / w[ca].sum(), (w * owner).sum() / w[both].sum()]
+    np.testing.assert_allclose(problem.estimates(w), expected)
+    assert problem.is_ratio.tolist() == [False, True, True]
+    assert ratio_targets().hard is None
+
+
+def test_scales_tolerances_and_hard_targets_are_read():
+    read = ratio_targets(scale=["", "3", "0"], tolerance=["5%", "0.1", ""], hard=["yes", "", "false"])
+    assert read.scales.tolist() == [0, 3, 0]
+    assert read.tolerances.tolist() == [0.5, 0.1, 0]
+    assert read.hard.tolist() == [True, True, False]
+    priced = ratio_targets(weight=["", "2", "1"], hard=["", "", "true"])
+    assert priced.hard.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"of_where": ["", "state == 'XX'", ""]}, "T.csv row 3 .target 'mean'.: its denominator .* is zero"),
+        ({"tolerance": ["-1", "", ""]}, "T.csv: tolerance must be >= 0, but it is -1 in row 2"),
+        ({"tolerance": ["", "1 %x", ""]}, "tolerance must be a finite number"),
+        ({"tolerance": ["1%", "", ""], "value": ["0", "1", "1"]}, "tolerance is 1% of a value of 0"),
+        ({"scale": ["", "-3", ""]}, "T.csv: scale must be >= 0"),
+        ({"hard": ["", "maybe", ""]}, "T.csv row 3: hard must be true, false or empty, got 'maybe'"),
+    ],
+)
+def test_wrong_ratios_and_bands_are_named(columns, message):
+    with pytest.raises(InputError, match=message):
+        build(households(), ratio_targets(**columns), weight="w")

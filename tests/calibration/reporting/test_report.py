@@ -65,7 +65,9 @@ def test_tables_read_back_exactly(tmp_path):
         assert back.weight.tolist() == [1 / 3, 1e-9, 12345.678901234567]
     write_table(tmp_path / "t.csv", report.target_frame(p, w))
     back = pd.read_csv(tmp_path / "t.csv")
-    assert back.columns.tolist() == ["name", "group", "target", "initial", "estimate", "relative_error"]
+    assert back.columns.tolist() == [
+        "name", "group", "target", "initial", "estimate", "relative_error", "error", "scale", "scaled_error",
+    ]  # fmt: skip
     np.testing.assert_array_equal(back.estimate, p.estimates(w))
     assert math.isnan(back.relative_error[3])  # an empty cell
     assert back.relative_error[1] == pytest.approx((2e-9 + 2) / 2)

@@ -27,7 +27,7 @@ def survey(seed=0, targets=30, households=300, noise=0.02, **more):
 def test_selection_against_all_subsets(seed):
     """Tiny problems: the best of all subsets is found, or one that is nearly as good."""
     problem = survey(seed, targets=6, households=11, noise=0.1)
-    scale = np.abs(problem.targets) + 1
+    scale = problem.scale
     dense, wanted = problem.matrix.toarray().astype(np.float64) / scale[:, None], problem.targets / scale
     values = sorted(
         nnls(dense[:, list(subset)], wanted)[1] ** 2 / 6 for subset in itertools.combinations(range(11), 4)
@@ -63,8 +63,9 @@ def test_same_seed_same_weights(method):
 def test_all_is_the_nnls_of_everybody(targets, households, noise):
     problem = survey(targets=targets, households=households, noise=noise)
     result = calibrate(problem, method="all", chi2=0.0)
-    scale = np.abs(problem.targets) + 1
-    _, rest = nnls(problem.matrix.toarray().astype(np.float64) / scale[:, None], problem.targets / scale)
+    scale = problem.scale
+    rows = problem.matrix.toarray() / scale[:, None]
+    _, rest = nnls(rows, problem.targets / scale)
     assert result.loss == pytest.approx(rest**2 / targets, rel=1e-7, abs=1e-15)
     assert result.optimality <= 1e-9
 
@@ -137,7 +138,7 @@ def test_zero_and_negative_targets_are_never_nan(loss, method):
 def test_the_absolute_loss_is_lower_for_its_own_fit():
     problem = survey(5, targets=80, noise=0.3)
     kept = calibrate(problem, 40).selected
-    scale = np.abs(problem.targets) + 1
+    scale = problem.scale
     errors = {
         loss: np.abs((polish_without_swaps(problem, kept, loss) - problem.targets) / scale).mean()
         for loss in ("relative", "mape")
@@ -211,6 +212,105 @@ def test_lambda_decides_without_a_number():
     assert counts[0] > counts[1] > counts[2] > 0
     with pytest.raises(ValueError, match="shut every household"):
         calibrate(survey(), lambda_l0=1e9, epochs=150)
+
+
+def with_zero_total(asked=0.0, **more):
+    """A survey whose amounts of one region are asked for, and beside them that they should add up to zero."""
+    problem = survey(11, targets=12, households=400, noise=0.0)
+    matrix = sp.vstack([problem.matrix, sp.csr_array(problem.matrix[:6].sum(axis=0)[None])])
+    return CalibrationProblem(matrix, [*problem.targets, asked], problem.initial_weights, **more)
+
+
+@pytest.mark.parametrize("loss", ["relative", "mape", "mse"])
+@pytest.mark.parametrize("arguments", [{"method": "all"}, {"num_households": 60}, {"lambda_l0": 1e-4}])
+def test_a_zero_that_all_others_rule_out_does_not_destroy_them(loss, arguments, caplog):
+    problem = with_zero_total()
+    result = calibrate(problem, loss=loss, epochs=300, **arguments)
+    np.testing.assert_allclose(result.estimates[:12], problem.targets[:12], rtol=0.03)
+    assert result.set_aside.tolist() == [12]
+    assert "set aside" in caplog.text
+    assert "target_12" in caplog.text
+    assert result.diagnostics["max_abs_scaled_error"] > 100
+
+
+def test_a_zero_that_can_be_met_is_met_on_the_scale_of_what_goes_into_it():
+    """A net total: large amounts of either sign that should cancel."""
+    problem = survey(12, targets=12, households=400, noise=0.0)
+    net = problem.matrix.toarray()
+    net[3, ::2] *= -1
+    targets = problem.targets.copy()
+    targets[3] = 0.0
+    changed = CalibrationProblem(net, targets, problem.initial_weights)
+    gross = np.abs(net[3]) @ problem.starting_weights
+    assert changed.scale[3] == pytest.approx(1e-3 * gross)
+    for arguments in ({"method": "all"}, {"num_households": 60}):
+        result = calibrate(changed, **arguments)
+        assert len(result.set_aside) == 0
+        assert result.diagnostics["max_abs_scaled_error"] < 0.01
+        assert abs(result.estimates[3]) < 1e-5 * gross
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e-4, 1.0, 1e9])
+def test_the_unit_of_a_target_does_not_matter(unit):
+    problem = survey(13)
+    plain = calibrate(problem, 40)
+    other = CalibrationProblem(problem.matrix * unit, problem.targets * unit, problem.initial_weights)
+    result = calibrate(other, 40)
+    assert result.diagnostics["mean_are"] == pytest.approx(plain.diagnostics["mean_are"], rel=0.2)
+    assert result.diagnostics["mean_are"] < 0.03
+
+
+def test_all_targets_zero_end_with_finite_numbers():
+    problem = survey(14, targets=5, households=60)
+    net = problem.matrix.toarray() * np.where(np.arange(60) % 2, 1.0, -1.0)
+    result = calibrate(CalibrationProblem(net, np.zeros(5), problem.initial_weights), method="all")
+    assert 0 <= result.optimality < 1e-6
+    assert result.diagnostics["max_abs_scaled_error"] < 1e-2
+
+
+def test_what_lies_within_the_tolerance_is_right():
+    problem = survey(15, targets=8, households=300, noise=0.0)
+    initial = problem.estimates(problem.starting_weights)
+    near = CalibrationProblem(
+        problem.matrix, initial * 1.02, problem.initial_weights, target_tolerances=0.03 * initial
+    )
+    result = calibrate(near, method="all")
+    assert result.loss == 0
+    assert result.diagnostics["max_abs_scaled_error"] == 0
+    assert result.diagnostics["mean_are"] <= 0.03
+
+
+def test_shares_and_means_are_targets():
+    rng = np.random.default_rng(16)
+    income, owner = rng.lognormal(size=500), rng.random(500) < 0.3
+    rows = np.array([np.ones(500), income, owner])
+    below = np.array([np.zeros(500), np.ones(500), np.ones(500)])
+    problem = CalibrationProblem(rows, [1000.0, 2.2, 0.4], np.full(500, 2.0), denominators=below)
+    for arguments in ({"method": "all"}, {"num_households": 100}):
+        result = calibrate(problem, **arguments)
+        w = result.weights
+        reached = [w.sum(), w @ income / w.sum(), w @ owner / w.sum()]
+        np.testing.assert_allclose(result.estimates, reached, rtol=1e-12)
+        np.testing.assert_allclose(reached, problem.targets, rtol=1e-3)
+    with pytest.raises(ValueError, match="denominator of target 'target_1' is zero"):
+        CalibrationProblem(
+            rows, [1000.0, 2.2, 0.4], np.where(owner, 0.0, 1.0), denominators=[below[0], owner, below[2]]
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_initial_weight_of_zero_is_no_weight(method):
+    problem = survey(17)
+    initial = problem.starting_weights.copy()
+    initial[::3] = 0.0
+    changed = CalibrationProblem(problem.matrix, problem.targets, initial)
+    number = None if method == "all" else 50
+    result = calibrate(changed, number, method=method, epochs=40)
+    assert not result.selected[::3].any()
+    assert result.num_kept == (200 if number is None else 50)
+    if number:
+        with pytest.raises(ValueError, match=r"1 to 200 \(of 300, these have an initial weight > 0\)"):
+            calibrate(changed, 201, method=method)
 
 
 @pytest.mark.parametrize(
