@@ -15,7 +15,7 @@ def run(cfg: DictConfig) -> Path:
     from sparsereg.config import checked
     from sparsereg.files import write_json, write_text
     from sparsereg.training import build, stages
-    from sparsereg.training.results import count_summary, gate_summary, headline, target_summary
+    from sparsereg.training.results import headline
 
     hydra = HydraConfig.get()
     overrides = user_overrides()
@@ -27,29 +27,13 @@ def run(cfg: DictConfig) -> Path:
         cfg = checked(cfg)
         build.check_trainer(cfg, multirun=hydra.mode == RunMode.MULTIRUN)
         data = build.build_data(cfg)
-        stage = stages.first(cfg, data, checkpoint, overrides, Path("outputs"))
+        stage = stages.begin(cfg, data, checkpoint, overrides, Path("outputs"))
 
     if stage.trainer.is_global_zero:
         write_text(stage.folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
         data.save_split(stage.folder / "split.npz")
-    stage.fit()
-    results = {
-        **stage.test(),
-        **gate_summary(stage.net),
-        **count_summary(stage.accountant.count(), stage.net),
-        **target_summary(cfg, stage.module, stage.accountant),
-        "seed": cfg.seed,
-        "epochs": stage.trainer.current_epoch,
-        "seconds_per_epoch": stage.timer.seconds_per_epoch,
-        "data": data.describe(),
-    }
-    if cfg.finetune.epochs:
-        second = stages.finetuning(stage)
-        second.fit()
-        gated = {key: results[key] for key in ("val_acc", "test_acc", "checkpoint")}
-        results |= {**second.test(), "finetune_epochs": cfg.finetune.epochs, "before_finetuning": gated}
+    results = stages.carry_out(cfg, stage)
     if stage.trainer.is_global_zero:
-        stages.log_results(stage, results)
         write_json(stage.folder / "results.json", results)
         print(headline(results))
     return stage.folder / "results.json"

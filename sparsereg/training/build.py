@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from sparsereg.training import callbacks as ours
 from sparsereg.training import checkpoint as checkpoints
 from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.batch_norm import estimate_batch_norm_
-from sparsereg.training.checkpoint import Checkpoint
+from sparsereg.training.checkpoint import Checkpoint, FirstStage
 from sparsereg.training.checkpoint_io import WholeCheckpoints
 from sparsereg.training.compaction import Compaction
 from sparsereg.training.distillation import Distillation
@@ -64,9 +65,13 @@ def tune_process() -> None:
 
 
 def quieten_lightning() -> None:
-    """Leave out what Lightning says about hardware and products, and a deprecation inside of it."""
+    """Leave out what Lightning says about hardware and products, and a deprecation inside of it.
+
+    Fine-tuning writes into the folder of the gated stage's checkpoints on purpose.
+    """
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
 
 def inherit(
@@ -85,9 +90,10 @@ def inherit(
         return cfg
     merged = cfg.copy()
     OmegaConf.set_struct(merged, False)
+    config = checkpoint.run_config if cfg.get("resume_training") else checkpoint.config
     for key in keys:
-        if key in checkpoint.config and key not in named:
-            merged[key] = checkpoint.config[key]
+        if key in config and key not in named:
+            merged[key] = config[key]
             for path in (n for n in named if n.startswith(key + ".")):
                 OmegaConf.update(merged, path, OmegaConf.select(cfg, path))
     return merged
@@ -104,43 +110,72 @@ def start_from(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Check
         raise two_ways(cfg, key)
     if cfg.ckpt_path is None:
         return cfg, None
-    checkpoint = checkpoints.read(cfg.ckpt_path)
+    checkpoint = checkpoints.read(cfg.ckpt_path, resume=cfg.resume_training)
+    if cfg.resume_training:
+        _check_resumable(cfg, checkpoint)
+    else:
+        _check_usable(cfg, checkpoint)
+    keys: tuple[str, ...] = INHERITED
+    if cfg.resume_training:
+        keys = tuple(k for k in checkpoint.run_config if k not in NEVER_INHERITED)
+    cfg = inherit(cfg, checkpoint, overrides, keys)
+    _check_same_model(cfg, checkpoint)
+    if cfg.resume_training:
+        _check_left(cfg, checkpoint)
+    return cfg, checkpoint
+
+
+def _check_usable(cfg: DictConfig, checkpoint: Checkpoint) -> None:
+    """Raise an InputError unless a new run can start from the checkpoint."""
     if checkpoint.gated and cfg.without_using_gate:
         raise InputError(
-            f"ckpt_path={cfg.ckpt_path} has gates, but without_using_gate=true: leave that out, or start "
-            "from a checkpoint without gates"
-        )
-    if checkpoint.epoch == 0 and checkpoint.structure is not None and cfg.resume_training:
-        raise InputError(
-            f"ckpt_path={cfg.ckpt_path} is a compacted network, which has no run to resume; to train it "
-            "further give resume_training=false"
+            f"{checkpoint.named} has gates, but without_using_gate=true: leave that out, or start from a "
+            "checkpoint without gates"
         )
     if checkpoint.structure is not None and not cfg.without_using_gate:
         raise InputError(
-            f"ckpt_path={cfg.ckpt_path} is a compacted network without gates: give without_using_gate=true"
+            f"{checkpoint.named} is a compacted network without gates: give without_using_gate=true"
         )
-    if cfg.resume_training and not checkpoint.gated and not cfg.without_using_gate:
+
+
+def _check_resumable(cfg: DictConfig, checkpoint: Checkpoint) -> None:
+    """Raise an InputError unless the run of the checkpoint can be resumed, with gates if it had some."""
+    if checkpoint.epoch == 0 and checkpoint.structure is not None:
         raise InputError(
-            f"ckpt_path={cfg.ckpt_path} has no gates, so its run can only be resumed with "
-            "without_using_gate=true; to fine-tune it with gates give resume_training=false"
+            f"{checkpoint.named} is a compacted network, which has no run to resume; to train it further "
+            "give resume_training=false"
         )
-    keys: tuple[str, ...] = INHERITED
-    if cfg.resume_training:
-        keys = tuple(k for k in checkpoint.config if k not in NEVER_INHERITED)
-    cfg = inherit(cfg, checkpoint, overrides, keys)
-    _check_same_model(cfg, checkpoint)
-    limit = cfg.trainer.max_epochs
-    if cfg.resume_training and limit is not None and 0 <= limit <= checkpoint.epoch:
+    if checkpoint.run_gated and cfg.without_using_gate:
         raise InputError(
-            f"nothing is left to train: {cfg.ckpt_path} has finished {checkpoint.epoch} epochs and "
-            f"trainer.max_epochs={limit}; give a larger trainer.max_epochs"
+            f"{checkpoint.named} is of a run with gates, but without_using_gate=true: leave that out, or "
+            "start from a checkpoint without gates"
         )
-    return cfg, checkpoint
+    if not checkpoint.run_gated and not cfg.without_using_gate:
+        raise InputError(
+            f"{checkpoint.named} has no gates, so its run can only be resumed with without_using_gate=true; "
+            "to fine-tune it with gates give resume_training=false"
+        )
+
+
+def _check_left(cfg: DictConfig, checkpoint: Checkpoint) -> None:
+    """Raise an InputError unless the run has something left to do: epochs, fine-tuning, or its results."""
+    tuned = checkpoint.before is not None
+    key = "finetune.epochs" if tuned else "trainer.max_epochs"
+    limit = cfg.finetune.epochs if tuned else cfg.trainer.max_epochs
+    if limit is None or limit < 0 or limit > checkpoint.epoch:
+        return
+    done = f"{checkpoint.named} has finished {checkpoint.epoch} epochs"
+    if limit < checkpoint.epoch:
+        raise InputError(f"{done}, more than {key}={limit}; give a larger {key}")
+    before = checkpoint.run_config.get("finetune", {}).get("epochs", 0)
+    if checkpoint.run_finished and (tuned or cfg.finetune.epochs == before):
+        raise InputError(f"nothing is left to train: {done} and {key}={limit}; give a larger {key}")
 
 
 def _check_same_model(cfg: DictConfig, checkpoint: Checkpoint) -> None:
     """Raise an InputError unless the checkpoint is of the network that is asked for."""
-    mine, theirs = plain(cfg.model), checkpoint.config["model"]
+    config = checkpoint.run_config if cfg.resume_training else checkpoint.config
+    mine, theirs = plain(cfg.model), config["model"]
     for wanted, found in (
         (networks.group(mine), networks.group(theirs)),
         (mine["name"], theirs["name"]),
@@ -174,7 +209,7 @@ def build_network(cfg: DictConfig, data: ImageDataModule, checkpoint: Checkpoint
     torch.manual_seed(cfg.seed)  # the initial weights
     if checkpoint is not None and checkpoint.structure is not None:
         _check_data(checkpoint, data)
-        return _in_memory_format(cfg, restore(checkpoint).train())
+        return in_memory_format(cfg, restore(checkpoint).train())
     task = networks.Task(data.num_classes, data.image_shape)
     net = networks.build(
         plain(cfg.model),
@@ -185,10 +220,11 @@ def build_network(cfg: DictConfig, data: ImageDataModule, checkpoint: Checkpoint
     )
     if checkpoint is None and cfg.model.get("weights") is not None:
         load_weights_file_(net, str(cfg.model.weights))
-    return _in_memory_format(cfg, net)
+    return in_memory_format(cfg, net)
 
 
-def _in_memory_format(cfg: DictConfig, net: nn.Module) -> nn.Module:
+def in_memory_format(cfg: DictConfig, net: nn.Module) -> nn.Module:
+    """Lay a network's convolutions out in memory as ``trainer.channels_last`` says."""
     return net.to(memory_format=torch.channels_last) if cfg.trainer.channels_last else net  # type: ignore[call-overload]
 
 
@@ -208,6 +244,7 @@ def build_module(
     data: ImageDataModule,
     structure: str | None = None,
     distillation: Distillation | None = None,
+    before: FirstStage | None = None,
 ) -> Classifier:
     """Build the LightningModule around a network.
 
@@ -217,6 +254,7 @@ def build_module(
         data: its classes and image shape.
         structure: of a compacted network.
         distillation: a teacher, see :func:`build_teacher`.
+        before: of fine-tuning, the stage under gates.
     """
     optimizer = plain(cfg.optimizer)
     settings = OptimizerSettings(
@@ -228,6 +266,7 @@ def build_module(
         image_shape=data.image_shape,
         gated=bool(hard_concretes(net)),
         structure=structure,
+        before=None if before is None else asdict(before),
     )
     compiled = bool(cfg.trainer.compile)
     module = Classifier(
@@ -259,7 +298,7 @@ def build_teacher(cfg: DictConfig, data: ImageDataModule) -> Distillation | None
         return None
     checkpoint = checkpoints.read(d.ckpt_path, "distill.ckpt_path")
     _check_data(checkpoint, data)
-    teacher = _in_memory_format(cfg, restore(checkpoint))
+    teacher = in_memory_format(cfg, restore(checkpoint))
     if not checkpoint.batch_norm_is_current:  # it teaches as the network that test.py would test
         settings = checkpoint.config.get("callbacks", {}).get("batch_norm", plain(cfg.callbacks.batch_norm))
         if settings["num_images"]:
@@ -473,10 +512,12 @@ def statistics_fit(cfg: DictConfig, net: nn.Module, checkpoint: Checkpoint | Non
 
 def tested_checkpoint(cfg: DictConfig, trainer: pl.Trainer, folder: Path) -> tuple[float | None, str | None]:
     """Return the validation accuracy and the path of the checkpoint to test; no path if none was written."""
+    written = folder / "checkpoints"
     best = [c for c in trainer.checkpoint_callbacks if isinstance(c, ours.BestCheckpoint)]
     if cfg.test_checkpoint == "best" and best and best[0].best_model_score is not None:
-        return float(f"{float(best[0].best_model_score):.7g}"), best[0].best_model_path
-    last = folder / "checkpoints" / "last.ckpt"
+        score = float(f"{float(best[0].best_model_score):.7g}")
+        return score, str(written / Path(best[0].best_model_path).name)
+    last = written / "last.ckpt"
     return metric(trainer, "val_acc"), str(last) if last.is_file() else None
 
 
@@ -494,7 +535,7 @@ def rebuild_network(cfg: DictConfig, checkpoint: Checkpoint, data: ImageDataModu
         InputError: the checkpoint does not fit the network, or the data do not fit the checkpoint.
     """
     _check_data(checkpoint, data)
-    return _in_memory_format(cfg, restore(checkpoint, plain(cfg.model)))
+    return in_memory_format(cfg, restore(checkpoint, plain(cfg.model)))
 
 
 def synchronise(cfg: DictConfig, net: nn.Module) -> nn.Module:

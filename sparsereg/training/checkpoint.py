@@ -1,5 +1,6 @@
 """Checkpoints: reading them safely, saying what is wrong with them, starting another run from them."""
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,21 @@ log = logging.getLogger(__name__)
 
 COMPACTED = "compacted"
 """Name of the model whose structure is in its file and not in the configuration."""
+FOLDER, RESULTS = "checkpoints", "results.json"
+"""Of a run."""
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """The stage of a run under gates, when its compacted network is fine-tuned.
+
+    Attributes:
+        config: resolved configuration of the run.
+        results: what of results.json it decides.
+    """
+
+    config: dict[str, Any]
+    results: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,7 @@ class Checkpoint:
         content: everything in the file.
         structure: of a compacted network, see :func:`sparsereg.compression.storage.describe`; else None.
         batch_norm_is_current: whether its BatchNorm statistics were taken for exactly these weights.
+        before: of a network that is being fine-tuned, the run's stage under gates; else None.
     """
 
     named: str
@@ -48,19 +65,76 @@ class Checkpoint:
     content: dict[str, Any]
     structure: str | None = None
     batch_norm_is_current: bool = True
+    before: FirstStage | None = None
+
+    @property
+    def run_config(self) -> dict[str, Any]:
+        """Resolved configuration of the whole run, of which fine-tuning is the second stage."""
+        return self.config if self.before is None else self.before.config
+
+    @property
+    def run_gated(self) -> bool:
+        """Whether the run has gates, or had until it was fine-tuned."""
+        return self.gated or self.before is not None
+
+    @property
+    def run_finished(self) -> bool:
+        """Whether the run that wrote it has come to its end: its results are beside it."""
+        return self.path.parent.name == FOLDER and (self.path.parent.parent / RESULTS).is_file()
 
 
-def read(path: str | Path, key: str = "ckpt_path") -> Checkpoint:
+def locate(path: str | Path, key: str = "ckpt_path", resume: bool = False) -> Path:
+    """Return the file that a path means: itself, or the checkpoint that a run's folder ships.
+
+    That is the checkpoint that its results.json names (by the file's name: folders may be moved), and
+    last.ckpt while the run has not come to its end, or if it is to be resumed.
+
+    Args:
+        path: a checkpoint, or the folder of a run.
+        key: the setting that names it.
+        resume: whether the run is to be resumed.
+
+    Raises:
+        InputError: the folder is not that of a run, or has no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    file = path / FOLDER / _shipped(path, key, resume)
+    if not file.is_file():
+        raise InputError(
+            f"{key}={path}: the folder has no {file.relative_to(path)}; expected the folder of a run, such "
+            "as outputs/train/tblog/lightning_logs/version_0, or a checkpoint"
+        )
+    return file
+
+
+def _shipped(run: Path, key: str, resume: bool) -> str:
+    results = run / RESULTS
+    if resume or not results.is_file():
+        return "last.ckpt"
+    try:
+        name = Path(json.loads(results.read_text())["checkpoint"]).name
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{key}={run}: {RESULTS} there does not name a checkpoint ({type(error).__name__}); name the "
+            f"file, such as {run / FOLDER / 'last.ckpt'}"
+        ) from error
+    return name
+
+
+def read(path: str | Path, key: str = "ckpt_path", resume: bool = False) -> Checkpoint:
     """Read a checkpoint; only tensors, numbers, strings and containers of them are ever loaded.
 
     Args:
-        path: the file.
+        path: the file, or the folder of a run, see :func:`locate`.
         key: the setting that names it.
+        resume: whether the run is to be resumed.
 
     Raises:
         InputError: the file is missing, truncated, or not a checkpoint of train.py.
     """
-    path = Path(path)
+    path = locate(path, key, resume)
     named = f"{key}={path}"
     if not path.is_file():
         raise InputError(f"{named}: no such file; expected a checkpoint such as RUN/checkpoints/last.ckpt")
@@ -87,6 +161,7 @@ def read(path: str | Path, key: str = "ckpt_path") -> Checkpoint:
         content=content,
         structure=ours.get("structure"),
         batch_norm_is_current=bool(ours["batch_norm_is_current"]),
+        before=None if ours.get("before") is None else FirstStage(**ours["before"]),
     )
 
 
@@ -125,7 +200,9 @@ def group_choices(arguments: list[str]) -> list[str]:
     experiment = any(a.startswith("experiment=") for a in arguments)
     if not paths or paths[-1] in ("", "null") or "," in paths[-1] or informative or experiment:
         return []
-    config = read(paths[-1]).config
+    resume = [a.partition("=")[2].lower() for a in arguments if a.startswith("resume_training=")]
+    checkpoint = read(paths[-1], resume=resume[-1:] == ["true"])
+    config = checkpoint.run_config if resume[-1:] == ["true"] else checkpoint.config
     return [f"model={networks.group(config['model'])}", f"data={config['data']['name']}"]
 
 

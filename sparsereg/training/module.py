@@ -33,6 +33,8 @@ class Provenance:
         gated: whether the network has gates.
         structure: of a compacted network, which no configuration describes, see
             :func:`sparsereg.compression.storage.describe`; None for others.
+        before: while a compacted network is fine-tuned, configuration and results of the run's stage under
+            gates; else None.
     """
 
     config: dict[str, Any]
@@ -40,6 +42,7 @@ class Provenance:
     image_shape: tuple[int, int, int]
     gated: bool
     structure: str | None = None
+    before: dict[str, Any] | None = None
 
 
 class Classifier(pl.LightningModule):
@@ -201,6 +204,7 @@ class Classifier(pl.LightningModule):
             "image_shape": list(p.image_shape),
             "gated": p.gated,
             "structure": p.structure,
+            "before": p.before,
             "batch_norm_is_current": self.batch_norm_is_current,
         }
 

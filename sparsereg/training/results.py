@@ -12,8 +12,7 @@ from sparsereg.compression import Accountant, Count
 from sparsereg.compression.compact import ORIGINAL
 from sparsereg.config import target_key
 from sparsereg.penalties import hard_concretes
-from sparsereg.training.module import Classifier
-from sparsereg.training.target import asked_for, exact_share
+from sparsereg.training.target import SparsityTarget, asked_for, exact_share
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +56,12 @@ def count_summary(count: Count, net: nn.Module) -> dict[str, Any]:
     }
 
 
-def target_summary(cfg: DictConfig, module: Classifier, accountant: Accountant) -> dict[str, Any]:
+def target_summary(cfg: DictConfig, trainer: Trainer, accountant: Accountant) -> dict[str, Any]:
     """Return lambda_l0, or the target with the lambda that was found; warn where the target is missed.
 
     Args:
         cfg: of the run.
-        module: after training.
+        trainer: after training.
         accountant: with the gates as they are tested.
     """
     if cfg.without_using_gate:
@@ -80,7 +79,7 @@ def target_summary(cfg: DictConfig, module: Classifier, accountant: Accountant) 
             100 * kept,
             cost,
         )
-    found = None if module.constraint is None else module.constraint.multiplier
+    found = next((c.found for c in trainer.callbacks if isinstance(c, SparsityTarget)), None)  # type: ignore[attr-defined]
     return {"lambda_l0": None, key: cfg[key], "lambda_target": found}
 
 

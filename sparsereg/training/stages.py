@@ -1,10 +1,15 @@
 """The stages of a run: training, and fine-tuning of what the gates have left.
 
 The second is what ``train.py ckpt_path=.../compacted.pt without_using_gate=true`` would do: the gates are
-folded into the weights, closed channels leave, and the small network is trained on. It lives in the folder
-``finetune`` of the run, with checkpoints and TensorBoard events of its own.
+folded into the weights, closed channels leave, and the small network is trained on.
+
+A run ships one network, and ``checkpoints/last.ckpt`` is its newest state at every moment: from the first
+epoch of fine-tuning on it is the fine-tuned network. The gated one before has its own name by then,
+``checkpoints/gated.ckpt`` (and ``gated_best.ckpt``). Checkpoints of fine-tuning know the configuration of
+the run and what the gated network reached, so that a run that was cut off anywhere can be finished.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +23,16 @@ from torch import nn
 from sparsereg.compression import Accountant, compact, storage
 from sparsereg.config import plain
 from sparsereg.data import ImageDataModule
+from sparsereg.files import write_atomically
 from sparsereg.training import build
 from sparsereg.training import callbacks as ours
-from sparsereg.training.checkpoint import COMPACTED, Checkpoint
+from sparsereg.training.checkpoint import COMPACTED, Checkpoint, FirstStage
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.module import Classifier
-from sparsereg.training.results import metric
+from sparsereg.training.results import count_summary, gate_summary, metric, target_summary
+
+UNDER_GATES = {"last.ckpt": "gated.ckpt", "best.ckpt": "gated_best.ckpt"}
+"""Names that the checkpoints of the gated stage get when fine-tuning takes theirs."""
 
 
 @dataclass
@@ -39,8 +48,10 @@ class Stage:
         trainer: drives that.
         timer: takes the time of the epochs.
         logger: writes TensorBoard events, or False.
-        folder: for everything that the stage writes.
+        folder: of the run.
         teacher: for distillation.
+        resumed: what this stage goes on from; None if it starts.
+        before: of fine-tuning, the stage under gates.
     """
 
     cfg: DictConfig
@@ -53,58 +64,148 @@ class Stage:
     logger: TensorBoardLogger | Any
     folder: Path
     teacher: Distillation | None
+    resumed: Checkpoint | None = None
+    before: FirstStage | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints of the run are."""
+        return self.folder / "checkpoints"
 
     def fit(self) -> None:
-        """Train, from the start or from where the checkpoint that is resumed stopped."""
-        path = self.cfg.ckpt_path if self.cfg.resume_training else None
-        self.trainer.fit(self.module, datamodule=self.data, ckpt_path=path)
+        """Train, from the start or from where the checkpoint that is resumed stopped.
+
+        A run that had no epoch left ships what it was resumed from.
+        """
+        path = None if self.resumed is None else str(self.resumed.path)
+        self.trainer.fit(self.module, datamodule=self.data, ckpt_path=path, weights_only=True)
+        last = self.checkpoints / "last.ckpt"
+        if path is not None and not last.exists() and self.cfg.trainer.enable_checkpointing:
+            _copy(self.trainer, Path(path), last)
 
     def test(self) -> dict[str, Any]:
         """Test the checkpoint that ``test_checkpoint`` names; return accuracies and where it is."""
         val_acc, tested = build.tested_checkpoint(self.cfg, self.trainer, self.folder)
-        self.trainer.test(self.module, datamodule=self.data, ckpt_path=tested, verbose=False)
-        return {"val_acc": val_acc, "test_acc": metric(self.trainer, "test_acc"), "checkpoint": tested}
+        self.trainer.test(
+            self.module, datamodule=self.data, ckpt_path=tested, weights_only=True, verbose=False
+        )
+        test_acc = metric(self.trainer, "test_acc")
+        if val_acc is None and self.data.num_val and build.keeps_best(self.cfg):
+            self.trainer.validate(self.module, datamodule=self.data, verbose=False)
+            val_acc = metric(self.trainer, "val_acc")
+        return {"val_acc": val_acc, "test_acc": test_acc, "checkpoint": tested}
 
 
-def first(
+def begin(
     cfg: DictConfig, data: ImageDataModule, checkpoint: Checkpoint | None, overrides: list[str], outputs: Path
 ) -> Stage:
-    """Build the network and everything around it, and make the folder of the run.
+    """Build the stage that a run starts with, or that the checkpoint to resume was cut off in.
 
     Args:
         cfg: the checked configuration.
         data: loaded images.
         checkpoint: to start from or to resume.
         overrides: the user's.
-        outputs: below which the folder is made.
+        outputs: below which the folder of the run is made.
 
     Raises:
         InputError: something of it cannot be built.
     """
+    resumed = checkpoint if cfg.resume_training else None
+    before = None if resumed is None else resumed.before
     net = build.build_network(cfg, data, checkpoint)
-    if checkpoint is not None and not cfg.resume_training:
+    if checkpoint is not None and resumed is None:
         build.start_weights(net, checkpoint, cfg, overrides)
     structure = None if checkpoint is None else checkpoint.structure
     teacher = build.build_teacher(cfg, data)
-    stage = _assemble(cfg, data, net, structure, teacher, lambda: build.claim_run_folder(outputs))
+    stage_cfg = cfg if before is None else finetuning_config(cfg)
+    folder = lambda: build.claim_run_folder(outputs)  # noqa: E731
+    stage = _assemble(stage_cfg, data, net, structure, teacher, folder, before)
+    stage.resumed = resumed
     stage.module.batch_norm_is_current = build.statistics_fit(cfg, net, checkpoint)
+    if resumed is not None and before is not None:
+        for name in UNDER_GATES.values():
+            if (beside := resumed.path.with_name(name)).is_file():
+                _copy(stage.trainer, beside, stage.checkpoints / name)
     return stage
 
 
-def finetuning(before: Stage) -> Stage:
+def carry_out(cfg: DictConfig, stage: Stage) -> dict[str, Any]:
+    """Train, test and fine-tune; return what goes into results.json.
+
+    Args:
+        cfg: the configuration of the run.
+        stage: that it begins with.
+    """
+    resumed, logger = stage.resumed, stage.logger
+    stage.fit()
+    if stage.before is None:
+        results = _first_results(stage)
+        if cfg.finetune.epochs:
+            stage = finetuning(stage, results)
+            stage.fit()
+            results = _second_results(stage)
+    else:
+        logger = build.build_logger(cfg.logger.name, stage.folder)
+        results = _second_results(stage)
+    if resumed is not None:
+        results["resumed"] = {"checkpoint": str(resumed.path), "epoch": resumed.epoch}
+    log_results(cfg, logger, results)
+    return results
+
+
+def _first_results(stage: Stage) -> dict[str, Any]:
+    return {
+        **stage.test(),
+        **gate_summary(stage.net),
+        **count_summary(stage.accountant.count(), stage.net),
+        **target_summary(stage.cfg, stage.trainer, stage.accountant),
+        "seed": stage.cfg.seed,
+        "epochs": stage.trainer.current_epoch,
+        "seconds_per_epoch": stage.timer.seconds_per_epoch,
+        "data": stage.data.describe(),
+    }
+
+
+def _second_results(stage: Stage) -> dict[str, Any]:
+    assert stage.before is not None
+    before = stage.before.results
+    gated = {key: before[key] for key in ("val_acc", "test_acc", "checkpoint")}
+    if gated["checkpoint"] is not None:
+        kept = stage.checkpoints / Path(gated["checkpoint"]).name
+        gated["checkpoint"] = str(kept) if kept.is_file() else None
+    epochs = {"finetune_epochs": stage.trainer.current_epoch}
+    return {**before, **stage.test(), **epochs, "before_finetuning": gated}
+
+
+def finetuning(first: Stage, results: dict[str, Any]) -> Stage:
     """Compact the network of a finished stage and build what trains it further.
 
     Args:
-        before: under gates, with the tested weights in place.
+        first: under gates, with the tested weights in place.
+        results: of it.
     """
-    device = before.module.device
-    gated = before.net.cpu().eval()
-    net = compact(gated, build.example_input(before.data, gated)).to(device)
-    cfg = finetuning_config(before.cfg)
-    structure, teacher = storage.describe(net), before.teacher
-    stage = _assemble(cfg, before.data, net.train(), structure, teacher, lambda: before.folder / "finetune")
-    stage.module.batch_norm_is_current = before.module.batch_norm_is_current
+    for name, kept in UNDER_GATES.items():
+        if (first.checkpoints / name).is_file():
+            _copy(first.trainer, first.checkpoints / name, first.checkpoints / kept)
+    if results["checkpoint"] is not None:
+        tested = Path(results["checkpoint"])
+        results = {**results, "checkpoint": str(tested.with_name(UNDER_GATES[tested.name]))}
+    device = first.module.device
+    gated = first.net.cpu().eval()
+    small = compact(gated, build.example_input(first.data, gated))
+    net = build.in_memory_format(first.cfg, small).to(device).train()
+    before = FirstStage(plain(first.cfg), results)
+    cfg, structure = finetuning_config(first.cfg), storage.describe(small)
+    stage = _assemble(cfg, first.data, net, structure, first.teacher, lambda: first.folder, before)
+    stage.module.batch_norm_is_current = first.module.batch_norm_is_current
     return stage
+
+
+def _copy(trainer: pl.Trainer, source: Path, target: Path) -> None:
+    """Copy a checkpoint, whole or not at all; the first of several processes does."""
+    if trainer.is_global_zero:
+        write_atomically(target, lambda beside: shutil.copyfile(source, beside))
 
 
 def finetuning_config(cfg: DictConfig) -> DictConfig:
@@ -138,14 +239,14 @@ def finetuning_config(cfg: DictConfig) -> DictConfig:
     return second
 
 
-def log_results(stage: Stage, results: dict[str, Any]) -> None:
+def log_results(cfg: DictConfig, logger: TensorBoardLogger | Any, results: dict[str, Any]) -> None:
     """Write settings and results into TensorBoard's HParams tab, once, at the end."""
-    if isinstance(stage.logger, bool):
+    if isinstance(logger, bool):
         return
     metrics = {k: results[k] for k in ("val_acc", "test_acc", "expected_sparsity", "exact_sparsity")}
     metrics = {f"final/{k}": v for k, v in metrics.items() if v is not None}
-    stage.logger.log_hyperparams(build.hyperparameters(plain(stage.cfg)), metrics)
-    stage.logger.finalize("success")
+    logger.log_hyperparams(build.hyperparameters(plain(cfg)), metrics)
+    logger.finalize("success")
 
 
 def _assemble(
@@ -155,13 +256,14 @@ def _assemble(
     structure: str | None,
     teacher: Distillation | None,
     make_folder: Callable[[], Path],
+    before: FirstStage | None = None,
 ) -> Stage:
     net = build.synchronise(cfg, net)
     accountant = Accountant(net, build.example_input(data, net))
-    module = build.build_module(cfg, net, data, structure, teacher)
+    module = build.build_module(cfg, net, data, structure, teacher, before)
     folder = make_folder()  # last of what can fail, so that a wrong input leaves none
-    logger = build.build_logger(cfg.logger.name, folder)
+    logger = build.build_logger(cfg.logger.name, folder if before is None else folder / "finetune")
     num_batches = build.batches_per_epoch(cfg, data)
     callbacks, timer = build.build_callbacks(cfg, data, accountant, folder, logging_on=bool(logger))
     trainer = build.build_trainer(cfg, callbacks, logger, folder, num_batches, data.num_val == 0)
-    return Stage(cfg, data, net, accountant, module, trainer, timer, logger, folder, teacher)
+    return Stage(cfg, data, net, accountant, module, trainer, timer, logger, folder, teacher, before=before)

@@ -156,6 +156,8 @@ class SparsityTarget(Callback):
         self.settings = settings
         self.average = average
         self.multiplier = Multiplier(settings.proportional_gain, settings.integral_gain)
+        self.found: float | None = None
+        """The multiplier of the last step that looked at the cost."""
         self._met = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -179,7 +181,7 @@ class SparsityTarget(Callback):
         allowed = s.share_at(epoch)
         share = float(expected.detach()) / full
         violation = math.log(share / allowed)
-        multiplier = self.multiplier.update(violation, s.every_n_steps)
+        multiplier = self.found = self.multiplier.update(violation, s.every_n_steps)
         pl_module.constraint = Constraint(
             multiplier,
             violation,
@@ -203,12 +205,13 @@ class SparsityTarget(Callback):
                 self._meet()
 
     def state_dict(self) -> dict[str, Any]:
-        """The integral, so that a resumed run goes on."""
-        return {"integral": self.multiplier.integral}
+        """The integral and the multiplier, so that a resumed run goes on."""
+        return {"integral": self.multiplier.integral, "multiplier": self.found}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the integral of the run that is resumed."""
         self.multiplier.integral = state_dict["integral"]
+        self.found = state_dict["multiplier"]
 
     def _is_last(self, trainer: pl.Trainer) -> bool:
         last = trainer.current_epoch + 1 == trainer.max_epochs and trainer.state.stage != "sanity_check"

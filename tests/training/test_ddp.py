@@ -76,7 +76,7 @@ def test_target_and_finetuning_of_two_processes_are_those_of_one(tmp_path, image
     for key in ("open_gates_of", "compacted_parameters", "exact_sparsity", "test_acc"):
         assert results[0][key] == results[1][key], key
     assert results[0]["lambda_target"] == pytest.approx(results[1]["lambda_target"], rel=1e-6)
-    paths = [f / "finetune/checkpoints/last.ckpt" for f in (one, two)]
+    paths = [f / "checkpoints/last.ckpt" for f in (one, two)]
     weights = [torch.load(path, weights_only=True)["state_dict"] for path in paths]
     assert weights[0].keys() == weights[1].keys()
     for key, value in weights[0].items():

@@ -194,7 +194,7 @@ def test_finetuning_trains_the_compacted_network(run, tiny):
     done = run("train", *tiny, *RECIPE, "target_sparsity=0.9", "finetune.epochs=2")
     assert done.code == 0, done.err
     assert 0.9 <= done.results["exact_sparsity"] < 0.91
-    assert done.results["checkpoint"].endswith("finetune/checkpoints/last.ckpt")
+    assert done.results["checkpoint"].endswith("checkpoints/last.ckpt")
     small = torch.load(done.results["checkpoint"], weights_only=True)
     weights = sum(v.numel() for k, v in small["state_dict"].items() if v.is_floating_point())
     assert weights == done.results["compacted_parameters"]
@@ -202,12 +202,10 @@ def test_finetuning_trains_the_compacted_network(run, tiny):
     tested = run("test", f"ckpt_path={done.results['checkpoint']}", "trainer.accelerator=cpu")
     assert tested.code == 0, tested.err
     assert tested.results["test_acc"] == done.results["test_acc"]
-    resumed = run(
-        "train", f"ckpt_path={done.results['checkpoint']}", "resume_training=true", "without_using_gate=true",
-        "trainer.max_epochs=3",
-    )  # fmt: skip
+    resumed = run("train", f"ckpt_path={done.last}", "resume_training=true", "finetune.epochs=3")
     assert resumed.code == 0, resumed.err
-    assert resumed.results["epochs"] == 3
+    assert resumed.results["finetune_epochs"] == 3
+    assert resumed.results["epochs"] == done.results["epochs"]
 
 
 def test_teacher_shapes_the_pupil_and_stays_out_of_its_checkpoint(run, tiny):
