@@ -168,7 +168,7 @@ class Columns:
                 said = f"{self.file} holds {shown(wrong)} there{advice(wrong)}"
                 raise InputError(f"the measure {name!r} is not numeric: {said}")
             if self.values(name).kind == "boolean":  # its sum is a count
-                table = table.astype(object).replace({True: 1, False: 0})
+                table = table[name].map({True: 1, False: 0}).to_frame()
             values = numbers(table, name, self.file)
             if np.abs(values).max() > np.finfo(np.float32).max:
                 raise InputError(f"{self.file}: {name} has values beyond {np.finfo(np.float32).max:.3g}")

@@ -131,6 +131,8 @@ def _read_csv(file: Path, as_text: bool) -> pd.DataFrame:
         "encoding": "utf-8-sig",
         "skipinitialspace": True,
     }
+    if pd.__version__.startswith("2."):  # which would lose the last bit of some numbers
+        how["float_precision"] = "round_trip"
     try:
         header = pd.read_csv(file, header=None, nrows=1, dtype=str, **how).iloc[0].astype(str).str.strip()
         if header.duplicated().any():  # pandas would number them without a word
