@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.count import full_costs
-from sparsereg.compression.graph import Analysis, Example, Network, evaluating, examples, trace
+from sparsereg.compression.graph import Analysis, Example, Network, evaluating, examples, first_line, trace
 from sparsereg.compression.ops import (
     SMALLEST_FOLD,
     Add,
@@ -31,6 +32,8 @@ from sparsereg.compression.ops import (
     Vector,
 )
 from sparsereg.compression.pad import rounded_pins
+from sparsereg.compression.sizes import ANY, of_size, same_positions, window
+from sparsereg.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +99,7 @@ def build(network: Network, analysis: Analysis, dtype: torch.dtype | None = None
     builder = _Builder(network, analysis, dtype)
     for op in network.ops.values():
         builder.add(op)
+    builder.finish()
     _write_in_place_where_safe(builder.graph, builder.root)
     name = f"Compacted{type(network.model).__name__.removeprefix('Compacted')}"
     module = fx.GraphModule(builder.root, builder.graph, class_name=name)
@@ -115,7 +119,9 @@ class _Builder:
         self.shifts: dict[str, Vector] = {}
         self.copies: dict[int, Any] = {}
         self.sources = {node.name: node for node in network.graph.nodes}
-        self._batch: fx.Node | None = None
+        self._sizes: dict[tuple[str, int], fx.Node] = {}
+        self._any_size = True
+        self._fixed: dict[str, list[int]] = {}
         self._like = first_weight(network.model)
 
     def add(self, op: Op) -> None:
@@ -127,7 +133,12 @@ class _Builder:
             if kept is not None:
                 self.made[op.name] = self.select(node, kept, np.ones_like(kept), op.name)
         elif op.name in self.analysis.kept and op.name not in self.analysis.constant:
-            self.made[op.name] = _BUILD[type(op)](self, op)
+            try:
+                self.made[op.name] = _BUILD[type(op)](self, op)
+            except Exception as error:
+                what = f"{op.path or op.name!r} ({type(op.module).__name__ if op.module else op.kind})"
+                name = type(self.network.model).__name__
+                raise InputError(f"{name} cannot be compacted, at {what}: {first_line(error)}") from error
 
     def tensor(self, name: str, values: Vector | Tensor, parameter: bool = False) -> fx.Node:
         """Keep numbers in the network: a parameter, or a buffer."""
@@ -149,6 +160,7 @@ class _Builder:
         """Take some of the channels that are there."""
         if np.array_equal(want, there):
             return node
+        self._selects(name)
         index = torch.from_numpy(np.flatnonzero(want[there]))
         return self.graph.call_function(
             torch.index_select, (node, 1, self.tensor(self._free(f"{name}_index"), index))
@@ -185,7 +197,8 @@ class _Builder:
         const = self.analysis.channels[name].const[self.analysis.kept[name]]
         assert shape is not None
         vector = self.vector(f"{name}_constant", const, name)
-        return self.graph.call_method("expand", (vector, self.batch(), -1, *shape[2:]))
+        first, *positions = self.sizes_of(name, (0, *range(2, len(shape))))
+        return self.graph.call_method("expand", (vector, first, -1, *positions))
 
     def vector(self, name: str, const: Vector, like: str) -> fx.Node:
         """Constants along the channels of a tensor: a parameter, since they were weights, or zeros."""
@@ -204,16 +217,94 @@ class _Builder:
             number += 1
         return candidate
 
-    def batch(self) -> fx.Node:
-        """The size of the batch that is being computed."""
-        if self._batch is None:
-            first = next(n for n in self.graph.nodes if n.op == "placeholder")
-            with self.graph.inserting_after(self._last_placeholder()):
-                self._batch = self.graph.call_method("size", (first, 0))
-        return self._batch
+    def sizes_of(self, name: str, dims: Iterable[int]) -> tuple[Any, ...]:
+        """Some dimensions' sizes of a tensor of the original network, as they are in the compacted one's run.
+
+        A size that nothing can tell any more is the example's, and the network takes no other inputs then.
+        """
+        return tuple(self._size_of(name, dim) for dim in dims)
+
+    def _size_of(self, name: str, dim: int) -> Any:
+        op = self.network.ops[name]
+        assert op.shape is not None
+        dim %= len(op.shape)
+        node = self._node_with_size(name, dim)
+        if node is not None:
+            return node
+        following = self.network.follows[name]
+        if dim == 0 and op.shape[0] == self.network.batch:
+            return self._size_node(next(n for n in self.graph.nodes if n.op == "placeholder"), 0)
+        if following.positions if dim > 1 else following.width or dim == 0:
+            self._any_size = False
+        return op.shape[dim]
+
+    def _node_with_size(self, name: str, dim: int) -> fx.Node | None:
+        """The size as a node of the compacted network, if there is a tensor left that has it."""
+        op = self.network.ops[name]
+        kept = self.analysis.kept.get(name)
+        there = name in self.made and name not in self.analysis.constant
+        if there and (dim != 1 or (kept is not None and kept.all())):
+            return self._size_node(self.made[name], dim)
+        if dim < 2 or not op.inputs:
+            return None
+        if same_positions(op, self.sources[name]):
+            found = (self._node_with_size(i, dim) for i in op.inputs if self._as_large(i, op))
+            return next((node for node in found if node is not None), None)
+        slides = window(op, dim)
+        source = self._node_with_size(op.inputs[0], dim) if slides is not None else None
+        if slides is None or source is None:
+            return None
+        kernel, stride, padding, dilation = slides
+        reach = 2 * padding - dilation * (kernel - 1) - 1
+        steps = self.graph.call_function(operator.add, (source, reach))
+        return self.graph.call_function(
+            operator.add, (self.graph.call_function(operator.floordiv, (steps, stride)), 1)
+        )
+
+    def _as_large(self, name: str, op: Op) -> bool:
+        """Whether an input has the positions of the result, and is not one that is spread over them."""
+        return self.network.ops[name].shape[2:] == op.shape[2:]  # type: ignore[index]
+
+    def _size_node(self, node: fx.Node, dim: int) -> fx.Node:
+        key = (node.name, dim)
+        if key not in self._sizes:
+            with self.graph.inserting_after(self._last_placeholder() if node.op == "placeholder" else node):
+                self._sizes[key] = self.graph.call_method("size", (node, dim))
+        return self._sizes[key]
 
     def _last_placeholder(self) -> fx.Node:
         return [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+
+    def _selects(self, name: str) -> None:
+        """Note that positions are picked by number: then an input of another size must not get so far."""
+        op = self.network.ops[name]
+        if isinstance(op, Input):
+            assert op.shape is not None
+            self._fixed.setdefault(name, [ANY] * len(op.shape))[1] = op.shape[1]
+        elif any(self.network.follows[i].width for i in (name, *op.inputs)):
+            self._any_size = False
+
+    def finish(self) -> None:
+        """Leave out what nobody reads, and let inputs have only the sizes that the network was made for."""
+        for node in reversed(list(self.graph.nodes)):
+            if node.op in ("call_function", "call_method") and not node.users:
+                self.graph.erase_node(node)
+        for node in [n for n in self.graph.nodes if n.op == "placeholder"]:
+            sizes = self._fixed.get(node.name, [ANY] * len(self._shape(node.name)))
+            if not self._any_size:
+                sizes = [ANY, *self._shape(node.name)[1:]]
+            for earlier in self.network.graph.nodes:
+                if earlier.target is of_size and earlier.args[0].name == node.name:
+                    sizes = [max(pair) for pair in zip(sizes, earlier.args[1], strict=True)]
+            if any(size != ANY for size in sizes):
+                with self.graph.inserting_after(self._last_placeholder()):
+                    checked = self.graph.call_function(of_size, (node, sizes))
+                node.replace_all_uses_with(checked, lambda user, own=checked: user is not own)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = self.network.ops[name].shape
+        assert shape is not None
+        return shape
 
     def module(self, op: Op, module: nn.Module, inputs: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
         """Put a module at its old place and call it."""
@@ -245,28 +336,53 @@ class _Builder:
         return args, cast(dict[str, Any], fx.node.map_arg(node.kwargs, swap))
 
     def size(self, node: fx.Node) -> Any:
-        """A node that is no tensor: sizes become numbers, except that of the batch."""
+        """A node that is no tensor: sizes are read off the tensors that have them, the rest is computed."""
         known = self.network.constants[node]
-        target = node.target
-        if node.op == "call_method" and target == "size":
-            return self._sizes(known) if len(node.args) == 1 else self._size(known, node.args[1])
-        if target is getattr and node.args[1] == "shape":
-            return self._sizes(known)
-        if target is getattr or (node.op == "call_method" and target in ("dim", "ndimension")):
+        function, args = node.target, node.args
+        whole = self._whose_shape(node)
+        if whole is not None:
+            return self.sizes_of(whole.name, range(len(self._shape(whole.name))))
+        if node.op == "call_method" and function == "size":
+            dim = args[1] if len(args) > 1 else node.kwargs.get("dim")
+            return self._size_of(cast(fx.Node, args[0]).name, cast(int, dim))
+        if function is operator.getitem and isinstance(args[0], fx.Node):
+            whole = self._whose_shape(args[0])
+            if whole is not None and isinstance(args[1], int | slice):
+                dims = range(len(self._shape(whole.name)))[args[1]]
+                if isinstance(dims, int):
+                    return self._size_of(whole.name, dims)
+                return self.sizes_of(whole.name, dims)
+        if (
+            function is getattr
+            and args[1] in ("dtype", "device")
+            and cast(fx.Node, args[0]).name in self.made
+        ):
+            return self.graph.call_function(getattr, (self.made[cast(fx.Node, args[0]).name], args[1]))
+        if function is getattr or (node.op == "call_method" and function in ("dim", "ndimension")):
             return known
-        args = fx.node.map_aggregate(node.args, lambda x: self.size(x) if isinstance(x, fx.Node) else x)
-        if node.op == "call_function" and not node.kwargs:
-            function = cast(Callable[..., Any], target)
-            if any(isinstance(a, fx.Node) for a in cast(tuple[Any, ...], args)):
-                return self.graph.call_function(function, cast(tuple[Any, ...], args))
-            return function(*cast(tuple[Any, ...], args))
+        if node.op == "call_function":
+            return self._computed(node)
+        self._any_size = False
         return known
 
-    def _sizes(self, shape: Any) -> tuple[Any, ...]:
-        return (self.batch(), *tuple(shape)[1:])
+    def _whose_shape(self, node: fx.Node) -> fx.Node | None:
+        """The tensor of which a node is the whole shape."""
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source.name not in self.network.ops:
+            return None
+        by_method = node.op == "call_method" and node.target == "size" and len(node.args) == 1
+        by_name = node.target is getattr and node.args[1] == "shape"
+        return source if (by_method and not node.kwargs) or by_name else None
 
-    def _size(self, known: Any, dim: Any) -> Any:
-        return self.batch() if dim == 0 else known
+    def _computed(self, node: fx.Node) -> Any:
+        """What a function makes of sizes: a number, where they are; else a node."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.size)  # type: ignore[misc]
+        function = cast(Callable[..., Any], node.target)
+        found: list[fx.Node] = []
+        fx.node.map_arg((args, kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+        if found and not isinstance(args[0] if args else None, tuple | list):
+            return self.graph.call_function(function, args, kwargs)
+        return function(*args, **kwargs)
 
 
 def _mixing(b: _Builder, op: Op) -> fx.Node:
@@ -421,13 +537,30 @@ def _reshape(b: _Builder, op: Op) -> fx.Node:
     assert read is not None
     before = b.network.ops[op.inputs[0]].shape
     assert before is not None
-    if before == op.shape:
-        node = source
-    elif len(op.shape) == 2:
-        node = b.graph.call_function(torch.flatten, (source, 1))
+    if len(op.shape) == 2:
+        node = source if len(before) == 2 else b.graph.call_function(torch.flatten, (source, 1))
     else:
-        node = b.graph.call_function(torch.reshape, (source, (b.batch(), int(read.sum()), *op.shape[2:])))
+        node = _positions_reshaped(b, op, source, int(read.sum()), before)
     return b.select(node, kept, read.repeat(op.spread), op.name)
+
+
+def _positions_reshaped(b: _Builder, op: Op, source: fx.Node, width: int, before: tuple[int, ...]) -> fx.Node:
+    """The same change of shape for the channels that are left."""
+    node = b.sources[op.name]
+    if op.module is not None:
+        return b.module(op, b.copied(op.module), (source,))
+    args, kwargs = b.arguments(op, {op.inputs[0]: source})
+    name = str(getattr(node.target, "__name__", node.target))
+    if name == "squeeze" and len(args) == 1 and not kwargs:
+        # A single channel must not go, nor a batch of one.
+        ones = tuple(d for d, n in enumerate(before) if d > 1 and n == 1)
+        return b.graph.call_function(torch.squeeze, (source, ones))
+    if name in ("view", "reshape"):
+        given = args[1] if len(args) == 2 else args[1:] or kwargs.get("shape", kwargs.get("size"))
+        sizes = given if isinstance(given, tuple | list) else (given,)
+        first = b.sizes_of(op.inputs[0], (0,))
+        return b.graph.call_function(torch.reshape, (source, (*first, width, *sizes[2:])))
+    return b.graph.create_node(node.op, node.target, args, kwargs)
 
 
 def _cat(b: _Builder, op: Op) -> fx.Node:
@@ -452,7 +585,10 @@ def _pairwise(b: _Builder, op: Op) -> fx.Node:
         const = b.analysis.channels[op.inputs[i]].const[kept]
         needless = isinstance(op, Add) and not const.any()
         sides.append(None if needless else b.vector(f"{op.name}_constant", const, op.inputs[i]))
-    left, right = sides
+    return _spread(b, op, _joined(b, op, *sides))
+
+
+def _joined(b: _Builder, op: Add | Mul, left: fx.Node | None, right: fx.Node | None) -> fx.Node:
     if isinstance(op, Mul):
         return b.graph.call_function(torch.mul, (left, right))
     if right is None:
@@ -461,6 +597,17 @@ def _pairwise(b: _Builder, op: Op) -> fx.Node:
     if left is None:
         return right if op.sign > 0 else b.graph.call_function(torch.neg, (right,))
     return b.graph.call_function(torch.add if op.sign > 0 else torch.sub, (left, right))
+
+
+def _spread(b: _Builder, op: Op, node: fx.Node) -> fx.Node:
+    """Give a result all its positions where the side that had them has become a vector."""
+    assert op.shape is not None
+    read = zip(op.inputs, b.analysis.read[op.name], strict=True)
+    shapes = [b.network.ops[name].shape or () for name, mask in read if mask is not None]
+    if any(shape[2:] == op.shape[2:] for shape in shapes):
+        return node
+    first, *positions = b.sizes_of(op.name, (0, *range(2, len(op.shape))))
+    return b.graph.call_method("expand", (node, first, -1, *positions))
 
 
 def _other(b: _Builder, op: Op) -> fx.Node:

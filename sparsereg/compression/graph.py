@@ -35,6 +35,7 @@ from sparsereg.compression.ops import (
     Values,
     own_parameters,
 )
+from sparsereg.compression.sizes import Follows, follows, of_size
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
 from sparsereg.layers import GatedLayer, L0Conv2d, L0DepthwiseConv2d, L0Linear
@@ -245,6 +246,7 @@ class Network:
         ops: its operations by name, in an order in which they can be computed.
         batch: the batch size for which shapes were recorded.
         constants: what nodes returned that are no tensors, such as sizes.
+        follows: which sizes of each tensor depend on the size of the input.
     """
 
     def __init__(
@@ -254,12 +256,14 @@ class Network:
         ops: dict[str, Op],
         batch: int,
         constants: dict[fx.Node, Any],
+        follows: dict[str, Follows],
     ) -> None:
         self.model = model
         self.graph = graph
         self.ops = ops
         self.batch = batch
         self.constants = constants
+        self.follows = follows
         found = {id(gate): gate for op in ops.values() for gate in op.all_gates}
         self.gates: list[HardConcrete] = list(found.values())
 
@@ -382,13 +386,14 @@ def trace(model: nn.Module, example_input: Example) -> Network:
         except Exception as error:
             name = type(model).__name__
             raise InputError(
-                f"{name} does not run on the example input, at {recorder.where!r}: {_first_line(error)}"
+                f"{name} does not run on the example input, at {recorder.where!r}: {first_line(error)}"
             ) from error
     batch = twice[0].shape[0]
-    ops, constants = _operations(model, graph, recorder, batch)
+    with evaluating(model):
+        ops, constants, following = _operations(model, graph, recorder, batch)
     _refuse_unknown_gates(model, ops)
     _sink_gates(ops)
-    return Network(model, graph, ops, batch, constants)
+    return Network(model, graph, ops, batch, constants, following)
 
 
 def examples(example_input: Example) -> tuple[Tensor, ...]:
@@ -416,7 +421,7 @@ def _symbolic(model: nn.Module, inputs: Sequence[Tensor]) -> fx.Graph:
         where = f"in {tracer.where!r}" if tracer.where else "in its forward"
         line = _own_line(error)
         raise InputError(
-            f"{type(model).__name__} cannot be traced, {where}{line}: {_first_line(error)}"
+            f"{type(model).__name__} cannot be traced, {where}{line}: {first_line(error)}"
         ) from error
     wanted = [n for n in graph.nodes if n.op == "placeholder"]
     if len(wanted) != len(inputs):
@@ -480,7 +485,8 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
@@ -510,6 +516,8 @@ class Node:
     shape: tuple[int, ...] | None
     module: nn.Module | None
     macs: int
+    constants: Mapping[fx.Node, Any]
+    any_size: bool
 
     @property
     def common(self) -> dict[str, Any]:
@@ -531,13 +539,13 @@ class Node:
         return len(self.shape) > 1 and self.shape[:2] == self.shapes[0][:2]
 
     def apply(self, x: Tensor) -> Tensor:
-        """Do what the node does, to another tensor."""
-        if self.module is not None:
-            result: Tensor = self.module(x)
-            return result
-        args, kwargs = fx.node.map_aggregate(  # type: ignore[misc]
-            (self.node.args, self.node.kwargs), lambda leaf: x if isinstance(leaf, fx.Node) else leaf
+        """Do what the node does, to another tensor; sizes and the like are those of the example."""
+        args, kwargs = fx.node.map_arg(  # type: ignore[misc]
+            (self.node.args, self.node.kwargs), lambda n: x if n.name in self.inputs else self.constants[n]
         )
+        if self.module is not None:
+            result: Tensor = self.module(*args, **kwargs)
+            return result
         if self.node.op == "call_method":
             return getattr(args[0], str(self.node.target))(*args[1:], **kwargs)  # type: ignore[no-any-return]
         return self.node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
@@ -545,40 +553,39 @@ class Node:
 
 def _operations(
     model: nn.Module, graph: fx.Graph, recorder: _Recorder, batch: int
-) -> tuple[dict[str, Op], dict[fx.Node, Any]]:
+) -> tuple[dict[str, Op], dict[fx.Node, Any], dict[str, Follows]]:
     """Recognise every node that is a tensor; keep the values of the others."""
     ops: dict[str, Op] = {}
     constants: dict[fx.Node, Any] = {}
+    following: dict[str, Follows] = {}
     shared = _shared(model, graph)
     for node in graph.nodes:
         known = recorder.results[node]
         if not isinstance(known, _Shape) and node.op != "output":
             constants[node] = known
             continue
-        found = _describe(model, node, recorder, ops, batch)
+        inputs = [n.name for n in node.all_input_nodes if n.name in ops]
+        known = recorder.results[node]
+        found = Node(
+            node,
+            inputs,
+            [ops[i].shape for i in inputs],
+            known.size if isinstance(known, _Shape) else None,
+            model.get_submodule(str(node.target)) if node.op == "call_module" else None,
+            recorder.flops[node] // (2 * batch),
+            constants,
+            any(following[i].positions for i in inputs),
+        )
         op = _recognise(model, found, shared)
         op.input_widths = [ops[i].width for i in op.inputs]
+        following[node.name] = follows(op, node, following)
         ops[node.name] = op
     seen: set[str] = set()
     for op in ops.values():
         # A module that is called twice has its parameters once.
         op.owns_parameters = op.path not in seen or not op.path
         seen.add(op.path)
-    return ops, constants
-
-
-def _describe(model: nn.Module, node: fx.Node, recorder: _Recorder, ops: dict[str, Op], batch: int) -> Node:
-    inputs = [n.name for n in node.all_input_nodes if n.name in ops]
-    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-    known = recorder.results[node]
-    return Node(
-        node,
-        inputs,
-        [ops[i].shape for i in inputs],
-        known.size if isinstance(known, _Shape) else None,
-        module,
-        recorder.flops[node] // (2 * batch),
-    )
+    return ops, constants, following
 
 
 def _shared(model: nn.Module, graph: fx.Graph) -> set[str]:
@@ -608,10 +615,16 @@ def _recognise(model: nn.Module, found: Node, shared: set[str]) -> Op:
         return Output(**found.common)
     if node.op == "get_attr":
         return Attribute(node.name, _attribute(model, str(node.target)), str(node.target))
-    if node.op == "call_module":
-        op = _recognise_module(found) if node.target not in shared else None
-    else:
-        op = _recognise_function(found)
+    try:
+        if node.op != "call_module":
+            op = _recognise_function(found)
+        elif node.target not in shared:
+            op = _recognise_module(found)
+    except InputError:
+        raise
+    except Exception as error:
+        # An unusual use of an operation that its rule did not think of is one without a rule.
+        logger.info("%s: %s is used in an unusual way: %s", node.name, _what(found), first_line(error))
     if op is None:
         # Without gates nothing could go anyway.
         if any(isinstance(m, HardConcrete) for m in model.modules()):
@@ -709,19 +722,25 @@ def _gate(found: Node) -> Op | None:
 
 
 def _per_channel(
-    found: Node, *, homogeneous: bool, identity: bool = False, drops: type[nn.Module] | None = None
+    found: Node,
+    *,
+    homogeneous: bool,
+    identity: bool = False,
+    passing: bool = False,
+    drops: type[nn.Module] | None = None,
 ) -> Op | None:
     if not found.channelwise():
         return None
     shape = found.shapes[0]
     assert shape is not None
     apply = _identity if identity else found.apply
-    passing = isinstance(found.module, nn.Identity)
+    passing = passing or isinstance(found.module, nn.Identity)
     return PerChannel(
         **found.common,
         apply=apply,
         homogeneous=homogeneous,
         input_shape=shape,
+        any_size=found.any_size,
         passing=passing,
         drops=drops,
     )
@@ -729,6 +748,11 @@ def _per_channel(
 
 def _identity(x: Tensor) -> Tensor:
     return x
+
+
+def _sized(found: Node) -> Op | None:
+    """An input of one size, in a network that was compacted before."""
+    return _per_channel(found, homogeneous=True, identity=True, passing=True)
 
 
 def _pool_with_indices(found: Node) -> Op | None:
@@ -844,6 +868,7 @@ FUNCTIONS: dict[Any, Recognise] = {
     **dict.fromkeys(PRODUCTS, partial(_binary, cls=Mul, homogeneous=True)),
     **dict.fromkeys(QUOTIENTS, _quotient),
     **dict.fromkeys(CONCATENATIONS, _cat),
+    of_size: _sized,
 }
 """How each kind of function or tensor method is recognised."""
 

@@ -473,6 +473,7 @@ class PerChannel(Op):
         apply: the operation on a float64 tensor of shape (1, channels, ...).
         homogeneous: whether f(z x) = z f(x) for every z >= 0.
         input_shape: shape of its input.
+        any_size: whether its input may get other positions than those.
         passing: whether nothing of it is left in the compacted network.
         drops: for a dropout function, the module that does the same in training.
     """
@@ -485,6 +486,7 @@ class PerChannel(Op):
         apply: Callable[[Tensor], Tensor],
         homogeneous: bool,
         input_shape: tuple[int, ...],
+        any_size: bool = False,
         passing: bool = False,
         drops: type[nn.Module] | None = None,
         **kwargs: Any,
@@ -495,15 +497,23 @@ class PerChannel(Op):
         self.apply = apply
         self.homogeneous = homogeneous
         self.positions = input_shape[2:]
+        self.any_size = any_size and not passing
         self.of_zero = self._constant(np.zeros(1))[0]
 
     def _constant(self, const: Vector) -> Vector:
-        """What it makes of constant channels; NaN where that is not the same at every position."""
-        x = torch.from_numpy(const).view(1, -1, *(1,) * len(self.positions))
+        """What it makes of constant channels; NaN where that is not the same at every position and size."""
+        made = self._applied(const, self.positions)
+        if self.any_size and self.positions:
+            # Large enough that a border cannot be all there is; a sum over positions differs, too.
+            made = np.concatenate([made, self._applied(const, [n + 8 for n in self.positions])], axis=1)
+        same = np.ptp(made, axis=1) <= 1e-12 * np.abs(made).max(axis=1)
+        return np.where(same, made[:, 0], np.nan)
+
+    def _applied(self, const: Vector, positions: Sequence[int]) -> Vector:
+        x = torch.from_numpy(const).view(1, -1, *(1,) * len(positions))
         with torch.no_grad():
-            y = self.apply(x.expand(1, -1, *self.positions).clone()).reshape(len(const), -1).numpy()
-        same = np.ptp(y, axis=1) <= 1e-12 * np.abs(y).max(axis=1)
-        return np.where(same, y[:, 0], np.nan)
+            y = self.apply(x.expand(1, -1, *positions).clone())
+        return np.asarray(y.reshape(len(const), -1).numpy())
 
     def forward(self, inputs: Sequence[Channels], values: Values) -> Channels:
         """A constant stays one unless padding makes it differ at the border."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsereg.compression import graph as rules
+from sparsereg.compression.sizes import of_size
 from sparsereg.errors import InputError
 
 LONGEST_NAME = 200
@@ -69,10 +70,10 @@ def _known_functions() -> dict[str, Callable[..., Any]]:
                 name = getattr(function, "__name__", "")
                 if getattr(module, name, None) is function:
                     known[f"{home}.{name}"] = function  # type: ignore[assignment]
-    return known
+    return {**known, "sparsereg.of_size": of_size, "getattr": getattr}
 
 
-FUNCTIONS = _known_functions()
+FUNCTIONS: dict[str, Callable[..., Any]] = _known_functions()
 """Functions that a file may name."""
 KEYWORDS = frozenset(
     """
@@ -89,7 +90,7 @@ KEYWORDS = frozenset(
 WORDS = frozenset(
     """
     nearest linear bilinear bicubic trilinear area nearest-exact none tanh constant reflect replicate circular
-    zeros same valid floor trunc relu sum mean max
+    zeros same valid floor trunc relu sum mean max shape dtype device
     """.split()  # noqa: SIM905
 )
 """Texts that a file may give as an argument."""
@@ -133,6 +134,10 @@ def check_call(kind: str, name: str, args: Sequence[Any], kwargs: dict[str, Any]
         inspect.signature(FUNCTIONS[name]).bind(*args)
         if name == "operator.pow" and not (isinstance(args[1], int | float) and abs(args[1]) <= 64):
             raise InputError(f"{name} takes an exponent up to 64")
+    if name == "getattr":
+        attribute = args[1] if len(args) == 2 and not kwargs and isinstance(args[0], fx.Node) else None
+        if attribute not in ("shape", "dtype", "device"):
+            raise InputError(f"getattr reads {short(attribute)}, which is not on the list")
     if name in _ENLARGING:
         _check_enlarging(name, args, kwargs)
 

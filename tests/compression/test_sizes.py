@@ -1,0 +1,279 @@
+"""Compacted networks take every size that their network takes, and refuse the others in one line."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsereg.compression import compact, count, export, gate, load_compacted, save_compacted
+from sparsereg.compression.compact import difference
+from sparsereg.distributions import HardConcrete
+from sparsereg.model.basic_l0_blocks import L0Gate
+from tests.compression.networks import make, set_gates
+
+
+class Base(nn.Module):
+    """Two convolutions with gates; what comes between them is each network's own."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, padding=1)
+        self.gate = L0Gate(width)
+        self.last = nn.Conv2d(width, 4, 3, padding=1)
+
+    def middle(self, x):
+        return x
+
+    def forward(self, x):
+        return self.last(self.middle(self.gate(F.relu(self.conv(x)))))
+
+
+class Views(Base):
+    """Positions side by side and back, by sizes that are taken from the tensor."""
+
+    def middle(self, x):
+        b, c, h, w = x.shape
+        y = x.view(b, c, h * w).softmax(-1) * 3
+        return y.reshape((x.size(0), c, x.shape[2:][0], -1))
+
+
+class SizeOfAnother(Base):
+    """A map of half the size comes back to the size of the first one."""
+
+    def middle(self, x):
+        y = F.max_pool2d(x, 2)
+        return x + F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class Whole(Base):
+    def middle(self, x):
+        return x.reshape(x.size()) + x.view(x.shape).expand(x.size(0), -1, x.shape[2], x.size(dim=-1))
+
+
+class Half(Base):
+    """Slices by a computed size."""
+
+    def middle(self, x):
+        return x[:, :, : x.shape[2] // 2] * (1 + x.shape[3] % 2)
+
+
+class Squeezes(Base):
+    """A squeeze without a dimension must not take a channel that is left alone."""
+
+    def middle(self, x):
+        y = torch.sigmoid(x.mean((2, 3), keepdim=True).squeeze().unsqueeze(-1).unsqueeze(-1))
+        return x * y
+
+
+class Constants(Base):
+    """What a dead convolution leaves is a constant, and the next one pads it with zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.dead = nn.Conv2d(8, 8, 1)
+        self.dead_gate = L0Gate(8)
+        self.then = nn.Conv2d(8, 8, 1)
+
+    def middle(self, x):
+        return torch.sigmoid(self.then(self.dead_gate(self.dead(x))))
+
+
+class DeadSkip(nn.Module):
+    """The size comes from a tensor that goes."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, stride=2)
+        self.gate = L0Gate(8)
+        self.skip = nn.Conv2d(8, 8, 3, padding=1)
+        self.dead_gate = L0Gate(8)
+        self.pool = pool
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.gate(F.relu(self.first(x)))
+        skip = self.pool(F.relu(self.dead_gate(self.skip(x))))
+        x = F.interpolate(F.avg_pool2d(x, 3), size=skip.shape[2:])
+        return self.last(x + skip)
+
+
+class Sums(Base):
+    """A constant, summed over all positions, depends on their number."""
+
+    def middle(self, x):
+        return x * 0.1 + torch.sigmoid(x).sum((2, 3), keepdim=True) * 1e-2
+
+
+class Borders(Base):
+    """The mean over a border of zeros, which a map of one position does not tell from a constant."""
+
+    def middle(self, x):
+        return F.avg_pool2d(torch.sigmoid(x), 3, stride=1, padding=1)
+
+
+class Tokens(nn.Module):
+    """Words: the sequence's length is dimension 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.places = nn.Embedding(64, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 6)
+        self.gate = L0Gate(6)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        y = self.embed(x) + self.places(torch.arange(x.shape[1]))
+        z = self.norm(y + self.attention(y, y, y, need_weights=False)[0])
+        return self.last(self.gate(F.relu(self.head(z.mean(1)))))
+
+
+IMAGES = {
+    "views": Views,
+    "size of another": SizeOfAnother,
+    "whole shapes": Whole,
+    "half": Half,
+    "squeezes": Squeezes,
+    "constants": Constants,
+    "sums": Sums,
+    "borders": Borders,
+    "dead skip": lambda: DeadSkip(nn.Identity()),
+    "dead skip, pool": lambda: DeadSkip(nn.MaxPool2d(3, 1, 1)),
+}
+
+
+def shut(network, names):
+    for name, module in network.named_modules():
+        if isinstance(module, HardConcrete) and any(n in name for n in names):
+            module.log_alpha.data.fill_(-9)
+
+
+REFUSES = {("views", "all shut"), ("whole shapes", "all shut")}
+"""Where nothing is left that could tell the size of what goes, other sizes are refused."""
+
+
+def agree(network, smaller, x):
+    with torch.no_grad():
+        wanted = network(x)
+        assert difference(wanted, smaller(x)) < 1e-5
+
+
+@pytest.mark.parametrize("pattern", ["mixed", "all shut", "one open"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_other_sizes_give_the_same_answers(name, pattern, tmp_path):
+    torch.manual_seed(0)
+    network = IMAGES[name]().eval()
+    set_gates(network, pattern)
+    shut(network, ["dead_gate"])
+    for size in ((8, 8), (1, 1)) if name in ("views", "borders", "constants") else ((8, 8),):
+        smaller = compact(network, torch.randn(2, 3, *size))
+        for other in (smaller, load_compacted(save_compacted(smaller, tmp_path / "c.pt"))):
+            for shape in ((2, 3, *size), (1, 3, 16, 16), (5, 3, 9, 14)):
+                if (name, pattern) in REFUSES and shape[2:] != size:
+                    with pytest.raises(ValueError, match="compacted for inputs of shape"):
+                        other(torch.randn(shape))
+                else:
+                    agree(network, other, torch.randn(shape))
+
+
+def test_sequences_of_other_lengths(tmp_path):
+    torch.manual_seed(0)
+    network = Tokens().eval()
+    set_gates(network, "half")
+    smaller = compact(network, torch.randint(11, (2, 5)))
+    assert smaller.head.out_features < 6
+    for shape in ((2, 5), (3, 9), (1, 2)):
+        agree(network, smaller, torch.randint(11, shape))
+
+
+def test_an_image_of_another_size_keeps_the_answers_of_googlenet():
+    network, x = make("googlenet")
+    set_gates(network, "few open")
+    smaller = compact(network, x)
+    agree(network, smaller, torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["lenet5", "lenet300", "mlp", "functional"])
+def test_sizes_that_the_network_depends_on_are_checked(name, tmp_path):
+    """Units that are picked by number would be others in a larger image."""
+    network, x = make(name)
+    set_gates(network, "half")
+    smaller = compact(network, x)
+    again = compact(copy.deepcopy(smaller), x)
+    loaded = load_compacted(save_compacted(smaller, tmp_path / "c.pt"))
+    for small in (smaller, loaded, pickle.loads(pickle.dumps(smaller)), again):
+        agree(network, small, torch.randn(5, *x.shape[1:]))
+        wrong = torch.randn(2, 3, 16, 16)
+        if name == "functional":  # its pooling makes every size one
+            agree(network, small, wrong)
+            continue
+        with pytest.raises(RuntimeError, match="shape|size"):
+            network(wrong)
+        with pytest.raises(ValueError, match=r"for inputs of shape \[-1, 3, 8, 8\].*got \[2, 3, 16, 16\]"):
+            small(wrong)
+
+
+def test_sizes_that_are_checked_do_not_hinder_exports(tmp_path):
+    network, x = make("lenet300")
+    set_gates(network, "half")
+    smaller = compact(network, x)
+    assert "of_size" in smaller.code
+    path = export(network, x, tmp_path / "n.pt2")
+    found = torch.export.load(path).module()
+    assert difference(network(x), found(x)) < 1e-5
+    compiled = torch.compile(smaller, backend="eager")
+    assert difference(network(x), compiled(x)) < 1e-5
+
+
+def test_number_of_channels_is_checked_where_unread_ones_are_left_out():
+    network = nn.Sequential(L0Gate(3), nn.Conv2d(3, 4, 3)).eval()
+    network[0].gates.log_alpha.data.copy_(torch.tensor([9.0, -9.0, 9.0]))
+    smaller = compact(network, torch.randn(2, 3, 8, 8))
+    agree(network, smaller, torch.randn(1, 3, 9, 9))
+    with pytest.raises(ValueError, match=r"\[-1, 3, -1, -1\]"):
+        smaller(torch.randn(1, 4, 8, 8))
+
+
+SEGMENTATION = {
+    "lraspp_mobilenet_v3_large": {},
+    "deeplabv3_mobilenet_v3_large": {"aux_loss": True},
+    "fcn_resnet50": {"aux_loss": True},
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentation_networks_are_gated_compacted_and_counted(name, tmp_path):
+    """Their last step brings the map to the image's size, and their answer is a dictionary."""
+    torch.manual_seed(0)
+    builder = getattr(torchvision.models.segmentation, name)
+    network = builder(weights=None, weights_backbone=None, num_classes=4, **SEGMENTATION[name]).eval()
+    for m in network.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.bias.data.normal_(0, 0.3)
+    x = torch.randn(1, 3, 32, 32)
+    network = gate(network, x)
+    set_gates(network, "mixed")
+    smaller = compact(network, x, check=name.startswith("lraspp"))
+    counted = count(network, x)
+    assert sum(p.numel() for p in smaller.parameters()) == counted.compacted_parameters
+    assert counted.compacted_parameters < 0.5 * counted.parameters
+    with FlopCounterMode(display=False) as flops:
+        smaller(x)
+    assert flops.get_total_flops() == 2 * counted.compacted_macs
+    loaded = load_compacted(save_compacted(smaller, tmp_path / "c.pt"))
+    with torch.no_grad():
+        for size in ((32, 32), (48, 40)):
+            image = torch.randn(2, 3, *size)
+            wanted, found, read = network(image), smaller(image), loaded(image)
+            assert found.keys() == wanted.keys()
+            for key, value in wanted.items():
+                assert value.std() > 0
+                assert difference(value, found[key]) < 1e-4
+                assert torch.equal(found[key], read[key])
