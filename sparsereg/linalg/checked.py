@@ -44,7 +44,7 @@ def as_csr(matrix: Any) -> sp.csr_array:
     if matrix.dtype.kind not in "biuf":
         raise ValueError(f"matrix must hold real numbers, got {matrix.dtype}")
     if not sp.issparse(matrix):
-        return sp.csr_array(matrix)
+        return sp.csr_array(widened(matrix))
     check_indices(matrix)
     if matrix.format == "coo":  # entries given twice are added up on the way: without loss or overflow
         matrix = matrix.astype(np.float64)
@@ -54,6 +54,11 @@ def as_csr(matrix: Any) -> sp.csr_array:
     if csr.nnz != len(csr.data) or csr.nnz != len(csr.indices):  # room for more entries behind the last one
         csr = sp.csr_array((csr.data[: csr.nnz], csr.indices[: csr.nnz], csr.indptr), shape=csr.shape)
     return csr
+
+
+def widened(values: np.ndarray) -> np.ndarray:
+    """Return values that SciPy's sparse matrices can hold: they know no half precision."""
+    return values.astype(np.float32) if values.dtype == np.float16 else values
 
 
 def _from_torch(matrix: Any) -> Any:

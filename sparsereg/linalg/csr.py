@@ -17,6 +17,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from sparsereg.linalg.checked import check_indices
+
 MAX_PARTS = 16
 """Ranges of rows. Their number depends on the matrix alone, so that sums do not depend on the threads."""
 SMALL = 1 << 17
@@ -196,13 +198,15 @@ def to_csr(matrix: Any) -> Any:
         matrix: scipy sparse matrix or array, dense array, or torch tensor (dense or sparse).
 
     Raises:
-        ValueError: it is not two-dimensional.
+        ValueError: it is not two-dimensional, or has indices that point beyond it.
     """
     if isinstance(matrix, Tensor):
         matrix = _from_torch(matrix.detach().cpu())
     if len(getattr(matrix, "shape", ())) != 2:
         kind = getattr(matrix, "shape", type(matrix).__name__)
         raise ValueError(f"X must be a two-dimensional matrix, got {kind}")
+    if sparse.issparse(matrix):
+        check_indices(matrix)
     csr = matrix.tocsr() if sparse.issparse(matrix) else sparse.csr_matrix(np.asarray(matrix))
     if csr.data.dtype not in (np.float32, np.float64):
         csr = csr.astype(np.float32)

@@ -153,6 +153,18 @@ def typed(texts: pa.ChunkedArray, decimal_sign: str = ".") -> Any:
     return texts
 
 
+def same_text(texts: pa.ChunkedArray) -> Any:
+    """Convert texts to whole numbers if these print as just those texts: not ``007``, not ``1.0``."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    try:
+        whole = texts.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return texts
+    return whole if pc.all(pc.equal(whole.cast(pa.string()), texts)).as_py() else texts
+
+
 def to_series(values: Any) -> pd.Series:
     """Turn a pyarrow column into a pandas one; whole numbers stay exact beside missing ones."""
     import pandas as pd

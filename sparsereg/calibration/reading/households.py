@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TARGET_COLUMNS = (
-    "name", "value", "group", "weight", "measure", "where", "parent", "scale", "tolerance", "hard",
-    "of", "of_where",
-)  # fmt: skip
+TARGET_TEXTS = ("name", "group", "measure", "where", "parent", "tolerance", "hard", "of", "of_where")
+TARGET_COLUMNS = (*TARGET_TEXTS, "value", "weight", "scale")
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
 _SLIGHT = 1e-6
 """A tolerance of less than this share of the value was probably meant as a share."""

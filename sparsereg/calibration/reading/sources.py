@@ -11,6 +11,7 @@ import numpy as np
 from sparsereg.calibration.findings import empty_rows
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.reading.households import (
+    TARGET_TEXTS,
     BuiltProblem,
     TargetTable,
     build,
@@ -18,8 +19,9 @@ from sparsereg.calibration.reading.households import (
     target_table,
     unique_ids,
 )
+from sparsereg.calibration.reading.matrix_file import read_matrix
 from sparsereg.calibration.reading.synthetic import synthetic_tables
-from sparsereg.calibration.reading.tables import read_matrix, read_table
+from sparsereg.calibration.reading.tables import read_table
 from sparsereg.errors import InputError, did_you_mean
 from sparsereg.files import write_table
 
@@ -57,26 +59,29 @@ def _synthetic(choice: Mapping[str, Any]) -> BuiltProblem:
 
 def _households(choice: Mapping[str, Any]) -> BuiltProblem:
     targets = _read_targets(choice["targets"])
-    households = read_table(choice["households"])
+    households = read_table(choice["households"], id=choice["id"])
     return build(households, targets, choice["weight"], choice["id"], str(choice["households"]))
 
 
 def _matrix(choice: Mapping[str, Any]) -> BuiltProblem:
     targets = _read_targets(choice["targets"])
-    matrix = read_matrix(choice["matrix"])
     if any(targets.measures) or any(targets.wheres) or targets.is_ratio.any():
         raise InputError(
             f"{targets.file} has measure, where or of, which only problem=households uses;"
             " with a matrix it needs name,value"
         )
-    num_targets, num_households = matrix.shape
-    if num_targets != len(targets.names):
-        hint = ": is it transposed?" if num_households == len(targets.names) else ""
-        raise InputError(
-            f"{choice['matrix']} has {num_targets:,} rows (targets) and {num_households:,} columns"
-            f" (households), but {targets.file} has {len(targets.names):,} targets{hint}"
-        )
-    weights, ids = _matrix_weights(choice["weights"], num_households, str(choice["matrix"]))
+
+    def check_shape(shape: tuple[int, int]) -> None:
+        num_targets, num_households = shape
+        if num_targets != len(targets.names):
+            hint = ": is it transposed?" if num_households == len(targets.names) else ""
+            raise InputError(
+                f"{choice['matrix']} has {num_targets:,} rows (targets) and {num_households:,} columns"
+                f" (households), but {targets.file} has {len(targets.names):,} targets{hint}"
+            )
+
+    matrix = read_matrix(choice["matrix"], check_shape)
+    weights, ids = _matrix_weights(choice["weights"], int(matrix.shape[1]), str(choice["matrix"]))
     problem = CalibrationProblem(matrix=matrix, initial_weights=weights, ids=ids, **targets.numbers())
     hints = {int(i): f"row {int(i) + 1} of the matrix is all zero" for i in empty_rows(problem.matrix)}
     return BuiltProblem(problem, hints)
@@ -90,7 +95,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], BuiltProblem]] = {
 
 
 def _read_targets(file: str) -> TargetTable:
-    return target_table(read_table(file, as_text=True), str(file))
+    return target_table(read_table(file, as_text=TARGET_TEXTS), str(file))
 
 
 def _matrix_weights(
@@ -98,7 +103,7 @@ def _matrix_weights(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     if file is None:
         return None, None
-    table = read_table(file)
+    table = read_table(file, id="id")
     if len(table) != num_households:
         raise InputError(
             f"{file} has {len(table):,} weights, but {matrix} has {num_households:,} columns (households)"

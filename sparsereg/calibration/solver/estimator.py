@@ -18,6 +18,7 @@ from sparsereg.calibration.solver.matrix import HouseholdMatrix, household_matri
 from sparsereg.checks import check_count, check_finite, check_not_negative, check_positive, check_probability
 from sparsereg.device import usable_device
 from sparsereg.distributions import GAMMA, ZETA, gate_median, p_active, quantile
+from sparsereg.linalg.checked import as_csr
 
 _log = logging.getLogger(__name__)
 
@@ -240,7 +241,7 @@ class SparseCalibrationWeights(nn.Module):
     def _household_matrix(self, matrix: Any) -> HouseholdMatrix:
         """Prepare a matrix, or take the prepared one if it has the same values; refuse NaN and infinity."""
         with np.errstate(over="ignore"):  # what overflows float32 is refused below
-            csr = sp.csr_array(matrix, dtype=np.float32)
+            csr = as_csr(matrix).astype(np.float32, copy=False)
         if csr.shape[1] != self.n_features:
             raise ValueError(f"M must have {self.n_features} columns, got shape {csr.shape}")
         if not np.isfinite(csr.data.sum(dtype=np.float64)) and not np.isfinite(csr.data).all():

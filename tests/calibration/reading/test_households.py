@@ -6,7 +6,8 @@ import pytest
 import scipy.sparse as sp
 
 from sparsereg.calibration.reading.households import build, target_matrix, target_table
-from sparsereg.calibration.reading.tables import read_matrix, read_table
+from sparsereg.calibration.reading.matrix_file import read_matrix
+from sparsereg.calibration.reading.tables import read_table
 from sparsereg.errors import InputError
 from sparsereg.files import write_table
 
@@ -219,7 +220,7 @@ def test_files_that_are_not_what_their_name_says(tmp_path):
     refuses("blank.csv", "is empty")
     refuses("header.csv", "has a header but no rows")
     refuses("twice.csv", "the column 'a' is there twice")
-    refuses("ragged.csv", "cannot be read as CSV: Expected 2 fields in line 3, saw 4")
+    refuses("ragged.csv", "row 3 has 4 cells, but the header names 2 columns")
     refuses("latin.csv", "is not UTF-8")
     refuses("text.parquet", "is not a Parquet file")
     refuses("cut.parquet", "cannot be read as Parquet")
