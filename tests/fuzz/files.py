@@ -529,15 +529,9 @@ def tree_edit(change: Callable[[Any, random.Random], None]) -> Edit:
 
 def save(content: Any, path: Path) -> None:
     """Write a checkpoint with all the marks of one that the project wrote."""
-    import torch
+    from sparsereg.archives import save_torch
 
-    try:
-        from sparsereg.files import save_checkpoint  # type: ignore[attr-defined]
-    except ImportError:
-        torch.save(content, path)
-    else:
-        path.unlink()
-        save_checkpoint(content, path)
+    save_torch(path, content)
 
 
 def places(node: Any, most: int = 20000) -> list[tuple[Any, Any]]:

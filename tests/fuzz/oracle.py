@@ -45,9 +45,10 @@ def violations(outcome: Outcome, arguments: list[str], folder: Path, expected: s
         found.append("traceback")
     if outcome.left:
         found.append("processes are left running")
-    if SECRET in outcome.out + outcome.err:
+    asked_for = any("SECRET" in a for a in arguments)  # on the command line, variables are the user's to name
+    if SECRET in outcome.out + outcome.err and not asked_for:
         found.append("prints a secret of the environment")
-    return found + _files(folder)
+    return found + _files(folder, asked_for)
 
 
 def _done(outcome: Outcome, arguments: list[str], folder: Path) -> list[str]:
@@ -82,7 +83,7 @@ def _refused(outcome: Outcome, arguments: list[str]) -> list[str]:
     return found
 
 
-def _files(folder: Path) -> list[str]:
+def _files(folder: Path, asked_for: bool) -> list[str]:
     """Return what is wrong with the files of a folder, whatever happened."""
     found = []
     if (folder / "CANARY").exists():
@@ -91,7 +92,7 @@ def _files(folder: Path) -> list[str]:
     for path in outputs.rglob("*") if outputs.is_dir() else ():
         if path.is_file() and path.suffix in (".csv", ".json", ".yaml", ".html", ".log"):
             text = path.read_bytes().decode(errors="replace")
-            if SECRET in text:
+            if SECRET in text and not asked_for:
                 found.append(f"writes a secret of the environment: {path.name}")
             if path.suffix == ".csv" and path.name != "hparams.csv" and (cell := formula(text)):
                 found.append(f"a spreadsheet runs a cell of {path.name}: {cell[:40]!r}")
