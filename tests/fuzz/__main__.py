@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
             attacks = files.attacks(options.seed, numbers(options.start), made.base)
         else:
             attacks = flips.attacks(options.seed, numbers(options.start), made.base)
+        if options.compare:
+            bad += made.compare(attacks)
+            continue
         made.counts.clear(), made.codes.clear()
         made.done = made.bad = 0
         made.slowest = []
@@ -75,6 +78,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", help="folder for the summary and for the folders of violations")
     parser.add_argument("--replay", help="a case of the summary, e.g. commands-1-17")
     parser.add_argument("--real", action="store_true", help="a new interpreter for each case, not a fork")
+    parser.add_argument("--compare", action="store_true", help="run each case both ways and compare")
     parser.add_argument("--keep", action="store_true", help="keep the folders of all cases")
     return parser.parse_args(argv)
 

@@ -1,6 +1,7 @@
 """Running many cases: some at a time, each in a copy of the base, with a line for every violation."""
 
 import csv
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -131,6 +132,23 @@ class Campaign:
         if not found and not self.keep:
             base.remove(folder)
 
+    def compare(self, attacks: Iterator[Attack]) -> int:
+        """Run attacks as forks and as new interpreters; return how many end otherwise, and say which."""
+        different = 0
+        for attack in attacks:
+            ends = []
+            for self.real in (False, True):
+                _, folder, _, running = self._start(attack)
+                outcome = running.wait()
+                ends.append((outcome.code, _without_moments(outcome.err), _without_moments(outcome.out)))
+                base.remove(folder)
+            self.done += 1
+            if ends[0] != ends[1]:
+                different += 1
+                print(f"{attack.name}: {attack.case.about}\n  fork {ends[0]}\n  real {ends[1]}", flush=True)
+        print(f"{self.done} cases compared, {different} end otherwise")
+        return different
+
     def told(self) -> str:
         """Return the summary."""
         lines = [
@@ -140,6 +158,12 @@ class Campaign:
         ]
         lines += [f"  {n:5d}  {violation}" for violation, n in self.counts.most_common()]
         return "\n".join(lines)
+
+
+def _without_moments(text: str) -> str:
+    """Leave out times, process numbers, and what a fork has already warned of."""
+    lines = [line for line in text.splitlines() if "Warning" not in line and not line.startswith("  ")]
+    return re.sub(r"\d{4,}|\d+\.\d+ ?m?s\b", "#", "\n".join(lines))
 
 
 def command_attacks(seed: int, numbers: "range | list[int]") -> Iterator[Attack]:
