@@ -558,7 +558,7 @@ def _evil_values(content: Any, rng: random.Random) -> None:
             value = rng.choice((old[..., None], old.flatten()[:-1], old.to(torch.complex64), old.double(),
             torch.full_like(old, 2), old.to_sparse() if old.dim() else old + 1,
                                 old.to(torch.int32), torch.empty(0), old.to("meta"),
-                                torch.tensor([float("nan")]).expand(old.shape)))  # fmt: skip
+                                torch.full(old.shape, float("nan"))))  # fmt: skip
         place[key] = value
 
 

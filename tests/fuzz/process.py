@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "sEcReT-of-the-environment"
@@ -214,10 +215,17 @@ def _run(path: str, arguments: list[str]) -> int:
 def _no_network() -> None:
     """Let nothing reach out: data that would be downloaded are not there."""
 
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX:
+            raise OSError("no network in a case of the fuzzer")
+        connect(self, address)
+
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no network in a case of the fuzzer")
 
-    socket.socket.connect = refuse  # type: ignore[method-assign,assignment]
+    socket.socket.connect = local_only  # type: ignore[method-assign,assignment]
     socket.getaddrinfo = refuse  # type: ignore[assignment]
 
 
