@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsereg.compression.macs import counting, recurrent_flops
 from sparsereg.compression.ops import (
     Add,
     Attribute,
@@ -381,7 +382,7 @@ def trace(model: nn.Module, example_input: Example) -> Network:
         twice = tuple(x if x.shape[0] > 1 else torch.cat([x, x]) for x in inputs)
         recorder = _Recorder(fx.GraphModule(model, graph))
         try:
-            with recorder.counter:
+            with counting() as recorder.counter:
                 recorder.run(*twice)
         except Exception as error:
             name = type(model).__name__
@@ -473,7 +474,7 @@ class _Recorder(fx.Interpreter):
         super().__init__(module)
         self.results: dict[fx.Node, Any] = {}
         self.flops: dict[fx.Node, int] = {}
-        self.counter = FlopCounterMode(display=False)
+        self.counter: FlopCounterMode
         self.where = ""
 
     def run_node(self, n: fx.Node) -> Any:
@@ -482,6 +483,10 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         self.results[n] = _shape(result)
         self.flops[n] = self.counter.get_total_flops() - before
+        layer = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
+        if isinstance(layer, nn.RNNBase):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            self.flops[n] = recurrent_flops(layer, args[0] if args else kwargs["input"])
         return result
 
 

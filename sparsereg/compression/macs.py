@@ -1,0 +1,67 @@
+"""Multiply-accumulate operations, also those that torch.utils.flop_counter does not see."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+aten = torch.ops.aten
+
+
+def _matrix_times_vector(matrix: Any, vector: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _added_matrix_times_vector(add: Any, matrix: Any, vector: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _dot(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(a)
+
+
+def _added_batch_of_products(add: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(a) * b[2]
+
+
+def _bilinear(x: Any, weight: Any, y: Any, *args: Any, **kwargs: Any) -> int:
+    """Shapes as F.bilinear hands them on: (examples, in1), (out, in1, in2), (examples, in2)."""
+    return 2 * x[0] * math.prod(weight)
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    aten.mv: _matrix_times_vector,
+    aten.addmv: _added_matrix_times_vector,
+    aten.dot: _dot,
+    aten.vdot: _dot,
+    aten.addbmm: _added_batch_of_products,
+    aten._trilinear: _bilinear,
+}
+"""Floating-point operations from the shapes of the arguments, two for each multiply-accumulate operation."""
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Count floating-point operations; attention does not take its fused paths, of which nothing is seen."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def recurrent_flops(layer: nn.RNNBase, x: Tensor) -> int:
+    """Floating-point operations of an RNN, LSTM or GRU: every step applies every matrix once.
+
+    Args:
+        layer: the layer.
+        x: its input, steps and examples in either order, features last.
+    """
+    steps = x.numel() // x.shape[-1]
+    return 2 * steps * sum(p.numel() for p in layer.parameters() if p.dim() == 2)
