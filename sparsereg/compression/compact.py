@@ -33,6 +33,7 @@ from sparsereg.compression.ops import (
 )
 from sparsereg.compression.pad import rounded_pins
 from sparsereg.compression.sizes import ANY, of_size, same_positions, window
+from sparsereg.compression.vocabulary import reserved
 from sparsereg.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def compact(
         _check(network, analysis, smaller, examples(example_input))
     costs = full_costs(network).values()
     size = {"parameters": sum(n for n, _ in costs), "macs": sum(n for _, n in costs)}
-    smaller.meta[ORIGINAL] = getattr(model, "meta", {}).get(ORIGINAL, size)
+    smaller.meta[ORIGINAL] = model.meta.get(ORIGINAL, size) if isinstance(model, fx.GraphModule) else size
     return smaller
 
 
@@ -211,7 +212,7 @@ class _Builder:
 
     def _free(self, name: str) -> str:
         taken = {n for n, _ in self.root.named_children()} | {n for n, _ in self.root.named_parameters()}
-        taken |= {n for n, _ in self.root.named_buffers()}
+        taken |= {n for n, _ in self.root.named_buffers()} | reserved(fx.GraphModule)
         number = 0
         while (candidate := f"{name}_{number}" if number else name) in taken:
             number += 1
@@ -309,6 +310,9 @@ class _Builder:
     def module(self, op: Op, module: nn.Module, inputs: tuple[Any, ...], kwargs: Any = None) -> fx.Node:
         """Put a module at its old place and call it."""
         path = op.path or op.name
+        first = path.split(".")[0]
+        if first in reserved(fx.GraphModule):  # a layer called graph or code, say
+            path = f"{first}_{path.removeprefix(first)}"
         owner: nn.Module = self.root
         *parents, last = path.split(".")
         for parent in parents:
@@ -628,9 +632,10 @@ def _attribute(b: _Builder, op: Op) -> fx.Node:
     assert isinstance(op, Attribute)
     tensor = b.copied(op.tensor)
     if not isinstance(op.tensor, nn.Parameter):
-        return b.tensor(op.name, tensor)
-    b.root.register_parameter(op.name, nn.Parameter(tensor, requires_grad=op.tensor.requires_grad))
-    return b.graph.get_attr(op.name)
+        return b.tensor(b._free(op.name), tensor)
+    name = b._free(op.name)
+    b.root.register_parameter(name, nn.Parameter(tensor, requires_grad=op.tensor.requires_grad))
+    return b.graph.get_attr(name)
 
 
 _BUILD: dict[type[Op], Callable[[_Builder, Op], fx.Node]] = {

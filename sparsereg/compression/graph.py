@@ -380,7 +380,7 @@ def trace(model: nn.Module, example_input: Example) -> Network:
                 graph.erase_node(node)
         # One example cannot be told from a dimension of size one; two of them can.
         twice = tuple(x if x.shape[0] > 1 else torch.cat([x, x]) for x in inputs)
-        recorder = _Recorder(fx.GraphModule(model, graph))
+        recorder = _Recorder(model, graph)
         try:
             with counting() as recorder.counter:
                 recorder.run(*twice)
@@ -470,8 +470,8 @@ def _undo_writing_in_place(graph: fx.Graph, model: nn.Module) -> None:
 class _Recorder(fx.Interpreter):
     """Runs a graph and records what every node returned and what it cost."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)  # type: ignore[arg-type]
         self.results: dict[fx.Node, Any] = {}
         self.flops: dict[fx.Node, int] = {}
         self.counter: FlopCounterMode

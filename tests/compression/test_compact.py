@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsereg.compression import Accountant, compact, count
+from sparsereg.compression import Accountant, compact, count, load_compacted, save_compacted
 from sparsereg.compression.compact import difference
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
@@ -365,6 +365,48 @@ def test_operations_without_a_rule_keep_their_inputs():
     set_gates(network, "mixed")
     smaller = check(network, torch.randn(4, 6))
     assert smaller.a.out_features == 8
+
+
+def test_layers_may_have_the_names_of_what_a_traced_network_has(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.graph, self.code = nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 3))
+            self.gate = L0Gate(6)
+            self.meta = nn.Parameter(torch.randn(3))
+
+        def forward(self, x):
+            return self.code(self.gate(self.graph(x))) * self.meta
+
+    torch.manual_seed(0)
+    network = Odd().eval()
+    set_gates(network, "half")
+    x = torch.randn(5, 4)
+    smaller = check(network, x)
+    assert torch.equal(load_compacted(save_compacted(smaller, tmp_path / "c.pt"))(x), smaller(x))
+
+
+def test_what_cannot_be_rebuilt_is_named(monkeypatch):
+    """Whatever goes wrong inside of one operation, its user gets one line that names it."""
+    module = importlib.import_module("sparsereg.compression.compact")
+
+    def breaks(b, op):
+        raise TypeError("int() argument must be a string")
+
+    network, x = make("mlp")
+    set_gates(network, "half")
+    monkeypatch.setattr(module, "_BUILD", {**module._BUILD, module.Norm: breaks})
+    with pytest.raises(InputError, match=r"^Sequential cannot be compacted, at '6' \(BatchNorm1d\): int"):
+        compact(network, x)
+
+
+def test_infinite_answers_must_be_infinite_on_both_sides():
+    inf, nan = float("inf"), float("nan")
+    a = torch.tensor([0.0, 10.0, inf, -inf, nan])
+    assert difference(a, a) == 0
+    assert difference(a, a + 1) == pytest.approx(0.1)
+    assert difference(a, torch.zeros(5)) == inf
+    assert difference(a, a.flip(0)) == inf
 
 
 def test_differences_are_relative():
