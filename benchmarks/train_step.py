@@ -129,14 +129,15 @@ def our_run(file: Path, batch_size: int, steps: int, folder: Path) -> float:
     """Train as train.py does and return its seconds per step."""
     from hydra import compose, initialize_config_dir
 
-    from sparsereg.cli import CONFIGS
-    from sparsereg.config import checked
+    from sparsereg.cli import CONFIGS, settings_of
     from sparsereg.training import build
+    from sparsereg.training.config import Training
 
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         augment = ["data.augment.flip=true", "data.augment.crop_scale=[0.8,1.0]"]
         size = [f"data.batch_size={batch_size}", "data.val_size=0.1"]
-        cfg = checked(compose("train", ["data=npz", f"data.path={file}", *size, *augment]))
+        composed = compose("train", ["data=npz", f"data.path={file}", *size, *augment])
+    cfg = settings_of(Training, composed)
     build.tune_process()
     data = build.build_data(cfg)
     module = build.build_module(cfg, build.build_network(cfg, data), data)

@@ -5,6 +5,8 @@ traceback is in a log file that the message names. The last line on stdout is ``
 """
 
 import contextlib
+import importlib
+import logging
 import os
 import re
 import sys
@@ -13,18 +15,19 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from sparsereg.errors import InputError, OutputError, interpolation_error, nearest, type_error
+from sparsereg.arguments import check, named_keys
+from sparsereg.errors import InputError, OutputError, interpolation_error, nearest
 from sparsereg.files import no_room, write_text
+from sparsereg.settings import Settings, all_keys, read
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Run = Callable[[DictConfig], Path]
@@ -66,11 +69,14 @@ def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None
     try:
         if not CONFIGS.is_dir():
             raise InputError(f"{CONFIGS} is missing: run the script from a clone of the repository")
-        named = {argument.partition("=")[0] for argument in arguments[1:]}
-        _implied[:] = [c for c in choices(arguments[1:]) if c.partition("=")[0] not in named]
-        sys.argv[1:] = [*_implied, *_overrides_first(arguments[1:])]
+        given = _overrides_first(arguments[1:])
+        check(given, CONFIGS, known_keys(name))
+        named = {argument.partition("=")[0] for argument in given}
+        _implied[:] = [c for c in choices(given) if c.partition("=")[0] not in named]
+        sys.argv[1:] = [*_implied, *given]
         OmegaConf.register_new_resolver("checkpoint_of_job", _checkpoint_of_job, replace=True)
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
+        with _of_hydra():
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
         if failed:
             raise failed[0]
     except SystemExit:
@@ -100,12 +106,41 @@ def _checkpoint_of_job(number: int) -> str:
     return checkpoint_of_job(number)
 
 
-def user_overrides() -> list[str]:
-    """Return the overrides that the user gave, without the choices that they imply."""
+@contextlib.contextmanager
+def _of_hydra() -> Iterator[None]:
+    """Within this context Hydra composes what the user gave: what it does not expect is wrong input."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, KeyError, AssertionError, RecursionError) as error:
+        raise InputError(f"the configuration cannot be composed: {error or type(error).__name__}") from error
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def settings_of(cls: type[S], composed: DictConfig) -> S:
+    """Return the settings that Hydra composed: the one place where a configuration becomes settings.
+
+    Args:
+        cls: the settings of the script.
+        composed: with interpolations.
+
+    Raises:
+        InputError: an interpolation leads nowhere, a key is unknown or missing, or a value does not fit.
+    """
+    try:
+        given = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise InputError(_config_message(error)) from error
+    return read(cls, given)
+
+
+def named() -> frozenset[str]:
+    """Return the dotted keys that the user named, without the choices that they imply."""
     overrides = list(HydraConfig.get().overrides.task)
     for choice in _implied:
         overrides.remove(choice)
-    return overrides
+    return named_keys(overrides)
 
 
 def finish(results: Path) -> None:
@@ -118,15 +153,36 @@ def finish(results: Path) -> None:
 def wrong_input() -> Iterator[None]:
     """Within this context a ValueError is the user's: it becomes an InputError.
 
-    The scripts build their objects from the configuration inside it and train outside of it.
+    The scripts build their objects from the settings inside it and train outside of it. Messages wait until
+    all is well, so that none stands before the error.
     """
+    root = logging.getLogger()
+    handlers, waiting = root.handlers[:], _Waiting()
+    root.handlers[:] = [waiting]
     try:
         yield
     except InputError:
+        waiting.records.clear()
         raise
     except ValueError as error:
-        said = interpolation_error(str(error)) or type_error(str(error))
-        raise InputError(said or one_line(str(error))) from error
+        waiting.records.clear()
+        raise InputError(one_line(str(error))) from error
+    finally:
+        root.handlers[:] = handlers
+        for record in waiting.records:
+            root.handle(record)
+
+
+class _Waiting(logging.Handler):
+    """Keeps messages for later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.records.append(record)
 
 
 def report(name: str, error: BaseException) -> int:
@@ -141,6 +197,27 @@ def report(name: str, error: BaseException) -> int:
     return 1
 
 
+LESS_MEMORY = {
+    "train": "take a smaller data.batch_size, data.eval_batch_size or network, or data.device_resident=false",
+    "test": "take a smaller data.eval_batch_size or callbacks.batch_norm.batch_size",
+    "calibrate": "take fewer households or targets, or device=cpu instead of a GPU",
+}
+"""What helps where memory is not enough."""
+_NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|cannot allocate memory", re.I)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory was not enough; what somebody made of that failure counts, too."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, MemoryError):
+            return True
+        if isinstance(chain, RuntimeError | OSError) and _NO_MEMORY.search(str(chain)):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
 def one_line(text: str) -> str:
     """Fold a message into one line."""
     return re.sub(r"\s+", " ", text).strip()
@@ -148,12 +225,14 @@ def one_line(text: str) -> str:
 
 def _input_message(name: str, error: BaseException) -> str | None:
     """Return the one line for wrong input, or None if the failure is ours."""
+    if lacks_memory(error):
+        return f"out of memory: {LESS_MEMORY[name]}"
     if isinstance(error, InputError | OutputError):
         return one_line(str(error))
     if (reason := no_room(error)) is not None:
         return f"the outputs cannot be written: {reason}"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _config_message(name, error)
+        return _config_message(error, name)
     if isinstance(error, OSError) and _is_about_outputs(error):
         return f"cannot write {error.filename}: {error.strerror}; make the folder writable or run elsewhere"
     return None
@@ -163,15 +242,27 @@ def _is_about_outputs(error: OSError) -> bool:
     return error.filename is not None and "outputs" in Path(str(error.filename)).parts
 
 
-def _config_message(name: str, error: BaseException) -> str:
-    """Shorten what Hydra and OmegaConf say about a configuration, and name the nearest key."""
+def _config_message(error: BaseException, name: str | None = None) -> str:
+    """Shorten what Hydra and OmegaConf say about a configuration, and name the nearest key.
+
+    Args:
+        error: what they raised.
+        name: the script.
+    """
     text = str(error)
-    if (said := interpolation_error(text) or type_error(text)) is not None:
+    if (said := interpolation_error(text)) is not None:
         return said
+    key = getattr(error, "full_key", None)
+    if isinstance(error, InterpolationResolutionError | MissingMandatoryValue) and key:
+        return one_line(f"{key}: {text.partition(chr(10))[0]}")
     unknown = re.search(r"(?:Could not override|Key) '([^']+)'", text)
-    if unknown and ("not in" in text or "To append" in text):
+    if unknown and name is not None and ("not in" in text or "To append" in text):
         key = unknown.group(1)
-        return f"unknown key {key!r}{nearest(key, _known_keys(name))}; see python {name}.py --cfg job"
+        return f"unknown key {key!r}{nearest(key, known_keys(name))}; see python {name}.py --cfg job"
+    ambiguous = re.search(r"Ambiguous value for argument '(.*)'", text)
+    if ambiguous:
+        key, _, values = ambiguous.group(1).partition("=")
+        return f"{key}={values}: expected one value; a sweep over several has -m, a list is {key}=[{values}]"
     group = re.search(r"Could not find '([^']+)'", text)
     if group and "Available options" in text:
         kind, _, choice = group.group(1).rpartition("/")
@@ -181,29 +272,24 @@ def _config_message(name: str, error: BaseException) -> str:
     return one_line(text.partition("\nSet the environment")[0])
 
 
-def _known_keys(name: str) -> list[str]:
-    """Return every dotted key of the configuration as the user composed it, as far as that is possible."""
-    choices = [a for a in sys.argv[1:] if re.fullmatch(r"\w+=\w+", a)]
-    for overrides in (choices, []):
-        GlobalHydra.instance().clear()
-        with contextlib.suppress(HydraException, OmegaConfBaseException):
-            with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-                cfg = hydra.compose(name, overrides=[a for a in overrides if _is_group(name, a)])
-            return _flatten(OmegaConf.to_container(cfg, resolve=False))
-    return []
+SETTINGS = {
+    "train": ("sparsereg.training.config", "Training"),
+    "test": ("sparsereg.training.config", "Evaluation"),
+    "calibrate": ("sparsereg.calibration.config", "CalibrationRun"),
+}
+"""Where the settings of each script are declared."""
 
 
-def _is_group(name: str, override: str) -> bool:
-    return (CONFIGS / override.partition("=")[0]).is_dir()
+def declared_by(name: str) -> type[Settings]:
+    """Return the settings of a script."""
+    module, settings = SETTINGS[name]
+    cls: type[Settings] = getattr(importlib.import_module(module), settings)
+    return cls
 
 
-def _flatten(node: Any, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, value in node.items():
-        keys.append(f"{prefix}{key}")
-        if isinstance(value, dict):
-            keys += _flatten(value, f"{prefix}{key}.")
-    return keys
+def known_keys(name: str) -> list[str]:
+    """Return every dotted key that a script knows, of all choices of its groups."""
+    return list(all_keys(declared_by(name)))
 
 
 def _write_traceback(name: str, error: BaseException) -> Path:

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable
-
-from torch import nn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sparsereg.checks import check_count, check_positive
-from sparsereg.distributions import HardConcrete
+from sparsereg.settings import POSITIVE, Settings, count, setting
+
+if TYPE_CHECKING:  # the schedules are numbers only, and settings are read before PyTorch is loaded
+    from torch import nn
 
 SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
     "constant": lambda initial, final, t: initial,
@@ -56,7 +59,21 @@ class TemperatureScheduler:
         return SCHEDULES[self.schedule](self.initial_temp, self.final_temp, progress)
 
 
-def update_temperatures(model: nn.Module, temperature: float) -> None:
+@dataclass(frozen=True)
+class Temperature(Settings):
+    """beta of the Hard Concrete distribution over the epochs."""
+
+    schedule: str = setting("constant", "how it goes from initial to final", choices=tuple(SCHEDULES))
+    initial: float = setting(2 / 3, "at the start", POSITIVE)
+    final: float = setting(0.1, "at the end; not used by constant", POSITIVE)
+    anneal_epochs: int = setting(10, "epochs from initial to final; not used by constant", count())
+
+    def scheduler(self) -> TemperatureScheduler:
+        """Return beta as a function of the epoch."""
+        return TemperatureScheduler(self.initial, self.final, self.anneal_epochs, self.schedule)
+
+
+def update_temperatures(model: "nn.Module", temperature: float) -> None:
     """Set the temperature of every Hard Concrete tensor below ``model``.
 
     Args:
@@ -66,6 +83,8 @@ def update_temperatures(model: nn.Module, temperature: float) -> None:
     Raises:
         ValueError: the temperature is not a number > 0.
     """
+    from sparsereg.distributions import HardConcrete
+
     check_positive("temperature", temperature)
     for module in model.modules():
         if isinstance(module, HardConcrete):

@@ -25,7 +25,7 @@ _HOMES = {
     "CalibrationProblem": "problem",
     "CalibrationResult": "solver.calibration",
     "Finding": "findings",
-    "Settings": "solver.calibration",
+    "Settings": "config",
     "SparseCalibrationWeights": "solver.estimator",
     "build": "reading.households",
     "calibrate": "solver.calibration",

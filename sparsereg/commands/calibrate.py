@@ -6,14 +6,17 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from sparsereg.cli import script
+from sparsereg.cli import script, settings_of
 
 
-def run(cfg: DictConfig) -> Path:
+def run(composed: DictConfig) -> Path:
     """Read, check, calibrate, hold out, write results.json; return its path."""
-    from sparsereg.calibration.command import run  # NumPy and pandas need not be loaded to print a help text
+    from sparsereg.calibration.config import CalibrationRun
 
-    return run.run(cfg)
+    settings = settings_of(CalibrationRun, composed)
+    from sparsereg.calibration.command import run  # slow to load: NumPy, pandas, PyTorch
+
+    return run.run(settings)
 
 
 def spelt_out(argument: str) -> str:

@@ -4,13 +4,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from sparsereg.cli import script, user_overrides, wrong_input
+from sparsereg.cli import named, script, settings_of, wrong_input
 
 
-def run(cfg: DictConfig) -> Path:
+def run(composed: DictConfig) -> Path:
     """Rebuild the network of a checkpoint, test it, compact, export and time it; write results.json."""
+    from sparsereg.training.config import Evaluation
+
+    given = settings_of(Evaluation, composed)
     from sparsereg.compression import Accountant
-    from sparsereg.config import check_test
     from sparsereg.files import new_version, write_json
     from sparsereg.training import build, handover
     from sparsereg.training.results import block_table, count_summary, gate_summary, headline, metric
@@ -18,8 +20,7 @@ def run(cfg: DictConfig) -> Path:
     with wrong_input():
         build.tune_process()
         build.quieten_lightning()
-        check_test(cfg)
-        cfg, checkpoint = build.rebuild_config(cfg, user_overrides())
+        cfg, checkpoint = build.rebuild(given, named())
         build.check_trainer(cfg, multirun=False)
         data = build.build_data(cfg)
         net = build.rebuild_network(cfg, checkpoint, data)
@@ -49,7 +50,7 @@ def run(cfg: DictConfig) -> Path:
         "data": data.describe(),
     }
     device = trainer.strategy.root_device
-    results |= handover.run(cfg, checkpoint, net, example, data, device, folder)
+    results |= handover.run(given, cfg, checkpoint, net, example, data, device, folder)
     write_json(folder / "results.json", results)
     print(block_table(count, net))
     print(headline(results))

@@ -4,33 +4,33 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from sparsereg.cli import script, user_overrides, wrong_input
+from sparsereg.cli import named, script, settings_of, wrong_input
 
 
-def run(cfg: DictConfig) -> Path:
+def run(composed: DictConfig) -> Path:
     """Compose, build, train, fine-tune, test, write results.json; return its path."""
+    from sparsereg.training.config import Training
+
+    given = settings_of(Training, composed)
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from sparsereg.config import checked
     from sparsereg.files import write_json, write_text
+    from sparsereg.settings import plain
     from sparsereg.training import build, stages
     from sparsereg.training.results import headline
 
     hydra = HydraConfig.get()
-    overrides = user_overrides()
     with wrong_input():
         build.tune_process()
         build.quieten_lightning()
-        checked(cfg)
-        cfg, checkpoint = build.start_from(cfg, overrides)
-        cfg = checked(cfg)
+        cfg, checkpoint = build.start_from(given, named())
         build.check_trainer(cfg, multirun=hydra.mode == RunMode.MULTIRUN)
         data = build.build_data(cfg)
-        stage = stages.begin(cfg, data, checkpoint, overrides, Path("outputs"))
+        stage = stages.begin(cfg, data, checkpoint, Path("outputs"))
 
     if stage.trainer.is_global_zero:
-        write_text(stage.folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        write_text(stage.folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
         data.save_split(stage.folder / "split.npz")
     results = stages.carry_out(cfg, stage)
     if stage.trainer.is_global_zero:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsereg.errors import InputError
+from sparsereg.data.config import Augment
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP, ANGLE, RIGHT, DOWN, ZOOM = range(9)
 """Columns of the parameters: a crop box and shifts in pixels, 0 or 1, an angle in radians, a factor."""
@@ -23,53 +23,17 @@ _TRIES = 10
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """Which random changes are made; the default makes none.
+class Augmentation(Augment):
+    """Which random changes are made; the default makes none. The fields are those of the settings.
 
-    Args:
-        flip: mirror left to right with probability 1/2.
-        crop_scale: smallest and largest share of the image's area that a crop keeps, in (0, 1]; the crop
-            is enlarged to the image's size. None: no crop.
-        crop_ratio: smallest and largest width / height of a crop, > 0.
-        degrees: rotation about the centre, uniform in +- this many degrees, in [0, 180].
-        translate: shift along each axis, uniform in +- this many pixels, >= 0.
-        whole_pixels: shift by whole pixels, each in +- ``translate`` as likely: an image that is not
-            rotated, zoomed or cropped stays as sharp as it is.
-        zoom: the image is enlarged by a factor that is uniform in 1 +- this, in [0, 1).
-        elastic: standard deviation in pixels, >= 0, of smooth random displacements along each axis
-            (Simard, Steinkraus, Platt 2003, whose alpha of 34 and sigma of 4 pixels are 1.4 pixels here).
-        elastic_smoothness: standard deviation in pixels, > 0, of the Gaussian that makes them smooth.
+    A crop is enlarged to the image's size; rotation is about the centre, uniform in +- ``degrees``; shifts
+    along each axis and the zoom are uniform, too. With ``whole_pixels`` each shift is as likely, and an image
+    that is not rotated, zoomed or cropped stays as sharp as it is. ``elastic`` is after Simard, Steinkraus,
+    Platt 2003, whose alpha of 34 and sigma of 4 pixels are 1.4 pixels here.
 
     Raises:
         InputError: a value is outside its range.
     """
-
-    flip: bool = False
-    crop_scale: tuple[float, float] | None = None
-    crop_ratio: tuple[float, float] = (0.9, 1.1)
-    degrees: float = 0.0
-    translate: float = 0.0
-    whole_pixels: bool = False
-    zoom: float = 0.0
-    elastic: float = 0.0
-    elastic_smoothness: float = 4.0
-
-    def __post_init__(self) -> None:
-        if self.crop_scale is not None:
-            _check_pair("crop_scale", self.crop_scale, 1.0)
-        _check_pair("crop_ratio", self.crop_ratio, math.inf)
-        if not 0 <= self.degrees <= 180:
-            raise InputError(f"augment.degrees must lie in [0, 180], got {self.degrees!r}")
-        if not 0 <= self.translate < math.inf:
-            raise InputError(f"augment.translate must be >= 0 pixels, got {self.translate!r}")
-        if not 0 <= self.zoom < 1:
-            raise InputError(f"augment.zoom must lie in [0, 1), got {self.zoom!r}")
-        if not 0 <= self.elastic < math.inf:
-            raise InputError(f"augment.elastic must be >= 0 pixels, got {self.elastic!r}")
-        if not 0 < self.elastic_smoothness < math.inf:
-            raise InputError(
-                f"augment.elastic_smoothness must be > 0 pixels, got {self.elastic_smoothness!r}"
-            )
 
     @property
     def affine(self) -> bool:
@@ -295,9 +259,3 @@ def _into_box(centred: Tensor, start: Tensor, length: Tensor, size: int) -> Tens
 
 def _fade(centred: Tensor, size: int) -> Tensor:
     return ((size + 1) / 2 - centred.abs()).clamp(0.0, 1.0)
-
-
-def _check_pair(name: str, pair: tuple[float, float], limit: float) -> None:
-    if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= limit or not math.isfinite(pair[1]):
-        bound = "" if math.isinf(limit) else f" <= {limit:g}"
-        raise InputError(f"augment.{name} must be two numbers 0 < low <= high{bound}, got {list(pair)!r}")

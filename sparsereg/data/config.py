@@ -1,102 +1,175 @@
-"""The keys of ``data=...``: one dataclass per source, so that a misspelt key or a wrong type fails.
+"""The settings of ``data=...``: one class for each source.
 
 Nothing here imports PyTorch: the command line is checked before anything slow is loaded.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsereg.errors import InputError
+from sparsereg.settings import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    Contradiction,
+    Rule,
+    Settings,
+    again,
+    count,
+    one_of,
+    setting,
+    within,
+)
+
+VAL_SIZE = Rule(
+    "a count >= 0, or a fraction in (0, 1)",
+    lambda v: 0 < v < 1 if isinstance(v, float) else v >= 0,
+)
 
 
-@dataclass
-class AugmentConfig:
+def _increasing(name: str, pair: tuple[float, float] | None, largest: float) -> None:
+    if pair is not None and not 0 < pair[0] <= pair[1] <= largest:
+        at_most = "" if largest == float("inf") else f" and at most {largest:g}"
+        raise Contradiction(
+            f"{{}}{name}={list(pair)}: expected two numbers > 0{at_most}, the smaller one first"
+        )
+
+
+@dataclass(frozen=True)
+class Augment(Settings):
     """Random changes of training images; see :class:`sparsereg.data.augment.Augmentation`."""
 
-    flip: bool = False
-    crop_scale: list[float] | None = None
-    crop_ratio: list[float] = field(default_factory=lambda: [0.9, 1.1])
-    degrees: float = 0.0
-    translate: float = 0.0
-    whole_pixels: bool = False
-    zoom: float = 0.0
-    elastic: float = 0.0
-    elastic_smoothness: float = 4.0
+    flip: bool = setting(False, "mirror left to right with probability 1/2")
+    crop_scale: tuple[float, float] | None = setting(
+        None,
+        "smallest and largest share of the area that a random crop keeps; null: no crop",
+        within("(0, 1]"),
+    )
+    crop_ratio: tuple[float, float] = setting(
+        (0.9, 1.1), "smallest and largest width / height of a crop", POSITIVE
+    )
+    degrees: float = setting(0.0, "rotation in +- degrees", within("[0, 180]"))
+    translate: float = setting(0.0, "shift in +- pixels", NOT_NEGATIVE)
+    whole_pixels: bool = setting(False, "shift by whole pixels, which keeps images sharp")
+    zoom: float = setting(0.0, "enlargement by 1 +- zoom", within("[0, 1)"))
+    elastic: float = setting(
+        0.0, "standard deviation of smooth random displacements, in pixels", NOT_NEGATIVE
+    )
+    elastic_smoothness: float = setting(
+        4.0, "of the Gaussian that makes them smooth, in pixels", within("(0, 1000]")
+    )
+
+    def check(self) -> None:
+        """Pairs are in order."""
+        _increasing("crop_scale", self.crop_scale, 1.0)
+        _increasing("crop_ratio", self.crop_ratio, float("inf"))
 
 
-@dataclass
-class DataConfig:
+@dataclass(frozen=True)
+class Data(Settings):
     """What every source has; see :class:`sparsereg.data.module.ImageDataModule`."""
 
-    name: str
-    batch_size: int = 128
-    eval_batch_size: int = 250
-    val_size: int | float = 0.1
-    split_seed: int = 42
-    seed: int = 0
-    limit_train_images: int | None = None
-    channels_last: bool = True
-    device_resident: bool | str = "auto"
-    augment: AugmentConfig | None = None
+    name: str = setting("", "the source")
+    batch_size: int = setting(
+        128, "images per training batch and process; more processes make the global batch larger", count()
+    )
+    eval_batch_size: int = setting(250, "images per validation and test batch and process", count())
+    val_size: int | float = setting(
+        0.1, "training images that validate: a count, or a fraction in (0, 1); 0: none", VAL_SIZE
+    )
+    split_seed: int = setting(42, "of the draw of those images: a fixed split, whatever the run's seed", SEED)
+    limit_train_images: int | None = setting(
+        None, "train on the first so many images of the (randomly drawn) training part; null: all", count()
+    )
+    device_resident: bool | str = setting(
+        "auto",
+        "hold the uint8 images on the training device; auto: if they take half of its free memory at most",
+        choices=("auto",),
+    )
+    augment: Augment | None = setting(
+        Augment, "random changes of training images; null switches them all off"
+    )
+
+    @classmethod
+    def kind_of(cls, given: Mapping[str, Any], where: str) -> type[Settings]:
+        """The source that ``name`` names."""
+        if "name" not in given:
+            raise InputError(f"{where}.name is missing: expected one of {', '.join(CONFIGS)}")
+        one_of(given["name"], f"{where}.name", list(CONFIGS))
+        return CONFIGS[given["name"]]
 
 
-def _colour_photographs() -> AugmentConfig:
-    return AugmentConfig(flip=True, crop_scale=[0.8, 1.0])
+def _colour_photographs() -> Augment:
+    return Augment(flip=True, crop_scale=(0.8, 1.0))
 
 
-@dataclass
-class Cifar10Config(DataConfig):
-    """``data=cifar10``."""
-
-    name: str = "cifar10"
-    root: str = "data"
-    val_size: int | float = 5000
-    augment: AugmentConfig | None = field(default_factory=_colour_photographs)
+_KEPT_IN = "folder that keeps the files, relative to where you stand"
 
 
-@dataclass
-class MnistConfig(DataConfig):
-    """``data=mnist``."""
+@dataclass(frozen=True)
+class Cifar10Data(Data):
+    """CIFAR-10: 50,000 + 10,000 colour images, 32 x 32, ten classes; fetched by torchvision."""
 
-    name: str = "mnist"
-    root: str = "data"
-    val_size: int | float = 5000
-    augment: AugmentConfig | None = field(default_factory=AugmentConfig)
-
-
-@dataclass
-class DigitsConfig(DataConfig):
-    """``data=digits``."""
-
-    name: str = "digits"
-    image_size: int = 32
-    augment: AugmentConfig | None = field(default_factory=AugmentConfig)
+    name: str = again(Data, "name", "cifar10")
+    root: str = setting("data", _KEPT_IN)
+    val_size: int | float = again(Data, "val_size", 5000)
+    augment: Augment | None = again(Data, "augment", _colour_photographs)
 
 
-@dataclass
-class NpzConfig(DataConfig):
-    """``data=npz``."""
+@dataclass(frozen=True)
+class MnistData(Data):
+    """MNIST: 60,000 + 10,000 grey images, 28 x 28, ten digits; fetched by torchvision."""
 
-    name: str = "npz"
-    path: str | None = None
-    augment: AugmentConfig | None = field(default_factory=AugmentConfig)
-
-
-@dataclass
-class ImageFolderConfig(DataConfig):
-    """``data=image_folder``."""
-
-    name: str = "image_folder"
-    root: str | None = None
-    image_size: int = 32
-    channels: int = 3
-    max_memory_gb: float = 4.0
-    num_workers: int = 2
-    augment: AugmentConfig | None = field(default_factory=_colour_photographs)
+    name: str = again(Data, "name", "mnist")
+    root: str = setting("data", _KEPT_IN)
+    val_size: int | float = again(Data, "val_size", 5000)
 
 
-CONFIGS: dict[str, type[DataConfig]] = {
-    "cifar10": Cifar10Config,
-    "mnist": MnistConfig,
-    "digits": DigitsConfig,
-    "npz": NpzConfig,
-    "image_folder": ImageFolderConfig,
+@dataclass(frozen=True)
+class DigitsData(Data):
+    """scikit-learn's digits: 1,437 + 360 grey images, enlarged from 8 x 8; needs no network."""
+
+    name: str = again(Data, "name", "digits")
+    image_size: int = setting(
+        32, "height and width that the images are enlarged to", within("[8, 224]", "an integer")
+    )
+
+
+@dataclass(frozen=True)
+class NpzData(Data):
+    """Your own arrays: train_images, train_labels, test_images, test_labels; see docs/data.md."""
+
+    name: str = again(Data, "name", "npz")
+    path: str | None = setting(None, "the archive: data.path=FILE.npz")
+
+
+@dataclass(frozen=True)
+class ImageFolderData(Data):
+    """Your own images: root/train/CLASS/* and root/test/CLASS/*; see docs/data.md."""
+
+    name: str = again(Data, "name", "image_folder")
+    root: str | None = setting(None, "the folder: data.root=FOLDER")
+    image_size: int = setting(
+        32, "images are scaled and cut to this height and width, in pixels", within("[1, 8192]", "an integer")
+    )
+    channels: int = setting(3, "3: colour, 1: grey", Rule("1 (grey) or 3 (colour)", lambda v: v in (1, 3)))
+    max_memory_gb: float = setting(
+        4.0,
+        "decoded images are held in memory up to this size (GiB); a larger set is decoded while training",
+        NOT_NEGATIVE,
+    )
+    num_workers: int = setting(
+        2, "processes that decode; 0: the training process itself", within("[0, 1024]", "an integer")
+    )
+    augment: Augment | None = again(Data, "augment", _colour_photographs)
+
+
+CONFIGS: dict[str, type[Data]] = {
+    "cifar10": Cifar10Data,
+    "mnist": MnistData,
+    "digits": DigitsData,
+    "npz": NpzData,
+    "image_folder": ImageFolderData,
 }
-"""Schema of each ``data=NAME``."""
+"""Settings of each ``data=NAME``."""

@@ -5,13 +5,13 @@ import logging
 import os
 import platform
 import warnings
+from collections.abc import Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -19,13 +19,13 @@ from torch import nn
 
 from sparsereg import data as data_sources
 from sparsereg.compression import Accountant, storage
-from sparsereg.config import plain, target_key, two_ways
 from sparsereg.data import ImageDataModule
 from sparsereg.errors import InputError
 from sparsereg.files import new_version
 from sparsereg.model.basic_l0_blocks import synchronise_batch_norm
 from sparsereg.penalties import hard_concretes
-from sparsereg.temperature import TemperatureScheduler, update_temperatures
+from sparsereg.settings import declared, plain, read, value_at, with_value
+from sparsereg.temperature import update_temperatures
 from sparsereg.training import callbacks as ours
 from sparsereg.training import checkpoint as checkpoints
 from sparsereg.training.averaging import WeightAverage
@@ -33,12 +33,13 @@ from sparsereg.training.batch_norm import estimate_batch_norm_
 from sparsereg.training.checkpoint import Checkpoint, FirstStage
 from sparsereg.training.checkpoint_io import WholeCheckpoints
 from sparsereg.training.compaction import Compaction
+from sparsereg.training.config import Evaluation, Training, two_ways
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.module import Classifier, Provenance
-from sparsereg.training.optimizers import OptimizerSettings
 from sparsereg.training.results import metric
 from sparsereg.training.target import SparsityTarget, TargetSettings, asked_for
 from sparsereg.zoo import networks
+from sparsereg.zoo.config import Network, weights_file
 from sparsereg.zoo.torchvision import load_weights_file_
 
 log = logging.getLogger(__name__)
@@ -75,39 +76,44 @@ def quieten_lightning() -> None:
 
 
 def inherit(
-    cfg: DictConfig, checkpoint: Checkpoint, overrides: list[str], keys: "tuple[str, ...]"
-) -> DictConfig:
-    """Take parts of the configuration from a checkpoint; what the user named on the command line wins.
+    given: Training, checkpoint: Checkpoint, named: Set[str], keys: "tuple[str, ...]"
+) -> Training:
+    """Take parts of the settings from a checkpoint; what the user named on the command line wins.
 
     Args:
-        cfg: as composed.
+        given: as the user gave them.
         checkpoint: holds the configuration of its run.
-        overrides: the user's overrides, such as ``data.batch_size=64``.
+        named: dotted keys that the user named, such as ``data.batch_size``.
         keys: top-level keys to take over.
+
+    Raises:
+        InputError: they do not go together.
     """
-    named = [o.lstrip("+~").partition("=")[0] for o in overrides]
     if "experiment" in named:
-        return cfg
-    merged = cfg.copy()
-    OmegaConf.set_struct(merged, False)
-    config = checkpoint.run_config if cfg.get("resume_training") else checkpoint.config
-    for key in keys:
-        if key in config and key not in named:
-            merged[key] = config[key]
-            for path in (n for n in named if n.startswith(key + ".")):
-                OmegaConf.update(merged, path, OmegaConf.select(cfg, path))
-    return merged
+        return given
+    own, config = plain(given), checkpoint.run_config if given.resume_training else checkpoint.config
+    merged = own | {k: config[k] for k in keys if k in config and k not in named}
+    for path in named:
+        if path.partition(".")[0] in keys and "." in path:
+            merged = with_value(merged, path, value_at(own, path))
+    try:
+        return read(Training, merged)
+    except InputError as error:
+        raise InputError(f"with what {checkpoint.named} holds: {error}") from error
 
 
-def start_from(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Checkpoint | None]:
+def start_from(cfg: Training, named: Set[str]) -> tuple[Training, Checkpoint | None]:
     """Read the checkpoint, if one is given, check it against the command, and take over what it knows.
+
+    Args:
+        cfg: as the user gave it.
+        named: dotted keys that the user named.
 
     Raises:
         InputError: it cannot be read, or the command asks for what it cannot give.
     """
-    key = target_key(cfg)
-    if key is not None and cfg.lambda_l0 is not None and any(o.startswith("lambda_l0=") for o in overrides):
-        raise two_ways(cfg, key)
+    if cfg.target_key is not None and cfg.lambda_l0 is not None and "lambda_l0" in named:
+        raise two_ways(cfg)
     if cfg.ckpt_path is None:
         return cfg, None
     checkpoint = checkpoints.read(cfg.ckpt_path, resume=cfg.resume_training)
@@ -118,14 +124,16 @@ def start_from(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Check
     keys: tuple[str, ...] = INHERITED
     if cfg.resume_training:
         keys = tuple(k for k in checkpoint.run_config if k not in NEVER_INHERITED)
-    cfg = inherit(cfg, checkpoint, overrides, keys)
+    cfg = inherit(cfg, checkpoint, named, keys)
     _check_same_model(cfg, checkpoint)
     if cfg.resume_training:
         _check_left(cfg, checkpoint)
+    elif checkpoint.gated and "droprate_init" in named:
+        log.warning("droprate_init has no effect: the checkpoint has its own gates")
     return cfg, checkpoint
 
 
-def _check_usable(cfg: DictConfig, checkpoint: Checkpoint) -> None:
+def _check_usable(cfg: Training, checkpoint: Checkpoint) -> None:
     """Raise an InputError unless a new run can start from the checkpoint."""
     if checkpoint.gated and cfg.without_using_gate:
         raise InputError(
@@ -138,7 +146,7 @@ def _check_usable(cfg: DictConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_resumable(cfg: DictConfig, checkpoint: Checkpoint) -> None:
+def _check_resumable(cfg: Training, checkpoint: Checkpoint) -> None:
     """Raise an InputError unless the run of the checkpoint can be resumed, with gates if it had some."""
     if checkpoint.epoch == 0 and checkpoint.structure is not None:
         raise InputError(
@@ -157,7 +165,7 @@ def _check_resumable(cfg: DictConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_left(cfg: DictConfig, checkpoint: Checkpoint) -> None:
+def _check_left(cfg: Training, checkpoint: Checkpoint) -> None:
     """Raise an InputError unless the run has something left to do: epochs, fine-tuning, or its results."""
     tuned = checkpoint.before is not None
     key = "finetune.epochs" if tuned else "trainer.max_epochs"
@@ -172,33 +180,30 @@ def _check_left(cfg: DictConfig, checkpoint: Checkpoint) -> None:
         raise InputError(f"nothing is left to train: {done} and {key}={limit}; give a larger {key}")
 
 
-def _check_same_model(cfg: DictConfig, checkpoint: Checkpoint) -> None:
+def _check_same_model(cfg: Training, checkpoint: Checkpoint) -> None:
     """Raise an InputError unless the checkpoint is of the network that is asked for."""
     config = checkpoint.run_config if cfg.resume_training else checkpoint.config
-    mine, theirs = plain(cfg.model), config["model"]
-    for wanted, found in (
-        (networks.group(mine), networks.group(theirs)),
-        (mine["name"], theirs["name"]),
-    ):
+    mine, theirs = cfg.model, read(Network, config["model"], f"{checkpoint.named}: model")
+    for wanted, found in ((mine.group, theirs.group), (mine.name, theirs.name)):
         if wanted != found:
             raise InputError(f"ckpt_path={checkpoint.path} is of model={found}, not of model={wanted}")
-    if mine.get("weights") not in (None, theirs.get("weights")):
+    weights = weights_file(mine)
+    if weights not in (None, weights_file(theirs)):
         raise InputError(
-            f"ckpt_path={checkpoint.path} and model.weights={mine['weights']} are both to start from: "
+            f"ckpt_path={checkpoint.path} and model.weights={weights} are both to start from: "
             "give one of them"
         )
 
 
-def build_data(cfg: DictConfig) -> ImageDataModule:
+def build_data(cfg: Training) -> ImageDataModule:
     """Build the data module and load the data, so that everything wrong with it shows before training."""
-    settings = {**plain(cfg.data), "seed": cfg.seed, "channels_last": bool(cfg.trainer.channels_last)}
-    module = data_sources.build(settings)
+    module = data_sources.build(cfg.data, seed=cfg.seed, channels_last=cfg.trainer.channels_last)
     module.prepare_data()
     module.setup()
     return module
 
 
-def build_network(cfg: DictConfig, data: ImageDataModule, checkpoint: Checkpoint | None = None) -> nn.Module:
+def build_network(cfg: Training, data: ImageDataModule, checkpoint: Checkpoint | None = None) -> nn.Module:
     """Build the network with gates at ``droprate_init``, or without any.
 
     Args:
@@ -212,18 +217,19 @@ def build_network(cfg: DictConfig, data: ImageDataModule, checkpoint: Checkpoint
         return in_memory_format(cfg, restore(checkpoint).train())
     task = networks.Task(data.num_classes, data.image_shape)
     net = networks.build(
-        plain(cfg.model),
+        cfg.model,
         task,
         gated=not cfg.without_using_gate,
         droprate_init=cfg.droprate_init,
         temperature=cfg.temperature.initial,
     )
-    if checkpoint is None and cfg.model.get("weights") is not None:
-        load_weights_file_(net, str(cfg.model.weights))
+    weights = weights_file(cfg.model)
+    if checkpoint is None and weights is not None:
+        load_weights_file_(net, weights)
     return in_memory_format(cfg, net)
 
 
-def in_memory_format(cfg: DictConfig, net: nn.Module) -> nn.Module:
+def in_memory_format(cfg: Training, net: nn.Module) -> nn.Module:
     """Lay a network's convolutions out in memory as ``trainer.channels_last`` says."""
     return net.to(memory_format=torch.channels_last) if cfg.trainer.channels_last else net  # type: ignore[call-overload]
 
@@ -239,7 +245,7 @@ def _check_data(checkpoint: Checkpoint, data: ImageDataModule) -> None:
 
 
 def build_module(
-    cfg: DictConfig,
+    cfg: Training,
     net: nn.Module,
     data: ImageDataModule,
     structure: str | None = None,
@@ -256,10 +262,6 @@ def build_module(
         distillation: a teacher, see :func:`build_teacher`.
         before: of fine-tuning, the stage under gates.
     """
-    optimizer = plain(cfg.optimizer)
-    settings = OptimizerSettings(
-        **{**optimizer, "betas": tuple(optimizer["betas"]), "milestones": tuple(optimizer["milestones"])}
-    )
     provenance = Provenance(
         config=plain(cfg),
         num_classes=data.num_classes,
@@ -268,33 +270,32 @@ def build_module(
         structure=structure,
         before=None if before is None else asdict(before),
     )
-    compiled = bool(cfg.trainer.compile)
     module = Classifier(
         net,
         data.num_classes,
-        cfg.lambda_l0 if target_key(cfg) is None else 0.0,
-        settings,
+        0.0 if cfg.lambda_l0 is None or cfg.target_key else cfg.lambda_l0,
+        cfg.optimizer,
         provenance,
-        cfg.get("lambda_l2", 0.0),
-        compiled,
-        cfg.get("penalty", "gates"),
+        cfg.lambda_l2,
+        cfg.trainer.compile,
+        cfg.penalty,
         distillation,
-        cfg.get("label_smoothing", 0.0),
-        steady_gates=target_key(cfg) is not None,
+        cfg.label_smoothing,
+        steady_gates=cfg.target_key is not None,
     )
-    if compiled:
+    if cfg.trainer.compile:
         net.compile()  # in place: torch.compile(net) would rename the keys of the state dict
     return module
 
 
-def build_teacher(cfg: DictConfig, data: ImageDataModule) -> Distillation | None:
+def build_teacher(cfg: Training, data: ImageDataModule) -> Distillation | None:
     """Build the network that ``distill.ckpt_path`` names, if it names one.
 
     Raises:
         InputError: it cannot be read, or was trained on other classes or shapes of images.
     """
-    d = cfg.get("distill")
-    if d is None or d.ckpt_path is None:
+    d = cfg.distill
+    if d.ckpt_path is None:
         return None
     checkpoint = checkpoints.read(d.ckpt_path, "distill.ckpt_path")
     _check_data(checkpoint, data)
@@ -306,7 +307,7 @@ def build_teacher(cfg: DictConfig, data: ImageDataModule) -> Distillation | None
     return Distillation(teacher, d.weight, d.temperature)
 
 
-def restore(checkpoint: Checkpoint, settings: dict[str, Any] | None = None) -> nn.Module:
+def restore(checkpoint: Checkpoint, settings: Network | None = None) -> nn.Module:
     """Build the network of a checkpoint with its weights, gates and temperatures.
 
     Args:
@@ -330,7 +331,7 @@ def restore(checkpoint: Checkpoint, settings: dict[str, Any] | None = None) -> n
     return net
 
 
-def start_weights(net: nn.Module, checkpoint: Checkpoint, cfg: DictConfig, overrides: list[str]) -> None:
+def start_weights(net: nn.Module, checkpoint: Checkpoint, cfg: Training) -> None:
     """Load the weights of a checkpoint for a new run, and say what they did not have."""
     log.info("weights: from %s", checkpoint.path)
     if checkpoint.structure is not None:
@@ -342,8 +343,6 @@ def start_weights(net: nn.Module, checkpoint: Checkpoint, cfg: DictConfig, overr
         update_temperatures(net, cfg.temperature.initial)
     elif checkpoint.gated:
         log.info("the gates continue from the checkpoint")
-        if any(o.startswith("droprate_init=") for o in overrides):
-            log.warning("droprate_init has no effect: the checkpoint has its own gates")
 
 
 def claim_run_folder(outputs: Path) -> Path:
@@ -359,12 +358,10 @@ def build_logger(name: str, folder: Path | None) -> TensorBoardLogger | Literal[
     """Build the logger that writes into the run's folder."""
     if name == "none" or folder is None:
         return False
-    if name != "tensorboard":
-        raise InputError(f"logger={name}: expected tensorboard or none")
     return TensorBoardLogger(str(folder.parent.parent), name=folder.parent.name, version=folder.name)
 
 
-def check_trainer(cfg: DictConfig, multirun: bool) -> None:
+def check_trainer(cfg: Training, multirun: bool) -> None:
     """Refuse what cannot work before anything is loaded.
 
     Raises:
@@ -375,7 +372,7 @@ def check_trainer(cfg: DictConfig, multirun: bool) -> None:
         raise InputError(
             f"trainer.accelerator={trainer.accelerator}: this machine has no GPU; use trainer=cpu"
         )
-    strategy = str(trainer.strategy)
+    strategy = trainer.strategy
     if multirun and strategy.startswith("ddp") and strategy not in ("ddp_fork", "ddp_spawn", "ddp_notebook"):
         raise InputError(
             "-m and trainer=ddp do not work together: every process would start the whole sweep again; "
@@ -385,7 +382,7 @@ def check_trainer(cfg: DictConfig, multirun: bool) -> None:
 
 
 def build_trainer(
-    cfg: DictConfig,
+    cfg: Training,
     callbacks: list[pl.Callback],
     logger: TensorBoardLogger | Literal[False] = False,
     folder: Path | None = None,
@@ -421,7 +418,7 @@ def build_trainer(
         raise InputError(f"trainer: {error}") from error
 
 
-def batches_per_epoch(cfg: DictConfig, data: ImageDataModule) -> int:
+def batches_per_epoch(cfg: Training, data: ImageDataModule) -> int:
     """Return the number of training batches of an epoch, at most ``trainer.limit_train_batches``."""
     batches = len(data.train_dataloader())
     limit = cfg.trainer.limit_train_batches
@@ -431,23 +428,21 @@ def batches_per_epoch(cfg: DictConfig, data: ImageDataModule) -> int:
 
 
 def build_callbacks(
-    cfg: DictConfig, data: ImageDataModule, accountant: Accountant, folder: Path, logging_on: bool
+    cfg: Training, data: ImageDataModule, accountant: Accountant, folder: Path, logging_on: bool
 ) -> "tuple[list[pl.Callback], ours.EpochTimer]":
     """Build the callbacks of a training run; the order matters.
 
     Averaged weights are put in place before gates are brought to a target, then BatchNorm statistics are
     taken, then everything is counted and logged; checkpoints come last.
     """
-    t = cfg.temperature
     timer = ours.EpochTimer()
     callbacks: list[pl.Callback] = [
         timer,
         ours.ReproducibleEpochs(cfg.seed),
         ours.FiniteLoss(),
     ]
-    every = cfg.callbacks.compact_every_n_epochs
-    if every and not cfg.without_using_gate:
-        # In front of all that looks at the network: it then has its original size.
+    if cfg.compacts:  # in front of all that looks at the network: it then has its original size
+        every = cfg.callbacks.compact_every_n_epochs
         callbacks.append(Compaction(accountant, every, cfg.callbacks.compact_below))
     average = WeightAverage(cfg.ema_decay) if cfg.ema_decay is not None else None
     if average is not None:
@@ -457,9 +452,8 @@ def build_callbacks(
         callbacks.append(SparsityTarget(accountant, target_settings(cfg, *asked), average))
     callbacks.append(batch_norm_estimation(cfg, average))
     if not cfg.without_using_gate:
-        scheduler = TemperatureScheduler(t.initial, t.final, t.anneal_epochs, t.schedule)
         callbacks += [
-            ours.TemperatureSchedule(scheduler),
+            ours.TemperatureSchedule(cfg.temperature.scheduler()),
             ours.SparsityMonitor(accountant, cfg.callbacks.histogram_every_n_epochs),
         ]
         if cfg.callbacks.penalty_warmup_epochs > 0:
@@ -473,44 +467,40 @@ def build_callbacks(
     return callbacks, timer
 
 
-def target_settings(cfg: DictConfig, cost: str, kept: float) -> TargetSettings:
+def target_settings(cfg: Training, cost: str, kept: float) -> TargetSettings:
     """Return how a target is reached in the epochs that the run has."""
     epochs = cfg.trainer.max_epochs
+    assert epochs is not None  # checked with the target
     start = min(cfg.callbacks.penalty_warmup_epochs, epochs - 1)
+    ramp_epochs = cfg.target.ramp * (epochs - start)
     return TargetSettings(
-        cost=cost,
-        kept=kept,
-        start_epoch=start,
-        ramp_epochs=cfg.target.ramp * (epochs - start),
-        proportional_gain=cfg.target.proportional_gain,
-        integral_gain=cfg.target.integral_gain,
-        every_n_steps=cfg.target.every_n_steps,
+        **vars(cfg.target), cost=cost, kept=kept, start_epoch=start, ramp_epochs=ramp_epochs
     )
 
 
-def keeps_best(cfg: DictConfig) -> bool:
+def keeps_best(cfg: Training) -> bool:
     """Whether validation runs at all, so that there is a best checkpoint."""
     return cfg.trainer.limit_val_batches != 0
 
 
-def batch_norm_estimation(cfg: DictConfig, average: WeightAverage | None = None) -> ours.BatchNormEstimation:
+def batch_norm_estimation(cfg: Training, average: WeightAverage | None = None) -> ours.BatchNormEstimation:
     """Build the callback that re-estimates BatchNorm statistics, of averaged weights if there are any."""
     b = cfg.callbacks.batch_norm
     return ours.BatchNormEstimation(b.num_images, b.batch_size, average)
 
 
-def statistics_fit(cfg: DictConfig, net: nn.Module, checkpoint: Checkpoint | None) -> bool:
+def statistics_fit(cfg: Training, net: nn.Module, checkpoint: Checkpoint | None) -> bool:
     """Whether the BatchNorm statistics that a network starts with are those of its weights.
 
     They are where they come with the weights: from a checkpoint that says so, or from a file of weights.
     New gates change the activations, and the statistics of a network that starts anew are no statistics.
     """
     if checkpoint is None:
-        return cfg.model.get("weights") is not None and not hard_concretes(net)
+        return weights_file(cfg.model) is not None and not hard_concretes(net)
     return checkpoint.batch_norm_is_current and checkpoint.gated == bool(hard_concretes(net))
 
 
-def tested_checkpoint(cfg: DictConfig, trainer: pl.Trainer, folder: Path) -> tuple[float | None, str | None]:
+def tested_checkpoint(cfg: Training, trainer: pl.Trainer, folder: Path) -> tuple[float | None, str | None]:
     """Return the validation accuracy and the path of the checkpoint to test; no path if none was written."""
     written = folder / "checkpoints"
     best = [c for c in trainer.checkpoint_callbacks if isinstance(c, ours.BestCheckpoint)]
@@ -521,24 +511,25 @@ def tested_checkpoint(cfg: DictConfig, trainer: pl.Trainer, folder: Path) -> tup
     return metric(trainer, "val_acc"), str(last) if last.is_file() else None
 
 
-def rebuild_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Checkpoint]:
-    """Complete the configuration of test.py by that of the checkpoint; what the user named wins."""
-    checkpoint = checkpoints.read(cfg.ckpt_path)
+def rebuild(given: Evaluation, named: Set[str]) -> tuple[Training, Checkpoint]:
+    """Return the settings of the checkpoint that test.py is given; what the user named wins."""
+    checkpoint = checkpoints.read(str(given.ckpt_path))
+    shared = {k: v for k, v in plain(given).items() if k in declared(Training) and k != "ckpt_path"}
     training_keys = tuple(k for k in checkpoint.config if k not in ("trainer", "logger", *NEVER_INHERITED))
-    return inherit(cfg, checkpoint, overrides, training_keys), checkpoint
+    return inherit(read(Training, shared), checkpoint, named, training_keys), checkpoint
 
 
-def rebuild_network(cfg: DictConfig, checkpoint: Checkpoint, data: ImageDataModule) -> nn.Module:
+def rebuild_network(cfg: Training, checkpoint: Checkpoint, data: ImageDataModule) -> nn.Module:
     """Build the network of a checkpoint with its weights, gates and temperatures.
 
     Raises:
         InputError: the checkpoint does not fit the network, or the data do not fit the checkpoint.
     """
     _check_data(checkpoint, data)
-    return in_memory_format(cfg, restore(checkpoint, plain(cfg.model)))
+    return in_memory_format(cfg, restore(checkpoint, cfg.model))
 
 
-def synchronise(cfg: DictConfig, net: nn.Module) -> nn.Module:
+def synchronise(cfg: Training, net: nn.Module) -> nn.Module:
     """Let BatchNorm see all processes if ``trainer.sync_batchnorm`` asks for it."""
     return synchronise_batch_norm(net) if cfg.trainer.sync_batchnorm else net
 

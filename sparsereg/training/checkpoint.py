@@ -12,7 +12,7 @@ from sparsereg.archives import load_torch
 from sparsereg.compression import storage
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import DamagedFile, InputError
-from sparsereg.zoo import networks
+from sparsereg.zoo.config import group_of
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def group_choices(arguments: list[str]) -> list[str]:
     resume = [a.partition("=")[2].lower() for a in arguments if a.startswith("resume_training=")]
     checkpoint = read(paths[-1], resume=resume[-1:] == ["true"])
     config = checkpoint.run_config if resume[-1:] == ["true"] else checkpoint.config
-    return [f"model={networks.group(config['model'])}", f"data={config['data']['name']}"]
+    return [f"model={group_of(config['model'])}", f"data={config['data']['name']}"]
 
 
 def gate_keys(net: nn.Module) -> set[str]:

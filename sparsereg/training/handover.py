@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from sparsereg.compression import compact, export, fuse, load_compacted, save_compacted
 from sparsereg.compression.latency import benchmark
-from sparsereg.config import plain
 from sparsereg.data import ImageDataModule
 from sparsereg.files import write_new
 from sparsereg.layers import GatedLayer, save_csr
 from sparsereg.layers.storage import Storage
 from sparsereg.training.checkpoint import Checkpoint
+from sparsereg.training.config import Evaluation, Training
 from sparsereg.zoo import networks
 
 
 def run(
-    cfg: DictConfig,
+    given: Evaluation,
+    cfg: Training,
     checkpoint: Checkpoint,
     net: nn.Module,
     example: Tensor,
@@ -33,7 +33,8 @@ def run(
     """Do what ``compact``, ``export`` and ``benchmark`` ask for and return what to add to results.json.
 
     Args:
-        cfg: of test.py.
+        given: of test.py.
+        cfg: of the checkpoint.
         checkpoint: what is tested.
         net: the gated (or plain) network, on the CPU.
         example: one image, (1, channels, height, width).
@@ -43,7 +44,7 @@ def run(
     """
     results: dict[str, Any] = {}
     beside = checkpoint.path.parent
-    if cfg.compact:
+    if given.compact:
         notes = {
             "config": checkpoint.config,
             "num_classes": checkpoint.num_classes,
@@ -60,11 +61,11 @@ def run(
         print(f"compacted: {path}, test accuracy {results['compacted_test_acc']:.4f}")
         if any(isinstance(m, GatedLayer) and m.per_weight for m in net.modules()):
             results |= store_sparse(small, beside / "compacted.csr")
-    if cfg.export:
-        path = write_new(beside / f"compacted.{cfg.export}", lambda p: export(net, example, p))
+    if given.export:
+        path = write_new(beside / f"compacted.{given.export}", lambda p: export(net, example, p))
         results["exported"] = str(path)
         print(f"exported: {path}")
-    if cfg.benchmark:
+    if given.benchmark:
         results["latency"] = time_networks(cfg, checkpoint, net, example, folder)
     return results
 
@@ -106,7 +107,7 @@ def accuracy(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def time_networks(
-    cfg: DictConfig, checkpoint: Checkpoint, net: nn.Module, example: Tensor, folder: Path
+    cfg: Training, checkpoint: Checkpoint, net: nn.Module, example: Tensor, folder: Path
 ) -> list[dict[str, Any]]:
     """Time the dense network, the gated one and the compacted one in turns; print a table, write a plot.
 
@@ -119,13 +120,13 @@ def time_networks(
     networks_by_name: dict[str, nn.Module] = {"gated": net, "compacted": fuse(compact(net, example))}
     if checkpoint.gated:
         task = networks.Task(checkpoint.num_classes, checkpoint.image_shape)
-        dense = networks.build(plain(cfg.model), task, gated=False).eval()
+        dense = networks.build(cfg.model, task, gated=False).eval()
         networks_by_name = {"dense": dense, **networks_by_name}
     runtimes = ["eager", "compiled"]
     if importlib.util.find_spec("onnxruntime"):
         runtimes.append("onnxruntime")
     latency = benchmark(
-        networks_by_name, example, runtimes=runtimes, channels_last=bool(cfg.trainer.channels_last)
+        networks_by_name, example, runtimes=runtimes, channels_last=cfg.trainer.channels_last
     )
     print(latency.table())
     print(f"plot: {latency.plot(folder / 'latency.png')}")

@@ -15,8 +15,9 @@ from sparsereg.distributions import draw_together
 from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.model.synchronised import several_processes
 from sparsereg.penalties import expected_l0, expected_l2, hard_concretes, l_c0
+from sparsereg.training.config import Optimizer
 from sparsereg.training.distillation import Distillation
-from sparsereg.training.optimizers import OptimizerSettings, build_optimizer
+from sparsereg.training.optimizers import build_optimizer, learning_rate
 
 if TYPE_CHECKING:
     from sparsereg.training.target import Constraint
@@ -73,7 +74,7 @@ class Classifier(pl.LightningModule):
         net: nn.Module,
         num_classes: int,
         lambda_l0: float,
-        optimizer: OptimizerSettings,
+        optimizer: Optimizer,
         provenance: Provenance,
         lambda_l2: float = 0.0,
         compiled: bool = False,
@@ -175,7 +176,7 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimizer and step its schedule after every batch."""
         optimizer = build_optimizer(self.net, self.optimizer_settings)
-        factor = self.optimizer_settings.factor()
+        factor = learning_rate(self.optimizer_settings)
         steps = max(self._steps_per_epoch(), 1.0)
 
         def scheduled(step: int) -> float:

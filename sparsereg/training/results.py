@@ -4,14 +4,13 @@ import logging
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 from torch import nn
 
 from sparsereg.compression import Accountant, Count
 from sparsereg.compression.compact import ORIGINAL
-from sparsereg.config import target_key
 from sparsereg.penalties import hard_concretes
+from sparsereg.training.config import Training
 from sparsereg.training.target import SparsityTarget, asked_for, exact_share
 
 log = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ def count_summary(count: Count, net: nn.Module) -> dict[str, Any]:
     }
 
 
-def target_summary(cfg: DictConfig, trainer: Trainer, accountant: Accountant) -> dict[str, Any]:
+def target_summary(cfg: Training, trainer: Trainer, accountant: Accountant) -> dict[str, Any]:
     """Return lambda_l0, or the target with the lambda that was found; warn where the target is missed.
 
     Args:
@@ -66,7 +65,7 @@ def target_summary(cfg: DictConfig, trainer: Trainer, accountant: Accountant) ->
     """
     if cfg.without_using_gate:
         return {"lambda_l0": None}
-    key, asked = target_key(cfg), asked_for(cfg)
+    key, asked = cfg.target_key, asked_for(cfg)
     if key is None or asked is None:
         return {"lambda_l0": cfg.lambda_l0}
     cost, allowed = asked
@@ -75,12 +74,12 @@ def target_summary(cfg: DictConfig, trainer: Trainer, accountant: Accountant) ->
         log.warning(
             "%s=%g is not met: %.1f %% of the %s stay; training ended early, or the gates are too few",
             key,
-            cfg[key],
+            getattr(cfg, key),
             100 * kept,
             cost,
         )
     found = next((c.found for c in trainer.callbacks if isinstance(c, SparsityTarget)), None)  # type: ignore[attr-defined]
-    return {"lambda_l0": None, key: cfg[key], "lambda_target": found}
+    return {"lambda_l0": None, key: getattr(cfg, key), "lambda_target": found}
 
 
 def headline(results: dict[str, Any]) -> str:

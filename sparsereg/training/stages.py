@@ -11,25 +11,26 @@ the run and what the gated network reached, so that a run that was cut off anywh
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 
 from sparsereg.compression import Accountant, compact, storage
-from sparsereg.config import plain
 from sparsereg.data import ImageDataModule
 from sparsereg.files import write_atomically
+from sparsereg.settings import plain
 from sparsereg.training import build
 from sparsereg.training import callbacks as ours
-from sparsereg.training.checkpoint import COMPACTED, Checkpoint, FirstStage
+from sparsereg.training.checkpoint import Checkpoint, FirstStage
+from sparsereg.training.config import Training
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.module import Classifier
 from sparsereg.training.results import count_summary, gate_summary, metric, target_summary
+from sparsereg.zoo.config import CompactedModel
 
 UNDER_GATES = {"last.ckpt": "gated.ckpt", "best.ckpt": "gated_best.ckpt"}
 """Names that the checkpoints of the gated stage get when fine-tuning takes theirs."""
@@ -54,7 +55,7 @@ class Stage:
         before: of fine-tuning, the stage under gates.
     """
 
-    cfg: DictConfig
+    cfg: Training
     data: ImageDataModule
     net: nn.Module
     accountant: Accountant
@@ -96,16 +97,13 @@ class Stage:
         return {"val_acc": val_acc, "test_acc": test_acc, "checkpoint": tested}
 
 
-def begin(
-    cfg: DictConfig, data: ImageDataModule, checkpoint: Checkpoint | None, overrides: list[str], outputs: Path
-) -> Stage:
+def begin(cfg: Training, data: ImageDataModule, checkpoint: Checkpoint | None, outputs: Path) -> Stage:
     """Build the stage that a run starts with, or that the checkpoint to resume was cut off in.
 
     Args:
         cfg: the checked configuration.
         data: loaded images.
         checkpoint: to start from or to resume.
-        overrides: the user's.
         outputs: below which the folder of the run is made.
 
     Raises:
@@ -115,7 +113,7 @@ def begin(
     before = None if resumed is None else resumed.before
     net = build.build_network(cfg, data, checkpoint)
     if checkpoint is not None and resumed is None:
-        build.start_weights(net, checkpoint, cfg, overrides)
+        build.start_weights(net, checkpoint, cfg)
     structure = None if checkpoint is None else checkpoint.structure
     teacher = build.build_teacher(cfg, data)
     stage_cfg = cfg if before is None else finetuning_config(cfg)
@@ -130,7 +128,7 @@ def begin(
     return stage
 
 
-def carry_out(cfg: DictConfig, stage: Stage) -> dict[str, Any]:
+def carry_out(cfg: Training, stage: Stage) -> dict[str, Any]:
     """Train, test and fine-tune; return what goes into results.json.
 
     Args:
@@ -208,38 +206,33 @@ def _copy(trainer: pl.Trainer, source: Path, target: Path) -> None:
         write_atomically(target, lambda beside: shutil.copyfile(source, beside))
 
 
-def finetuning_config(cfg: DictConfig) -> DictConfig:
-    """Return the configuration of the second stage: that of a plain run on a compacted network."""
-    base = cfg.copy()
-    OmegaConf.set_struct(base, False)
-    base.model = {"name": COMPACTED}
+def finetuning_config(cfg: Training) -> Training:
+    """Return the settings of the second stage: those of a plain run on a compacted network."""
     epochs = cfg.finetune.epochs
-    second = OmegaConf.merge(
-        base,
-        {
-            "ckpt_path": None,
-            "resume_training": False,
-            "without_using_gate": True,
-            "target_sparsity": None,
-            "target_macs": None,
-            "lambda_l0": cfg.lambda_l0 or 0.0,
-            "lambda_l2": 0.0,
-            "finetune": {"epochs": 0},
-            "trainer": {"max_epochs": epochs},
-            "optimizer": {
-                "lr": cfg.finetune.lr,
-                "schedule": "cosine",
-                "schedule_epochs": epochs,
-                "warmup_epochs": 0.0,
-                "final_lr_ratio": 0.0,
-            },
-        },
+    return replace(
+        cfg,
+        model=CompactedModel(),
+        ckpt_path=None,
+        resume_training=False,
+        without_using_gate=True,
+        target_sparsity=None,
+        target_macs=None,
+        lambda_l0=cfg.lambda_l0 or 0.0,
+        lambda_l2=0.0,
+        finetune=replace(cfg.finetune, epochs=0),
+        trainer=replace(cfg.trainer, max_epochs=epochs, min_epochs=None),
+        optimizer=replace(
+            cfg.optimizer,
+            lr=cfg.finetune.lr,
+            schedule="cosine",
+            schedule_epochs=epochs,
+            warmup_epochs=0.0,
+            final_lr_ratio=0.0,
+        ),
     )
-    assert isinstance(second, DictConfig)
-    return second
 
 
-def log_results(cfg: DictConfig, logger: TensorBoardLogger | Any, results: dict[str, Any]) -> None:
+def log_results(cfg: Training, logger: TensorBoardLogger | Any, results: dict[str, Any]) -> None:
     """Write settings and results into TensorBoard's HParams tab, once, at the end."""
     if isinstance(logger, bool):
         return
@@ -250,7 +243,7 @@ def log_results(cfg: DictConfig, logger: TensorBoardLogger | Any, results: dict[
 
 
 def _assemble(
-    cfg: DictConfig,
+    cfg: Training,
     data: ImageDataModule,
     net: nn.Module,
     structure: str | None,

@@ -14,19 +14,19 @@ import bisect
 import itertools
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from sparsereg.compression import Accountant
-from sparsereg.config import target_key
 from sparsereg.distributions import log_alpha_at, shift
+from sparsereg.settings import NOT_NEGATIVE, POSITIVE, setting, within
 from sparsereg.training.averaging import WeightAverage
+from sparsereg.training.config import Target, Training
 from sparsereg.training.module import Classifier
 
 log = logging.getLogger(__name__)
@@ -35,52 +35,21 @@ COSTS = ("parameters", "macs")
 """What a target can be about."""
 
 
-def asked_for(cfg: DictConfig) -> tuple[str, float] | None:
+def asked_for(cfg: Training) -> tuple[str, float] | None:
     """Return the cost that a configuration's target is about and the share that may stay; None without."""
-    key = target_key(cfg)
-    if key is None:
-        return None
-    return ("parameters", 1 - cfg.target_sparsity) if key == "target_sparsity" else ("macs", cfg.target_macs)
+    if cfg.target_sparsity is not None:
+        return "parameters", 1 - cfg.target_sparsity
+    return None if cfg.target_macs is None else ("macs", cfg.target_macs)
 
 
-@dataclass(frozen=True)
-class TargetSettings:
-    """What is asked for, and how fast.
+@dataclass(frozen=True, kw_only=True)
+class TargetSettings(Target):
+    """What is asked for, and how fast, in the epochs that a run has."""
 
-    Attributes:
-        cost: parameters or macs.
-        kept: share of the cost that may stay, in (0, 1).
-        start_epoch: no constraint before this epoch, >= 0.
-        ramp_epochs: epochs over which the target falls to ``kept``, > 0.
-        proportional_gain: multiplier for each unit of log(E[cost] / target), >= 0.
-        integral_gain: what the multiplier gains in each step for each unit of it, >= 0.
-        every_n_steps: the expected cost is differentiated anew every so many steps, >= 1; in between its
-            gradient is reused, which the gates, moving slowly, do not notice.
-    """
-
-    cost: str
-    kept: float
-    start_epoch: float
-    ramp_epochs: float
-    proportional_gain: float = 10.0
-    integral_gain: float = 0.01
-    every_n_steps: int = 5
-
-    def __post_init__(self) -> None:
-        if self.cost not in COSTS:
-            raise ValueError(f"cost must be one of {', '.join(COSTS)}, got {self.cost!r}")
-        if not 0 < self.kept < 1:
-            raise ValueError(f"kept must be a share in (0, 1), got {self.kept!r}")
-        if not self.start_epoch >= 0 or not self.ramp_epochs > 0:
-            raise ValueError(
-                "start_epoch must be >= 0 and ramp_epochs > 0, "
-                f"got {self.start_epoch!r} and {self.ramp_epochs!r}"
-            )
-        if not self.proportional_gain >= 0 or not self.integral_gain >= 0 or self.every_n_steps < 1:
-            raise ValueError(
-                "proportional_gain and integral_gain must be >= 0 and every_n_steps >= 1, got "
-                f"{self.proportional_gain!r}, {self.integral_gain!r}, {self.every_n_steps!r}"
-            )
+    cost: str = setting(MISSING, "parameters or macs", choices=COSTS)
+    kept: float = setting(MISSING, "share of the cost that may stay", within("(0, 1)", "a share"))
+    start_epoch: float = setting(MISSING, "no constraint before this epoch", NOT_NEGATIVE)
+    ramp_epochs: float = setting(MISSING, "epochs over which the target falls to kept", POSITIVE)
 
     @property
     def end_epoch(self) -> float:

@@ -1,12 +1,14 @@
 """Networks by name, as the configuration group ``model`` names them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from sparsereg.errors import InputError, nearest
+from sparsereg.errors import InputError
+from sparsereg.settings import keys, read
+from sparsereg.zoo.config import Network
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,11 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 """Name to builder(task, gated, gate settings, **the other keys of the group)."""
 
 
-def group(settings: dict[str, Any]) -> str:
-    """Return the choice of the configuration group ``model`` that has these settings."""
-    return str(settings.get("source", settings["name"]))
-
-
-def build(settings: dict[str, Any], task: Task, gated: bool, **gates: Any) -> nn.Module:
+def build(settings: Network | Mapping[str, Any], task: Task, gated: bool, **gates: Any) -> nn.Module:
     """Build the network that the configuration group ``model`` describes.
 
     Args:
-        settings: ``name`` and the keys of that network; with ``source`` that names the builder, and
-            ``name`` is one of its networks.
+        settings: of the network, or its keys with ``name`` among them; see :mod:`sparsereg.zoo.config`.
         task: the data's classes and image shape.
         gated: False leaves every gate out.
         **gates: settings of the gates, e.g. droprate_init and temperature.
@@ -108,15 +104,7 @@ def build(settings: dict[str, Any], task: Task, gated: bool, **gates: Any) -> nn
         InputError: unknown name or unknown key.
         ValueError: a value is outside its range.
     """
-    keys = dict(settings)
-    name = str(keys.pop("source")) if "source" in keys else str(keys.pop("name"))
-    if name not in NETWORKS:
-        raise InputError(
-            f"model.name={name}: expected one of {', '.join(NETWORKS)}{nearest(name, list(NETWORKS))}"
-        )
-    try:
-        return NETWORKS[name](task, gated, gates, **keys)
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error):
-            raise InputError(f"model={name}: {error}") from error
-        raise
+    chosen = settings if isinstance(settings, Network) else read(Network, settings, "model")
+    values = {name: getattr(chosen, name) for name in keys(type(chosen))}
+    values.pop("source" if "source" in values else "name")
+    return NETWORKS[chosen.group](task, gated, gates, **values)

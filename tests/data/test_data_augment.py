@@ -124,7 +124,7 @@ def test_switches_do_not_disturb_each_other():
 ])  # fmt: skip
 def test_wrong_settings(settings):
     (name,) = settings
-    with pytest.raises(InputError, match=f"augment.{name} must"):
+    with pytest.raises(InputError, match=f"^{name}="):
         Augmentation(**settings)
 
 

@@ -60,6 +60,12 @@ def write_images(path: Path, num: int = 96, channels: int = 3, size: int = 8) ->
     return path
 
 
+def last_of_each(arguments: tuple[str, ...]) -> list[str]:
+    """Leave out values that a later one replaces, which the scripts refuse."""
+    by_key = {a.partition("=")[0]: a for a in arguments}
+    return [a for a in arguments if a is by_key[a.partition("=")[0]]]
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     return write_images(tmp_path / "images.npz")
@@ -67,13 +73,13 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Call a script in this process: run("train", "lambda_l0=1", ...)."""
+    """Call a script in this process: run("train", "lambda_l0=1", ...); the last value of a key counts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SPARSEREG_RUN_FOLDER", raising=False)
 
     def call(name: str, *arguments: str) -> Outcome:
         command = importlib.import_module(f"sparsereg.commands.{name}")
-        monkeypatch.setattr(sys, "argv", [str(ROOT / f"{name}.py"), *arguments])
+        monkeypatch.setattr(sys, "argv", [str(ROOT / f"{name}.py"), *last_of_each(arguments)])
         capfd.readouterr()
         code = 0
         try:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from sparsereg.archives import load_torch, save_torch
+from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.solver.calibration import Calibration
 from sparsereg.errors import DamagedFile, InputError
+from sparsereg.settings import plain
 
 Moments = list[tuple[int, float, np.ndarray]]
 _NOT_OF_THE_RUN = {
@@ -23,12 +24,12 @@ _NOT_OF_THE_RUN = {
 }  # fmt: skip
 
 
-def fingerprint(problem: CalibrationProblem, cfg: DictConfig) -> str:
+def fingerprint(problem: CalibrationProblem, cfg: CalibrationRun) -> str:
     """Return a digest of everything that the weights depend on: the problem's numbers and the settings.
 
     Args:
         problem: The problem.
-        cfg: A checked configuration.
+        cfg: The settings.
     """
     digest = hashlib.sha256()
     m = problem.matrix
@@ -40,9 +41,7 @@ def fingerprint(problem: CalibrationProblem, cfg: DictConfig) -> str:
     if problem.denominators is not None:
         for array in (problem.denominators.indptr, problem.denominators.indices, problem.denominators.data):
             digest.update(np.ascontiguousarray(array).data)
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
-    kept = {str(k): v for k, v in settings.items() if k not in _NOT_OF_THE_RUN}
+    kept = {k: v for k, v in plain(cfg).items() if k not in _NOT_OF_THE_RUN}
     digest.update(json.dumps(kept, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from sparsereg.calibration import holdout
 from sparsereg.calibration.command.checkpoint import Saver, fingerprint
-from sparsereg.calibration.command.config import checked
+from sparsereg.calibration.config import CalibrationRun, Settings
 from sparsereg.calibration.findings import KINDS, Finding, check, in_order, set_aside, summary
 from sparsereg.calibration.measures import measure
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.reading.sources import read_problem, touchable
 from sparsereg.calibration.reporting import tables as report
 from sparsereg.calibration.reporting.recorder import Recorder
-from sparsereg.calibration.solver.calibration import Calibration, Settings, calibrate
+from sparsereg.calibration.solver.calibration import Calibration, calibrate
 from sparsereg.calibration.solver.refit import TOLERANCE
+from sparsereg.calibration.solver.selection import method_of
 from sparsereg.cli import wrong_input
 from sparsereg.errors import InputError
 from sparsereg.files import new_version, write_json, write_table, write_text
-from sparsereg.temperature import TemperatureScheduler
+from sparsereg.settings import plain
 
 log = logging.getLogger(__name__)
 
@@ -50,28 +51,29 @@ class Task:
     dropped: list[str]
 
 
-def run(cfg: DictConfig) -> Path:
-    """Calibrate as the configuration says and return the path of results.json.
+def run(cfg: CalibrationRun) -> Path:
+    """Calibrate as the settings say and return the path of results.json.
 
     Args:
-        cfg: configs/calibrate.yaml with a problem.
+        cfg: of calibrate.py.
 
     Raises:
         InputError: Something that the user gave cannot be used; nothing has been written then.
     """
     start = time.perf_counter()
     with wrong_input():
-        cfg = checked(cfg)
+        cfg = _with_method(cfg)
         task = _read(cfg)
         folds = _folds(task.problem, cfg)
-        calibration = Calibration(task.problem, cfg.num_households, settings(cfg))
+        solver = replace(cfg.solver(), device=device_of(cfg.device))
+        calibration = Calibration(task.problem, cfg.num_households, solver)
         aside = set_aside(task.problem, calibration.set_aside)
         task = replace(task, findings=in_order([*task.findings, *aside]))
         saver = Saver(calibration, fingerprint(task.problem, cfg), cfg.checkpoint_seconds)
         moments = saver.load(Path(cfg.ckpt_path)) if cfg.ckpt_path else []
         folder = new_version(OUTPUTS)
     _announce(task, cfg, folder)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
     if task.findings:
         write_table(folder / "findings.csv", report.finding_frame(task.findings))
     read = time.perf_counter()
@@ -102,11 +104,9 @@ def run(cfg: DictConfig) -> Path:
     return folder / "results.json"
 
 
-def _read(cfg: DictConfig) -> Task:
+def _read(cfg: CalibrationRun) -> Task:
     """Read the problem and refuse what cannot be calibrated."""
-    choice = OmegaConf.to_container(cfg.problem, resolve=True)
-    assert isinstance(choice, dict)
-    problem, hints, dropped = touchable(read_problem({str(k): v for k, v in choice.items()}), cfg.untouchable)
+    problem, hints, dropped = touchable(read_problem(plain(cfg.problem)), cfg.untouchable)
     _check_budget(problem, cfg.num_households)
     found = check(problem, cfg.num_households, cfg.max_weight_ratio, cfg.hold_total, hints)
     return Task(problem, found, dropped)
@@ -119,18 +119,15 @@ def _check_budget(problem: CalibrationProblem, num_households: int | None) -> No
         )
 
 
-def _folds(problem: CalibrationProblem, cfg: DictConfig) -> list[tuple[str, ...]]:
+def _folds(problem: CalibrationProblem, cfg: CalibrationRun) -> list[tuple[str, ...]]:
     """Return which groups are left out together, one calibration each; nothing for no hold-out."""
     groups, folds = cfg.holdout.groups, cfg.holdout.folds
     if folds is not None:
-        if groups not in (None, "auto"):
-            raise InputError("holdout.groups and holdout.folds contradict each other: give one of them")
         return holdout.random_folds(problem, folds, cfg.seed)
     if groups is None:
         return []
     if groups != "auto":
-        names = [groups] if isinstance(groups, str) else [str(g) for g in groups]
-        return holdout.named_fold(problem, names) if names else []
+        return holdout.named_fold(problem, [groups] if isinstance(groups, str) else list(groups))
     if problem.target_groups is None or len(np.unique(problem.target_groups)) < 2:
         log.info("no hold-out: the targets have no groups")
         return []
@@ -143,7 +140,7 @@ def _folds(problem: CalibrationProblem, cfg: DictConfig) -> list[tuple[str, ...]
     return holdout.random_folds(problem, min(_AUTO_SHARE, num_groups), cfg.seed)[:1]
 
 
-def _announce(task: Task, cfg: DictConfig, folder: Path) -> None:
+def _announce(task: Task, cfg: CalibrationRun, folder: Path) -> None:
     """Say what will be done, and what is known not to work before it is done."""
     p = task.problem
     kept = "as many as lambda_l0 leaves" if cfg.num_households is None else f"{cfg.num_households:,}"
@@ -160,9 +157,9 @@ def _announce(task: Task, cfg: DictConfig, folder: Path) -> None:
         log.warning("%s", line)
 
 
-def _settings_told(cfg: DictConfig) -> dict[str, Any]:
+def _settings_told(cfg: CalibrationRun) -> dict[str, Any]:
     keys = ("method", "num_households", "lambda_l0", "lambda_l2", "max_weight_ratio", "epochs", "seed")
-    return {("requested" if key == "num_households" else key): cfg[key] for key in keys}
+    return {("requested" if key == "num_households" else key): getattr(cfg, key) for key in keys}
 
 
 def _measure_findings(task: Task) -> dict[str, Any]:
@@ -171,10 +168,14 @@ def _measure_findings(task: Task) -> dict[str, Any]:
 
 
 def _hold_out(
-    problem: CalibrationProblem, folds: list[tuple[str, ...]], cfg: DictConfig, folder: Path
+    problem: CalibrationProblem, folds: list[tuple[str, ...]], cfg: CalibrationRun, folder: Path
 ) -> dict[str, Any]:
+    def settings(part: CalibrationProblem) -> Settings:
+        groups = None if part.target_groups is None else set(part.target_groups)
+        return replace(cfg.solver(groups), device=device_of(cfg.device))
+
     def solve(part: CalibrationProblem) -> np.ndarray:
-        return calibrate(part, cfg.num_households, **vars(settings(cfg, part))).weights
+        return calibrate(part, cfg.num_households, **vars(settings(part))).weights
 
     table = holdout.hold_out(problem, folds, solve)
     write_table(folder / "holdout.csv", table)
@@ -182,7 +183,7 @@ def _hold_out(
 
 
 def _write_files(
-    folder: Path, problem: CalibrationProblem, weights: np.ndarray, recorder: Recorder, cfg: DictConfig
+    folder: Path, problem: CalibrationProblem, weights: np.ndarray, recorder: Recorder, cfg: CalibrationRun
 ) -> list[dict[str, Any]]:
     """Write the tables and pictures and return the worst targets."""
     targets, kept = report.target_frame(problem, weights), report.weight_frame(problem, weights)
@@ -225,34 +226,14 @@ def _told(r: dict[str, Any], folder: Path) -> list[str]:
     return [*lines, f"files           {folder}"]
 
 
-def settings(cfg: DictConfig, part: CalibrationProblem | None = None) -> Settings:
-    """Return the settings of the solver that the configuration asks for.
-
-    Args:
-        cfg: A checked configuration.
-        part: A problem with some of the groups only: multipliers of the others are left out.
-
-    Raises:
-        ValueError: Two settings contradict each other.
-    """
-    t = cfg.temperature
-    temperature: float | TemperatureScheduler = t.initial
-    if t.schedule != "constant":
-        temperature = TemperatureScheduler(t.initial, t.final, t.anneal_epochs, t.schedule)
-    multipliers = {str(k): float(v) for k, v in (cfg.group_multipliers or {}).items()}
-    if part is not None and part.target_groups is not None:
-        multipliers = {k: v for k, v in multipliers.items() if k in part.target_groups}
-    same = {f.name for f in fields(Settings)} & set(cfg.keys()) - {
-        "temperature",
-        "group_multipliers",
-        "device",
-    }
-    return Settings(
-        **{str(name): cfg[name] for name in same},
-        temperature=temperature,
-        group_multipliers=multipliers or None,
-        device=device_of(cfg.device),
-    )
+def _with_method(cfg: CalibrationRun) -> CalibrationRun:
+    """Say what method=auto means, and refuse a method without what decides how many are kept."""
+    cfg = replace(cfg, method=method_of(cfg.method, cfg.num_households))
+    if cfg.num_households is None and cfg.method == "hard_concrete" and cfg.lambda_l0 == 0:
+        raise InputError(
+            "nothing decides how many households to keep: give num_households=K or lambda_l0 > 0"
+        )
+    return cfg
 
 
 def device_of(name: str) -> str:

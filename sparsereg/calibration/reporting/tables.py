@@ -14,7 +14,6 @@ from sparsereg.calibration.problem import CalibrationProblem
 if TYPE_CHECKING:
     import pandas as pd
 
-WEIGHT_FORMATS = ("csv", "parquet")
 _LOG_ROWS = 200_000
 
 

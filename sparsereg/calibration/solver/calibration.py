@@ -15,16 +15,16 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from sparsereg.calibration.config import Settings
 from sparsereg.calibration.measures import relative_errors
 from sparsereg.calibration.problem import CalibrationProblem, exact_totals
 from sparsereg.calibration.solver.hard_concrete import GateSettings
 from sparsereg.calibration.solver.least_squares import System
-from sparsereg.calibration.solver.losses import CAP, Quadratic, TargetLoss, check_loss, group_shares
+from sparsereg.calibration.solver.losses import Quadratic, TargetLoss, group_shares
 from sparsereg.calibration.solver.matrix import household_matrix, quiet_threads
-from sparsereg.calibration.solver.pruning import Pruning, PruningSchedule, fill
+from sparsereg.calibration.solver.pruning import Pruning, fill
 from sparsereg.calibration.solver.refit import TOLERANCE, refit
 from sparsereg.calibration.solver.selection import METHODS, Goal, Selection, method_of
-from sparsereg.temperature import TemperatureScheduler
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,83 +46,6 @@ _LOOK_SWEEPS = 60
 """Sweeps over everybody to see that."""
 _BLOCK = 256
 """Households that stay neighbours in memory."""
-
-LAMBDA_SCALES = ("sum", "mean")
-"""sum: sum of the targets' losses + lambda_l0 * expected number kept, as l0-python. mean: both are means."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to calibrate. See :func:`calibrate` for what each one means.
-
-    Raises:
-        ValueError: a value is outside its range, or two of them contradict each other.
-    """
-
-    method: str = "auto"
-    loss: str = "relative"
-    cap: float = CAP
-    lambda_l0: float = 0.01
-    lambda_l2: float = 0.0
-    lambda_scale: str = "sum"
-    max_weight_ratio: float | None = None
-    hold_total: bool = False
-    refit: bool = True
-    chi2: float = 1e-4
-    consistency: float = 0.0
-    normalize_groups: bool = False
-    group_multipliers: dict[Any, float] | None = None
-    epochs: int = 1000
-    lr: float = 0.15
-    temperature: float | TemperatureScheduler = 0.65
-    droprate_init: float = 0.001
-    log_weight_jitter: float = 0.05
-    log_alpha_jitter: float = 0.01
-    gate_share: float = 0.25
-    schedule: PruningSchedule = field(default_factory=PruningSchedule)
-    seed: int = 0
-    device: str = "cpu"
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_loss(self.loss)
-        if self.lambda_scale not in LAMBDA_SCALES:
-            raise ValueError(
-                f"lambda_scale must be one of {', '.join(LAMBDA_SCALES)}, got {self.lambda_scale!r}"
-            )
-        for name in (
-            "lambda_l0",
-            "lambda_l2",
-            "chi2",
-            "consistency",
-            "log_weight_jitter",
-            "log_alpha_jitter",
-        ):
-            _require(getattr(self, name) >= 0, name, "a number >= 0", getattr(self, name))
-        _require(self.cap > 0, "cap", "a relative error > 0", self.cap)
-        _require(self.lr > 0, "lr", "a number > 0", self.lr)
-        _require(0 < self.droprate_init < 1, "droprate_init", "a rate in (0, 1)", self.droprate_init)
-        _require(0 <= self.gate_share <= 1, "gate_share", "a share in [0, 1]", self.gate_share)
-        _require(self.epochs >= 1, "epochs", "an integer >= 1", self.epochs)
-        if not isinstance(self.temperature, TemperatureScheduler):
-            _require(self.temperature > 0, "temperature", "a number > 0", self.temperature)
-        if self.max_weight_ratio is not None:
-            _require(self.max_weight_ratio > 0, "max_weight_ratio", "a number > 0", self.max_weight_ratio)
-        for name in ("max_weight_ratio", "hold_total"):
-            if getattr(self, name) and not self.refit:
-                raise ValueError(f"{name} is kept by the refit: it cannot be combined with refit=False")
-
-    def temperature_at(self, epoch: float) -> float:
-        """Beta of the gates at an epoch."""
-        if isinstance(self.temperature, TemperatureScheduler):
-            return self.temperature.get_temperature(epoch)
-        return self.temperature
-
-
-def _require(condition: bool, name: str, expected: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-
 
 @dataclass(frozen=True, eq=False)
 class CalibrationResult:

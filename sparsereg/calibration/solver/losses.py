@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-LOSSES = ("relative", "mse", "mape", "capped")
-"""relative: squared error over the target's scale squared; mse: squared error; mape: absolute error over
-the scale; capped: the same, no more than ``cap`` for any one target."""
-
-CAP = 1.0
-"""Largest contribution of one target to the capped loss: being wrong by 100 % (and all beyond)."""
+from sparsereg.calibration.config import CAP, LOSSES
 
 
 def check_loss(name: str) -> str:
@@ -31,7 +28,7 @@ def group_shares(
     groups: np.ndarray | None = None,
     *,
     normalize: bool = True,
-    multipliers: dict[object, float] | None = None,
+    multipliers: Mapping[Any, float] | None = None,
     target_weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """Weight of every target in the loss.

@@ -7,55 +7,17 @@ the most useful of the dropped, as long as that pays.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sparsereg.calibration.config import PruningSchedule
 from sparsereg.calibration.solver.least_squares import LeastSquares, System
 
 _ROUGH = 1e-5
 """Optimality at which the households of weight zero are known well enough."""
-
-
-@dataclass(frozen=True)
-class PruningSchedule:
-    """How much work the selection does.
-
-    Args:
-        stages: Times that households are dropped, >= 1.
-        sweeps: Sweeps over the households before each of them, >= 1.
-        first_sweeps: Sweeps over everybody before the first.
-        power: Shape of the descent from N to K: log(kept / K) falls as (1 - stage / stages)^power.
-        swap_rounds: Most rounds of swaps; 0 for none.
-        swap_share: Share of the households exchanged in the first round, in (0, 1].
-        swap_shrink: Factor on that share after a round that failed, in (0, 1).
-        swap_sweeps: Sweeps after an exchange.
-        swap_parts: Parts in which households are added, >= 1.
-        swap_surplus: Surplus that is added and pruned again, as a share of those exchanged, >= 0.
-    """
-
-    stages: int = 40
-    sweeps: int = 40
-    first_sweeps: int = 60
-    power: float = 3.0
-    swap_rounds: int = 60
-    swap_share: float = 0.3
-    swap_shrink: float = 0.85
-    swap_sweeps: int = 24
-    swap_parts: int = 8
-    swap_surplus: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("stages", "sweeps", "first_sweeps", "swap_sweeps", "swap_parts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
-        if self.swap_rounds < 0 or self.swap_surplus < 0 or not self.power > 0:
-            raise ValueError("swap_rounds and swap_surplus must be >= 0 and power > 0")
-        if not 0 < self.swap_share <= 1 or not 0 < self.swap_shrink < 1:
-            raise ValueError("swap_share must lie in (0, 1] and swap_shrink in (0, 1)")
 
 
 def kept_at(stage: int, stages: int, num_households: int, num_kept: int, power: float) -> int:

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparsereg.calibration.config import PruningSchedule
 from sparsereg.calibration.solver.hard_concrete import GateSettings, GateSolver
 from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import TargetLoss
-from sparsereg.calibration.solver.pruning import Pruning, PruningSchedule, add, largest
+from sparsereg.calibration.solver.pruning import Pruning, add, largest
 
 _EPOCHS_PER_STEP = 10
 _GATE_MARGIN = 1.2

@@ -1,6 +1,6 @@
 import json
 import re
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -11,12 +11,15 @@ import scipy.sparse as sp
 from omegaconf import OmegaConf
 
 from sparsereg.calibration.command import run as script
-from sparsereg.calibration.command.config import CalibrateConfig, checked
+from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.reading.synthetic import synthetic_problem
 from sparsereg.calibration.reporting.recorder import Recorder
 from sparsereg.calibration.solver.calibration import Calibration, Settings
 from sparsereg.calibration.solver.selection import METHODS
+from sparsereg.cli import settings_of
 from sparsereg.errors import InputError
+from sparsereg.settings import plain
+from sparsereg.temperature import Temperature
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SMALL = (
@@ -34,7 +37,7 @@ def config(*overrides):
 
 
 def run(*overrides):
-    path = script.run(config(*overrides))
+    path = script.run(settings_of(CalibrationRun, config(*overrides)))
     return path.parent, json.loads(path.read_text())
 
 
@@ -65,12 +68,10 @@ def tables(n=120):
 
 
 def test_the_configuration_has_the_defaults_of_the_library():
-    cfg = config()
-    for f in fields(Settings):
-        if f.name in cfg and f.name not in ("temperature", "device", "group_multipliers"):
-            assert cfg[f.name] == getattr(Settings(), f.name), f.name
-    assert cfg.temperature.initial == Settings().temperature
-    assert set(cfg.keys()) == {f.name for f in fields(CalibrateConfig)}
+    composed = OmegaConf.to_container(config(), resolve=True)
+    assert composed == plain(CalibrationRun())
+    beta = Temperature(initial=Settings().temperature, anneal_epochs=1000)
+    assert CalibrationRun().solver() == replace(Settings(), device="auto", temperature=beta)
 
 
 def test_a_run_writes_everything_and_overwrites_nothing():
@@ -245,7 +246,7 @@ def test_an_interrupted_run_ends_where_it_would_have_ended(method, monkeypatch):
         (["num_households=null", "method=pruning"], "needs num_households"),
         (["method=all"], "leave num_households out"),
         (["num_households=null", "lambda_l0=0"], "nothing decides how many"),
-        (["max_weight_ratio=0"], "max_weight_ratio=0.0: expected a number > 0"),
+        (["max_weight_ratio=0"], "max_weight_ratio=0: expected a number > 0"),
         (["max_weight_ratio=2", "refit=false"], "max_weight_ratio is kept by the refit"),
         (["max_weight_ratio=2", "hold_total=true"], "lets the 60 kept households weigh"),
         (["epochs=0"], "epochs=0: expected"),
@@ -314,16 +315,11 @@ def test_lengths_that_do_not_fit(rows, weights, message):
 
 
 def test_a_temperature_schedule_reaches_the_gates():
-    cfg = checked(config("temperature=exponential", "temperature.final=0.1", "temperature.anneal_epochs=50"))
-    made = script.settings(cfg)
+    given = ("temperature=exponential", "temperature.final=0.1", "temperature.anneal_epochs=50")
+    made = settings_of(CalibrationRun, config(*given)).solver()
     assert made.temperature_at(0) == pytest.approx(0.65)
     assert made.temperature_at(50) == pytest.approx(0.1)
-    assert script.settings(checked(config())).temperature == 0.65
-
-
-def test_the_checked_configuration_can_be_written_and_read():
-    cfg = checked(config())
-    assert OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True)).method == "pruning"
+    assert settings_of(CalibrationRun, config()).solver().temperature_at(500) == 0.65
 
 
 def test_state_of_another_method_is_refused():

@@ -322,11 +322,11 @@ def test_an_initial_weight_of_zero_is_no_weight(method):
         (10, {"method": "prunning"}, r"did you mean 'pruning'"),
         (None, {"method": "pruning"}, "needs num_households"),
         (10, {"method": "all"}, "keeps everybody"),
-        (10, {"loss": "rmse"}, "loss must be one of relative, mse, mape, capped"),
-        (10, {"lambda_l0": -1}, "lambda_l0 must be a number >= 0"),
-        (10, {"max_weight_ratio": 0}, "max_weight_ratio must be a number > 0"),
+        (10, {"loss": "rmse"}, "loss=rmse: expected one of relative, mse, mape, capped"),
+        (10, {"lambda_l0": -1}, "lambda_l0=-1: expected a number >= 0"),
+        (10, {"max_weight_ratio": 0}, "max_weight_ratio=0: expected a number > 0 or null"),
         (10, {"hold_total": True, "refit": False}, "hold_total is kept by the refit"),
-        (10, {"lambda_scale": "max"}, "lambda_scale must be one of sum, mean"),
+        (10, {"lambda_scale": "max"}, "lambda_scale=max: expected one of sum, mean"),
     ],
 )
 def test_wrong_settings_are_named(number, settings, message):

@@ -1,0 +1,155 @@
+"""The user's arguments, ``KEY=VALUE`` and flags, looked at before Hydra composes anything from them.
+
+Hydra reads a command line well and explains a wrong one badly: some mistakes end in its own assertions,
+others are taken without a word (the last of two values for one key). Here they are refused in one line.
+"""
+
+import argparse
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from hydra.errors import HydraException
+
+from sparsereg.errors import InputError
+from sparsereg.settings import flat, shown
+
+
+def check(arguments: Sequence[str], configs: Path, keys: Collection[str]) -> None:
+    """Refuse arguments that cannot be meant.
+
+    Args:
+        arguments: without the script's name.
+        configs: the folder of the configuration groups.
+        keys: dotted keys of the script.
+
+    Raises:
+        InputError: a flag is unknown or misused, an argument is not KEY=VALUE, a group is given something
+            else than the name of a choice, a key is given twice, or a setting is to be taken away.
+    """
+    flags = _flags(arguments)
+    _check_flags(flags)
+    folders = [configs, *([Path(flags.config_dir)] if flags.config_dir else [])]
+    overrides = [_parsed(text) for text in flags.overrides]
+    for override in overrides:
+        known = _choices(folders, override.key_or_group)
+        if override.is_delete() and (known or override.key_or_group in keys):
+            raise InputError(f"{override.input_line}: a setting cannot be taken away; give it another value")
+        if known:
+            _check_choice(override, known)
+    _check_once(overrides)
+
+
+def named_keys(texts: Iterable[str]) -> frozenset[str]:
+    """Return the dotted keys that overrides name: ``target={ramp: 0.5}`` names ``target.ramp``.
+
+    Args:
+        texts: overrides as Hydra knows them.
+    """
+    return frozenset(key for text in texts for key in _keys(_parsed(text)))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and leaves nothing."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def _flags(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = get_args_parser()
+    parser.__class__ = _Parser
+    return parser.parse_args(list(arguments))
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    if flags.experimental_rerun is not None:
+        raise InputError("--experimental-rerun would run what is in a pickle file: give the settings instead")
+    given = {
+        "--run": flags.run,
+        "--multirun": flags.multirun,
+        "--cfg": flags.cfg is not None,
+        "--info": flags.info is not None,
+        "--shell-completion": flags.shell_completion,
+    }
+    several = [name for name, is_given in given.items() if is_given]
+    if len(several) > 1:
+        raise InputError(f"{' and '.join(several)} do not go together: give one of them")
+    for name, value in (("--resolve", flags.resolve), ("--package", flags.package)):
+        if value and not flags.cfg and not flags.help:
+            raise InputError(f"{name} belongs to --cfg: give --cfg job, too")
+    if flags.config_dir is not None and not Path(flags.config_dir).is_dir():
+        raise InputError(f"--config-dir={flags.config_dir}: no such folder")
+
+
+def _parsed(text: str) -> Override:
+    try:
+        (override,) = OverridesParser.create().parse_overrides([text])
+    except (HydraException, ValueError, RecursionError) as error:
+        raise _unreadable(text, error) from None
+    if not override.key_or_group:
+        raise _unreadable(text, "there is no key")
+    return override
+
+
+def _unreadable(text: str, error: object) -> InputError:
+    reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    reason = reason.partition("\n")[0].partition(" See http")[0]
+    reason = f": {reason}" if "parsing override" not in reason else ""
+    return InputError(
+        f"cannot read the argument {shown(text)}{reason}; expected KEY=VALUE, in quotes where the value holds"
+        " spaces or any of , : = { } [ ] ( )"
+    )
+
+
+def _choices(folders: Sequence[Path], key: str) -> list[str]:
+    """Return the choices of a configuration group; nothing where the key is none of ours."""
+    return sorted({file.stem for folder in folders for file in (folder / key).glob("*.yaml") if key})
+
+
+def _check_choice(override: Override, known: list[str]) -> None:
+    """A group takes the name of a choice and nothing else."""
+    value = override.value()
+    for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
+        name = choice.text if isinstance(choice, QuotedString) else choice
+        if override.is_sweep_override() and not isinstance(value, ChoiceSweep):
+            continue  # a glob
+        if not isinstance(name, str):
+            group = override.key_or_group
+            raise InputError(
+                f"{group}={shown(_plain(name))}: expected one of {', '.join(known)}; a single key of it is"
+                f" given as {group}.KEY=VALUE"
+            )
+
+
+def _check_once(overrides: list[Override]) -> None:
+    """Refuse a key that is given twice: nobody knows which of the values is meant."""
+    seen: dict[str, str] = {}
+    for override in overrides:
+        for key in _keys(override):
+            before = seen.get(key)
+            if before is not None:
+                raise InputError(
+                    f"{key} is given twice, {shown(before)} and {shown(override.input_line)}: give one"
+                )
+            seen[key] = str(override.input_line)
+
+
+def _keys(override: Override) -> list[str]:
+    """Return the dotted keys that an override gives a value."""
+    key = override.key_or_group if override.package is None else f"{override.key_or_group}@{override.package}"
+    value = None if override.is_delete() or override.is_sweep_override() else override.value()
+    if isinstance(value, Mapping) and value:
+        return list(flat({key: _plain(value)}))
+    return [key]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, Mapping):
+        return {str(_plain(k)): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,282 @@
+"""The settings of a calibration and the keys of calibrate.py: each with its type, range, default and meaning.
+
+Nothing here imports PyTorch: the command line is checked before anything slow is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sparsereg.errors import InputError
+from sparsereg.settings import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATE,
+    SEED,
+    SHARE,
+    Contradiction,
+    above,
+    again,
+    count,
+    declared,
+    one_of,
+    setting,
+    within,
+)
+from sparsereg.settings import Settings as Group
+from sparsereg.temperature import Temperature, TemperatureScheduler
+
+METHODS = ("auto", "pruning", "hard_concrete", "hybrid", "random", "pps", "all")
+"""Ways to choose households; auto: pruning with num_households, hard_concrete without."""
+LOSSES = ("relative", "mse", "mape", "capped")
+"""relative: squared error over the target's scale squared; mse: squared error; mape: absolute error over
+the scale; capped: the same, no more than ``cap`` for any one target."""
+LAMBDA_SCALES = ("sum", "mean")
+"""sum: sum of the targets' losses + lambda_l0 * expected number kept, as l0-python. mean: both are means."""
+CAP = 1.0
+"""Largest contribution of one target to the capped loss: being wrong by 100 % (and all beyond)."""
+WEIGHT_FORMATS = ("csv", "parquet")
+UNTOUCHABLE = ("error", "drop", "keep")
+
+
+@dataclass(frozen=True)
+class PruningSchedule(Group):
+    """How much work the selection does."""
+
+    stages: int = setting(40, "times that households are dropped", count())
+    sweeps: int = setting(40, "sweeps over the households before each of them", count())
+    first_sweeps: int = setting(60, "sweeps over everybody before the first", count())
+    power: float = setting(
+        3.0, "shape of the descent from N to K: log(kept / K) falls as (1 - stage / stages)^power", POSITIVE
+    )
+    swap_rounds: int = setting(60, "most rounds of swaps; 0 for none", count(0))
+    swap_share: float = setting(
+        0.3, "share of the households exchanged in the first round", within("(0, 1]", "a share")
+    )
+    swap_shrink: float = setting(0.85, "factor on that share after a round that failed", within("(0, 1)"))
+    swap_sweeps: int = setting(24, "sweeps after an exchange", count())
+    swap_parts: int = setting(8, "parts in which households are added", count())
+    swap_surplus: float = setting(
+        1.0, "surplus that is added and pruned again, as a share of those exchanged", NOT_NEGATIVE
+    )
+
+
+@dataclass(frozen=True)
+class Settings(Group):
+    """How to calibrate."""
+
+    lambda_l0: float = setting(
+        0.01, "hard_concrete without num_households: price of keeping one household", NOT_NEGATIVE
+    )
+    lambda_l2: float = setting(0.0, "hard_concrete: price of large weights", NOT_NEGATIVE)
+    lambda_scale: str = setting(
+        "sum",
+        "sum: as in l0-python; mean: prices per share of the households, comparable across sizes",
+        choices=LAMBDA_SCALES,
+    )
+    loss: str = setting("relative", "relative, mse, mape or capped", choices=LOSSES)
+    cap: float = setting(CAP, "capped: the largest relative error that counts", above(0, "a relative error"))
+    method: str = setting(
+        "auto",
+        "auto (pruning with num_households, else hard_concrete), all, hybrid, random or pps",
+        choices=METHODS,
+    )
+    max_weight_ratio: float | None = setting(
+        None, "no weight above this multiple of the initial weight; null: no limit", POSITIVE
+    )
+    hold_total: bool = setting(False, "keep the sum of the weights at the sum of the initial weights")
+    refit: bool = setting(True, "the best weights for the chosen households, to optimality")
+    chi2: float = setting(
+        1e-4,
+        "pull towards the initial weights while households are chosen; evens out weights",
+        NOT_NEGATIVE,
+    )
+    consistency: float = setting(
+        0.0, "nested targets: weight of parts that should add up to the whole", NOT_NEGATIVE
+    )
+    normalize_groups: bool = setting(
+        False, "every group of targets counts the same, however many targets it has"
+    )
+    group_multipliers: Mapping[Any, float] | None = setting(
+        dict, "how much single groups count, e.g. +group_multipliers.income=2"
+    )
+    gate_share: float = setting(
+        0.25, "hybrid: share of the kept households that the gates choose; the others are drawn", SHARE
+    )
+    epochs: int = setting(1000, "gates: passes over the matrix", count())
+    lr: float = setting(0.15, "gates: learning rate", POSITIVE)
+    droprate_init: float = setting(0.001, "gates: initial dropout rate", RATE)
+    temperature: float | Temperature | TemperatureScheduler = setting(0.65, "gates: beta", POSITIVE)
+    log_weight_jitter: float = setting(
+        0.05, "gates: standard deviation of the noise on initial weights", NOT_NEGATIVE, key=False
+    )
+    log_alpha_jitter: float = setting(
+        0.01, "gates: standard deviation of the noise on their location", NOT_NEGATIVE, key=False
+    )
+    schedule: PruningSchedule = setting(PruningSchedule, "work of the pruning", key=False)
+    seed: int = setting(0, "of all noise: the same seed gives the same weights", SEED)
+    device: str = setting("cpu", "auto, cpu, cuda or cuda:N")
+    backend: str = setting("auto", "how to compute, see household_matrix", key=False)
+
+    def check(self) -> None:
+        """Bounds are kept by the refit."""
+        for name in ("max_weight_ratio", "hold_total"):
+            if getattr(self, name) and not self.refit:
+                raise Contradiction(
+                    f"{{}}{name} is kept by the refit: it cannot be combined with {{}}refit=false"
+                )
+
+    def temperature_at(self, epoch: float) -> float:
+        """Beta of the gates at an epoch."""
+        t = self.temperature
+        if isinstance(t, Temperature):
+            t = t.scheduler()
+        return t.get_temperature(epoch) if isinstance(t, TemperatureScheduler) else t
+
+
+@dataclass(frozen=True)
+class Holdout(Group):
+    """Which targets are left out to see how the weights do on targets that they were not made for."""
+
+    groups: str | tuple[str, ...] | None = setting(
+        "auto", "groups of targets to leave out: auto (a fifth, on problems of moderate size), null or [a,b]"
+    )
+    folds: int | None = setting(
+        None, "instead: share all groups out to so many folds and leave out each in turn", count(2)
+    )
+
+    def check(self) -> None:
+        """One way to share out the groups."""
+        if self.folds is not None and self.groups not in (None, "auto"):
+            raise Contradiction("{}groups and {}folds contradict each other: give one of them")
+
+
+@dataclass(frozen=True)
+class Problem(Group):
+    """What is calibrated."""
+
+    NUM_HOUSEHOLDS: ClassVar[int | None] = None
+    """num_households where nothing else is said."""
+    NEEDED: ClassVar[tuple[str, ...]] = ()
+    """Keys that have to be given."""
+
+    kind: str = setting("", "")
+
+    @classmethod
+    def kind_of(cls, given: Mapping[str, Any], where: str) -> type[Group]:
+        """The kind that ``kind`` names."""
+        if "kind" not in given:
+            raise InputError(f"{where}.kind is missing: expected one of {', '.join(PROBLEMS)}")
+        one_of(given["kind"], f"{where}.kind", list(PROBLEMS))
+        return PROBLEMS[given["kind"]]
+
+    def check(self) -> None:
+        """Everything needed is there."""
+        for key in self.NEEDED:
+            if getattr(self, key) is None:
+                raise Contradiction(f"problem={self.kind} needs {{}}{key}=FILE")
+
+
+@dataclass(frozen=True)
+class SyntheticProblem(Problem):
+    """A made-up national survey; nothing to bring. Up to 337,704 households and 32,633 targets."""
+
+    NUM_HOUSEHOLDS = 2000
+
+    kind: str = setting("synthetic", "", choices=("synthetic",))
+    households: int = setting(20000, "how many", count(100))
+    targets: int = setting(2000, "how many", count())
+    disagreement: float = setting(
+        0.01,
+        "standard deviation of the relative errors of the sources of the targets; 0: consistent",
+        within("[0, 0.5)"),
+    )
+    seed: int = setting(0, "of the survey; the seed of the calibration is the key seed", SEED)
+    tables: str | None = setting(
+        None, "a folder: write the survey there as households.csv and targets.csv, as an example"
+    )
+
+
+@dataclass(frozen=True)
+class MatrixProblem(Problem):
+    """A matrix, targets x households, written with scipy.sparse.save_npz, and a table of targets."""
+
+    NEEDED = ("matrix", "targets")
+
+    kind: str = setting("matrix", "", choices=("matrix",))
+    matrix: str | None = setting(None, "M.npz")
+    targets: str | None = setting(
+        None, "T.csv: name,value and optionally group,weight,parent; row i is row i of the matrix"
+    )
+    weights: str | None = setting(
+        None, "W.csv: weight and optionally id; row i is column i of the matrix; null: all ones"
+    )
+
+
+@dataclass(frozen=True)
+class HouseholdsProblem(Problem):
+    """A table of households and a table of targets with measure and where."""
+
+    NEEDED = ("households", "targets")
+
+    kind: str = setting("households", "", choices=("households",))
+    households: str | None = setting(None, "H.csv or H.parquet")
+    targets: str | None = setting(None, "T.csv: name,value and optionally group,weight,measure,where,parent")
+    weight: str | None = setting(None, "column of the initial weights; null: all ones")
+    id: str | None = setting(None, "column that names the households; null: numbered from 0")
+
+
+PROBLEMS: dict[str, type[Problem]] = {
+    "synthetic": SyntheticProblem,
+    "matrix": MatrixProblem,
+    "households": HouseholdsProblem,
+}
+"""Settings of each ``problem=NAME``."""
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class CalibrationRun(Settings):
+    """Choose few survey households and weights so that totals meet targets. `python calibrate.py --help`."""
+
+    temperature: Temperature = setting(
+        lambda: Temperature(initial=0.65, anneal_epochs=1000),
+        "gates: a number (temperature=0.5) or a schedule (temperature=exponential)",
+    )
+    device: str = again(Settings, "device", "auto")
+    num_households: int | None = setting(
+        SyntheticProblem.NUM_HOUSEHOLDS, "how many to keep, exactly; null: lambda_l0 decides", count()
+    )
+    untouchable: str = setting(
+        "error",
+        "targets that no household touches: error, drop (calibrate without) or keep",
+        choices=UNTOUCHABLE,
+    )
+    ckpt_path: str | None = setting(None, "the checkpoint of an interrupted run, to continue it")
+    checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", NOT_NEGATIVE)
+    weights_format: str = setting("csv", "csv or parquet", choices=WEIGHT_FORMATS)
+    plots: bool = setting(True, "draw them")
+    tensorboard: bool = setting(True, "write its events")
+    log_moments: int = setting(10, "how many moments of the run calibration_log.csv shows", count(2))
+    rerun: bool = setting(False, "in a sweep (-m): do jobs again that finished in an earlier sweep")
+    holdout: Holdout = setting(Holdout, "left out to see how the weights do on other targets")
+    problem: Problem = setting(SyntheticProblem, "what is calibrated")
+
+    def check(self) -> None:
+        """A place to compute, and something that decides how many households stay."""
+        super().check()
+        one_of(self.device.partition(":")[0], "device", DEVICES)
+
+    def solver(self, groups: Collection[str] | None = None) -> Settings:
+        """Return the part that the solver needs.
+
+        Args:
+            groups: of a problem with some of the groups only: multipliers of others are left out.
+        """
+        values = {name: getattr(self, name) for name in declared(Settings)}
+        if groups is not None:
+            given = values["group_multipliers"] or {}
+            values["group_multipliers"] = {k: v for k, v in given.items() if k in groups}
+        return Settings(**values)

@@ -1,0 +1,345 @@
+"""The settings of train.py and test.py: every key with its type, range, default and meaning.
+
+Nothing here imports PyTorch: the command line is checked before anything slow is loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sparsereg.data.config import Cifar10Data, Data
+from sparsereg.errors import InputError
+from sparsereg.settings import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATE,
+    SEED,
+    SHARE,
+    Contradiction,
+    Rule,
+    Settings,
+    at_least,
+    count,
+    declared,
+    setting,
+    shown,
+    within,
+)
+from sparsereg.temperature import Temperature
+from sparsereg.training.schedules import SCHEDULES
+from sparsereg.zoo.config import GoogleNetModel, Network, TorchvisionModel
+
+
+@dataclass(frozen=True)
+class Optimizer(Settings):
+    """AdamW, linear warm-up, then a cosine to zero over schedule_epochs, whatever trainer.max_epochs is.
+
+    So a run of 2 epochs that is resumed to 4 equals a run of 4.
+    """
+
+    name: str = setting("adamw", "the optimizer", choices=("adamw", "sgd"))
+    lr: float = setting(0.002, "peak learning rate of the weights", POSITIVE)
+    weight_decay: float = setting(0.05, "of the weights: decoupled with adamw, L2 with sgd", NOT_NEGATIVE)
+    decay_all: bool = setting(False, "false: no weight decay on BatchNorm and biases")
+    gate_lr_ratio: float = setting(
+        10.0, "learning rate of the gates over that of the weights; gates are never decayed", POSITIVE
+    )
+    betas: tuple[float, float] = setting((0.9, 0.999), "used by adamw", within("[0, 1)"))
+    momentum: float = setting(0.9, "used by sgd", within("[0, 1)"))
+    schedule: str = setting("cosine", "of the learning rate over the epochs", choices=SCHEDULES)
+    schedule_epochs: int = setting(30, "length of the schedule", count())
+    warmup_epochs: float = setting(1.0, "epochs of linear increase", NOT_NEGATIVE)
+    final_lr_ratio: float = setting(0.0, "learning rate at the end over the peak", NOT_NEGATIVE)
+    milestones: tuple[float, ...] = setting((), "epochs, used by multistep", NOT_NEGATIVE, empty=True)
+    gamma: float = setting(0.1, "factor at each of them", POSITIVE)
+
+    def check(self) -> None:
+        """A schedule of steps has some."""
+        if self.schedule == "multistep" and not self.milestones:
+            raise Contradiction("{}schedule=multistep needs the epochs of its steps: give {}milestones=[...]")
+
+
+@dataclass(frozen=True)
+class BatchNorm(Settings):
+    """How BatchNorm statistics for the test-time gates are estimated."""
+
+    num_images: int = setting(
+        4096,
+        "training images without augmentation that they are taken from; 0: never",
+        Rule("an integer >= 2, or 0 for never", lambda n: n == 0 or n >= 2),
+    )
+    batch_size: int = setting(256, "images per batch of that", count(2))
+
+
+@dataclass(frozen=True)
+class Callbacks(Settings):
+    """What happens beside the steps of training."""
+
+    batch_norm: BatchNorm = setting(BatchNorm, "statistics for the test-time gates")
+    histogram_every_n_epochs: int = setting(1, "of log_alpha and P(z > 0) in TensorBoard; 0: never", count(0))
+    penalty_warmup_epochs: float = setting(0.0, "lambda_l0 grows linearly over so many epochs", NOT_NEGATIVE)
+    compact_every_n_epochs: int = setting(
+        0, "> 0: channels that are shut for good leave at every n-th epoch; 0: never", count(0)
+    )
+    compact_below: float = setting(
+        0.02, "a gate with P(z > 0) below this is shut for good", within("(0, 0.5)", "a probability")
+    )
+
+
+@dataclass(frozen=True)
+class Target(Settings):
+    """How target_sparsity or target_macs is reached; docs/choosing-lambda.md."""
+
+    ramp: float = setting(
+        0.6, "share of the epochs over which the target falls geometrically", within("(0, 1]", "a share")
+    )
+    proportional_gain: float = setting(
+        10.0, "multiplier for each unit of log(expected cost / target)", NOT_NEGATIVE
+    )
+    integral_gain: float = setting(0.01, "what it grows by in each step for each unit", NOT_NEGATIVE)
+    every_n_steps: int = setting(5, "the expected cost is differentiated anew every so many steps", count())
+
+
+@dataclass(frozen=True)
+class Finetune(Settings):
+    """After training the gates are folded and the compacted network is trained further."""
+
+    epochs: int = setting(0, "0: leave that out", count(0))
+    lr: float = setting(0.002, "peak learning rate, falls along a cosine", POSITIVE)
+
+
+@dataclass(frozen=True)
+class Distill(Settings):
+    """Learn from a trained network, too."""
+
+    ckpt_path: str | None = setting(None, "its checkpoint")
+    weight: float = setting(0.5, "of the teacher's answers; the labels get the rest", SHARE)
+    temperature: float = setting(2.0, "by which logits are divided", POSITIVE)
+
+
+@dataclass(frozen=True)
+class Logger(Settings):
+    """Where scalars go."""
+
+    name: str = setting("tensorboard", "tensorboard or none", choices=("tensorboard", "none"))
+
+
+_LIMIT = Rule(
+    "a number of batches >= 0, or a share in [0.0, 1.0]",
+    lambda v: 0 <= v <= 1 if isinstance(v, float) else v >= 0,
+)
+_INTERVAL = Rule(
+    "a number of batches >= 1, or a share in (0, 1]",
+    lambda v: 0 < v <= 1 if isinstance(v, float) else v >= 1,
+)
+_ENDLESS = Rule("an integer >= 0, or -1 for no limit", lambda v: v >= -1)
+
+
+@dataclass(frozen=True)
+class Trainer(Settings):
+    """Any key of Lightning's Trainer; null leaves Lightning's default."""
+
+    OTHERS: ClassVar[str | None] = "others"
+
+    accelerator: str = setting("auto", "auto, cpu, gpu, ...")
+    strategy: str = setting("auto", "auto, ddp, ...")
+    devices: int | str | tuple[int, ...] = setting(1, "how many, auto, or a list of their numbers")
+    num_nodes: int = setting(1, "machines", count())
+    precision: int | str | None = setting(None, "32-true, 16-mixed, bf16-mixed, ...")
+    max_epochs: int | None = setting(30, "epochs of the run; -1: no limit", _ENDLESS)
+    min_epochs: int | None = setting(None, "at least so many", count(0))
+    max_steps: int = setting(-1, "at most so many steps; -1: no limit", _ENDLESS)
+    min_steps: int | None = setting(None, "at least so many steps", count(0))
+    max_time: str | Mapping[str, float] | None = setting(None, "e.g. 00:12:00:00, days to seconds")
+    fast_dev_run: bool | int = setting(False, "true or so many batches: try everything once", count(0))
+    limit_train_batches: int | float | None = setting(None, "batches of an epoch, or a share", _LIMIT)
+    limit_val_batches: int | float | None = setting(None, "the same for validation", _LIMIT)
+    limit_test_batches: int | float | None = setting(None, "the same for the test", _LIMIT)
+    overfit_batches: int | float = setting(0.0, "train and validate on these only; 0: off", _LIMIT)
+    val_check_interval: int | float | None = setting(None, "validate within an epoch, too", _INTERVAL)
+    check_val_every_n_epoch: int | None = setting(1, "validate every so many epochs", count())
+    num_sanity_val_steps: int = setting(
+        0, "validation batches before training; -1: all", at_least(-1, "an integer")
+    )
+    log_every_n_steps: int = setting(50, "steps between logged values", count())
+    enable_checkpointing: bool = setting(True, "write checkpoints")
+    enable_progress_bar: bool = setting(True, "show one")
+    enable_model_summary: bool = setting(False, "print one")
+    accumulate_grad_batches: int = setting(1, "batches for each step", count())
+    gradient_clip_val: int | float | None = setting(None, "largest gradient", NOT_NEGATIVE)
+    gradient_clip_algorithm: str | None = setting(None, "of what", choices=("norm", "value"))
+    deterministic: bool | str | None = setting(None, "true, false or warn", choices=("warn",))
+    benchmark: bool | None = setting(None, "let cuDNN choose the fastest algorithms")
+    inference_mode: bool = setting(True, "no gradients in validation and test")
+    profiler: str | None = setting(None, "simple, advanced or pytorch")
+    detect_anomaly: bool = setting(False, "find the operation that makes a NaN")
+    sync_batchnorm: bool = setting(False, "BatchNorm statistics over all processes, on CPU too")
+    compile: bool = setting(False, "ours, not Lightning's: torch.compile of the network")
+    channels_last: bool = setting(True, "ours, too: memory format of images and convolutions")
+    others: Mapping[str, Any] = setting(dict, "any other key of Lightning's Trainer: +trainer.KEY=VALUE")
+
+    def check(self) -> None:
+        """Least and most agree."""
+        for least, most in (("min_epochs", "max_epochs"), ("min_steps", "max_steps")):
+            low, high = getattr(self, least), getattr(self, most)
+            if low is not None and high is not None and 0 <= high < low:
+                raise Contradiction(f"{{}}{least}={low} is more than {{}}{most}={high}")
+
+
+PENALTIES = ("gates", "weights")
+"""What lambda_l0 is the price of: L_C0, or the share of the weights with an open gate."""
+
+
+@dataclass(frozen=True)
+class Training(Settings):
+    """Train or fine-tune a network with L0 gates. `python train.py --help` explains the keys."""
+
+    lambda_l0: float | None = setting(1.0, "loss = acc_loss + lambda_l0 * L_C0", NOT_NEGATIVE)
+    lambda_l2: float = setting(
+        0.0, "weight of half the expected squared weights under their gates (L2 inside L0)", NOT_NEGATIVE
+    )
+    droprate_init: float = setting(
+        0.5, "initial dropout rate of the gates; 0.05 starts open, for fine-tuning", RATE
+    )
+    target_sparsity: float | None = setting(
+        None, "share of the parameters to remove, instead of lambda_l0", within("(0, 1)", "a share")
+    )
+    target_macs: float | None = setting(
+        None,
+        "share of the multiply-accumulate operations to keep, instead of lambda_l0",
+        within("(0, 1)", "a share"),
+    )
+    penalty: str = setting(
+        "gates",
+        "what lambda_l0 is the price of: gates (L_C0) or weights (as in the paper)",
+        choices=PENALTIES,
+    )
+    ckpt_path: str | None = setting(None, "a checkpoint to start from, or to resume")
+    resume_training: bool = setting(False, "continue that run exactly: optimizer, schedules, epoch, gates")
+    without_using_gate: bool = setting(False, "train the plain network, with no gates and no penalty")
+    seed: int = setting(0, "initial weights, order and augmentation of the images, noise of the gates", SEED)
+    test_checkpoint: str = setting("last", "which checkpoint is tested at the end", choices=("last", "best"))
+    label_smoothing: float = setting(
+        0.0, "share of each label that is spread over all classes", within("[0, 1)", "a share")
+    )
+    ema_decay: float | None = setting(
+        None,
+        "e.g. 0.999: measure and save an exponential moving average of the weights",
+        within("(0, 1)"),
+    )
+    target: Target = setting(Target, "how target_sparsity or target_macs is reached; docs/choosing-lambda.md")
+    finetune: Finetune = setting(
+        Finetune, "then the gates are folded and the compacted network is trained further"
+    )
+    distill: Distill = setting(Distill, "learn from a trained network, too")
+    rerun: bool = setting(False, "in a sweep (-m): do jobs again that finished in an earlier sweep")
+    model: Network = setting(GoogleNetModel, "the network")
+    data: Data = setting(Cifar10Data, "the images")
+    temperature: Temperature = setting(Temperature, "beta of the gates")
+    optimizer: Optimizer = setting(Optimizer, "optimizer and learning rate")
+    trainer: Trainer = setting(Trainer, "any key of Lightning's Trainer")
+    logger: Logger = setting(Logger, "where scalars go")
+    callbacks: Callbacks = setting(Callbacks, "what happens beside the steps")
+
+    @property
+    def target_key(self) -> str | None:
+        """Which of target_sparsity and target_macs is given, if any."""
+        return next((k for k in ("target_sparsity", "target_macs") if getattr(self, k) is not None), None)
+
+    @property
+    def compacts(self) -> bool:
+        """Whether channels leave while the network is trained."""
+        return self.callbacks.compact_every_n_epochs > 0 and not self.without_using_gate
+
+    def check(self) -> None:
+        """Settings that stand in each other's way."""
+        if self.resume_training and self.ckpt_path is None:
+            raise InputError(
+                "resume_training=true needs a checkpoint: give ckpt_path=RUN/checkpoints/last.ckpt"
+            )
+        if self.penalty == "weights" and isinstance(self.model, TorchvisionModel):
+            raise InputError(
+                "penalty=weights does not know which weights the gates of a torchvision network stand for: "
+                "give penalty=gates, or a target"
+            )
+        if self.finetune.epochs and self.without_using_gate:
+            raise InputError(
+                "finetune.epochs trains what gates have left, but without_using_gate=true: leave one of them"
+                " out"
+            )
+        self._check_target()
+        if self.compacts:
+            self._check_compaction()
+
+    def _check_target(self) -> None:
+        key = self.target_key
+        if key is None:
+            if self.lambda_l0 is None:
+                raise InputError(
+                    "lambda_l0=null leaves open how many gates close: give target_sparsity, or a number"
+                )
+            return
+        given = f"{key}={getattr(self, key):g}"
+        if self.target_sparsity is not None and self.target_macs is not None:
+            raise InputError("target_sparsity and target_macs exclude each other: give one of them")
+        if self.without_using_gate:
+            raise InputError(f"{given} needs gates, but without_using_gate=true: leave one of them out")
+        if self.lambda_l0 not in (None, declared(Training)["lambda_l0"].default):
+            raise two_ways(self)
+        if self.trainer.max_epochs is None or self.trainer.max_epochs < 1:
+            raise InputError(f"{given} needs to know when training ends: give trainer.max_epochs")
+        if self.test_checkpoint == "best":
+            raise InputError(
+                f"{key} is met at the end of the run, but test_checkpoint=best: give test_checkpoint=last"
+            )
+
+    def _check_compaction(self) -> None:
+        """Some things need the network at its original size."""
+        trainer, every = self.trainer, self.callbacks.compact_every_n_epochs
+        for excluded, given in (
+            ("penalty=weights", self.penalty == "weights"),
+            (f"ema_decay={self.ema_decay}", self.ema_decay is not None),
+            ("trainer.compile=true", trainer.compile),
+            (f"trainer.strategy={trainer.strategy}", trainer.strategy != "auto"),
+            (f"trainer.devices={shown(trainer.devices)}", trainer.devices not in (1, "1", "auto")),
+        ):
+            if given:
+                raise InputError(
+                    f"callbacks.compact_every_n_epochs={every} and {excluded} do not go together: leave one"
+                    " of them out"
+                )
+
+
+def two_ways(settings: Training) -> InputError:
+    """Return the error that says that a target and lambda_l0 are both given."""
+    key = settings.target_key
+    assert key is not None
+    return InputError(
+        f"{key}={getattr(settings, key)} and lambda_l0={settings.lambda_l0:g} exclude each other: with a"
+        " target, lambda is found while training; give one of them, or lambda_l0=null"
+    )
+
+
+EXPORTS = ("onnx", "pt2")
+
+
+@dataclass(frozen=True)
+class Evaluation(Settings):
+    """Test a checkpoint. `python test.py --help` explains the keys."""
+
+    ckpt_path: str | None = setting(None, "a checkpoint that train.py wrote")
+    seed: int = setting(0, "of everything drawn", SEED)
+    compact: bool = setting(False, "write compacted.pt beside the checkpoint and test it, too")
+    export: str | None = setting(
+        None, "onnx or pt2: write the compacted network for deployment", choices=EXPORTS
+    )
+    benchmark: bool = setting(False, "time gated against dense against compacted")
+    model: Network = setting(GoogleNetModel, "the network; that of the checkpoint unless you name another")
+    data: Data = setting(Cifar10Data, "the images; those of the checkpoint unless you name others")
+    trainer: Trainer = setting(Trainer, "any key of Lightning's Trainer")
+    callbacks: Callbacks = setting(Callbacks, "only batch_norm matters here")
+
+    def check(self) -> None:
+        """There is something to test."""
+        if self.ckpt_path is None:
+            raise InputError("give the checkpoint to test: ckpt_path=RUN/checkpoints/last.ckpt")
