@@ -222,7 +222,7 @@ class Kills:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
         outcome = process.run(
-            script, list(arguments), folder, limit=self.limit, real=self.real, prepare=limit
+            script, list(arguments), folder, limit=self.limit, real=self.real, prepare=limit, piped=True
         )
         self.said = outcome.err
         self.codes[f"full {outcome.code}"] += 1
@@ -231,7 +231,7 @@ class Kills:
             found.append(f"full disk: exit code {outcome.code}")
         if (
             outcome.code == 2
-            and not re.search(r"^error: .*(space|large|write|disk)", outcome.err, re.M | re.I)
+            and not re.search(r"^error: .*(space|too small|written|disk|quota)", outcome.err, re.M | re.I)
             and size > 2000
         ):
             found.append("full disk: the error does not say so")

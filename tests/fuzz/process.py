@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import fcntl
 import importlib
 import os
 import pkgutil
@@ -25,6 +26,7 @@ SECRET = "sEcReT-of-the-environment"
 """Value of an environment variable of every case, which nothing may ever print or write."""
 MEMORY = 8 << 30
 """Address space of a case in bytes."""
+_PIPE = 1 << 20
 _LAZY = (
     "hydra", "lightning_fabric", "matplotlib.pyplot", "omegaconf", "pandas", "PIL.Image", "pyarrow.parquet",
     "pyarrow.csv", "pytorch_lightning", "scipy.sparse", "scipy.optimize", "sklearn.datasets", "tensorboard",
@@ -67,6 +69,7 @@ class Running:
     limit: float
     started: float = field(default_factory=time.monotonic)
     asked: bool = False
+    pipes: tuple[int, ...] = ()
 
     def poll(self) -> Outcome | None:
         """Return the outcome once the process has ended; end it when its time is over."""
@@ -81,6 +84,9 @@ class Running:
             return None
         left = self.signal_all(signal.SIGKILL)
         code = os.waitstatus_to_exitcode(status)
+        for pipe, name in zip(self.pipes, (".stdout", ".stderr"), strict=False):
+            (self.folder / name).write_bytes(os.read(pipe, _PIPE))
+            os.close(pipe)
         out, err = (
             (self.folder / name).read_bytes().decode(errors="replace") for name in (".stdout", ".stderr")
         )
@@ -134,6 +140,7 @@ def start(
     real: bool = False,
     environment: dict[str, str] | None = None,
     prepare: Callable[[], object] = lambda: None,
+    piped: bool = False,
 ) -> Running:
     """Start a script in a folder of its own.
 
@@ -145,24 +152,29 @@ def start(
         real: start a new interpreter, not a fork.
         environment: variables besides the present ones.
         prepare: runs in the new process, before the script: limits, say.
+        piped: what it writes goes through pipes, to which no limit on files applies.
     """
     variables = {
         "OMP_NUM_THREADS": "1", "SPARSEREG_FUZZ_SECRET": SECRET, "MPLBACKEND": "Agg", **(environment or {}),
     }  # fmt: skip
     sys.stdout.flush()
     sys.stderr.flush()
+    pipes = [_pipe(), _pipe()] if piped else []
     pid = os.fork()
     if pid:
+        for _, write in pipes:
+            os.close(write)
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)  # here, too: a signal may come before the child gets there
-        return Running(pid, folder, limit)
+        return Running(pid, folder, limit, pipes=tuple(read for read, _ in pipes))
     code = 70
     try:
         os.setpgid(0, 0)
         os.chdir(folder)
         os.environ.update(variables)
         for descriptor, name in ((1, ".stdout"), (2, ".stderr")):
-            file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            file = pipes[descriptor - 1][1] if piped else os.open(name, flags)
             os.dup2(file, descriptor)
             os.close(file)
         null = os.open(os.devnull, os.O_RDONLY)
@@ -179,6 +191,14 @@ def start(
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _pipe() -> tuple[int, int]:
+    """Make a pipe that holds all that a case writes."""
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, _PIPE)
+    os.set_blocking(read, False)
+    return read, write
 
 
 def _run(path: str, arguments: list[str]) -> int:
