@@ -208,6 +208,7 @@ def _run(path: str, arguments: list[str]) -> int:
     atexit._clear()
     _no_network()
     sys.argv[:] = [path, *arguments]
+    sys.orig_argv = [sys.executable, path, *arguments]
     sys.path[0] = str(ROOT)
     tempfile.tempdir = None  # the parent's; TMPDIR may be another
     code: object = 0
