@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
+from sparsereg import interruption
 from sparsereg.arguments import check, named_keys
 from sparsereg.errors import InputError, OutputError, interpolation_error, nearest
 from sparsereg.files import no_room, write_text
@@ -47,6 +48,11 @@ def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None
         run: does the work, see ``Run``.
         choices: group choices that the arguments imply (those of a checkpoint, say); the user's own win.
     """
+    with interruption.guard():
+        _script(name, run, choices)
+
+
+def _script(name: str, run: Run, choices: Choices) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
     # Threads that spin while they wait make a shared machine several times slower. To be set before
     # PyTorch is imported.
@@ -81,13 +87,11 @@ def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None
             raise failed[0]
     except SystemExit:
         raise
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # whoever read the output, `head` say, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except BaseException as error:
+    except Exception as error:
+        interruption.check()  # what went wrong because of it, a worker that was ended, say, is of it
         sys.exit(report(name, error))
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import sparsereg
+from sparsereg import interruption
 from sparsereg.errors import InputError, interpolation_error
 from sparsereg.files import write_atomically, write_json, write_table
 
@@ -57,10 +58,13 @@ def run_job(
     try:
         results = run(cfg)
     except Exception as error:
+        interruption.check()
         code = code_of(error)
         write_json(folder / "job.json", {**job, "status": "failed", "error": str(error), "code": code})
     else:
         write_json(folder / "job.json", {**job, "status": "finished", "results": str(results)})
+    finally:
+        interruption.continue_with(lambda given: None)  # the sweep, which takes over what has finished
 
 
 def checkpoint_of_job(number: int) -> str:
@@ -119,7 +123,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 class SweepReport(Callback):
-    """Hydra callback: write sweep.csv and sweep.png at the end of a sweep and name what failed.
+    """Hydra callback: write sweep.csv and sweep.png after every job; name what failed at the end of a sweep.
 
     Args:
         x: key of results.json on the horizontal axis of the plot.
@@ -130,15 +134,25 @@ class SweepReport(Callback):
     def __init__(self, x: str, y: str, label: str) -> None:
         self.x, self.y, self.label = x, y, label
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Read the job.json of every job below the sweep's folder."""
-        folder = Path(config.hydra.sweep.dir)
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        """Add the job to table and plot: what has finished is there, however the sweep ends."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            self._write(Path(config.hydra.sweep.dir))
+
+    def _write(self, folder: Path) -> tuple[list[dict[str, Any]], bool]:
+        """Read every job.json of the sweep, write its files; return the jobs, and whether there is a plot."""
         jobs = sorted((_read(f) for f in folder.glob("*/job.json")), key=lambda j: j.get("job", 0))
+        rows = [_row(job) for job in jobs]
+        if rows:
+            _write_csv(folder / "sweep.csv", rows)
+        return jobs, self._plot(folder / "sweep.png", rows)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Say what became of the jobs."""
+        folder = Path(config.hydra.sweep.dir)
+        jobs, drawn = self._write(folder)
         if not jobs:
             return
-        rows = [_row(job) for job in jobs]
-        _write_csv(folder / "sweep.csv", rows)
-        drawn = self._plot(folder / "sweep.png", rows)
         failed = [job for job in jobs if job.get("status") == "failed"]
         for job in failed:
             print(f"failed: job {job['job']} ({' '.join(job['overrides'])}): {job['error']}", file=sys.stderr)

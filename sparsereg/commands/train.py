@@ -4,6 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from sparsereg import interruption
 from sparsereg.cli import named, script, settings_of, wrong_input
 
 
@@ -18,6 +19,7 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.files import write_json, write_text
     from sparsereg.settings import plain
     from sparsereg.training import build, stages
+    from sparsereg.training.ending import continuation
     from sparsereg.training.results import headline
 
     hydra = HydraConfig.get()
@@ -32,6 +34,8 @@ def run(composed: DictConfig) -> Path:
     if stage.trainer.is_global_zero:
         write_text(stage.folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
         data.save_split(stage.folder / "split.npz")
+    last = stage.folder / "checkpoints" / "last.ckpt"
+    interruption.continue_with(lambda given: continuation(last, cfg.without_using_gate))
     results = stages.carry_out(cfg, stage)
     if stage.trainer.is_global_zero:
         write_json(stage.folder / "results.json", results)

@@ -35,6 +35,7 @@ from sparsereg.training.checkpoint_io import WholeCheckpoints
 from sparsereg.training.compaction import Compaction
 from sparsereg.training.config import Evaluation, Training, two_ways
 from sparsereg.training.distillation import Distillation
+from sparsereg.training.ending import EndsTogether
 from sparsereg.training.module import Classifier, Provenance
 from sparsereg.training.results import metric
 from sparsereg.training.target import SparsityTarget, TargetSettings, asked_for
@@ -410,7 +411,7 @@ def build_trainer(
         return pl.Trainer(
             **keys,
             logger=logger,
-            callbacks=[*callbacks, *bar],
+            callbacks=[*callbacks, *bar, EndsTogether()],
             plugins=plugins,
             default_root_dir=None if folder is None else str(folder),
         )

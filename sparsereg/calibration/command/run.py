@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from sparsereg import interruption
 from sparsereg.calibration import holdout
 from sparsereg.calibration.command.checkpoint import Saver, fingerprint
 from sparsereg.calibration.config import CalibrationRun, Settings
@@ -252,15 +253,24 @@ def device_of(name: str) -> str:
 
 
 def _drive(calibration: Calibration, recorder: Recorder, saver: Saver, checkpoint: Path) -> None:
-    """Run the selection to its end; leave a checkpoint now and then, and when interrupted."""
-    try:
-        if not calibration.history:
-            calibration.report(recorder.record)
-        while not calibration.done:
-            calibration.step()
-            calibration.report(recorder.record)
-            saver.save_if_due(checkpoint, recorder.totals)
-    except KeyboardInterrupt:
-        saver.save(checkpoint, recorder.totals)
-        log.warning("to continue: the same command with ckpt_path=%s", checkpoint)
-        raise
+    """Run the selection to its end; leave a checkpoint now and then, and when asked to end."""
+    interruption.continue_with(lambda given: _going_on(given, checkpoint))
+    with interruption.held():
+        try:
+            if not calibration.history:
+                calibration.report(recorder.record)
+            while not calibration.done:
+                calibration.step()
+                calibration.report(recorder.record)
+                saver.save_if_due(checkpoint, recorder.totals)
+                interruption.check()
+        except (interruption.Interrupted, KeyboardInterrupt):
+            saver.save(checkpoint, recorder.totals)
+            raise
+
+
+def _going_on(given: list[str], checkpoint: Path) -> list[str] | None:
+    """Return the arguments that continue from a checkpoint, if there is one."""
+    if not checkpoint.is_file():
+        return None
+    return [*(a for a in given if not a.startswith("ckpt_path=")), f"ckpt_path={checkpoint}"]
