@@ -1,19 +1,33 @@
-# make demo: the whole story on small data. make test: the tests. PYTHON=python3.12 picks the interpreter.
+# make demo: the whole story on small data. make test: the tests.
+# make ... PYTHON=python3.12 picks the interpreter, TORCH=cpu PyTorch's builds for machines without a GPU.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+LOCK   := requirements.lock
 
-.PHONY: demo test lint docs results clean help
+# TORCH=cpu (or cu128, ...): PyTorch's own builds of the locked versions, without the usual CUDA libraries.
+TORCH_INDEX ?= https://download.pytorch.org/whl/$(TORCH)
+ifneq ($(TORCH),)
+LOCK := $(VENV)/without-torch.lock
+TORCH_FIRST = sed -nE 's/^((torch|torchvision)==[^\\]*).*/\1/p' requirements.lock > $(VENV)/torch.txt && \
+	awk '/^[a-z]/ {ours = !/^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==/} ours' requirements.lock > $(LOCK) && \
+	$$install $$compile --no-deps --index-url $(TORCH_INDEX) -r $(VENV)/torch.txt &&
+endif
+
+.PHONY: demo test quick lint docs results lock clean help
 
 help:
 	@grep -E '^# make|^[a-z]+:.*##' Makefile | sed 's/:.*##/  /'
 
 demo: $(READY) ## train, test and compact a gated GoogleNet, calibrate a survey; a table at the end
-	$(BIN)/python -m sparsereg.demo
+	$(BIN)/python -m sparsereg demo
 
 test: $(READY) ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+quick: $(READY) ## the tests that are not slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -25,18 +39,23 @@ docs: $(READY) ## the documentation as HTML, in site/
 results: $(READY) ## rerun the figures in docs/results.md that a CPU can
 	$(BIN)/python -m benchmarks.results
 
+lock: $(READY) ## resolve requirements.lock anew, keeping versions that still fit
+	$(BIN)/python -m uv pip compile -q --universal --generate-hashes --no-annotate --no-header \
+	  --python-version 3.10 requirements.txt requirements-dev.txt -o requirements.lock
+
 # uv installs five times faster; plain pip does where uv cannot be had. Compiled bytecode saves half a
 # minute at every start where Python is not allowed to write it later.
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sparsereg needs Python >= 3.10; set PYTHON=python3.X")'
 	$(PYTHON) -m venv $(VENV)
 	if $(BIN)/python -m pip install --quiet uv; then \
-	  $(BIN)/python -m uv pip install --python $(BIN)/python --compile-bytecode -r requirements.lock && \
-	  $(BIN)/python -m uv pip install --python $(BIN)/python --no-deps -e .; \
+	  install="$(BIN)/python -m uv pip install --python $(BIN)/python"; compile=--compile-bytecode; \
 	else \
-	  $(BIN)/python -m pip install -r requirements.lock && $(BIN)/python -m pip install --no-deps -e .; \
-	fi
+	  install="$(BIN)/python -m pip install"; \
+	fi; \
+	$(TORCH_FIRST) \
+	$$install $$compile --no-deps -r $(LOCK) && $$install --no-deps -e .
 	touch $(READY)
 
 clean: ## remove the environment and caches; outputs/ stays
-	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,9 +1,6 @@
 """Choose few survey households and weights that meet population targets: `python calibrate.py --help`."""
 
-from sparsereg.interruption import guard
+from sparsereg.commands import launch
 
 if __name__ == "__main__":
-    with guard():  # before anything that takes time is imported
-        from sparsereg.commands.calibrate import main
-
-        main()
+    launch("calibrate")

@@ -1,9 +1,6 @@
 """Say what a trained network is worth, and hand over a smaller one: `python test.py --help`."""
 
-from sparsereg.interruption import guard
+from sparsereg.commands import launch
 
 if __name__ == "__main__":
-    with guard():  # before anything that takes time is imported
-        from sparsereg.commands.test import main
-
-        main()
+    launch("test")

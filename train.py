@@ -1,9 +1,6 @@
 """Train or fine-tune a network with L0 gates: `python train.py --help`."""
 
-from sparsereg.interruption import guard
+from sparsereg.commands import launch
 
 if __name__ == "__main__":
-    with guard():  # before anything that takes time is imported
-        from sparsereg.commands.train import main
-
-        main()
+    launch("train")

@@ -27,10 +27,13 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from sparsereg import interruption
 from sparsereg.arguments import check, named_keys
 from sparsereg.errors import InputError, OutputError, interpolation_error, nearest
+from sparsereg.extras import advice
 from sparsereg.files import no_room, write_text
 from sparsereg.settings import Settings, all_keys, read
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_HERE = Path(__file__).resolve().parent
+CONFIGS = next((path for path in (_HERE / "configs", _HERE.parent / "configs") if path.is_dir()), _HERE)
+"""configs/: in the package where it is installed, beside it in a clone."""
 Run = Callable[[DictConfig], Path]
 """What a script does with its configuration; returns the path of the results.json that it wrote."""
 
@@ -40,13 +43,16 @@ Choices = Callable[[list[str]], list[str]]
 _implied: list[str] = []
 
 
-def script(name: str, run: Run, choices: Choices = lambda arguments: []) -> None:
+def script(
+    name: str, run: Run, choices: Choices = lambda arguments: [], *, arguments: list[str] | None = None
+) -> None:
     """Run a script under Hydra and leave the process with the exit code of the house.
 
     Args:
         name: name of the primary configuration, e.g. ``train`` for configs/train.yaml.
         run: does the work, see ``Run``.
         choices: group choices that the arguments imply (those of a checkpoint, say); the user's own win.
+        arguments: of the user; by default those of this process.
     """
     with interruption.guard():
         _script(name, run, choices)
@@ -57,11 +63,11 @@ def _script(name: str, run: Run, choices: Choices) -> None:
     # Threads that spin while they wait make a shared machine several times slower. To be set before
     # PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = sys.argv[:]
+    command_line = sys.argv[:]
     failed: list[Exception] = []
 
     def task(cfg: DictConfig) -> None:
-        sys.argv[:] = arguments  # processes that Lightning starts get the user's arguments
+        sys.argv[:] = command_line  # processes that Lightning starts get the user's arguments
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             from sparsereg.sweep import run_job
 
@@ -73,9 +79,7 @@ def _script(name: str, run: Run, choices: Choices) -> None:
             failed.append(error)
 
     try:
-        if not CONFIGS.is_dir():
-            raise InputError(f"{CONFIGS} is missing: run the script from a clone of the repository")
-        given = _overrides_first(arguments[1:])
+        given = _overrides_first(sys.argv[1:] if arguments is None else arguments)
         check(given, CONFIGS, known_keys(name))
         named = {argument.partition("=")[0] for argument in given}
         _implied[:] = [c for c in choices(given) if c.partition("=")[0] not in named]
@@ -233,6 +237,8 @@ def _input_message(name: str, error: BaseException) -> str | None:
         return f"out of memory: {LESS_MEMORY[name]}"
     if isinstance(error, InputError | OutputError):
         return one_line(str(error))
+    if isinstance(error, ModuleNotFoundError) and (install := advice(error)) is not None:
+        return install
     if (reason := no_room(error)) is not None:
         return f"the outputs cannot be written: {reason}"
     if isinstance(error, HydraException | OmegaConfBaseException):

@@ -59,8 +59,11 @@ _guard: _Guard | None = None
 
 
 @contextlib.contextmanager
-def guard() -> Iterator[None]:
+def guard(given: list[str] | None = None) -> Iterator[None]:
     """Within this context signals end the process as this module says; one within another changes nothing.
+
+    Args:
+        given: the user's arguments; by default all of this process.
 
     Raises:
         SystemExit: somebody asked the process to end.
@@ -69,7 +72,7 @@ def guard() -> Iterator[None]:
     if _guard is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    mine = _guard = _Guard(os.getpid(), _command())
+    mine = _guard = _Guard(os.getpid(), _command(sys.argv[1:] if given is None else given))
     before = {number: signal.getsignal(number) for number in SIGNALS}
     install()
     try:
@@ -183,10 +186,9 @@ def _tell(current: _Guard) -> None:
         os.write(2, f"interrupted; to continue: {shlex.join([*start, *given])}\n".encode())
 
 
-def _command() -> tuple[list[str], list[str]]:
+def _command(given: list[str]) -> tuple[list[str], list[str]]:
     """Return how this process was started, as it was typed, and the arguments behind that."""
-    given = sys.argv[1:]
     typed: list[Any] = list(sys.orig_argv)
     if typed[len(typed) - len(given) :] == given:
         return typed[: len(typed) - len(given)], given
-    return ["python", sys.argv[0]], given
+    return ["python", *sys.argv[: len(sys.argv) - len(given)]], given

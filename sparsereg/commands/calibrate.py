@@ -24,7 +24,7 @@ def spelt_out(argument: str) -> str:
     return re.sub(r"^(\+*temperature)=(?=[-+.\d])", r"\1.initial=", argument)
 
 
-def main() -> None:
-    """Run the command with the arguments of this process, and leave it."""
-    sys.argv[1:] = [spelt_out(argument) for argument in sys.argv[1:]]
-    script("calibrate", run)
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command with these arguments, or those of the process, and leave the process."""
+    given = sys.argv[1:] if arguments is None else arguments
+    script("calibrate", run, arguments=[spelt_out(argument) for argument in given])

@@ -66,6 +66,6 @@ def choices(arguments: list[str]) -> list[str]:
     return group_choices(arguments)
 
 
-def main() -> None:
-    """Run the command with the arguments of this process, and leave it."""
-    script("test", run, choices)
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command with these arguments, or those of the process, and leave the process."""
+    script("test", run, choices, arguments=arguments)

@@ -4,8 +4,14 @@ Every function releases the interpreter's lock and works on one range of rows, s
 run in threads. The compiled code is kept beside this file (or in the user's cache folder).
 """
 
-import numba
 import numpy as np
+
+from sparsereg.extras import missing
+
+try:
+    import numba
+except ModuleNotFoundError as error:
+    raise missing(error) from error
 
 # Sums may be reordered, which lets them use vector registers; NaN and infinity keep their meaning.
 _compile = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})

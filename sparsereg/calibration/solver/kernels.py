@@ -4,8 +4,14 @@ Every function releases the interpreter's lock and works on one range of househo
 ranges run in threads. The first call on a machine compiles (about a second) and keeps the result.
 """
 
-import numba
 import numpy as np
+
+from sparsereg.extras import missing
+
+try:
+    import numba
+except ModuleNotFoundError as error:
+    raise missing(error) from error
 
 # Sums may be reordered, which lets them use vector registers; NaN and infinity keep their meaning.
 _compile = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})

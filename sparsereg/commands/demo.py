@@ -1,4 +1,4 @@
-"""The whole story in a few minutes, on data that need no download: `make demo`.
+"""The whole story in a few minutes, on data that need no download: `make demo`, `sparsereg demo`.
 
 Trains a gated GoogleNet on scikit-learn's digits, tests it, compacts it, and calibrates a synthetic survey,
 by the commands that a user would type. Ends with a table of what was reached.
@@ -11,17 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def call(*arguments: str) -> dict[str, Any]:
-    """Run a script, show what it prints, and return its results.
+    """Run a command, show what it prints, and return its results.
 
     Raises:
-        SystemExit: the script failed.
+        SystemExit: the command failed.
     """
-    print(f"\n$ python {' '.join(arguments)}", flush=True)
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(f"\n$ sparsereg {' '.join(arguments)}", flush=True)
+    command = [sys.executable, "-m", "sparsereg", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     last = ""
     for line in process.stdout:
@@ -29,16 +28,22 @@ def call(*arguments: str) -> dict[str, Any]:
         last = line if line.strip() else last
     if process.wait():
         sys.exit(f"the demo stopped: {arguments[0]} ended with exit code {process.returncode}")
-    path = ROOT / last.strip().removeprefix("results: ")
+    path = Path(last.strip().removeprefix("results: "))
     return {**json.loads(path.read_text()), "path": path}
 
 
-def main() -> None:
-    """Run everything and print the table."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run everything and print the table; there are no arguments to give."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(given):
+        sys.exit(print(__doc__))
+    if given:
+        print(f"error: sparsereg demo takes no arguments, got {given[0]!r}", file=sys.stderr)
+        sys.exit(2)
     start = time.perf_counter()
-    trained = call("train.py", "experiment=digits_demo")
-    tested = call("test.py", f"ckpt_path={trained['checkpoint']}", "compact=true")
-    calibrated = call("calibrate.py")
+    trained = call("train", "experiment=digits_demo")
+    tested = call("test", f"ckpt_path={trained['checkpoint']}", "compact=true")
+    calibrated = call("calibrate")
     minutes = (time.perf_counter() - start) / 60
     rows = [
         ("gated GoogleNet on digits: test accuracy", f"{tested['test_acc']:.2%}"),
@@ -57,7 +62,7 @@ def main() -> None:
 Look next:
   tensorboard --logdir ./outputs/train/tblog/lightning_logs/
   {Path(tested["compacted"]).name} beside {trained["checkpoint"]}: the smaller network
-  {calibrated["path"].parent.relative_to(ROOT)}/: weights, targets and plots of the survey
+  {calibrated["path"].parent}/: weights, targets and plots of the survey
   README.md: CIFAR-10, sweeps over lambda, your own data""")
 
 

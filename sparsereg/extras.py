@@ -1,0 +1,57 @@
+"""What is not installed, and how to install it: ``pip install 'sparsereg[EXTRA]'``.
+
+The library itself needs torch, numpy and scipy. Everything else belongs to an extra of pyproject.toml.
+"""
+
+from importlib.util import find_spec
+
+MODULES = {
+    "train": (
+        *("pytorch_lightning", "hydra", "omegaconf", "torchmetrics", "torchvision", "tensorboard"),
+        *("sklearn", "pandas", "matplotlib", "PIL", "tqdm"),
+    ),
+    "calibrate": (
+        *("numba", "pandas", "pyarrow", "hydra", "omegaconf", "matplotlib", "tensorboard", "tqdm"),
+    ),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "track": ("wandb", "mlflow"),
+}
+"""What is imported from the packages of each extra."""
+
+
+class MissingExtra(ModuleNotFoundError):
+    """Something that an extra of this package would install is not there."""
+
+
+def need(extra: str, *modules: str) -> None:
+    """Check that what an extra installs is there.
+
+    Args:
+        extra: key of ``MODULES``.
+        *modules: those of its modules that are needed; by default all.
+
+    Raises:
+        MissingExtra: one is not; says how to install it.
+    """
+    for module in modules or MODULES[extra]:
+        if find_spec(module) is None:
+            raise MissingExtra(_advice(module, extra), name=module)
+
+
+def missing(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """Return the error that says how to install what an import did not find, or the same one if it cannot."""
+    said = advice(error)
+    return error if said is None else MissingExtra(said, name=error.name)
+
+
+def advice(error: ModuleNotFoundError) -> str | None:
+    """Return how to install what an import did not find; None if it belongs to no extra."""
+    if isinstance(error, MissingExtra):
+        return str(error)
+    module = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, modules in MODULES.items() if module in modules), None)
+    return None if extra is None else _advice(module, extra)
+
+
+def _advice(module: str, extra: str) -> str:
+    return f"{module} is not installed, which this needs: pip install 'sparsereg[{extra}]'"
