@@ -77,8 +77,8 @@ class Kills:
         self.codes: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.done = self.bad = self.resumed = self.equal = self.anew = 0
-        shared = Path("/dev/shm")
-        self.elsewhere = shared if shared.is_dir() and os.access(shared, os.W_OK) else None
+        others = [Path(p) for p in ("/dev/shm", "/tmp", "/var/tmp") if os.access(p, os.W_OK)]
+        self.elsewhere = next((p for p in others if p.stat().st_dev != out.stat().st_dev), None)
 
     def run(self, kind: str, numbers: range, seconds: float | None) -> int:
         """Run kills (``kills``) or full disks (``disk``); return how many had violations."""
