@@ -28,8 +28,10 @@ from sparsereg.settings import (
 from sparsereg.settings import Settings as Group
 from sparsereg.temperature import Temperature, TemperatureScheduler
 
-METHODS = ("auto", "pruning", "hard_concrete", "hybrid", "random", "pps", "all")
+METHODS = ("auto", "pruning", "hard_concrete", "hybrid", "random", "pps", "all", "calibrate")
 """Ways to choose households; auto: pruning with num_households, hard_concrete without."""
+DISTANCES = ("linear", "raking", "logit")
+"""How far a weight is from its initial weight; see solver/distances.py."""
 LOSSES = ("relative", "mse", "mape", "capped")
 """relative: squared error over the target's scale squared; mse: squared error; mape: absolute error over
 the scale; capped: the same, no more than ``cap`` for any one target."""
@@ -80,7 +82,8 @@ class Settings(Group):
     cap: float = setting(CAP, "capped: the largest relative error that counts", above(0, "a relative error"))
     method: str = setting(
         "auto",
-        "auto (pruning with num_households, else hard_concrete), all, hybrid, random or pps",
+        "auto (pruning with num_households, else hard_concrete), all, calibrate (targets are met exactly),"
+        " hybrid, random or pps",
         choices=METHODS,
     )
     max_weight_ratio: float | None = setting(
@@ -116,17 +119,47 @@ class Settings(Group):
         0.01, "gates: standard deviation of the noise on their location", NOT_NEGATIVE, key=False
     )
     schedule: PruningSchedule = setting(PruningSchedule, "work of the pruning", key=False)
+    distance: str = setting(
+        "linear", "calibrate: what is kept small, linear, raking or logit", choices=DISTANCES
+    )
+    bounds: Any = setting(
+        None, "calibrate: [low, high] of weight over initial weight, numbers, null or columns"
+    )
+    weight_bounds: Any = setting(None, "calibrate: [low, high] of the weight itself, likewise")
+    unit_factor: Any = setting(
+        None, "calibrate: a column of numbers > 0; weights of a large one are changed first"
+    )
     seed: int = setting(0, "of all noise: the same seed gives the same weights", SEED)
     device: str = setting("cpu", "auto, cpu, cuda or cuda:N")
     backend: str = setting("auto", "how to compute, see household_matrix", key=False)
 
     def check(self) -> None:
-        """Bounds are kept by the refit."""
+        """Bounds are kept by the refit; method=calibrate has settings of its own."""
+        self._check_exact()
         for name in ("max_weight_ratio", "hold_total"):
             if getattr(self, name) and not self.refit:
                 raise Contradiction(
                     f"{{}}{name} is kept by the refit: it cannot be combined with {{}}refit=false"
                 )
+
+    def _check_exact(self) -> None:
+        """Refuse settings of method=calibrate elsewhere, and others with it."""
+        if self.method != "calibrate":
+            given = [n for n in ("bounds", "weight_bounds", "unit_factor") if getattr(self, n) is not None]
+            given += ["distance"] if self.distance != "linear" else []
+            if given:
+                raise Contradiction(
+                    f"{{}}{given[0]} needs {{}}method=calibrate, got {{}}method={self.method}"
+                )
+            return
+        for name, usual in (("loss", "relative"), ("hold_total", False), ("refit", True), ("consistency", 0)):
+            if getattr(self, name) != usual:
+                raise Contradiction(
+                    f"{{}}method=calibrate does not know {{}}{name}: its targets are hard, or priced by their"
+                    " weight; a total to hold is a target"
+                )
+        if self.distance == "logit" and self.bounds is None and self.weight_bounds is None:
+            raise Contradiction("{}distance=logit needs {}bounds=[low,high], for example [0.3,3]")
 
     def temperature_at(self, epoch: float) -> float:
         """Beta of the gates at an epoch."""

@@ -76,9 +76,7 @@ def quieten_lightning() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
 
-def inherit(
-    given: Training, checkpoint: Checkpoint, named: Set[str], keys: "tuple[str, ...]"
-) -> Training:
+def inherit(given: Training, checkpoint: Checkpoint, named: Set[str], keys: "tuple[str, ...]") -> Training:
     """Take parts of the settings from a checkpoint; what the user named on the command line wins.
 
     Args:

@@ -125,9 +125,7 @@ def time_networks(
     runtimes = ["eager", "compiled"]
     if importlib.util.find_spec("onnxruntime"):
         runtimes.append("onnxruntime")
-    latency = benchmark(
-        networks_by_name, example, runtimes=runtimes, channels_last=cfg.trainer.channels_last
-    )
+    latency = benchmark(networks_by_name, example, runtimes=runtimes, channels_last=cfg.trainer.channels_last)
     print(latency.table())
     print(f"plot: {latency.plot(folder / 'latency.png')}")
     return [asdict(row) for row in latency.rows]

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsereg.calibration.config import Settings
 from sparsereg.calibration.measures import relative_errors
 from sparsereg.calibration.problem import CalibrationProblem, exact_totals
+from sparsereg.calibration.solver.exact import Exact, calibrate_exactly
 from sparsereg.calibration.solver.hard_concrete import GateSettings
 from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import Quadratic, TargetLoss, group_shares
@@ -47,6 +48,7 @@ _LOOK_SWEEPS = 60
 _BLOCK = 256
 """Households that stay neighbours in memory."""
 
+
 @dataclass(frozen=True, eq=False)
 class CalibrationResult:
     """Weights and what they reach.
@@ -64,6 +66,7 @@ class CalibrationResult:
         seconds: Wall clock time.
         history: Per report of the run: epoch, loss, kept, mean_are.
         set_aside: Indices of targets near zero that the loss leaves out, because the others rule them out.
+        exact: Of ``method="calibrate"``: what the targets cost, which gave way and why; None for others.
     """
 
     problem: CalibrationProblem
@@ -76,6 +79,18 @@ class CalibrationResult:
     seconds: float
     history: list[dict[str, float]]
     set_aside: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    exact: Exact | None = None
+
+    @property
+    def multipliers(self) -> np.ndarray:
+        """What each target costs, shape (targets,), see ``exact.Exact``.
+
+        Raises:
+            ValueError: the method was not "calibrate".
+        """
+        if self.exact is None:
+            raise ValueError(f"method={self.method!r} has no multipliers: they are of method='calibrate'")
+        return self.exact.multipliers
 
     @property
     def num_kept(self) -> int:
@@ -139,17 +154,44 @@ class Calibration:
         candidates = int((problem.starting_weights > 0).sum())
         self.num_households = _check_number(num_households, candidates, problem.num_households)
         self.method = "polish" if given is not None else method_of(self.settings.method, self.num_households)
+        self._exact: Exact | None = None
         order = _visiting_order(problem.matrix_t, self.settings.seed)
         self._order = order[problem.starting_weights[order] > 0]  # of weight zero: not in the survey
         if given is not None:
             _refuse_weightless(problem, given.numpy())
             given = torch.from_numpy(np.flatnonzero(np.isin(self._order, given.numpy())))
         self.goal = _goal(problem, self.num_households, self.settings, self._order)
-        self.set_aside = self._set_aside()
+        self.set_aside = np.empty(0, dtype=np.int64) if self.is_exact else self._set_aside()
         self.selection: Selection = (
             METHODS[self.method](self.goal) if given is None else _swaps_only(self.goal, given)
         )
         self.history: list[dict[str, float]] = []
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether targets are hard and everybody stays: ``method="calibrate"``."""
+        return self.method == "calibrate"
+
+    def exact(self) -> Exact:
+        """Calibrate everybody, on first use.
+
+        Raises:
+            ValueError: the bounds are wrong, or targets marked hard contradict each other.
+        """
+        if self._exact is None:
+            s = self.settings
+            shares = group_shares(
+                self.problem.num_targets, self.problem.target_groups, normalize=s.normalize_groups,
+                multipliers=s.group_multipliers, target_weights=self.problem.target_shares,
+            )  # fmt: skip
+            bounds = s.bounds
+            if s.max_weight_ratio is not None:
+                low, high = s.bounds or (0.0, None)
+                bounds = (low, np.minimum(np.inf if high is None else high, s.max_weight_ratio))
+            self._exact = calibrate_exactly(
+                self.problem, s.distance, bounds, s.weight_bounds, s.unit_factor, shares
+            )
+        return self._exact
 
     @property
     def done(self) -> bool:
@@ -225,6 +267,8 @@ class Calibration:
         if not self.done:
             epoch, planned = self.selection.epoch, self.selection.num_epochs
             raise ValueError(f"the selection is not made yet: {epoch} of {planned} epochs are done")
+        if self.is_exact:
+            return self._described(self.exact().weights, self.exact().error)
         system, weights = self.goal.system, self.selection.weights()
         kept = self.selection.kept()
         if len(kept) == 0:
@@ -237,12 +281,15 @@ class Calibration:
                 kept, weights, optimality = self._refit(kept, weights)
         full = torch.zeros_like(system.initial_weights)
         full[kept] = weights
-        final = self._in_order_of_the_problem(full)
+        return self._described(self._in_order_of_the_problem(full), optimality)
+
+    def _described(self, final: np.ndarray, optimality: float | None) -> CalibrationResult:
+        """The result with these weights."""
         totals = exact_totals(self.problem.linear.matrix, final)
-        loss = float(self._mean_loss().value(torch.from_numpy(totals).to(full.device)))
+        loss = float(self._mean_loss().value(torch.from_numpy(totals).to(self.goal.loss.targets.device)))
         return CalibrationResult(
-            self.problem, final, final > 0, self.problem.estimates(final), loss, optimality, self.method,
-            time.perf_counter() - self._start, list(self.history), self.set_aside,
+            self.problem, final, final != 0, self.problem.estimates(final), loss, optimality, self.method,
+            time.perf_counter() - self._start, list(self.history), self.set_aside, self._exact,
         )  # fmt: skip
 
     def _refit(self, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -319,6 +366,8 @@ def calibrate(
             schedule: Work of the pruning.
             seed: Seed of all noise. The same seed gives the same weights.
             device, backend: Where and how to compute, see ``household_matrix``.
+            distance, bounds, weight_bounds, unit_factor: Of ``method="calibrate"``, which meets the targets
+                exactly by the weights closest to the initial ones, see ``exact.calibrate_exactly``.
 
     Returns:
         Weights, estimates, diagnostics.

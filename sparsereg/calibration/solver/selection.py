@@ -291,9 +291,14 @@ METHODS: dict[str, Callable[[Goal], Selection]] = {
     "random": lambda goal: _random(goal, torch.ones_like(goal.system.initial_weights)),
     "pps": lambda goal: _random(goal, goal.system.initial_weights),
     "all": lambda goal: Fixed(goal.starting_weights()),
+    "calibrate": lambda goal: Fixed(goal.system.initial_weights),
 }
 """pruning: gradual pruning and swaps. hard_concrete: gates. hybrid: a share by gates, the rest at random.
-random: a simple random sample. pps: a sample in proportion to the initial weights. all: everybody."""
+random: a simple random sample. pps: a sample in proportion to the initial weights. all: everybody.
+calibrate: everybody, and targets are met exactly."""
+
+
+_EVERYBODY = ("all", "calibrate")
 
 
 def method_of(name: str, num_households: int | None) -> str:
@@ -308,8 +313,10 @@ def method_of(name: str, num_households: int | None) -> str:
         near = difflib.get_close_matches(str(name), METHODS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"method must be auto or one of {', '.join(METHODS)}, got {name!r}{hint}")
-    if num_households is None and name not in ("hard_concrete", "all"):
+    if num_households is None and name not in ("hard_concrete", *_EVERYBODY):
         raise ValueError(f"method={name!r} needs num_households, how many to keep")
-    if num_households is not None and name == "all":
-        raise ValueError("method='all' keeps everybody: leave num_households out or choose another method")
+    if num_households is not None and name in _EVERYBODY:
+        raise ValueError(
+            f"method={name!r} keeps everybody: leave num_households out or choose another method"
+        )
     return name

@@ -1,0 +1,250 @@
+"""Exact calibration: the weights closest to the initial ones that meet the targets, by Newton on the dual.
+
+Minimise sum_j d_j / q_j G(w_j / d_j) subject to A w = t within the bounds of w. In the multipliers lambda of
+the targets this is a smooth convex problem without constraints, as many unknowns as targets: solve
+A w(lambda) = t with w_j = d_j F(q_j a_j' lambda). A price and a tolerance are functions of a
+target's own multiplier that are added to its total (:class:`Slack`), so that they cost one diagonal term.
+
+Source: Deville and Sarndal, Calibration estimators in survey sampling, JASA 87 (1992).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg as sl
+import scipy.sparse as sp
+
+from sparsereg.calibration.solver.distances import Distance
+
+TOLERANCE = 1e-13
+"""Largest error of a total, over its scale, that is taken for none."""
+_MOST_STEPS = 100
+_MOST_DENSE = 5000
+"""Targets up to which a step is solved by Cholesky's factors, beyond by conjugate gradients."""
+_DENSE_SHARE = 0.2
+"""Share of entries from which the rows of a domain are multiplied as a dense matrix."""
+_LEAST_DAMPING, _MOST_DAMPING = 1e-14, 1e-2
+"""Range of what is added to the diagonal, as a share of it."""
+_STALLED = 12
+"""Steps without a smaller error after which the iteration ends."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slack:
+    """What may be missing from each total, as a function of its multiplier; arrays of shape (targets,).
+
+    Args:
+        price: Of half of a squared error over its scale; infinity: the target is hard.
+        band: Half the width of the tolerance, over the scale.
+        stiffness: Slope within the tolerance: so large that the multiplier is next to zero there.
+    """
+
+    price: np.ndarray
+    band: np.ndarray
+    stiffness: np.ndarray
+
+    def value(self, multipliers: np.ndarray) -> float:
+        """Integral of what is added, from 0 to these multipliers."""
+        size = np.abs(multipliers)
+        edge = np.divide(self.band, self.stiffness, out=np.zeros_like(size), where=self.stiffness > 0)
+        banded = np.where(size < edge, 0.5 * self.stiffness * size**2, self.band * (size - 0.5 * edge))
+        return float((0.5 * np.square(multipliers) / self.price + banded).sum())
+
+    def respond(self, multipliers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is added to each total, and its slope."""
+        within = self.stiffness * multipliers
+        free = (np.abs(within) < self.band).astype(np.float64)
+        value = multipliers / self.price + np.clip(within, -self.band, self.band)
+        return value, 1.0 / self.price + self.stiffness * free
+
+
+@dataclass(frozen=True, eq=False)
+class Dual:
+    """A calibration in the multipliers of its targets; rows and targets are over the targets' scales.
+
+    Args:
+        rows: Targets x households, float64.
+        targets: Shape (targets,).
+        weights: d, the initial weights, > 0, shape (households,).
+        factors: q, > 0: households of a large one are changed first.
+        distance: How weights answer, with the bounds of w / d.
+        slack: Prices and tolerances.
+    """
+
+    rows: sp.csr_array
+    targets: np.ndarray
+    weights: np.ndarray
+    factors: np.ndarray
+    distance: Distance
+    slack: Slack
+
+    def diagonal(self) -> np.ndarray:
+        """Slope of each total by its own multiplier where no bound holds, > 0."""
+        diagonal = self.rows.power(2) @ (self.weights * self.factors)
+        return np.where(diagonal > 0, diagonal, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Where the iteration ended.
+
+    Args:
+        weights: Shape (households,).
+        multipliers: Of the rows over their scales, shape (targets,).
+        error: Largest difference of what a total and its slack add up to from the target, over the scale.
+        steps: How many steps were taken.
+    """
+
+    weights: np.ndarray
+    multipliers: np.ndarray
+    error: float
+    steps: int
+
+    @property
+    def converged(self) -> bool:
+        """Whether the weights are what was asked for."""
+        return self.error <= 10 * TOLERANCE
+
+
+class _State:
+    """Weights, slopes and errors at some multipliers."""
+
+    def __init__(self, dual: Dual, multipliers: np.ndarray, reach: np.ndarray) -> None:
+        ratio, slope = dual.distance.respond(dual.factors * reach)
+        self.multipliers, self.reach = multipliers, reach
+        self.weights = dual.weights * ratio
+        self.slope = dual.weights * dual.factors * slope
+        slack, self.slack_slope = dual.slack.respond(multipliers)
+        self.gradient = dual.rows @ self.weights + slack - dual.targets
+        self.error = float(np.abs(self.gradient).max())
+        bent = ratio * dual.factors * reach - dual.distance.value(ratio)
+        self.value = float((dual.weights / dual.factors) @ bent)
+        self.value += dual.slack.value(multipliers) - float(dual.targets @ multipliers)
+
+
+def solve(dual: Dual, start: np.ndarray | None = None, most_steps: int = _MOST_STEPS) -> Solution:
+    """Find multipliers at which totals and slacks add up to the targets.
+
+    Args:
+        dual: The problem.
+        start: Multipliers to start from; None: 0.
+        most_steps: Give up after so many steps; the best point is returned.
+    """
+    newton = _Newton(dual)
+    multipliers = np.zeros(len(dual.targets)) if start is None else start
+    state = best = _State(dual, multipliers, newton.columns @ multipliers)
+    damping, stalled, steps, lowest = _LEAST_DAMPING, 0, 0, state.value
+    while best.error > TOLERANCE and stalled < _STALLED and steps < most_steps:
+        direction, damping = newton.direction(state, damping)
+        along = newton.columns @ direction
+        length = _length(dual, state, direction, along)
+        moved = state.multipliers + length * direction
+        state = _State(dual, moved, newton.columns @ moved)
+        damping = min(damping * 100, _MOST_DAMPING) if length < 0.1 else max(damping / 10, _LEAST_DAMPING)
+        falls = state.value < lowest - 1e-9 * abs(lowest)
+        lowest = min(lowest, state.value)
+        stalled = 0 if falls or state.error < 0.9 * best.error else stalled + 1
+        best = state if state.error < best.error else best
+        steps += 1
+    return Solution(best.weights, best.multipliers, best.error, steps)
+
+
+def _length(dual: Dual, state: _State, direction: np.ndarray, along: np.ndarray) -> float:
+    """Length of a step: about where the dual is smallest along it.
+
+    The slope along the line costs no product with the matrix. It is used instead of the value, which
+    rounding makes useless near the minimum.
+    """
+
+    def slope(length: float) -> float:
+        ratio, _ = dual.distance.respond(dual.factors * (state.reach + length * along))
+        slack, _ = dual.slack.respond(state.multipliers + length * direction)
+        return float((dual.weights * ratio) @ along + (slack - dual.targets) @ direction)
+
+    first = float(state.gradient @ direction)
+    short, long = 0.0, 1.0
+    at_short, at_long = first, slope(1.0)
+    while at_long < 0.5 * first and long < 1e6:
+        short, at_short, long = long, at_long, 4.0 * long
+        at_long = slope(long)
+    if at_long <= 0.5 * abs(first):
+        return long
+    for _ in range(60):
+        middle = short + (long - short) * min(max(at_short / (at_short - at_long), 0.1), 0.9)
+        at = slope(middle)
+        if abs(at) <= 0.2 * abs(first):
+            return middle
+        if at < 0:
+            short, at_short = middle, at
+        else:
+            long, at_long = middle, at
+    return short if short > 0 else long
+
+
+class _Newton:
+    """Solves (A D A' + diag) p = -gradient for the changing diagonals of one problem."""
+
+    def __init__(self, dual: Dual) -> None:
+        self.rows, self.columns = dual.rows, sp.csr_array(dual.rows.T)
+        self._diagonal = dual.diagonal()
+        num_targets, num_households = dual.rows.shape
+        self._dense: np.ndarray | None = None
+        if dual.rows.nnz > _DENSE_SHARE * num_targets * num_households:
+            self._dense = dual.rows.toarray()
+
+    def direction(self, state: _State, damping: float) -> tuple[np.ndarray, float]:
+        """The step, and the damping it took to find one."""
+        if len(self._diagonal) > _MOST_DENSE:
+            return self._by_gradients(state, damping), damping
+        square = self._square(state.slope)
+        places = np.diag_indices(len(square))
+        square[places] += state.slack_slope
+        while True:
+            # Rows that no free household touches have nothing on the diagonal: they get a share of old.
+            diagonal = square[places] + damping * self._diagonal
+            root = 1.0 / np.sqrt(diagonal)
+            scaled = square * root[:, None] * root
+            scaled[places] = 1.0 + damping
+            try:
+                factor = sl.cho_factor(scaled, lower=True, overwrite_a=True, check_finite=False)
+            except np.linalg.LinAlgError:
+                damping = max(damping, 1e-16) * 100
+                continue
+            return -root * sl.cho_solve(factor, root * state.gradient, check_finite=False), damping
+
+    def _square(self, slope: np.ndarray) -> np.ndarray:
+        if self._dense is not None:
+            free = np.flatnonzero(slope)
+            part = self._dense if len(free) > 0.7 * len(slope) else self._dense[:, free]
+            return np.asarray((part * (slope if part is self._dense else slope[free])) @ part.T)
+        scaled = sp.csr_array(
+            (
+                self.columns.data * np.repeat(slope, np.diff(self.columns.indptr)),
+                self.columns.indices,
+                self.columns.indptr,
+            ),
+            shape=self.columns.shape,
+        )
+        return np.asarray((self.rows @ scaled).toarray())
+
+    def _by_gradients(self, state: _State, damping: float) -> np.ndarray:
+        """Conjugate gradients, preconditioned by the diagonal, to a share of the error."""
+        diagonal = self.rows.power(2) @ state.slope + state.slack_slope + damping * self._diagonal
+        extra = state.slack_slope + damping * self._diagonal
+        solution, residual = np.zeros(len(diagonal)), -state.gradient
+        conditioned = residual / diagonal
+        direction, old = conditioned, float(residual @ conditioned)
+        stop = old * min(1e-4, state.error) ** 2
+        for _ in range(20 * _MOST_STEPS):
+            if old <= stop:
+                break
+            curved = self.rows @ (state.slope * (self.columns @ direction)) + extra * direction
+            length = old / float(direction @ curved)
+            solution += length * direction
+            residual = residual - length * curved
+            conditioned = residual / diagonal
+            new = float(residual @ conditioned)
+            direction, old = conditioned + (new / old) * direction, new
+        return solution

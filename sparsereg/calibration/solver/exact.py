@@ -1,0 +1,369 @@
+"""``method="calibrate"``: targets are met exactly, by the weights closest to the initial ones.
+
+Households that share no target, directly or through others, are calibrated apart. Where the iteration does
+not reach the hard targets of a part, a linear programme says whether any weights do. If not, it names the
+targets in conflict and those that give way so that the others can be met: these get a price.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scipy.optimize import linprog
+from scipy.sparse.csgraph import connected_components
+
+from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.solver.distances import distance_of
+from sparsereg.calibration.solver.dual_newton import Dual, Slack, Solution, solve
+
+_log = logging.getLogger(__name__)
+
+_PRICES = (1.0, 10.0)
+"""Prices of targets that give way, one after the other; with 10, missing one by 1 % of what goes into it
+costs as much as changing all weights by 3 %."""
+_WELL_ENOUGH = 1e-8
+"""Error with which a problem that cannot be met counts as solved."""
+_BAND_STIFFNESS = 1e8
+"""Slope of a tolerance over the slope of its target: within it, the multiplier is as good as zero."""
+_GAVE_WAY = 1e-9
+"""Error beyond the tolerance, over the scale, from which a target is not met."""
+_CERTIFICATE_SECONDS = 60.0
+_CONFLICT = 1e-7
+"""Multiplier in the linear programme from which a target takes part in the conflict."""
+
+Bound = float | np.ndarray | None
+Bounds = tuple[Bound, Bound]
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """Calibrated weights and what they cost.
+
+    Args:
+        weights: Shape (households,), float64.
+        multipliers: Shape (targets,): by how much the distance grows per unit that a total is asked to be
+            higher; w = d F(q A' multipliers).
+        error: Largest error of a hard target beyond its tolerance, over its scale.
+        gave_way: Indices of hard targets that are not met.
+        certificate: Per part that could not be met: ``feasible`` (None: not known), ``targets`` (indices
+            that conflict), ``violation`` (least possible sum of errors over what goes into the targets).
+        bounds_hit: How many households are at a bound.
+        steps: Newton steps of the domain that took most.
+    """
+
+    weights: np.ndarray
+    multipliers: np.ndarray
+    error: float
+    gave_way: np.ndarray
+    certificate: list[dict[str, Any]]
+    bounds_hit: int
+    steps: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Domain:
+    """Some targets and the households they touch, over the targets' scales."""
+
+    targets: np.ndarray
+    households: np.ndarray
+    dual: Dual
+    natural: np.ndarray
+    total: float
+
+
+def calibrate_exactly(
+    problem: CalibrationProblem,
+    distance: str = "linear",
+    bounds: Bounds | None = None,
+    weight_bounds: Bounds | None = None,
+    unit_factor: np.ndarray | None = None,
+    shares: np.ndarray | None = None,
+) -> Exact:
+    """Find the weights closest to the initial ones that meet the targets.
+
+    Args:
+        problem: Its targets are hard unless they have a weight (``target_hard``, ``target_weights``); a
+            tolerance widens them. A weight is a price: with 1, missing the target by 1 % of its scale
+            costs as much as changing all weights by 1 %.
+        distance: "linear", "raking" or "logit".
+        bounds: Smallest and largest weight over initial weight, numbers or one per household; None: none but
+            weights >= 0.
+        weight_bounds: Smallest and largest weight itself, as well.
+        unit_factor: q > 0 per household: those of a large one are changed first. None: 1.
+        shares: Prices to use instead of the problem's weights.
+
+    Raises:
+        ValueError: an argument is wrong, or targets marked ``hard`` contradict each other.
+    """
+    linear = problem.linear
+    initial = linear.starting_weights
+    low, high = ratio_bounds(initial, distance, bounds, weight_bounds)
+    factors = _unit_factors(unit_factor, problem.num_households)
+    prices = np.where(is_hard(problem), np.inf, problem.target_shares if shares is None else shares)
+    weights, multipliers = initial.copy(), np.zeros(linear.num_targets)
+    domains = list(_domains(linear, distance, low, high, factors, prices))
+    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(domains)))) as pool:
+        ends = list(pool.map(_solve, domains))
+    certificates, steps = [], 0
+    for domain, (end, certificate) in zip(domains, ends, strict=True):
+        weights[domain.households] = end.weights
+        multipliers[domain.targets] = end.multipliers / linear.scale[domain.targets]
+        steps = max(steps, end.steps)
+        if certificate is not None:
+            certificates.append(certificate)
+    untouched = (weights < low * initial) | (weights > high * initial)
+    weights = np.where(untouched, np.clip(weights, low * initial, high * initial), weights)
+    return _described(problem, weights, multipliers, prices, certificates, (low, high), steps)
+
+
+def _described(
+    problem: CalibrationProblem,
+    weights: np.ndarray,
+    multipliers: np.ndarray,
+    prices: np.ndarray,
+    certificates: list[dict[str, Any]],
+    bounds: tuple[np.ndarray, np.ndarray],
+    steps: int,
+) -> Exact:
+    linear = problem.linear
+    beyond = np.abs(linear.scaled_errors(linear.estimates(weights)))
+    is_hard_here = np.isinf(prices)
+    gave_way = np.flatnonzero(is_hard_here & (beyond > _GAVE_WAY))
+    empty = np.flatnonzero(is_hard_here & (np.diff(linear.matrix.indptr) == 0) & (beyond > _GAVE_WAY))
+    certificates += [{"feasible": False, "targets": [int(i)], "violation": 1.0} for i in empty]
+    asked = np.zeros(len(prices), dtype=bool) if problem.target_hard is None else problem.target_hard
+    refused = gave_way[asked[gave_way]]
+    if len(refused) and any(c["feasible"] is False for c in certificates):
+        raise ValueError(_contradiction(problem, refused, certificates))
+    low, high = bounds
+    initial = linear.starting_weights
+    at_bound = (weights <= low * initial * (1 + 1e-12)) | (weights >= high * initial * (1 - 1e-12))
+    worst = float(beyond[is_hard_here].max()) if is_hard_here.any() else 0.0
+    return Exact(
+        weights, multipliers, worst, gave_way, certificates, int((at_bound & (initial > 0)).sum()), steps
+    )
+
+
+def _contradiction(
+    problem: CalibrationProblem, refused: np.ndarray, certificates: list[dict[str, Any]]
+) -> str:
+    conflict = sorted({i for c in certificates if c["feasible"] is False for i in c["targets"]})
+    named = ", ".join(problem.names[i] for i in conflict[:8])
+    more = f" and {len(conflict) - 8} more" if len(conflict) > 8 else ""
+    violation = sum(c["violation"] for c in certificates if c["feasible"] is False)
+    return (
+        f"hard targets contradict each other, {problem.names[refused[0]]!r} for one: no weights within the"
+        f" bounds meet {named}{more} together (a linear programme proves it: they stay {violation:.3g} of"
+        " their size apart); widen the bounds, give some a tolerance or a weight, or leave hard empty"
+    )
+
+
+def is_hard(problem: CalibrationProblem) -> np.ndarray:
+    """Which targets must be met: those marked so, else those without a weight."""
+    if problem.target_hard is not None:
+        return problem.target_hard
+    if problem.target_weights is None:
+        return np.ones(problem.num_targets, dtype=bool)
+    return np.isnan(problem.target_weights)
+
+
+def ratio_bounds(
+    initial: np.ndarray, distance: str, bounds: Bounds | None, weight_bounds: Bounds | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of weight over initial weight, shape (households,) each.
+
+    Raises:
+        ValueError: they cross, exclude 1, or do not suit the distance.
+    """
+    low, high = (np.zeros(len(initial)), np.full(len(initial), np.inf))
+    if bounds is not None:
+        low, high = _pair("bounds", bounds, len(initial))
+        wrong = np.flatnonzero(~((low <= 1) & (high >= 1)))
+        if len(wrong):
+            j = wrong[0]
+            raise ValueError(
+                f"bounds are of weight over initial weight and must lie on either side of 1:"
+                f" got [{low[j]:g}, {high[j]:g}]{_place(j, bounds)}"
+            )
+    if weight_bounds is not None:
+        least, most = _pair("weight_bounds", weight_bounds, len(initial))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            per = np.where(initial > 0, 1.0 / initial, 0.0)
+            low, high = (
+                np.maximum(low, least * per),
+                np.minimum(high, np.where(initial > 0, most * per, high)),
+            )
+        wrong = np.flatnonzero(low > high)
+        if len(wrong):
+            raise ValueError(
+                f"bounds and weight_bounds exclude each other for household {wrong[0]}, whose initial"
+                f" weight is {initial[wrong[0]]:g}"
+            )
+    if distance != "linear" and (low < 0).any():
+        raise ValueError(f"distance={distance!r} needs bounds >= 0, got {low.min():g}")
+    return low, high
+
+
+def _pair(name: str, bounds: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(bounds, str) or not hasattr(bounds, "__len__") or len(bounds) != 2:
+        raise ValueError(f"{name} must be [low, high], got {bounds!r}")
+    sides = []
+    for side, open_end in zip(bounds, (-np.inf, np.inf), strict=True):
+        try:
+            values = np.asarray(open_end if side is None else side, dtype=np.float64)
+            sides.append(np.broadcast_to(values, (length,)))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{name} must be two numbers, or two arrays of one number per household, got {side!r}"
+            ) from None
+    low, high = sides
+    if np.isnan(low).any() or np.isnan(high).any():
+        raise ValueError(f"{name} must be numbers, got NaN")
+    crossed = np.flatnonzero(low >= high)
+    if len(crossed):
+        j = crossed[0]
+        raise ValueError(f"{name} must have low < high, got [{low[j]:g}, {high[j]:g}]{_place(j, bounds)}")
+    return low, high
+
+
+def _place(household: int, bounds: Any) -> str:
+    return f" for household {household}" if any(np.ndim(side) for side in bounds) else ""
+
+
+def _unit_factors(factors: Any, households: int) -> np.ndarray:
+    if factors is None:
+        return np.ones(households)
+    values = np.asarray(factors, dtype=np.float64)
+    if values.shape != (households,):
+        raise ValueError(
+            f"unit_factor must have shape ({households},), one per household, got {values.shape}"
+        )
+    wrong = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+    if len(wrong):
+        raise ValueError(f"unit_factor must be > 0, got {values[wrong[0]]:g} for household {wrong[0]}")
+    return values
+
+
+def _domains(
+    linear: CalibrationProblem,
+    distance: str,
+    low: np.ndarray,
+    high: np.ndarray,
+    factors: np.ndarray,
+    prices: np.ndarray,
+) -> Iterator[_Domain]:
+    """Cut a problem into parts that share neither targets nor households, without what nothing touches."""
+    initial, scale = linear.starting_weights, linear.scale
+    total = float(initial.sum())
+    natural = scale / np.maximum(scale, linear.gross)
+    for targets, households, rows in _blocks(linear.matrix, initial > 0):
+        rows = sp.csr_array(sp.diags_array(1.0 / scale[targets]) @ rows)
+        own = distance_of(distance, low[households], high[households])
+        dual = Dual(
+            rows, linear.targets[targets] / scale[targets], initial[households], factors[households], own,
+            Slack(*(np.zeros(len(targets)) for _ in range(3))),
+        )  # fmt: skip
+        price = prices[targets] * total
+        slack = Slack(
+            np.maximum(price, np.finfo(np.float64).tiny),
+            linear.tolerance[targets] / scale[targets],
+            _BAND_STIFFNESS * dual.diagonal(),
+        )
+        yield _Domain(targets, households, replace(dual, slack=slack), natural[targets], total)
+
+
+def _blocks(matrix: sp.csr_array, there: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, sp.csr_array]]:
+    """Targets, households and rows of each connected part of a matrix with an entry."""
+    columns = np.flatnonzero(there)
+    matrix = sp.csr_array(matrix[:, columns].astype(np.float64))
+    num_targets = matrix.shape[0]
+    shape = (num_targets + len(columns),) * 2
+    entries = matrix.tocoo()
+    edges = sp.coo_array(
+        (np.ones(entries.nnz, np.int8), (entries.row, entries.col + num_targets)), shape=shape
+    )
+    count, label = connected_components(edges, directed=False)
+    of_target, of_column = label[:num_targets], label[num_targets:]
+    by_target, by_column = np.argsort(of_target, kind="stable"), np.argsort(of_column, kind="stable")
+    place = np.empty(len(columns), dtype=np.int64)
+    place[by_column] = np.arange(len(columns))
+    ordered = sp.csr_array(matrix[by_target])
+    ordered.indices = place[ordered.indices]
+    starts = [
+        np.searchsorted(of[by], np.arange(count + 1))
+        for of, by in ((of_target, by_target), (of_column, by_column))
+    ]
+    for k in range(count):
+        (first, last), (left, right) = (start[k : k + 2] for start in starts)
+        if first == last or left == right:
+            continue
+        indptr = ordered.indptr[first : last + 1]
+        part = slice(indptr[0], indptr[-1])
+        rows = sp.csr_array(
+            (ordered.data[part], ordered.indices[part] - left, indptr - indptr[0]),
+            shape=(last - first, right - left),
+        )
+        rows.sort_indices()
+        yield by_target[first:last], columns[by_column[left:right]], rows
+
+
+def _solve(domain: _Domain) -> tuple[Solution, dict[str, Any] | None]:
+    """Solve one domain; where hard targets cannot be met, let as few as possible give way."""
+    end = solve(domain.dual)
+    if end.converged:
+        return end, None
+    certificate, gives_way = certify(domain)
+    hard = np.isinf(domain.dual.slack.price)
+    for softened in (gives_way, hard) if gives_way.any() else (hard,):
+        found, start = end, None
+        for price in _PRICES:
+            prices = np.where(softened, price * domain.total * domain.natural**2, domain.dual.slack.price)
+            slack = replace(domain.dual.slack, price=prices)
+            tried = solve(replace(domain.dual, slack=slack), start)
+            start = tried.multipliers
+            found = tried if tried.error < max(_WELL_ENOUGH, found.error) else found
+        if found.error < _WELL_ENOUGH:
+            break
+    return found, certificate
+
+
+def certify(domain: _Domain) -> tuple[dict[str, Any], np.ndarray]:
+    """Ask a linear programme whether the hard targets of a domain can be met together.
+
+    It minimises the sum of what is missing, over what goes into each target.
+
+    Returns:
+        The certificate, see :class:`Exact`; a mask of the targets that the programme's solution misses.
+    """
+    dual, names = domain.dual, domain.targets
+    hard = np.flatnonzero(np.isinf(dual.slack.price))
+    count, households = len(hard), len(dual.weights)
+    eye, band = sp.eye_array(count), dual.slack.band[hard]
+    rows = sp.hstack([dual.rows[hard] @ sp.diags_array(dual.weights), eye, -eye, eye], format="csc")
+    cost = np.concatenate([np.zeros(households), domain.natural[hard], domain.natural[hard], np.zeros(count)])
+    low = np.concatenate([dual.distance.low, np.zeros(2 * count), -band])
+    high = np.concatenate([dual.distance.high, np.full(2 * count, np.inf), band])
+    found = linprog(
+        cost, A_eq=rows, b_eq=dual.targets[hard], bounds=np.column_stack([low, high]), method="highs",
+        options={"time_limit": _CERTIFICATE_SECONDS},
+    )  # fmt: skip
+    gives_way = np.zeros(len(names), dtype=bool)
+    if found.status != 0:
+        return {"feasible": None, "targets": [], "violation": None}, gives_way
+    conflict = hard[np.abs(found.eqlin.marginals) > _CONFLICT]
+    feasible = bool(found.fun <= _GAVE_WAY * max(1, count))
+    missed = found.x[households : households + count] + found.x[households + count : households + 2 * count]
+    gives_way[hard] = (missed > _GAVE_WAY) & (not feasible)
+    certificate = {
+        "feasible": feasible,
+        "targets": [] if feasible else sorted(int(names[i]) for i in conflict),
+        "violation": float(found.fun),
+    }
+    return certificate, gives_way

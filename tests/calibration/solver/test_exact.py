@@ -1,0 +1,281 @@
+"""Exact calibration against R's survey, a general solver, its own conditions, and linear programmes."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from scipy.optimize import minimize
+
+from sparsereg.calibration import CalibrationProblem, calibrate
+from sparsereg.calibration.solver.distances import DISTANCES, distance_of
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+KINDS = {
+    "linear": ("linear", False),
+    "raking": ("raking", False),
+    "linear_bounded": ("linear", True),
+    "raking_bounded": ("raking", True),
+    "logit_bounded": ("logit", True),
+}
+
+
+def reference(name):
+    table = pd.read_csv(REFERENCE / f"{name}.csv.gz")
+    rows = [c for c in table.columns if c.startswith("x")]
+    totals, households = table.loc[0, rows].to_numpy(float), table.iloc[1:]
+    problem = CalibrationProblem(households[rows].to_numpy().T, totals, households.weight.to_numpy())
+    return problem, households
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["apiclus1", "apistrat", "eusilc", "nhanes"])
+def test_weights_are_those_of_r_survey(name, kind):
+    problem, table = reference(name)
+    distance, bounded = KINDS[kind]
+    bounds = (table.low.iloc[0], table.high.iloc[0]) if bounded else None
+    result = calibrate(
+        problem, method="calibrate", distance=distance, bounds=bounds, unit_factor=table.factor.to_numpy()
+    )
+    np.testing.assert_allclose(result.weights, table[kind], rtol=1e-8)
+    assert result.diagnostics["max_abs_scaled_error"] < 1e-12
+    if bounded:
+        ratio = result.weights / problem.starting_weights
+        assert (ratio >= bounds[0] * (1 - 1e-12)).all()
+        assert (ratio <= bounds[1] * (1 + 1e-12)).all()
+
+
+def survey(seed=0, targets=12, households=200, change=0.1, **more):
+    rng = np.random.default_rng(seed)
+    rows = rng.lognormal(size=(targets, households)) * (rng.random((targets, households)) < 0.4)
+    initial = rng.lognormal(sigma=0.5, size=households) * 100
+    totals = rows @ (initial * (1 + change * rng.uniform(-1, 1, size=households)))
+    return CalibrationProblem(rows, totals, initial, **more)
+
+
+def exactly(problem, distance="linear", **settings):
+    return calibrate(problem, method="calibrate", distance=distance, **settings)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_slope_and_value_belong_to_the_ratio(distance):
+    low, high = np.full(41, 0.3), np.full(41, 2.5)
+    d = distance_of(distance, low, high)
+    u = np.linspace(-0.5, 0.5, 41)
+    ratio, slope = d.respond(u)
+    assert ratio[20] == pytest.approx(1)
+    assert d.value(np.ones(41)) == pytest.approx(np.zeros(41))
+    step = 1e-6
+    np.testing.assert_allclose(
+        slope, (d.respond(u + step)[0] - d.respond(u - step)[0]) / (2 * step), rtol=1e-6
+    )
+    growth = (d.value(ratio + step) - d.value(ratio - step)) / (2 * step)
+    np.testing.assert_allclose(growth, u, atol=1e-7)  # F is the inverse of G'
+    for end in (-1e6, 1e6):
+        assert np.isfinite(d.respond(np.full(41, end))).all()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_no_other_weights_are_closer(distance):
+    problem = survey(targets=4, households=15)
+    bounds = (0.5, 2.0) if distance == "logit" else None
+    factor = np.random.default_rng(1).uniform(0.5, 2, size=15)
+    result = exactly(problem, distance, bounds=bounds, unit_factor=factor)
+    initial, rows = problem.starting_weights, problem.matrix.toarray()
+    low, high = bounds or (0.0, 10.0)
+    d = distance_of(distance, np.full(15, low), np.full(15, high))
+
+    def far(ratio):
+        return (initial / factor * d.value(np.clip(ratio, low, high))).sum() / initial.sum()
+
+    general = minimize(
+        far, np.ones(15), bounds=[(low + 1e-9, high - 1e-9)] * 15, method="SLSQP",
+        constraints={"type": "eq", "fun": lambda g: (rows @ (initial * g) - problem.targets) / problem.scale},
+        options={"ftol": 1e-15, "maxiter": 500},
+    )  # fmt: skip
+    assert far(result.weights / initial) <= general.fun * (1 + 1e-6)
+    # The weights are what the multipliers say.
+    ratio, _ = d.respond(factor * (result.multipliers @ rows))
+    np.testing.assert_allclose(result.weights, initial * ratio, rtol=1e-9)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_redundant_targets_do_not_matter(distance):
+    plain = survey(2)
+    rows = sp.vstack(
+        [plain.matrix, sp.csr_array(plain.matrix[:5].sum(axis=0)[None]), plain.matrix[[3]] * 7.0]
+    )
+    totals = [*plain.targets, plain.targets[:5].sum(), 7 * plain.targets[3]]
+    more = CalibrationProblem(rows, totals, plain.initial_weights)
+    bounds = (0.2, 4.0) if distance == "logit" else None
+    one, two = (exactly(p, distance, bounds=bounds) for p in (plain, more))
+    np.testing.assert_allclose(two.weights, one.weights, rtol=1e-8)
+    assert two.diagnostics["max_abs_scaled_error"] < 1e-12
+
+
+def test_parts_that_share_nothing_are_solved_apart_and_together_alike():
+    parts = [survey(seed, targets=5, households=60) for seed in range(4)]
+    rows = sp.csr_array(sp.block_diag([p.matrix for p in parts]))
+    order = np.random.default_rng(0).permutation(20)
+    shuffle = np.random.default_rng(1).permutation(240)
+    whole = CalibrationProblem(
+        rows[order][:, shuffle],
+        np.concatenate([p.targets for p in parts])[order],
+        np.concatenate([p.starting_weights for p in parts])[shuffle],
+    )
+    apart = np.concatenate([exactly(p, "raking").weights for p in parts])
+    np.testing.assert_allclose(exactly(whole, "raking").weights, apart[shuffle], rtol=1e-9)
+
+
+def test_bounds_and_factors_may_differ_between_households():
+    problem = survey(3)
+    rng = np.random.default_rng(3)
+    low, high = rng.uniform(0.6, 1, size=200), rng.uniform(1, 1.5, size=200)
+    for distance in DISTANCES:
+        weights = exactly(problem, distance, bounds=(low, high)).weights
+        ratio = weights / problem.starting_weights
+        assert (ratio >= low - 1e-12).all()
+        assert (ratio <= high + 1e-12).all()
+        np.testing.assert_allclose(problem.estimates(weights), problem.targets, rtol=1e-11)
+    bounded = exactly(problem, "raking", weight_bounds=(40.0, 300.0))
+    assert bounded.weights.min() >= 40 * (1 - 1e-12)
+    assert bounded.weights.max() <= 300 * (1 + 1e-12)
+    assert bounded.exact.bounds_hit > 0
+    held = np.where(np.arange(200) < 100, 1e-9, 1.0)
+    still = exactly(problem, unit_factor=held).weights[:100]
+    np.testing.assert_allclose(still, problem.starting_weights[:100], rtol=1e-6)
+
+
+def test_a_weight_is_a_price_and_a_tolerance_a_band():
+    base = survey(4, change=0.3)
+    prices = np.full(12, np.nan)
+    prices[:3] = 0.5
+    soft = CalibrationProblem(base.matrix, base.targets, base.initial_weights, target_weights=prices)
+    result = exactly(soft)
+    errors = np.abs(soft.scaled_errors(result.estimates))
+    assert (errors[:3] > 1e-4).all()
+    assert errors[3:].max() < 1e-12
+    # Half the price times the squared error over the scale: the multiplier is its slope.
+    expected = -0.5 * base.starting_weights.sum() * soft.scaled_errors(result.estimates) / soft.scale
+    np.testing.assert_allclose(result.multipliers[:3], expected[:3], rtol=1e-6)
+    band = CalibrationProblem(
+        base.matrix, base.targets, base.initial_weights, target_tolerances=0.02 * base.targets
+    )
+    wide = exactly(band)
+    assert wide.diagnostics["max_are"] <= 0.02 * (1 + 1e-9)
+    assert wide.diagnostics["max_abs_scaled_error"] < 1e-12
+    inside = np.abs(wide.estimates / base.targets - 1) < 0.02 * (1 - 1e-6)
+    assert inside.any()
+    rows, initial = base.matrix.toarray(), base.starting_weights
+    np.testing.assert_allclose(wide.multipliers[inside] * (rows[inside] @ initial), 0, atol=1e-3)
+
+    def distance(weights):
+        return (initial * (weights / initial - 1) ** 2).sum()
+
+    assert distance(wide.weights) < distance(exactly(base).weights)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_what_cannot_be_met_gives_way_and_is_named(distance):
+    base = survey(5, targets=6, households=300)
+    rows = sp.vstack([base.matrix, sp.csr_array(base.matrix[:4].sum(axis=0)[None])])
+    totals = [*base.targets, 2 * base.targets[:4].sum()]
+    problem = CalibrationProblem(rows, totals, base.initial_weights)
+    bounds = (0.1, 5.0) if distance == "logit" else None
+    result = exactly(problem, distance, bounds=bounds)
+    assert result.exact.gave_way.tolist() == [6] or len(result.exact.gave_way) < 5
+    (certificate,) = result.exact.certificate
+    assert certificate["feasible"] is False
+    assert set(certificate["targets"]) == {0, 1, 2, 3, 6}
+    met = np.setdiff1d(np.arange(7), result.exact.gave_way)
+    np.testing.assert_allclose(result.estimates[met], problem.targets[met], rtol=1e-7)
+    assert (result.multipliers[result.exact.gave_way] != 0).all()
+    asked = np.array([True] * 7)
+    with pytest.raises(ValueError, match=r"hard targets contradict each other.*target_6 together"):
+        exactly(
+            CalibrationProblem(rows, totals, base.initial_weights, target_hard=asked), distance, bounds=bounds
+        )
+
+
+def test_bounds_that_are_too_narrow_are_told_from_failure():
+    problem = survey(6, change=0.8)
+    result = exactly(problem, bounds=(0.95, 1.05))
+    assert result.exact.certificate[0]["feasible"] is False
+    assert len(result.exact.gave_way) > 0
+    ratio = result.weights / problem.starting_weights
+    assert ratio.min() >= 0.95 - 1e-12
+    assert ratio.max() <= 1.05 + 1e-12
+
+
+def test_a_zero_that_contradicts_a_region_gives_way_alone():
+    base = survey(7, targets=8, households=400)
+    rows = sp.vstack([base.matrix, sp.csr_array(base.matrix.sum(axis=0)[None])])
+    problem = CalibrationProblem(rows, [*base.targets, 0.0], base.initial_weights)
+    result = exactly(problem)
+    assert result.exact.gave_way.tolist() == [8]
+    np.testing.assert_allclose(result.estimates[:8], base.targets, rtol=1e-7)
+
+
+def test_many_targets_go_by_conjugate_gradients(monkeypatch):
+    from sparsereg.calibration.solver import dual_newton
+
+    problem = survey(8, targets=60, households=2000)
+    direct = exactly(problem, "raking").weights
+    monkeypatch.setattr(dual_newton, "_MOST_DENSE", 10)
+    result = exactly(problem, "raking")
+    np.testing.assert_allclose(result.weights, direct, rtol=1e-8)
+    assert result.diagnostics["max_abs_scaled_error"] < 1e-12
+
+
+def test_ratios_are_met_exactly():
+    rng = np.random.default_rng(9)
+    income = rng.lognormal(size=300)
+    problem = CalibrationProblem(
+        np.array([np.ones(300), income]), [330.0, 1.5], denominators=np.array([np.zeros(300), np.ones(300)])
+    )
+    w = exactly(problem, "raking").weights
+    assert w.sum() == pytest.approx(330, rel=1e-12)
+    assert w @ income / w.sum() == pytest.approx(1.5, rel=1e-12)
+
+
+def test_clarabel_agrees():
+    clarabel = pytest.importorskip("clarabel")
+    problem = survey(10)
+    d, rows = problem.starting_weights, problem.matrix.toarray()
+    n, m = len(d), len(rows)
+    settings = clarabel.DefaultSettings()
+    settings.verbose = False
+    constraints = sp.csc_matrix(np.vstack([rows * d, -np.eye(n)]))
+    right = np.concatenate([problem.targets, np.zeros(n)])
+    cones = [clarabel.ZeroConeT(m), clarabel.NonnegativeConeT(n)]
+    found = clarabel.DefaultSolver(sp.csc_matrix(np.diag(d)), -d, constraints, right, cones, settings).solve()
+    np.testing.assert_allclose(exactly(problem).weights, d * np.array(found.x), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bounds": (2.0, 0.5)}, r"bounds must have low < high, got \[2, 0.5\]"),
+        ({"bounds": (1.2, 3.0)}, r"either side of 1: got \[1.2, 3\]"),
+        ({"bounds": (0.1, 0.9)}, r"either side of 1: got \[0.1, 0.9\]"),
+        ({"bounds": (0.1,)}, r"bounds must be \[low, high\]"),
+        ({"bounds": ("a", 2)}, "bounds must be two numbers"),
+        ({"bounds": (float("nan"), 2)}, "bounds must be numbers, got NaN"),
+        ({"distance": "raking", "bounds": (-1, 2)}, "distance='raking' needs bounds >= 0"),
+        ({"distance": "logit"}, "distance=logit needs bounds"),
+        ({"distance": "logit", "bounds": (0.2, None)}, "distance='logit' needs finite bounds"),
+        ({"distance": "logit", "bounds": (1.0, 2.0)}, "distance='logit' needs finite bounds with low < 1"),
+        ({"distance": "rakin"}, "did you mean 'raking'"),
+        ({"unit_factor": np.zeros(200)}, "unit_factor must be > 0, got 0 for household 0"),
+        ({"unit_factor": np.ones(3)}, r"unit_factor must have shape \(200,\)"),
+        ({"weight_bounds": (1e6, 2e6), "bounds": (0.5, 2)}, "bounds and weight_bounds exclude each other"),
+        ({"num_households": 5}, "method='calibrate' keeps everybody"),
+        ({"loss": "mape"}, "method=calibrate does not know loss"),
+        ({"method": "pruning", "num_households": 5, "bounds": (0.5, 2)}, "bounds needs method=calibrate"),
+        ({"method": "all", "distance": "raking"}, "distance needs method=calibrate"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(survey(), **{"method": "calibrate", **settings})
