@@ -54,11 +54,12 @@ def script(
         choices: group choices that the arguments imply (those of a checkpoint, say); the user's own win.
         arguments: of the user; by default those of this process.
     """
-    with interruption.guard():
-        _script(name, run, choices)
+    given = sys.argv[1:] if arguments is None else arguments
+    with interruption.guard(given):
+        _script(name, run, choices, _overrides_first(given))
 
 
-def _script(name: str, run: Run, choices: Choices) -> None:
+def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
     # Threads that spin while they wait make a shared machine several times slower. To be set before
     # PyTorch is imported.
@@ -79,7 +80,6 @@ def _script(name: str, run: Run, choices: Choices) -> None:
             failed.append(error)
 
     try:
-        given = _overrides_first(sys.argv[1:] if arguments is None else arguments)
         check(given, CONFIGS, known_keys(name))
         named = {argument.partition("=")[0] for argument in given}
         _implied[:] = [c for c in choices(given) if c.partition("=")[0] not in named]

@@ -143,9 +143,9 @@ def test_started_processes_get_the_whole_command_line(monkeypatch):
 def test_a_command_that_is_ended_says_how_to_continue_it():
     from sparsereg.interruption import _command
 
-    sys_argv, typed = ["/bin/sparsereg", "train", "seed=3"], ["/bin/python", "/bin/sparsereg", "train", "seed=3"]
+    typed = ["/bin/python", "/bin/sparsereg", "train", "seed=3"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", sys_argv)
+        patch.setattr(sys, "argv", typed[1:])
         patch.setattr(sys, "orig_argv", typed)
         assert _command(["seed=3"]) == (typed[:3], ["seed=3"])
         patch.setattr(sys, "orig_argv", ["/bin/python", "-c", "..."])
