@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from sparsereg.compression import compact, gate
-from sparsereg.compression.compact import difference
+from sparsereg.compression.verify import difference
 from sparsereg.model.basic_l0_blocks import GatedBatchNorm2d, L0Gate
 from sparsereg.model.googlenet import GoogleNet
 from sparsereg.penalties import hard_concretes

@@ -1,6 +1,6 @@
 """From closed gates to a smaller, faster network: count, compact, export, latency."""
 
-from sparsereg.compression.compact import compact
+from sparsereg.compression.compact import compact, original_size
 from sparsereg.compression.count import Accountant, Count, LayerCount, count
 from sparsereg.compression.deploy import export, fuse, shift_pools
 from sparsereg.compression.insert import gate
@@ -21,6 +21,7 @@ __all__ = [
     "gate",
     "is_compacted",
     "load_compacted",
+    "original_size",
     "save_compacted",
     "shift_pools",
 ]

@@ -3,8 +3,7 @@
 import copy
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.count import full_costs
-from sparsereg.compression.graph import Analysis, Example, Network, evaluating, examples, first_line, trace
+from sparsereg.compression.graph import Analysis, Example, Network, examples, first_line, trace
 from sparsereg.compression.ops import (
     SMALLEST_FOLD,
     Add,
@@ -33,6 +32,7 @@ from sparsereg.compression.ops import (
 )
 from sparsereg.compression.pad import rounded_pins
 from sparsereg.compression.sizes import ANY, of_size, same_positions, window
+from sparsereg.compression.verify import verify
 from sparsereg.compression.vocabulary import reserved
 from sparsereg.errors import InputError
 
@@ -40,11 +40,6 @@ logger = logging.getLogger(__name__)
 
 ORIGINAL = "original"
 """Key in the ``meta`` of a compacted network: the size of the network that it was made from."""
-FLOAT64_TOLERANCE = 1e-7
-"""Largest difference in float64, as a share of the output's spread. Not tighter: a float32 location on
-the very edge of closing may be open by 1e-8 when it is read in float64."""
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 5e-1}
-"""The same in the model's own precision, where rounding alone makes two sound networks differ."""
 
 
 def compact(
@@ -82,11 +77,18 @@ def compact(
         analysis = network.analyse(rounded_pins(network, analysis, round_to))
     smaller = build(network, analysis)
     if check:
-        _check(network, analysis, smaller, examples(example_input))
+        wide = build(network, analysis, torch.float64)
+        verify(model, smaller, wide, examples(example_input))
     costs = full_costs(network).values()
     size = {"parameters": sum(n for n, _ in costs), "macs": sum(n for _, n in costs)}
-    smaller.meta[ORIGINAL] = model.meta.get(ORIGINAL, size) if isinstance(model, fx.GraphModule) else size
+    smaller.meta[ORIGINAL] = original_size(model) or size
     return smaller
+
+
+def original_size(model: nn.Module) -> dict[str, int]:
+    """Return ``parameters`` and ``macs`` of the network that a compacted one was made from; else nothing."""
+    found: dict[str, int] = model.meta.get(ORIGINAL, {}) if isinstance(model, fx.GraphModule) else {}
+    return found
 
 
 def build(network: Network, analysis: Analysis, dtype: torch.dtype | None = None) -> fx.GraphModule:
@@ -389,6 +391,11 @@ class _Builder:
         return function(*args, **kwargs)
 
 
+def first_weight(model: nn.Module) -> Tensor:
+    """A weight whose type and device stand for the model's."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+
+
 def _mixing(b: _Builder, op: Op) -> fx.Node:
     assert isinstance(op, Mixing)
     source, scale = b.read(op, 0, exact=False)
@@ -653,113 +660,3 @@ _BUILD: dict[type[Op], Callable[[_Builder, Op], fx.Node]] = {
     Mul: _pairwise,
 }
 """How each kind of operation is rebuilt."""
-
-
-def _check(network: Network, analysis: Analysis, smaller: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
-    """Compare both networks, in their own precision and in float64."""
-    model = network.model
-    batches = [tuple(inputs), _noise_like(inputs)]
-    wide = build(network, analysis, torch.float64)
-    with evaluating(model):
-        for batch in batches:
-            tolerance = TOLERANCE.get(first_weight(model).dtype, 1e-3)
-            _compare(model(*batch), smaller(*batch), type(model).__name__, tolerance)
-            if not all(_supports_float64(x) for x in batch):
-                continue
-            double = tuple(x.double() if x.is_floating_point() else x for x in batch)
-            with _in_float64(model):
-                answers = model(*double)
-            _compare(answers, wide(*double), type(model).__name__, FLOAT64_TOLERANCE)
-
-
-@contextmanager
-def _in_float64(model: nn.Module) -> Iterator[None]:
-    """Give a network float64 weights for a while; afterwards it has the very tensors that it had."""
-    weights = [(p, p.data) for p in model.parameters() if p.is_floating_point()]
-    buffers = [
-        (m, name, b)
-        for m in model.modules()
-        for name, b in m._buffers.items()
-        if b is not None and b.is_floating_point()
-    ]
-    try:
-        for parameter, data in weights:
-            parameter.data = data.double()
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer.double()
-        yield
-    finally:
-        for parameter, data in weights:
-            parameter.data = data
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
-
-
-def first_weight(model: nn.Module) -> Tensor:
-    """A weight whose type and device stand for the model's."""
-    return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-
-
-def _supports_float64(x: Tensor) -> bool:
-    return x.device.type in ("cpu", "cuda")
-
-
-def _noise_like(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Normal noise with the mean and spread of each input; whole numbers are turned round."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for x in inputs:
-        if not x.is_floating_point():
-            made.append(x.flip(0))
-            continue
-        noise = torch.randn(x.shape, generator=generator)
-        spread = x.std(correction=0) if x.numel() > 1 else torch.ones(())
-        made.append(noise.to(x) * torch.where(spread > 0, spread, 1.0).to(x) + x.mean())
-    return tuple(made)
-
-
-def _compare(answers: Any, others: Any, name: str, tolerance: float) -> None:
-    found: list[tuple[Tensor, ...]] = [_tensors(answers), _tensors(others)]
-    for a, b in zip(*found, strict=True):
-        error = difference(a, b)
-        if not error <= tolerance:
-            raise RuntimeError(
-                f"the compacted {name} gives other answers: they differ by {error:.2g} of the output's"
-                " spread; please report the network"
-            )
-
-
-def _tensors(result: Any) -> tuple[Tensor, ...]:
-    found: list[Tensor] = []
-
-    def collect(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        return leaf
-
-    fx.node.map_aggregate(result, collect)
-    return tuple(found)
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference of two answers as a share of the first one's spread.
-
-    Answers that are all alike have no spread; then it is a share of their magnitude. What is infinite or not
-    a number must be so in both.
-    """
-    if a.shape != b.shape:
-        return float("inf")
-    if not a.numel():
-        return 0.0
-    a, b = a.double(), b.double()
-    finite = a.isfinite() & b.isfinite()
-    alike = (a == b) | (a.isnan() & b.isnan())
-    if not (finite | alike).all():
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    a, b = a[finite], b[finite]
-    magnitude = a.abs().max().item()
-    spread = (a.max() - a.min()).item()
-    size = spread if spread > 1e-6 * magnitude else magnitude
-    return (a - b).abs().max().item() / (size or 1.0)

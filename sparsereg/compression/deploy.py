@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from sparsereg.compression.compact import compact, difference
+from sparsereg.compression.compact import compact
 from sparsereg.compression.graph import Example, examples
+from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
 

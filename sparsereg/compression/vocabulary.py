@@ -67,9 +67,11 @@ def _known_functions() -> dict[str, Callable[..., Any]]:
     for function in rules.FUNCTIONS:
         if callable(function):
             for home, module in _HOMES:
-                name = getattr(function, "__name__", "")
-                if getattr(module, name, None) is function:
-                    known[f"{home}.{name}"] = function  # type: ignore[assignment]
+                # Some go by another name than their own.
+                own = [getattr(function, "__name__", ""), *vars(module)]
+                found = next((n for n in own if getattr(module, n, None) is function), None)
+                if found is not None:
+                    known[f"{home}.{found}"] = function  # type: ignore[assignment]
     return {**known, "sparsereg.of_size": of_size, "getattr": getattr}
 
 

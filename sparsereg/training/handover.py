@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsereg.compression import compact, export, fuse, load_compacted, save_compacted
-from sparsereg.compression.latency import benchmark
+from sparsereg.compression import benchmark, compact, export, fuse, load_compacted, save_compacted
 from sparsereg.data import ImageDataModule
 from sparsereg.files import write_new
 from sparsereg.layers import GatedLayer, save_csr

@@ -7,8 +7,7 @@ import torch
 from pytorch_lightning import Trainer
 from torch import nn
 
-from sparsereg.compression import Accountant, Count
-from sparsereg.compression.compact import ORIGINAL
+from sparsereg.compression import Accountant, Count, original_size
 from sparsereg.penalties import hard_concretes
 from sparsereg.training.config import Training
 from sparsereg.training.target import SparsityTarget, asked_for, exact_share
@@ -44,14 +43,13 @@ def count_summary(count: Count, net: nn.Module) -> dict[str, Any]:
         count: of the network.
         net: the network; one that was compacted before also tells the size it had.
     """
-    original = getattr(net, "meta", {}).get(ORIGINAL, {})
     return {
         "exact_sparsity": count.exact_sparsity,
         "parameters": count.parameters,
         "compacted_parameters": count.compacted_parameters,
         "macs": count.macs,
         "compacted_macs": count.compacted_macs,
-        **{f"original_{key}": number for key, number in original.items()},
+        **{f"original_{key}": number for key, number in original_size(net).items()},
     }
 
 

@@ -16,7 +16,7 @@ from sparsereg.compression import (
     shift_pools,
 )
 from sparsereg.compression import deploy as module
-from sparsereg.compression.compact import difference
+from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
 from tests.compression.networks import NETWORKS, make, set_gates
 

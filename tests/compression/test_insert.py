@@ -4,7 +4,7 @@ import torchvision
 from torch import nn
 
 from sparsereg.compression import compact, count, gate
-from sparsereg.compression.compact import difference
+from sparsereg.compression.verify import difference
 from sparsereg.distributions import HardConcrete
 from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.penalties import hard_concretes

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsereg.compression import compact, count, export, gate, load_compacted, save_compacted
-from sparsereg.compression.compact import difference
+from sparsereg.compression.verify import difference
 from sparsereg.distributions import HardConcrete
 from sparsereg.model.basic_l0_blocks import L0Gate
 from tests.compression.networks import make, set_gates

@@ -1,0 +1,133 @@
+"""Whether two networks give the same answers: what every compaction and every exported file is checked by."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsereg.compression.graph import evaluating
+
+FLOAT64_TOLERANCE = 1e-7
+"""Largest difference in float64, as a share of the output's spread. Not tighter: a float32 location on
+the very edge of closing may be open by 1e-8 when it is read in float64."""
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 5e-1}
+"""The same in the model's own precision, where rounding alone makes two sound networks differ."""
+
+
+def verify(model: nn.Module, smaller: nn.Module, wide: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Compare two networks on inputs and on noise like them, in their own precision and in float64.
+
+    Args:
+        model: the original; left as it is.
+        smaller: what has to give the same answers.
+        wide: the same in float64.
+        inputs: a batch for each input.
+
+    Raises:
+        RuntimeError: the answers differ.
+    """
+    batches = [tuple(inputs), _noise_like(inputs)]
+    tolerance = TOLERANCE.get(_precision(model), 1e-3)
+    with evaluating(model):
+        for batch in batches:
+            _compare(model(*batch), smaller(*batch), type(model).__name__, tolerance)
+            if not all(_supports_float64(x) for x in batch):
+                continue
+            double = tuple(x.double() if x.is_floating_point() else x for x in batch)
+            with _in_float64(model):
+                answers = model(*double)
+            _compare(answers, wide(*double), type(model).__name__, FLOAT64_TOLERANCE)
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+@contextmanager
+def _in_float64(model: nn.Module) -> Iterator[None]:
+    """Give a network float64 weights for a while; afterwards it has the very tensors that it had."""
+    weights = [(p, p.data) for p in model.parameters() if p.is_floating_point()]
+    buffers = [
+        (m, name, b)
+        for m in model.modules()
+        for name, b in m._buffers.items()
+        if b is not None and b.is_floating_point()
+    ]
+    try:
+        for parameter, data in weights:
+            parameter.data = data.double()
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer.double()
+        yield
+    finally:
+        for parameter, data in weights:
+            parameter.data = data
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+
+
+def _supports_float64(x: Tensor) -> bool:
+    return x.device.type in ("cpu", "cuda")
+
+
+def _noise_like(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Normal noise with the mean and spread of each input; whole numbers are turned round."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for x in inputs:
+        if not x.is_floating_point():
+            made.append(x.flip(0))
+            continue
+        noise = torch.randn(x.shape, generator=generator)
+        spread = x.std(correction=0) if x.numel() > 1 else torch.ones(())
+        made.append(noise.to(x) * torch.where(spread > 0, spread, 1.0).to(x) + x.mean())
+    return tuple(made)
+
+
+def _compare(answers: Any, others: Any, name: str, tolerance: float) -> None:
+    found: list[tuple[Tensor, ...]] = [_tensors(answers), _tensors(others)]
+    for a, b in zip(*found, strict=True):
+        error = difference(a, b)
+        if not error <= tolerance:
+            raise RuntimeError(
+                f"the compacted {name} gives other answers: they differ by {error:.2g} of the output's"
+                " spread; please report the network"
+            )
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    found: list[Tensor] = []
+
+    def collect(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        return leaf
+
+    fx.node.map_aggregate(result, collect)
+    return tuple(found)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two answers as a share of the first one's spread.
+
+    Answers that are all alike have no spread; then it is a share of their magnitude. What is infinite or not
+    a number must be so in both.
+    """
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    a, b = a.double(), b.double()
+    finite = a.isfinite() & b.isfinite()
+    alike = (a == b) | (a.isnan() & b.isnan())
+    if not (finite | alike).all():
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    a, b = a[finite], b[finite]
+    magnitude = a.abs().max().item()
+    spread = (a.max() - a.min()).item()
+    size = spread if spread > 1e-6 * magnitude else magnitude
+    return (a - b).abs().max().item() / (size or 1.0)
