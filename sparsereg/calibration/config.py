@@ -29,7 +29,7 @@ from sparsereg.settings import Settings as Group
 from sparsereg.temperature import Temperature, TemperatureScheduler
 
 METHODS = ("auto", "pruning", "hard_concrete", "hybrid", "random", "pps", "all", "calibrate")
-"""Ways to choose households; auto: pruning with num_households, hard_concrete without."""
+"""Ways to choose; auto: pruning with num_households, hard_concrete with lambda_l0 alone, else all."""
 DISTANCES = ("linear", "raking", "logit")
 """How far a weight is from its initial weight; see solver/distances.py."""
 LOSSES = ("relative", "mse", "mape", "capped")
@@ -37,6 +37,8 @@ LOSSES = ("relative", "mse", "mape", "capped")
 the scale; capped: the same, no more than ``cap`` for any one target."""
 LAMBDA_SCALES = ("sum", "mean")
 """sum: sum of the targets' losses + lambda_l0 * expected number kept, as l0-python. mean: both are means."""
+LAMBDA = 0.01
+"""lambda_l0 of ``method="hard_concrete"`` where none is given: l0-python's own."""
 CAP = 1.0
 """Largest contribution of one target to the capped loss: being wrong by 100 % (and all beyond)."""
 WEIGHT_FORMATS = ("csv", "parquet")
@@ -69,8 +71,8 @@ class PruningSchedule(Group):
 class Settings(Group):
     """How to calibrate."""
 
-    lambda_l0: float = setting(
-        0.01, "hard_concrete without num_households: price of keeping one household", NOT_NEGATIVE
+    lambda_l0: float | None = setting(
+        None, "price of keeping one household; decides where num_households does not", NOT_NEGATIVE
     )
     lambda_l2: float = setting(0.0, "hard_concrete: price of large weights", NOT_NEGATIVE)
     lambda_scale: str = setting(
@@ -82,8 +84,7 @@ class Settings(Group):
     cap: float = setting(CAP, "capped: the largest relative error that counts", above(0, "a relative error"))
     method: str = setting(
         "auto",
-        "auto (pruning with num_households, else hard_concrete), all, calibrate (targets are met exactly),"
-        " hybrid, random or pps",
+        "auto (pruning with num_households, hard_concrete with lambda_l0 alone, else all), ...",
         choices=METHODS,
     )
     max_weight_ratio: float | None = setting(
@@ -160,6 +161,11 @@ class Settings(Group):
                 )
         if self.distance == "logit" and self.bounds is None and self.weight_bounds is None:
             raise Contradiction("{}distance=logit needs {}bounds=[low,high], for example [0.3,3]")
+
+    @property
+    def price(self) -> float:
+        """Lambda of the gates: as it was given, else ``LAMBDA``."""
+        return LAMBDA if self.lambda_l0 is None else self.lambda_l0
 
     def temperature_at(self, epoch: float) -> float:
         """Beta of the gates at an epoch."""
@@ -280,7 +286,9 @@ class CalibrationRun(Settings):
     )
     device: str = again(Settings, "device", "auto")
     num_households: int | None = setting(
-        SyntheticProblem.NUM_HOUSEHOLDS, "how many to keep, exactly; null: lambda_l0 decides", count()
+        SyntheticProblem.NUM_HOUSEHOLDS,
+        "how many to keep, exactly; null: all, or as many as lambda_l0 leaves",
+        count(),
     )
     untouchable: str = setting(
         "error",

@@ -94,6 +94,8 @@ def run(cfg: CalibrationRun) -> Path:
     results = measure(task.problem, result.weights)
     results |= {"loss": result.loss, "optimality": result.optimality, "seconds": solved - read}
     results |= _settings_told(cfg)
+    results["missing_households"] = max(0, (cfg.num_households or 0) - results["kept"])
+    results["zero_initial_weights"] = int((task.problem.starting_weights == 0).sum())
     results |= _measure_findings(task)
     results["holdout"] = _hold_out(task.problem, folds, cfg, folder) if folds else None
     results["worst_targets"] = _write_files(folder, task.problem, result.weights, recorder, cfg)
@@ -144,7 +146,8 @@ def _folds(problem: CalibrationProblem, cfg: CalibrationRun) -> list[tuple[str, 
 def _announce(task: Task, cfg: CalibrationRun, folder: Path) -> None:
     """Say what will be done, and what is known not to work before it is done."""
     p = task.problem
-    kept = "as many as lambda_l0 leaves" if cfg.num_households is None else f"{cfg.num_households:,}"
+    left = "all" if cfg.method == "all" else "as many as lambda_l0 leaves"
+    kept = left if cfg.num_households is None else f"{cfg.num_households:,}"
     log.info(
         "%s targets, %s households, %s non-zeros; keep %s by %s; files in %s",
         *(f"{n:,}" for n in (p.num_targets, p.num_households, p.matrix.nnz)),
@@ -229,7 +232,7 @@ def _told(r: dict[str, Any], folder: Path) -> list[str]:
 
 def _with_method(cfg: CalibrationRun) -> CalibrationRun:
     """Say what method=auto means, and refuse a method without what decides how many are kept."""
-    cfg = replace(cfg, method=method_of(cfg.method, cfg.num_households))
+    cfg = replace(cfg, method=method_of(cfg.method, cfg.num_households, cfg.lambda_l0))
     if cfg.num_households is None and cfg.method == "hard_concrete" and cfg.lambda_l0 == 0:
         raise InputError(
             "nothing decides how many households to keep: give num_households=K or lambda_l0 > 0"

@@ -24,7 +24,7 @@ from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import Quadratic, TargetLoss, group_shares
 from sparsereg.calibration.solver.matrix import household_matrix, quiet_threads
 from sparsereg.calibration.solver.pruning import Pruning, fill
-from sparsereg.calibration.solver.refit import TOLERANCE, refit
+from sparsereg.calibration.solver.refit import SMALLEST_OF_ALL, SMALLEST_RATIO, TOLERANCE, refit
 from sparsereg.calibration.solver.selection import METHODS, Goal, Selection, method_of
 
 if TYPE_CHECKING:
@@ -153,7 +153,11 @@ class Calibration:
             num_households = len(given)
         candidates = int((problem.starting_weights > 0).sum())
         self.num_households = _check_number(num_households, candidates, problem.num_households)
-        self.method = "polish" if given is not None else method_of(self.settings.method, self.num_households)
+        self.method = (
+            "polish"
+            if given is not None
+            else method_of(self.settings.method, self.num_households, self.settings.lambda_l0)
+        )
         self._exact: Exact | None = None
         order = _visiting_order(problem.matrix_t, self.settings.seed)
         self._order = order[problem.starting_weights[order] > 0]  # of weight zero: not in the survey
@@ -272,9 +276,7 @@ class Calibration:
         system, weights = self.goal.system, self.selection.weights()
         kept = self.selection.kept()
         if len(kept) == 0:
-            raise ValueError(
-                f"lambda_l0={self.settings.lambda_l0!r} shut every household: choose a smaller one"
-            )
+            raise ValueError(f"lambda_l0={self.settings.price!r} shut every household: choose a smaller one")
         weights, optimality = weights[kept], None
         if self.settings.refit:
             with quiet_threads():
@@ -285,6 +287,9 @@ class Calibration:
 
     def _described(self, final: np.ndarray, optimality: float | None) -> CalibrationResult:
         """The result with these weights."""
+        kept, wanted = int((final != 0).sum()), self.num_households or 0
+        if kept < wanted:
+            _log.warning("%d households are kept, fewer than num_households=%d", kept, wanted)
         totals = exact_totals(self.problem.linear.matrix, final)
         loss = float(self._mean_loss().value(torch.from_numpy(totals).to(self.goal.loss.targets.device)))
         return CalibrationResult(
@@ -305,7 +310,10 @@ class Calibration:
                 f" weigh {float(system.upper[kept].sum()):g} at most, hold_total asks for {system.total:g}"
             )
         loss = replace(self.goal.loss, shares=self.goal.loss.shares / self.goal.loss.shares.sum())
-        best = refit(system, loss, kept, weights, all_positive=exact, tolerance=TOLERANCE)
+        smallest = SMALLEST_RATIO if exact else 0.0
+        if self.method == "all" and self.settings.chi2 > 0:  # without a pull: the plain optimum
+            smallest = SMALLEST_OF_ALL
+        best = refit(system, loss, kept, weights, smallest=smallest, tolerance=TOLERANCE)
         return kept, best.weights, best.optimality
 
     def state_dict(self) -> dict[str, Any]:
@@ -342,16 +350,19 @@ def calibrate(
 
     Args:
         problem: Matrix, targets, initial weights.
-        num_households: How many to keep, exactly; None: lambda_l0 decides ("hard_concrete"), or all stay.
+        num_households: How many to keep, exactly; None: all stay, unless ``lambda_l0`` is given or
+            ``method="hard_concrete"``: then lambda decides.
         callback: Told (epochs done, epochs planned, loss, kept, totals) after every step.
         progress: Show a progress bar on stderr.
         **settings: Fields of :class:`Settings`:
-            method: "auto" (pruning with a number, hard_concrete without), or a key of ``METHODS``.
+            method: "auto" (pruning with a number, hard_concrete with lambda_l0 alone, else all), or a key of
+                ``METHODS``.
             loss: "relative", "mse", "mape" or "capped", see ``losses.LOSSES``.
             cap: Largest relative error that counts, for "capped".
-            lambda_l0, lambda_l2: Penalties of the gates, >= 0; lambda_scale: "sum" as in l0-python (loss
-                summed over targets + lambda_l0 * expected number kept) or "mean" (mean loss + lambda_l0 *
-                expected share kept), which is comparable across sizes of problems.
+            lambda_l0, lambda_l2: Penalties of the gates, >= 0 (None: ``LAMBDA``).
+            lambda_scale: "sum" as in l0-python (loss summed over targets + lambda_l0 * expected number
+                kept) or "mean" (mean loss + lambda_l0 * expected share kept), which is comparable across
+                sizes of problems.
             max_weight_ratio: No weight above this multiple of the initial weight.
             hold_total: Keep the sum of the weights at the sum of the initial weights.
             refit: Best weights for the selection, to optimality.
@@ -500,7 +511,7 @@ def _goal(
     if settings.lambda_scale == "mean":
         per_household = float(shares.sum()) / problem.num_households
     gates = GateSettings(
-        lambda_l0=settings.lambda_l0 * per_household,
+        lambda_l0=settings.price * per_household,
         lambda_l2=settings.lambda_l2 * per_household,
         lr=settings.lr,
         temperature=settings.temperature_at,

@@ -23,7 +23,9 @@ _OUTER_ROUNDS = 30
 _FIRST_FLOOR, _LAST_FLOOR = 1e-2, 1e-7
 """Relative error below which an absolute value is rounded off, in the first and the last of them."""
 SMALLEST_RATIO = 1e-3
-"""A household that must be kept has at least this share of its initial weight (scaled to the selection)."""
+"""A household of a wanted number has at least this share of its initial weight (scaled to the selection)."""
+SMALLEST_OF_ALL = 1e-6
+"""Where everybody stays: so little that a total of zero is met, too."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def refit(
     kept: Tensor,
     weights: Tensor,
     *,
-    all_positive: bool = False,
+    smallest: float = 0.0,
     tolerance: float = TOLERANCE,
 ) -> Refit:
     """Minimise the loss over the weights of these households, within the bounds of the system.
@@ -55,11 +57,11 @@ def refit(
         loss: What to minimise.
         kept: Indices of the selection.
         weights: Where to start, one for each of them.
-        all_positive: Nobody may end with weight zero: each keeps ``SMALLEST_RATIO`` of its initial weight,
-            scaled so that the initial weights of the selection add up to those of all.
+        smallest: Each keeps at least this share of its initial weight, scaled so that the initial weights of
+            the selection add up to those of all, >= 0.
         tolerance: Optimality to reach.
     """
-    lower = _smallest_weights(system, kept) if all_positive else None
+    lower = _smallest_weights(system, kept, smallest) if smallest else None
     fit = system.of(kept, weights, lower)
     optimality = fit.solve(tolerance, _FIRST_ROUNDS)
     if optimality > tolerance:
@@ -81,11 +83,11 @@ def refit(
     return Refit(best, optimality)
 
 
-def _smallest_weights(system: System, kept: Tensor) -> Tensor:
+def _smallest_weights(system: System, kept: Tensor, smallest: float) -> Tensor:
     """A small positive weight for everybody, below the upper bound."""
     initial = system.initial_weights[kept]
     positive = initial[initial > 0]
     typical = positive.mean() if len(positive) else torch.ones((), dtype=initial.dtype)
     share = system.initial_weights.sum() / initial.sum().clamp(min=1e-300) if len(positive) else 1.0
-    lower = SMALLEST_RATIO * share * torch.where(initial > 0, initial, typical)
-    return torch.minimum(lower, SMALLEST_RATIO * system.upper[kept].clamp(max=1e300))
+    lower = smallest * share * torch.where(initial > 0, initial, typical)
+    return torch.minimum(lower, smallest * system.upper[kept].clamp(max=1e300))

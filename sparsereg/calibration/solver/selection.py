@@ -301,14 +301,21 @@ calibrate: everybody, and targets are met exactly."""
 _EVERYBODY = ("all", "calibrate")
 
 
-def method_of(name: str, num_households: int | None) -> str:
+def method_of(name: str, num_households: int | None, lambda_l0: float | None = None) -> str:
     """Resolve "auto" and check that a method fits what is known.
+
+    Args:
+        name: "auto" or a key of ``METHODS``.
+        num_households: How many to keep; None: not said.
+        lambda_l0: Price of a household; None: not said. Without both, nobody wants to lose households.
 
     Raises:
         ValueError: the method is unknown, needs a number of households, or takes none.
     """
     if name == "auto":
-        return "hard_concrete" if num_households is None else "pruning"
+        if num_households is not None:
+            return "pruning"
+        return "all" if lambda_l0 is None else "hard_concrete"
     if name not in METHODS:
         near = difflib.get_close_matches(str(name), METHODS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""

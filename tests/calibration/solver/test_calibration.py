@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,6 +206,35 @@ def test_callback_and_history():
     assert [s[0] for s in seen] == sorted(s[0] for s in seen)
     assert seen[-1][3] <= 25 + 1
     assert seen[-1][4].shape == (30,)
+
+
+def test_who_asks_for_no_selection_loses_nobody():
+    problem = survey(households=300)
+    result = calibrate(problem)
+    assert result.method == "all"
+    assert result.selected.all()
+    assert result.diagnostics["kept"] == 300
+    assert calibrate(problem, method="hard_concrete", epochs=20).method == "hard_concrete"
+    assert calibrate(problem, lambda_l0=0.01, epochs=20).method == "hard_concrete"
+    assert calibrate(problem, 20).method == "pruning"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_household_of_weight_zero_is_not_in_the_survey(method):
+    problem = survey(households=300)
+    weights = problem.starting_weights.copy()
+    weights[::3] = 0
+    number = None if method in ("all", "calibrate") else 150
+    result = calibrate(replace(problem, initial_weights=weights), number, method=method, epochs=40)
+    assert not result.weights[::3].any()
+    assert result.num_kept == (number or 200)
+
+
+def test_fewer_than_the_wanted_number_are_told(caplog):
+    matrix = np.kron(np.eye(2), np.ones(50))
+    kept = calibrate(CalibrationProblem(matrix, [0, 80]), 70, refit=False).num_kept
+    assert kept < 70
+    assert f"{kept} households are kept, fewer than num_households=70" in caplog.text
 
 
 def test_lambda_decides_without_a_number():
