@@ -28,7 +28,7 @@ from sparsereg import interruption
 from sparsereg.arguments import check, named_keys
 from sparsereg.errors import InputError, OutputError, interpolation_error, nearest
 from sparsereg.extras import advice
-from sparsereg.files import no_room, write_text
+from sparsereg.files import new_folder, no_room, write_text
 from sparsereg.settings import Settings, all_keys, read
 
 _HERE = Path(__file__).resolve().parent
@@ -85,6 +85,7 @@ def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
         _implied[:] = [c for c in choices(given) if c.partition("=")[0] not in named]
         sys.argv[1:] = [*_implied, *given]
         OmegaConf.register_new_resolver("checkpoint_of_job", _checkpoint_of_job, replace=True)
+        OmegaConf.register_new_resolver("sweep_folder", _sweep_folder(given), replace=True, use_cache=True)
         with _of_hydra():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
         if failed:
@@ -106,6 +107,24 @@ def _overrides_first(arguments: list[str]) -> list[str]:
     implied choices would make of the user's own.
     """
     return sorted(arguments, key=lambda a: a.startswith("-") or not ("=" in a or a.startswith("~")))
+
+
+def _sweep_folder(given: list[str]) -> Callable[[str], str]:
+    """Return the resolver of ``hydra.sweep.dir``: it makes the folder, once, so that no other sweep has it.
+
+    Args:
+        given: the user's arguments; when they only ask to show the configuration, nothing is made.
+    """
+    shown = any(a.startswith(("--cfg", "-c", "--info", "--help", "--hydra-help")) for a in given)
+    made: dict[str, str] = {}
+
+    def resolve(parent: str) -> str:
+        if parent not in made:
+            folder = Path(parent) / time.strftime("%Y-%m-%d_%H-%M-%S")
+            made[parent] = str(folder if shown else new_folder(folder))
+        return made[parent]
+
+    return resolve
 
 
 def _checkpoint_of_job(number: int) -> str:

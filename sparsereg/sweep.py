@@ -43,6 +43,9 @@ def run_job(
         "job": int(hydra_cfg.job.num),
         "overrides": list(hydra_cfg.overrides.task),
     }
+    if (folder / "job.json").exists():  # in a folder that the user named
+        taken = f"hydra.sweep.dir={folder.parent} holds another sweep; name a new folder, or none"
+        sys.exit(code_of(InputError(taken)))
     try:
         job["digest"] = digest(name, cfg)
     except OmegaConfBaseException as error:

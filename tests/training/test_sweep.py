@@ -1,6 +1,12 @@
 """Sweeps go on past a failed job, name it, do not repeat finished jobs, and end with a table and a plot."""
 
+import os
+import subprocess
+import sys
+
 import pandas as pd
+
+from .conftest import ROOT
 
 
 def test_a_sweep_with_a_failed_job_and_its_repetition(run, tiny, tmp_path):
@@ -38,3 +44,34 @@ def test_a_sweep_of_fine_tuning_and_flags_between_overrides(run, tiny):
     tested = run("test", f"ckpt_path={plain.last}", "--multirun", "seed=0,1")
     assert tested.code == 0, tested.err
     assert len(pd.read_csv(tested.path)) == 2
+
+
+def test_sweeps_that_start_together_have_folders_of_their_own(tmp_path):
+    settings = ["problem.households=300", "problem.targets=60", "plots=false", "tensorboard=false",
+                "holdout.groups=null", "num_households=40", "-m", "seed=0,1"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "calibrate.py"), *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    sweeps = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    ends = [sweep.communicate()[0].splitlines()[-1] for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps] == [0, 0, 0]
+    tables = {tmp_path / line.removeprefix("results: ") for line in ends}
+    assert len(tables) == 3
+    assert all(len(pd.read_csv(table)) == 2 for table in tables)
+
+
+def test_a_second_sweep_in_a_named_folder_is_refused(run, tiny, tmp_path):
+    sweep = ["-m", *tiny, "trainer.max_epochs=1", "seed=0", "hydra.sweep.dir=mine"]
+    assert run("train", *sweep).code == 0
+    before = (tmp_path / "mine" / "0" / "job.json").read_text()
+    again = run("train", *sweep)
+    assert again.code == 2
+    assert "error: hydra.sweep.dir=mine holds another sweep" in again.err
+    assert (tmp_path / "mine" / "0" / "job.json").read_text() == before
+
+
+def test_showing_a_configuration_makes_no_folder(run, tmp_path):
+    assert run("train", "--cfg", "hydra", "--resolve", "-p", "hydra.sweep.dir").code == 0
+    assert not (tmp_path / "outputs").exists()
