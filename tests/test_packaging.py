@@ -78,6 +78,17 @@ def test_every_module_of_an_extra_is_one_that_its_packages_bring():
         assert set(modules) == {imported.get(p, p.replace("-", "_")) for p in packages}
 
 
+def test_an_editable_installation_finds_the_configurations(tmp_path):
+    """It maps names to folders, and takes those for packages that say so."""
+    assert (ROOT / "configs" / "__init__.py").is_file()
+    assert '"sparsereg.configs": "configs"' in (ROOT / "setup.py").read_text()
+    found = importlib.metadata.distributions(name="sparsereg")
+    if not any("editable" in (d.read_text("direct_url.json") or "") for d in found):
+        pytest.skip("there is no editable installation here")
+    code = "from importlib.resources import files; print((files('sparsereg.configs') / 'test.yaml').name)"
+    assert shell("-c", code, cwd=tmp_path).stdout == "test.yaml\n"
+
+
 def test_licence_and_citation():
     assert project()["license"] == "MIT"
     assert (ROOT / "LICENSE").read_text().startswith("MIT License\n\nCopyright (c) ")
@@ -258,6 +269,7 @@ def test_the_wheel_brings_configurations_types_and_the_command(site):
     there = site / "sparsereg" / "configs"
     assert {p.relative_to(there) for p in there.rglob("*.yaml")} == ours
     ours = {p.relative_to(ROOT) for p in (ROOT / "sparsereg").rglob("*.py")}
+    ours.add(Path("sparsereg/configs/__init__.py"))
     assert {p.relative_to(site) for p in (site / "sparsereg").rglob("*.py")} == ours
     (distribution,) = importlib.metadata.distributions(path=[str(site)])
     assert distribution.version == sparsereg.__version__

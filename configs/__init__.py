@@ -1,0 +1,1 @@
+"""The configurations of the commands, which are installed as ``sparsereg.configs``."""
