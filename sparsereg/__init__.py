@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sparsereg.calibration import SparseCalibrationWeights
-    from sparsereg.compression import gate
+    from sparsereg.compression import explain, gate
     from sparsereg.distributions import HardConcrete
     from sparsereg.gates import FeatureGate, HybridGate, L0Gate, SampleGate
     from sparsereg.layers import L0Conv2d, L0DepthwiseConv2d, L0Linear, SparseMLP, prune_model
@@ -42,6 +42,7 @@ __all__ = [
     "compute_l0_penalty",
     "compute_l0l2_penalty",
     "compute_l2_penalty",
+    "explain",
     "gate",
     "get_active_parameter_count",
     "get_sparsity_stats",
@@ -64,7 +65,7 @@ _HOMES = {
     "temperature": ("TemperatureScheduler", "update_temperatures"),
     "sparse": ("SparseL0Linear",),
     "calibration": ("SparseCalibrationWeights",),
-    "compression": ("gate",),
+    "compression": ("explain", "gate"),
 }
 _MODULES = {*_HOMES, "data", "errors", "model", "sklearn", "training"}
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -6,16 +6,19 @@ from sparsereg.compression.deploy import export, fuse, shift_pools
 from sparsereg.compression.insert import gate
 from sparsereg.compression.latency import Latency, Timing, benchmark
 from sparsereg.compression.storage import is_compacted, load_compacted, save_compacted
+from sparsereg.compression.units.explain import Explanation, explain
 
 __all__ = [
     "Accountant",
     "Count",
+    "Explanation",
     "Latency",
     "LayerCount",
     "Timing",
     "benchmark",
     "compact",
     "count",
+    "explain",
     "export",
     "fuse",
     "gate",

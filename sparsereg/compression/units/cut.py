@@ -1,0 +1,129 @@
+"""Run a network on what is left of it: weights without what is gone, sizes as they are then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from sparsereg.compression.units.labels import BLANK, Labels
+from sparsereg.compression.units.program import Program, bound, name_of, plain_call
+from sparsereg.compression.units.rules.table import rule_of
+from sparsereg.compression.units.solve import Units
+
+
+class Cut:
+    """A network from which some choices are gone.
+
+    Args:
+        units: of the network.
+        gone: choices.
+    """
+
+    def __init__(self, units: Units, gone: Iterable[int]) -> None:
+        self.units = units
+        self.program: Program = units.labeller.program
+        self.stays = torch.from_numpy(units.alive(set(gone)))
+        self.labels: dict[Any, Any] = {n: v for n, v in units.labeller.axes.of.items() if v is not None}
+        self.weights = {node: self._weight(node, value) for node, value in self.program.weights.items()}
+        self.arguments: tuple[Any, dict[str, Any]] = ((), {})
+
+    def run(self, *inputs: Any) -> Any:
+        """What the smaller network gives."""
+        return self.program.run(self.weights, *inputs, call=self._call)
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        rule = rule_of(node)
+        if rule is None or rule.call is None or node not in self.labels:
+            return plain_call(node, args, kwargs)
+        self.arguments = (args, kwargs)
+        schema = node.target._schema  # type: ignore[union-attr]
+        values = {**bound(node), **kwargs}
+        values.update({schema.arguments[i].name: value for i, value in enumerate(args)})
+        return rule.call(self, node, bound(node), values)
+
+    def alive_along(self, labels: Labels, axis: int) -> Tensor:
+        """Which positions along an axis are left, (size,)."""
+        flat = labels.movedim(axis, 0).reshape(labels.shape[axis], -1).long()
+        stays = self.stays[flat] & (flat != BLANK)
+        return stays.any(1) | (flat == BLANK).all(1)
+
+    def left(self, labels: Labels, axis: int) -> int:
+        """How many positions along an axis are left."""
+        return int(self.alive_along(labels, axis).sum())
+
+    def _weight(self, node: fx.Node, value: Tensor) -> Tensor:
+        axes = self.units.labeller.axes
+        raw = axes.of.get(node)
+        if isinstance(raw, Tensor):
+            for axis in range(value.dim()):
+                value = value.index_select(axis, self.alive_along(raw, axis).nonzero().flatten())
+            return value
+        for axis, along in enumerate(axes.weight_axes.get(node, [])):
+            if along is not None:
+                kept = torch.from_numpy(np.flatnonzero(self.stays.numpy()[along]))
+                value = value.index_select(axis, kept)
+        return value
+
+    def masked(self, *inputs: Any) -> Any:
+        """What the whole network gives when what is gone makes zeros, and means are over what stays.
+
+        This is what a smaller network has to equal.
+        """
+        zeroed = {node: self._zeroed(node, value) for node, value in self.program.weights.items()}
+        return self.program.run(zeroed, *inputs, call=self._masked_call)
+
+    def _zeroed(self, node: fx.Node, value: Tensor) -> Tensor:
+        axes = self.units.labeller.axes
+        raw = axes.of.get(node)
+        value = value.clone()
+        if isinstance(raw, Tensor):
+            return value.masked_fill(~self.stays[raw.long()], 0)
+        for axis, along in enumerate(axes.weight_axes.get(node, [])):
+            if along is not None:
+                value.movedim(axis, 0)[~self.stays[torch.from_numpy(along)]] = 0
+        return value
+
+    def _masked_call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """A mean, or a norm, over the units that stay."""
+        dims = _averages(node)
+        labels = self.labels.get(node.args[0]) if dims else None
+        kept = {d: self.alive_along(labels, d) for d in dims} if isinstance(labels, Tensor) else {}
+        kept = {d: alive for d, alive in kept.items() if not bool(alive.all())}
+        if not kept:
+            return plain_call(node, args, kwargs)
+        inside = args[0]
+        for d, alive in kept.items():
+            inside = inside.index_select(d, alive.nonzero().flatten())
+        if not name_of(node).endswith("_norm"):
+            return plain_call(node, (inside, *args[1:]), kwargs)
+        ((d, alive),) = kept.items()
+        size = (
+            args[1] * int(alive.sum()) // len(alive) if name_of(node) == "group_norm" else [inside.shape[d]]
+        )
+        rest = [w[alive] if isinstance(w, Tensor) else w for w in args[2:]]
+        found = plain_call(node, (inside, size, *rest), kwargs)
+        return torch.zeros_like(args[0]).index_copy(d, alive.nonzero().flatten(), found)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters that are left."""
+        return sum(self.weights[n].numel() for n in self.program.parameters)
+
+
+def _averages(node: fx.Node) -> list[int]:
+    """Axes over which an operation takes a mean."""
+    name = name_of(node)
+    if name not in ("layer_norm", "rms_norm", "group_norm", "mean", "var", "std"):
+        return []
+    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    if name == "group_norm":
+        return [1]
+    if name in ("layer_norm", "rms_norm"):
+        return list(range(rank - len(bound(node)["normalized_shape"]), rank))
+    dims = bound(node).get("dim")
+    dims = list(range(rank)) if dims is None else [dims] if isinstance(dims, int) else dims
+    return [d % rank for d in dims]

@@ -1,0 +1,178 @@
+"""Labels: which unit an element of a tensor belongs to, and what is known about the units.
+
+A *unit* is one position along one axis of a tensor: a channel, a hidden unit, one of the numbers of an
+embedding. Its elements are zero (or constant) together when whatever makes them is zero. Every element
+of every tensor has one label: the number of its unit, or ``LIVE`` if it depends on the input whatever
+units are taken away, or ``BLANK`` where nothing is, as in padding.
+
+While operations are visited in order, units are found equal (both go or none), fixed (never go), and
+arranged in *grids*: where an axis is split in two, the units that stay must form a rectangle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+BLANK, LIVE, FIRST = 0, 1, 2
+Labels = Tensor
+"""int32, the shape of the tensor that it describes."""
+Ints = NDArray[np.int64]
+
+
+@dataclass
+class Grid:
+    """Units that stay must form a grid: units[i, j] stays iff row i and column j stay.
+
+    Attributes:
+        units: labels, (rows, columns, ...).
+        rows: labels that stay iff their row does, (rows,); None if nobody asks.
+    """
+
+    units: Ints
+    rows: Ints | None = None
+
+
+@dataclass
+class Unions:
+    """Disjoint sets of units, as an array of representatives that is brought up to date in bulk."""
+
+    parent: Ints = field(default_factory=lambda: np.arange(FIRST))
+
+    def new(self, size: int) -> Ints:
+        """Make so many new units; return their numbers."""
+        first = len(self.parent)
+        added = np.arange(first, first + size)
+        self.parent = np.concatenate([self.parent, added])
+        return added
+
+    def find(self, units: Ints) -> Ints:
+        """Representatives of units, of any shape."""
+        found = self.parent[units]
+        while True:
+            above = self.parent[found]
+            if np.array_equal(above, found):
+                return found
+            found = above
+
+    def unite(self, a: Ints, b: Ints) -> None:
+        """Put a[i] and b[i] into one set, for all i."""
+        a, b = np.ravel(a), np.ravel(b)
+        while True:
+            a, b = self.find(a), self.find(b)
+            differs = a != b
+            if not differs.any():
+                return
+            low, high = np.minimum(a, b)[differs], np.maximum(a, b)[differs]
+            # Of several partners of one unit the last is written; the others follow in the next round.
+            self.parent[high] = low
+            a, b = low, high
+
+
+class Axes:
+    """The labels of all tensors of a graph, and what follows for the units.
+
+    Attributes:
+        of: labels of each node's tensor; a tuple of them for a node that returns several tensors.
+        weight_axes: for weights of linear layers, convolutions, ...: the labels along each axis.
+        fixed: for a unit that never goes, the reason and the operation that keeps it.
+        owner: for each run of new units its first one, the weight or input that makes them, and the axis;
+            -1 for every element of a weight that is read as it is.
+        averaged: units over which a normalisation takes means: these are over the units that stay.
+        grids: units that have to stay as grids.
+        heads: units that stand for attention heads, and whether some of them share their keys.
+        shapes: results of operations that give a tensor another shape, which has to stay rectangular.
+    """
+
+    def __init__(self) -> None:
+        self.sets = Unions()
+        self.of: dict[fx.Node, Labels | tuple[Labels, ...] | None] = {}
+        self.weight_axes: dict[fx.Node, list[Ints | None]] = {}
+        self.owner: list[tuple[int, fx.Node, int]] = []
+        self.fixed: dict[int, tuple[str, fx.Node | None]] = {}
+        self.averaged: list[Ints] = []
+        self.grids: list[Grid] = []
+        self.heads: list[tuple[Ints, bool]] = []
+        self.shapes: list[tuple[fx.Node, Labels]] = []
+
+    def fresh(self, size: int, node: fx.Node, axis: int) -> Ints:
+        """New units made by a weight (or input) along one of its axes."""
+        units = self.sets.new(size)
+        self.owner.append((int(units[0]) if size else -1, node, axis))
+        return units
+
+    def equal(self, a: Ints, b: Ints, why: str, node: fx.Node) -> None:
+        """Units a[i] and b[i] go together; what meets ``LIVE`` stays."""
+        a, b = np.broadcast_arrays(a, b)
+        a, b = np.ravel(a), np.ravel(b)
+        pairs = np.unique(np.stack([a, b], 1), axis=0)
+        a, b = pairs[:, 0], pairs[:, 1]
+        both = (a >= FIRST) & (b >= FIRST)
+        self.sets.unite(a[both], b[both])
+        self.fix(a[(b == LIVE) & (a >= FIRST)], why, node)
+        self.fix(b[(a == LIVE) & (b >= FIRST)], why, node)
+
+    def fix(self, units: Ints | Labels | None, why: str, node: fx.Node) -> None:
+        """These units never go, because of one operation."""
+        if units is None:
+            return
+        numbers = np.unique(units.numpy() if isinstance(units, Tensor) else units)
+        for unit in numbers[numbers >= FIRST].tolist():
+            self.fixed.setdefault(unit, (why, node))
+
+    def reduce(self, labels: Labels, keep: tuple[int, ...], why: str, node: fx.Node) -> Ints:
+        """Labels as a function of some axes; units that differ along the others are tied.
+
+        Args:
+            labels: of a tensor.
+            keep: axes, in the order of the result.
+            why: what asks, for units that meet ``LIVE``.
+            node: the operation that asks.
+        """
+        moved = labels.movedim(keep, tuple(range(len(keep))))
+        shape = moved.shape[: len(keep)]
+        flat = moved.reshape(int(np.prod(shape)), -1).numpy().astype(np.int64)
+        if flat.shape[1] == 0:
+            return np.zeros(shape, dtype=np.int64)
+        most = flat.max(1)
+        least = np.where(flat == BLANK, np.iinfo(np.int64).max, flat).min(1)
+        uneven = (most != least) & (most != BLANK)
+        if uneven.any():
+            rows = flat[uneven]
+            tied = np.where(rows == BLANK, most[uneven][:, None], rows)
+            self.equal(tied, np.broadcast_to(most[uneven][:, None], tied.shape), why, node)
+        return most.reshape(tuple(shape))
+
+
+def varying(labels: Labels) -> set[int]:
+    """Axes along which labels differ, ``BLANK`` aside."""
+    axes = set()
+    blank = bool((labels == BLANK).any())
+    for axis in range(labels.dim()):
+        if labels.shape[axis] < 2 or labels.stride(axis) == 0:
+            continue
+        if blank:
+            most = labels.amax(axis)
+            least = labels.masked_fill(labels == BLANK, torch.iinfo(labels.dtype).max).amin(axis)
+            differs = bool(((most != least) & (most != BLANK)).any())
+        else:
+            differs = not bool((labels == labels.narrow(axis, 0, 1)).all())
+        if differs:
+            axes.add(axis)
+    return axes
+
+
+def live(shape: tuple[int, ...] | torch.Size) -> Labels:
+    """Labels of a tensor of which nothing goes, without memory of its own."""
+    return torch.full((), LIVE, dtype=torch.int32).expand(tuple(shape))
+
+
+def along(units: Ints, axis: int, shape: tuple[int, ...] | torch.Size) -> Labels:
+    """Labels of a tensor whose units lie along one axis."""
+    view = [1] * len(shape)
+    view[axis] = -1
+    return torch.from_numpy(np.ascontiguousarray(units)).int().view(view).expand(tuple(shape))

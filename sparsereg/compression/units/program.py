@@ -1,0 +1,217 @@
+"""A network as the list of operations that it runs on one example: the graph of ``torch.export``.
+
+Every tensor of the graph is computed once, so that its shape, and the numbers of index tensors, are known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsereg.errors import InputError
+
+_TORCH = Path(torch.__file__).parent
+_MUTATING = {
+    "copy_",
+    "index_put_",
+    "fill_",
+    "zero_",
+    "index_copy_",
+    "index_add_",
+    "scatter_",
+    "slice_scatter",
+}
+"""In-place operations that write into a part of a tensor which others may look at."""
+
+
+@dataclass
+class Program:
+    """The operations of a network in the order in which they run.
+
+    Attributes:
+        graph: nodes call functions of ``torch.ops.aten``; placeholders are parameters, buffers, inputs.
+        weights: the tensor behind each placeholder that is a parameter, buffer or constant.
+        names: the name in the network of each of them.
+        parameters: those that are parameters.
+        values: what each node gave on the example, on the CPU or where the network is.
+        inputs: the placeholders of the user's inputs, in order.
+    """
+
+    graph: fx.Graph
+    weights: dict[fx.Node, Tensor]
+    names: dict[fx.Node, str]
+    parameters: set[fx.Node]
+    values: dict[fx.Node, Any]
+    inputs: list[fx.Node]
+    example: tuple[Any, ...] = field(default=(), repr=False)
+
+    @property
+    def calls(self) -> Iterator[fx.Node]:
+        """The nodes that compute something."""
+        return (node for node in self.graph.nodes if node.op == "call_function")
+
+    @property
+    def output(self) -> fx.Node:
+        """The node that returns."""
+        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+
+    def run(self, weights: Mapping[fx.Node, Tensor], *inputs: Any, call: Any = None) -> Any:
+        """Run the graph with other weights.
+
+        Args:
+            weights: for every placeholder that is not an input.
+            inputs: as the network takes them, flat.
+            call: computes a node from its arguments; the node's own function if None.
+        """
+        env: dict[fx.Node, Any] = {}
+        given = iter(inputs)
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = weights[node] if node in weights else next(given)
+            elif node.op == "call_function":
+                args = fx.node.map_arg(node.args, lambda n: env[n])
+                kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
+                env[node] = (call or plain_call)(node, args, kwargs)
+            elif node.op == "output":
+                return fx.node.map_arg(node.args[0], lambda n: env[n])
+        raise AssertionError("a graph without output")
+
+
+def plain_call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Call a node's function; one that writes in place writes into a copy."""
+    target: Any = node.target
+    if name_of(node).endswith("_") and args and isinstance(args[0], Tensor):
+        args = (args[0].clone(), *args[1:])
+    if name_of(node) == "view":  # labels and cut tensors need not lie as the original did
+        return torch.reshape(args[0], args[1])
+    return target(*args, **kwargs)
+
+
+def name_of(node: fx.Node) -> str:
+    """Name of a node's operation without namespace and overload: ``conv2d``, ``add``, ``getitem``."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return str(getattr(node.target, "__name__", node.target))
+    return str(schema.name).partition("::")[2]
+
+
+def bound(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a node by their names in the operation's schema, defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return dict(enumerate(node.args))  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for i, argument in enumerate(schema.arguments):
+        if i < len(node.args):
+            values[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            values[argument.name] = node.kwargs[argument.name]
+        else:
+            values[argument.name] = argument.default_value if argument.has_default_value() else None
+    return values
+
+
+def place_of(node: fx.Node) -> str:
+    """Where in the user's code a node comes from: ``file.py:12``; empty if unknown."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [(file, line) for file, line in lines if _TORCH not in Path(file).parents]
+    if not own and not lines:
+        return ""
+    file, line = (own or lines)[-1]
+    return f"{Path(file).name}:{line}"
+
+
+def module_of(node: fx.Node) -> str:
+    """Dotted path of the innermost module that ran a node; empty for the network itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return str(paths[-1]) if paths else ""
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context a network is in eval mode; every module has its own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
+    """Export a network and run it once.
+
+    Args:
+        model: left as it is.
+        args: positional inputs of one example batch.
+        kwargs: inputs by name.
+
+    Raises:
+        InputError: the network fails on the example, or its path depends on the data; the line is named.
+    """
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            exported = torch.export.export(model, args, kwargs or None, strict=False)
+            if any(name_of(n) in _MUTATING for n in exported.graph.nodes if n.op == "call_function"):
+                exported = exported.run_decompositions({})
+        except Exception as error:
+            raise InputError(_why(model, error)) from error
+    signature = exported.graph_signature
+    named = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    tensors = {**exported.state_dict, **exported.constants}
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    weights = {n: tensors[named[n.name]].detach() for n in placeholders if n.name in named}
+    flat = list(torch.utils._pytree.tree_leaves((args, kwargs)))
+    inputs = [n for n in placeholders if n not in weights]
+    program = Program(
+        exported.graph,
+        weights,
+        {n: named[n.name] for n in weights},
+        {n for n in weights if n.name in signature.inputs_to_parameters},
+        {},
+        inputs,
+        tuple(flat),
+    )
+
+    def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+        program.values[node] = plain_call(node, args, kwargs)
+        return program.values[node]
+
+    with torch.no_grad():
+        program.run(weights, *flat, call=call)
+    program.values.update(weights)
+    program.values.update(zip(inputs, flat, strict=True))
+    return program
+
+
+def _why(model: nn.Module, error: Exception) -> str:
+    """One line on why a network cannot be exported, with the user's own line of code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if _TORCH not in Path(f.filename).parents and Path(f.filename) != Path(__file__)]
+    where = (
+        f" at {Path(own[-1].filename).name}:{own[-1].lineno} ({(own[-1].line or '').strip()})" if own else ""
+    )
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    depends = "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__
+    advice = (
+        "its path depends on the data: replace the branch, for instance by torch.where"
+        if depends
+        else "the example must be one batch as the network takes it"
+    )
+    return f"{type(model).__name__} cannot be traced{where}: {text}; {advice}"

@@ -1,0 +1,13 @@
+"""What each kind of operation does to labels, and how it is called on what is left: one file a family."""
+
+from sparsereg.compression.units.rules import (  # noqa: F401  (each registers its rules)
+    attention,
+    elementwise,
+    mixing,
+    moves,
+    norms,
+    reductions,
+)
+from sparsereg.compression.units.rules.table import RULES
+
+__all__ = ["RULES"]

@@ -1,0 +1,235 @@
+"""Products of two tensors summed over an axis: matrix products, einsum, attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from sparsereg.compression.units.labels import FIRST, LIVE, Grid, Ints, Labels, varying
+from sparsereg.compression.units.program import name_of, plain_call
+from sparsereg.compression.units.rules.table import Dead, Labeller, rule
+
+BATCH = "ABCDEFGH"
+
+
+@rule("matmul", "bmm", "mm", "mv", "dot")
+def matmul(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """(..., m, k) times (..., k, n)."""
+    left, right = node.args[0], node.args[1]
+    ranks = [x.program.values[n].dim() for n in (left, right)]  # type: ignore[index]
+    one = "k" if ranks[0] == 1 else BATCH[-(ranks[0] - 2) :] * (ranks[0] > 2) + "mk"
+    two = "k" if ranks[1] == 1 else BATCH[-(ranks[1] - 2) :] * (ranks[1] > 2) + "kn"
+    batch = max(one[:-2], two[:-2], key=len)
+    out = batch + ("m" if ranks[0] > 1 else "") + ("n" if ranks[1] > 1 else "")
+    return contract(x, node, (left, one), (right, two), out)
+
+
+@rule("baddbmm")
+def baddbmm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """A tensor plus a batch of matrix products."""
+    made = contract(x, node, (a["batch1"], "Hmk"), (a["batch2"], "Hkn"), "Hmn")
+    if isinstance(a["self"], fx.Node) and x.has_units(a["self"]):
+        x.fix(a["self"], "baddbmm adds it", node)
+    return made
+
+
+@rule("einsum")
+def einsum(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels | None:
+    """Any product of two tensors."""
+    equation = str(a["equation"]).replace(" ", "")
+    operands = a["tensors"]
+    if len(operands) != 2 or "." in equation or "->" not in equation:
+        for operand in operands:
+            x.fix(operand, f"einsum {equation}", node)
+        return None
+    sides, out = equation.split("->")
+    one, two = sides.split(",")
+    return contract(x, node, (operands[0], one), (operands[1], two), out)
+
+
+Operand = tuple[Any, str]
+
+
+def contract(x: Labeller, node: fx.Node, left: Operand, right: Operand, out: str) -> Labels:
+    """Labels of sum over k of left[..., k] right[..., k].
+
+    Args:
+        x: the labels so far.
+        node: the operation.
+        left: node, and a letter for each of its axes.
+        right: the same; letters in both are summed over unless they are in ``out``.
+        out: letters of the result.
+    """
+    shape = x.program.values[node].shape
+    size = _sizes(x, left) | _sizes(x, right)
+    sides = [_side(x, source, letters, node) for source, letters in (left, right)]
+    varied = [{letters[i] for i in varying(labels)} for labels, letters in sides]
+    summed = (varied[0] | varied[1]) - set(out)
+    if summed:
+        return _summed(x, node, sides, varied, summed, out, shape, size)
+    states = [x.dead.get(s, Dead.ZERO) for (s, _), v in zip((left, right), varied, strict=True) if v]
+    x.dead[node] = min(states, default=Dead.ZERO)
+    return _passed(x, node, sides, varied, out, shape)
+
+
+def _sizes(x: Labeller, operand: Operand) -> dict[str, int]:
+    source, letters = operand
+    sizes = zip(letters, x.program.values[source].shape, strict=True)
+    return {letter: n for letter, n in sizes if n > 1}
+
+
+def _side(x: Labeller, source: Any, letters: str, node: fx.Node) -> tuple[Labels, str]:
+    if isinstance(source, fx.Node) and source in x.program.weights:
+        value = x.program.weights[source]
+        if value.is_floating_point() and value.numel() > 1_000_000:
+            x.keep_weight(source, f"{name_of(node)} reads it", node)
+            return x.labels(None, tuple(value.shape)), letters
+    return x.labels(source), letters
+
+
+def _as(x: Labeller, node: fx.Node, side: tuple[Labels, str], order: str) -> Ints:
+    """Labels as an array over letters, of size 1 where the operand lacks one."""
+    labels, letters = side
+    there = [letter for letter in order if letter in letters]
+    units = x.axes.reduce(labels, tuple(letters.index(letter) for letter in there), name_of(node), node)
+    return units.reshape([labels.shape[letters.index(letter)] if letter in there else 1 for letter in order])
+
+
+def _summed(
+    x: Labeller,
+    node: fx.Node,
+    sides: list[tuple[Labels, str]],
+    varied: list[set[str]],
+    summed: set[str],
+    out: str,
+    shape: torch.Size,
+    size: dict[str, int],
+) -> Labels:
+    """Units lie along the sum: those of both factors go together."""
+    own = [v & (set(out) - set(other)) for v, (_, other) in zip(varied, reversed(sides), strict=True)]
+    if any(own):
+        for labels, _ in sides:
+            x.axes.fix(labels, f"{name_of(node)} has units along two of its axes", node)
+        return torch.full((), LIVE, dtype=torch.int32).expand(shape)
+    batch = "".join(sorted((varied[0] | varied[1]) - summed))
+    inner = "".join(sorted(summed))
+    arrays = [_as(x, node, side, batch + inner) for side in sides]
+    one, two = np.broadcast_arrays(*arrays)
+    x.axes.equal(one, two, f"{name_of(node)} sums over it with what cannot go", node)
+    x.dead[node] = Dead.ZERO if not batch else x.dead[node]
+    if not batch:
+        return torch.full((), LIVE, dtype=torch.int32).expand(shape)
+    rows = x.axes.sets.new(int(np.prod(one.shape[: len(batch)])))
+    x.axes.grids.append(Grid(one.reshape(len(rows), -1), rows))
+    shared = any(len(np.unique(units.reshape(len(rows), -1)[:, 0])) < len(rows) for units in (one, two))
+    x.axes.heads.append((rows, shared))
+    return _spread(rows, batch, out, shape, one.shape[: len(batch)])
+
+
+def _spread(rows: Ints, batch: str, out: str, shape: torch.Size, sizes: tuple[int, ...]) -> Labels:
+    order = sorted(range(len(batch)), key=lambda i: out.index(batch[i]))
+    labels = torch.from_numpy(rows.reshape(sizes).transpose(order)).int()
+    view = [sizes[batch.index(letter)] if letter in batch else 1 for letter in out]
+    return labels.reshape(view).expand(shape)
+
+
+def _passed(
+    x: Labeller,
+    node: fx.Node,
+    sides: list[tuple[Labels, str]],
+    varied: list[set[str]],
+    out: str,
+    shape: torch.Size,
+) -> Labels:
+    """No units along the sum: the result has those of the factors."""
+    if varied[0] and varied[1]:
+        small, large = (0, 1) if varied[0] <= varied[1] else (1, 0)
+        if not varied[small] <= varied[large]:
+            for labels, _ in sides:
+                x.axes.fix(labels, f"{name_of(node)} has units along two of its axes", node)
+            return torch.full((), LIVE, dtype=torch.int32).expand(shape)
+        _tie_rows(x, node, sides, varied, small, large)
+    else:
+        large = 0 if varied[0] else 1
+    if not varied[large]:
+        return torch.full((), LIVE, dtype=torch.int32).expand(shape)
+    order = "".join(letter for letter in out if letter in varied[large])
+    units = _as(x, node, sides[large], order)
+    return _spread(np.ravel(units), order, out, shape, units.shape)
+
+
+def _tie_rows(
+    x: Labeller,
+    node: fx.Node,
+    sides: list[tuple[Labels, str]],
+    varied: list[set[str]],
+    small: int,
+    large: int,
+) -> None:
+    """The scores of a head go with the values of that head."""
+    batch = "".join(sorted(varied[small]))
+    inner = "".join(sorted(varied[large] - varied[small]))
+    rows = np.ravel(_as(x, node, sides[small], batch))
+    units = _as(x, node, sides[large], batch + inner)
+    if inner:
+        x.axes.grids.append(Grid(units.reshape(len(rows), -1), rows))
+    else:
+        x.axes.equal(rows, np.ravel(units), name_of(node), node)
+
+
+def _attention_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+    """The scale is that of the original size of a head."""
+    args, kwargs = cut.arguments
+    scale = a["scale"] or 1 / math.sqrt(cut.program.values[a["query"]].shape[-1])
+    return plain_call(node, args, {**kwargs, "scale": scale})
+
+
+@rule("scaled_dot_product_attention", call=_attention_call)
+def attention(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """softmax(q k^T + mask) v, head by head."""
+    query, key, value = (_heads(x, node, a[name]) for name in ("query", "key", "value"))
+    times = query.shape[0] // key.shape[0] if a.get("enable_gqa") and key.shape[0] else 1
+    if times > 1:
+        key, value = key.repeat(times, 0), value.repeat(times, 0)
+    one, two = np.broadcast_arrays(query, key)
+    x.axes.equal(one, two, "queries meet keys that cannot go", node)
+    for name in ("query", "key"):
+        if x.dead.get(a[name], Dead.ZERO) is not Dead.ZERO:
+            x.axes.fix(one, "attention sums over values that are not zero when it is gone", node)
+    rows = x.axes.sets.new(len(one))
+    for units in (one, np.broadcast_to(value, (len(one), value.shape[1]))):
+        if (units >= FIRST).any():
+            x.axes.grids.append(Grid(np.array(units), rows))
+    if len(rows) > 1:
+        x.axes.heads.append((rows, len(np.unique(key[:, 0])) < len(key)))
+    _mask(x, node, a, rows)
+    x.dead[node] = x.dead.get(a["value"], Dead.ZERO)
+    shape = x.program.values[node].shape
+    view = [1] * len(shape)
+    view[-1] = value.shape[1]
+    if len(shape) > 2:
+        view[-3] = value.shape[0]
+    return torch.from_numpy(np.ascontiguousarray(value)).int().view(view).expand(shape)
+
+
+def _heads(x: Labeller, node: fx.Node, source: fx.Node) -> Ints:
+    """Units of (..., heads, tokens, size) as (heads, size)."""
+    labels = x.labels(source)
+    axes = (labels.dim() - 3, labels.dim() - 1) if labels.dim() > 3 else (labels.dim() - 1,)
+    units = x.axes.reduce(labels, axes, "attention", node)
+    return units if units.ndim == 2 else units[None]
+
+
+def _mask(x: Labeller, node: fx.Node, a: dict[str, Any], rows: Ints) -> None:
+    mask = a.get("attn_mask")
+    if not isinstance(mask, fx.Node):
+        return
+    labels = x.labels(mask)
+    if labels.dim() < 3 or labels.shape[-3] == 1:
+        return
+    units = x.axes.reduce(labels, (labels.dim() - 3,), "the mask of attention", node)
+    x.axes.equal(units, rows, "the mask of attention", node)

@@ -1,0 +1,220 @@
+"""Functions of single elements, and sums and products of tensors element by element."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from sparsereg.compression.units.labels import FIRST, LIVE, Grid, Labels, varying
+from sparsereg.compression.units.program import name_of
+from sparsereg.compression.units.rules.table import Dead, Labeller, rule
+
+_ZERO_STAYS = """
+    relu relu6 leaky_relu gelu silu tanh hardswish elu selu celu mish hardtanh abs neg sqrt sin asin atan sinh
+    erf sign round floor ceil trunc expm1 log1p square softsign prelu rrelu hardshrink softshrink nan_to_num
+    tanhshrink real positive
+""".split()  # noqa: SIM905
+"""Functions with f(0) = 0."""
+_ZERO_MOVES = """
+    sigmoid exp rsqrt reciprocal cos log log2 softplus hardsigmoid clamp clamp_min clamp_max clip pow
+    logsigmoid log_sigmoid exp2 erfinv acos logical_not bitwise_not isnan isinf cumsum cumprod
+    eq ne lt le gt ge logical_and logical_or fill masked_fill
+""".split()  # noqa: SIM905
+"""Functions whose value at 0 may be another constant."""
+_SUMS = ("add", "sub", "rsub", "maximum", "minimum", "__and__", "__or__", "bitwise_and", "bitwise_or")
+_PRODUCTS = ("mul", "multiply")
+_QUOTIENTS = ("div", "true_divide", "divide", "floor_divide", "remainder", "fmod", "atan2", "pow.Tensor")
+
+
+@rule(*_ZERO_STAYS)
+def zero_stays(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """What is gone stays zero."""
+    labels = x.labels(node.args[0])
+    if name_of(node) == "prelu":
+        return _pair(x, node, [labels, _prelu_weight(x, node, labels)])
+    return labels
+
+
+def _prelu_weight(x: Labeller, node: fx.Node, labels: Labels) -> Labels:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    size = x.program.values[weight].numel()
+    if size == 1:
+        return torch.full((), LIVE, dtype=torch.int32)
+    units = x.axes.reduce(labels, (1,), "prelu", node)
+    found = x.weight(weight, 0, units, node)
+    view = [1] * labels.dim()
+    view[1] = -1
+    return torch.from_numpy(found).int().view(view)
+
+
+@rule(*_ZERO_MOVES)
+def zero_moves(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """What is gone becomes some constant."""
+    labels = x.labels(node.args[0])
+    if not _keeps_zero(node, a):
+        x.dead[node] = max(x.dead[node], Dead.CONSTANT)
+    tensors = [n for n in node.all_input_nodes if isinstance(x.program.values[n], Tensor)]
+    if name_of(node).startswith(("cum", "log_cum")):
+        _keep_along(x, node, labels, a)
+    return labels if len(tensors) < 2 else _together(x, node, tensors)
+
+
+def _keeps_zero(node: fx.Node, a: dict[str, Any]) -> bool:
+    name = name_of(node).rstrip("_")
+    if name == "pow":
+        power = a.get("exponent")
+        return isinstance(power, int | float) and power > 0
+    if name in ("clamp", "clip", "clamp_min", "clamp_max"):
+        low, high = a.get("min"), a.get("max")
+        numbers = all(b is None or isinstance(b, int | float) for b in (low, high))
+        return numbers and (low is None or low <= 0) and (high is None or high >= 0)
+    return False
+
+
+def _keep_along(x: Labeller, node: fx.Node, labels: Labels, a: dict[str, Any]) -> None:
+    if (a.get("dim") or 0) % labels.dim() in varying(labels):
+        x.axes.fix(labels, f"{name_of(node)} runs along it", node)
+
+
+@rule(*_SUMS)
+def sums(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """Sums: both go, or none."""
+    operands = [node.args[0], node.args[1]]
+    if any(not isinstance(o, fx.Node) and o != 0 for o in operands):
+        x.dead[node] = max(x.dead[node], Dead.CONSTANT)
+    for o in operands:
+        if isinstance(o, fx.Node) and o not in x.program.weights and not x.has_units(o):
+            state = Dead.ANYTHING if o in x.depends else Dead.CONSTANT
+            x.dead[node] = max(x.dead[node], state)
+    return _together(x, node, operands)
+
+
+@rule(*_PRODUCTS)
+def products(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """Products: zero where one of the factors is."""
+    operands = [node.args[0], node.args[1]]
+    states = [x.dead.get(o, Dead.ZERO) for o in operands if isinstance(o, fx.Node) and _has(x, o)]
+    x.dead[node] = min(states, default=Dead.ZERO)
+    if (
+        states
+        and x.dead[node] is not Dead.ZERO
+        and any(isinstance(o, fx.Node) and o in x.depends and not _has(x, o) for o in operands)
+    ):
+        x.dead[node] = Dead.ANYTHING
+    elif len(states) == 2 and Dead.ZERO not in states:
+        x.dead[node] = max(states)
+    return _together(x, node, operands)
+
+
+def _has(x: Labeller, source: fx.Node) -> bool:
+    return source in x.program.weights or x.has_units(source)
+
+
+@rule(*_QUOTIENTS)
+def quotients(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """Quotients: a divisor must not be zero where its unit is gone."""
+    over, under = node.args[0], node.args[1]
+    labels = _together(x, node, [over, under])
+    if isinstance(under, fx.Node) and _has(x, under) and x.dead.get(under, Dead.ZERO) is Dead.ZERO:
+        if isinstance(x.program.values[under], Tensor) and varying(x.labels(under)):
+            x.dead[node] = Dead.ANYTHING
+    elif isinstance(over, fx.Node) and _has(x, over):
+        x.dead[node] = x.dead.get(over, Dead.ZERO)
+    return labels
+
+
+@rule("where")
+def where(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """One of two tensors by a condition."""
+    condition, first, second = node.args
+    for o in (first, second):
+        if not isinstance(o, fx.Node) or not _has(x, o):
+            state = Dead.ANYTHING if isinstance(o, fx.Node) and o in x.depends else Dead.CONSTANT
+            x.dead[node] = max(x.dead[node], state)
+    return _together(x, node, [condition, first, second])
+
+
+@rule("addcmul", "addcdiv", "lerp")
+def three(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """Sums of a tensor and a product."""
+    return _together(x, node, list(node.args[:3]))
+
+
+@rule("glu")
+def gated_half(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """One half of an axis times the sigmoid of the other."""
+    labels = x.labels(node.args[0])
+    one, two = labels.chunk(2, a["dim"])
+    x.dead[node] = Dead.ZERO
+    return _pair(x, node, [one, two])
+
+
+def _together(x: Labeller, node: fx.Node, operands: list[Any]) -> Labels:
+    """Labels of operands that are broadcast to each other; a full-size operand without units keeps theirs."""
+    out = x.program.values[node]
+    labels = [x.labels(o) for o in operands if isinstance(o, fx.Node) and _is_tensor(x, o)]
+    return _pair(x, node, labels).expand(out.shape)
+
+
+def _is_tensor(x: Labeller, source: fx.Node) -> bool:
+    return isinstance(x.program.values[source], Tensor)
+
+
+def _pair(x: Labeller, node: fx.Node, labels: list[Labels]) -> Labels:
+    """Labels of tensors that are broadcast to each other.
+
+    Units at the same place go together. Where one tensor has one place for many units of the other, as a
+    vector that multiplies every head, its unit stays as long as one of theirs does.
+    """
+    shape = torch.broadcast_shapes(*(part.shape for part in labels))
+    wide = max(labels, key=lambda part: len(varying(part)) if not _unlabelled(part) else -1)
+    made = wide.expand(shape)
+    axes = varying(made)
+    for part in labels:
+        if part is wide:
+            continue
+        if _unlabelled(part):
+            if any(_size_at(part, axis, len(shape)) > 1 for axis in axes):
+                x.axes.fix(made, f"{name_of(node)} with a tensor of which nothing can go", node)
+            continue
+        missing = [axis for axis in axes if _size_at(part, axis, len(shape)) == 1]
+        if missing and varying(part.expand(shape)):
+            _tie_to_rows(x, node, made, part.expand(shape), missing)
+        else:
+            made = _tie_places(x, node, made, part.expand(shape))
+    return made
+
+
+def _tie_to_rows(x: Labeller, node: fx.Node, made: Labels, part: Labels, missing: list[int]) -> None:
+    """Each unit of a smaller tensor stays with any of the units that it meets."""
+    kept = tuple(sorted(varying(part)))
+    rows = x.axes.reduce(part, kept, name_of(node), node)
+    units = x.axes.reduce(made, (*kept, *missing), name_of(node), node)
+    x.axes.grids.append(Grid(units.reshape(rows.size, -1), np.ravel(rows)))
+
+
+def _tie_places(x: Labeller, node: fx.Node, made: Labels, part: Labels) -> Labels:
+    clash = ((made >= FIRST) & (part != made)) | ((part >= FIRST) & (part != made))
+    if bool(clash.any()):
+        _tie(x, node, made[clash], part[clash])
+    return torch.maximum(made, part)
+
+
+def _tie(x: Labeller, node: fx.Node, a: Tensor, b: Tensor) -> None:
+    """Tie two tensors of labels where both are units; a unit that meets LIVE stays."""
+    one, two = a.numpy().astype("int64"), b.numpy().astype("int64")
+    blank = (one == 0) | (two == 0)
+    x.axes.equal(one[~blank], two[~blank], f"{name_of(node)} with what cannot go", node)
+
+
+def _unlabelled(labels: Labels) -> bool:
+    return bool((labels < FIRST).all())
+
+
+def _size_at(labels: Labels, axis: int, rank: int) -> int:
+    own = axis - (rank - labels.dim())
+    return int(labels.shape[own]) if own >= 0 else 1

@@ -1,0 +1,132 @@
+"""Linear layers, convolutions and embeddings: weights that read one axis and make another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from sparsereg.compression.units.labels import LIVE, Grid, Ints, Labels, along
+from sparsereg.compression.units.program import name_of, plain_call
+from sparsereg.compression.units.rules.table import Dead, Labeller, rule
+
+
+@rule("linear")
+def linear(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """y = x W^T + b on the last axis."""
+    return _dense(x, node, a["input"], a["weight"], a["bias"], 0, 1)
+
+
+@rule("addmm")
+def addmm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """b + x W, the linear layer of GPT-2."""
+    return _dense(x, node, a["mat1"], a["mat2"], a["self"], 1, 0)
+
+
+def _dense(x: Labeller, node: fx.Node, source: Any, weight: Any, bias: Any, out: int, into: int) -> Labels:
+    shape = x.program.values[node].shape
+    rank = x.program.values[source].dim()
+    read = x.read(source, (rank - 1,), node, name_of(node))
+    x.weight(weight, into, read, node)
+    units = x.weight(weight, out, None, node)
+    if isinstance(bias, fx.Node):
+        x.weight(bias, 0, units, node)
+    x.dead[node] = Dead.ZERO
+    return along(units, len(shape) - 1, shape)
+
+
+def _conv_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+    """A grouped convolution has as many groups as are left."""
+    groups = _groups(a)
+    if groups == 1:
+        return plain_call(node, *cut.arguments)
+    args, kwargs = cut.arguments
+    whole = cut.program.values[a["weight"]]
+    if _transposed(node, a):
+        left = v["weight"].shape[0] * groups // whole.shape[0]
+    else:
+        left = v["input"].shape[1] // v["weight"].shape[1]
+    names = [s.name for s in node.target._schema.arguments]  # type: ignore[union-attr]
+    position = names.index("groups")
+    if position < len(args):
+        args = (*args[:position], left, *args[position + 1 :])
+    else:
+        kwargs = {**kwargs, "groups": left}
+    return plain_call(node, args, kwargs)
+
+
+def _groups(a: dict[str, Any]) -> int:
+    return int(a.get("groups") or 1)
+
+
+def _transposed(node: fx.Node, a: dict[str, Any]) -> bool:
+    return "transpose" in name_of(node) or bool(a.get("transposed"))
+
+
+@rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution",
+      call=_conv_call)  # fmt: skip
+def convolution(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """Convolutions mix the channels of each of their groups."""
+    source, weight, bias = a["input"], a["weight"], a["bias"]
+    shape = x.program.values[node].shape
+    whole = x.program.values[weight]
+    axis = len(shape) - whole.dim() + 1
+    groups, transposed = _groups(a), _transposed(node, a)
+    read = x.read(source, (axis,), node, name_of(node))
+    if groups == 1:
+        x.weight(weight, 0 if transposed else 1, read, node)
+        units = x.weight(weight, 1 if transposed else 0, None, node)
+    else:
+        units = _grouped(x, node, weight, read, groups, transposed)
+    if isinstance(bias, fx.Node):
+        x.weight(bias, 0, units, node)
+    x.dead[node] = Dead.ZERO
+    return along(units, axis, shape)
+
+
+def _grouped(x: Labeller, node: fx.Node, weight: Any, read: Ints, groups: int, transposed: bool) -> Ints:
+    """Groups go as a whole; of each group that stays, as many units stay as of any other."""
+    whole = x.program.values[weight]
+    ins = len(read) // groups
+    outs = whole.shape[1] if transposed else whole.shape[0] // groups
+    if ins == 1 and outs == 1:  # depthwise: what comes in goes out
+        return x.weight(weight, 0, read, node)
+    if transposed:
+        x.weight(weight, 0, read, node)
+        x.axes.fix(read, "a grouped transposed convolution reads it", node)
+        return np.full(groups * outs, LIVE)
+    units = x.weight(weight, 0, None, node)
+    rows = read if ins == 1 else x.axes.sets.new(groups)
+    x.axes.grids.append(Grid(units.reshape(groups, outs), rows))
+    if ins > 1:
+        inside = x.weight(weight, 1, None, node)
+        x.axes.grids.append(Grid(read.reshape(groups, ins), rows))
+        x.axes.grids.append(Grid(read.reshape(groups, ins).T, inside))
+    return units
+
+
+@rule("embedding", "embedding_bag")
+def embedding(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """Rows of a table by their numbers."""
+    rows = x.weight(a["weight"], 0, None, node)
+    x.axes.fix(rows, "tokens are looked up in it", node)
+    units = x.weight(a["weight"], 1, None, node)
+    shape = x.program.values[node].shape
+    x.dead[node] = Dead.ZERO
+    return along(units, len(shape) - 1, shape)
+
+
+@rule("bilinear")
+def bilinear(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """y_k = x1^T W_k x2 + b_k."""
+    one = x.read(a["input1"], (x.program.values[a["input1"]].dim() - 1,), node, "bilinear")
+    two = x.read(a["input2"], (x.program.values[a["input2"]].dim() - 1,), node, "bilinear")
+    x.weight(a["weight"], 1, one, node)
+    x.weight(a["weight"], 2, two, node)
+    units = x.weight(a["weight"], 0, None, node)
+    if isinstance(a["bias"], fx.Node):
+        x.weight(a["bias"], 0, units, node)
+    shape = x.program.values[node].shape
+    x.dead[node] = Dead.ZERO
+    return along(units, len(shape) - 1, shape)

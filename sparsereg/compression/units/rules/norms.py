@@ -1,0 +1,87 @@
+"""Normalisations: over the batch each unit for itself, over a layer all units that stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from sparsereg.compression.units.labels import Labels
+from sparsereg.compression.units.program import name_of, plain_call
+from sparsereg.compression.units.rules.table import Dead, Labeller, rule
+
+
+@rule(
+    "batch_norm",
+    "_native_batch_norm_legit_no_training",
+    "native_batch_norm",
+    "instance_norm",
+    "cudnn_batch_norm",
+)
+def batch_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Each channel by itself, with weights of its own."""
+    labels = x.labels(a["input"])
+    units = x.axes.reduce(labels, (1,), name_of(node), node)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if isinstance(a.get(name), fx.Node):
+            x.weight(a[name], 0, units, node)
+    affine = isinstance(a.get("weight"), fx.Node)
+    x.dead[node] = Dead.ZERO if affine else Dead.CONSTANT
+    made = torch.from_numpy(units).int().view(1, -1, *(1,) * (labels.dim() - 2)).expand(labels.shape)
+    if isinstance(x.program.values[node], Tensor):
+        return made
+    return (made, *(torch.full(v.shape, 1, dtype=torch.int32) for v in x.program.values[node][1:]))
+
+
+def _layer_norm_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+    args, kwargs = cut.arguments
+    rank = len(args[1])
+    return plain_call(node, (args[0], list(args[0].shape[-rank:]), *args[2:]), kwargs)
+
+
+@rule("layer_norm", "rms_norm", "native_layer_norm", call=_layer_norm_call)
+def layer_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """Over the last axes; the means are over the units that stay."""
+    labels = x.labels(a["input"])
+    rank = len(a["normalized_shape"])
+    axes = tuple(range(labels.dim() - rank, labels.dim()))
+    units = x.axes.reduce(labels, axes, name_of(node), node)
+    for name in ("weight", "bias"):
+        if isinstance(a.get(name), fx.Node):
+            if rank == 1:
+                x.weight(a[name], 0, units, node)
+            else:
+                x.axes.equal(x.raw(a[name]).numpy(), units, name_of(node), node)
+    x.axes.averaged.append(np.ravel(units))
+    if x.dead.get(a["input"], Dead.ZERO) is not Dead.ZERO:
+        x.axes.fix(units, "a norm takes means over values that are not zero when it is gone", node)
+    x.dead[node] = Dead.ZERO if isinstance(a.get("weight"), fx.Node) else Dead.ANYTHING
+    return torch.from_numpy(units).int().expand(labels.shape)
+
+
+def _group_norm_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+    args, kwargs = cut.arguments
+    whole = cut.program.values[a["input"]].shape[1]
+    left = args[0].shape[1] * a["num_groups"] // whole
+    return plain_call(node, (args[0], left, *args[2:]), kwargs)
+
+
+@rule("group_norm", call=_group_norm_call)
+def group_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """Over the channels of each group: a group goes as a whole."""
+    labels = x.labels(a["input"])
+    units = x.axes.reduce(labels, (1,), "group_norm", node)
+    for name in ("weight", "bias"):
+        if isinstance(a.get(name), fx.Node):
+            x.weight(a[name], 0, units, node)
+    groups = int(a["num_groups"])
+    grid = units.reshape(groups, -1)
+    if groups == 1:
+        x.axes.averaged.append(units)
+    else:
+        for column in grid[:, 1:].T:
+            x.axes.equal(column, grid[:, 0], "group_norm", node)
+    x.dead[node] = Dead.ZERO if isinstance(a.get("weight"), fx.Node) else Dead.ANYTHING
+    return torch.from_numpy(units).int().view(1, -1, *(1,) * (labels.dim() - 2)).expand(labels.shape)

@@ -1,0 +1,240 @@
+"""The table of rules, and what a rule is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from sparsereg.compression.units.labels import Axes, Ints, Labels, live
+from sparsereg.compression.units.program import Program, bound, name_of
+
+if TYPE_CHECKING:
+    from sparsereg.compression.units.cut import Cut
+
+
+class Dead(IntEnum):
+    """What the elements of a unit that is gone are, in one tensor."""
+
+    ZERO = 0
+    CONSTANT = 1
+    ANYTHING = 2
+
+
+Label = Callable[["Labeller", fx.Node, dict[str, Any]], "Labels | tuple[Labels, ...] | None"]
+"""Labels of a node's output from the labels of its inputs; None where nothing can go."""
+Call = Callable[["Cut", fx.Node, dict[str, Any], dict[str, Any]], Any]
+"""Computes a node on what is left: gets the cut, the node, arguments as nodes, and as values."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """All that is known about one kind of operation.
+
+    Attributes:
+        label: what it does to labels.
+        call: how it is called on what is left; as it stands if None.
+    """
+
+    label: Label
+    call: Call | None = None
+
+
+RULES: dict[str, Rule] = {}
+"""Rules by the name of the operation in ``torch.ops.aten``, without a trailing underscore."""
+
+
+def rule(*names: str, call: Call | None = None) -> Callable[[Label], Label]:
+    """Register a labelling function for operations."""
+
+    def register(label: Label) -> Label:
+        for name in names:
+            RULES[name] = Rule(label, call)
+        return label
+
+    return register
+
+
+def rule_of(node: fx.Node) -> Rule | None:
+    """The rule for a node; None if there is none."""
+    name = name_of(node)
+    return RULES.get(name) or RULES.get(name.rstrip("_"))
+
+
+class Labeller:
+    """Visits the operations of a program in order and labels every tensor.
+
+    Args:
+        program: the network.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.axes = Axes()
+        self.dead: dict[fx.Node, Dead] = {}
+        self.unknown: dict[str, fx.Node] = {}
+        self.depends = self._depends()
+        for node in program.calls:
+            self._visit(node)
+        self._keep_outputs()
+
+    def _depends(self) -> set[fx.Node]:
+        found = set(self.program.inputs)
+        for node in self.program.calls:
+            if any(n in found for n in node.all_input_nodes):
+                found.add(node)
+        return found
+
+    def _visit(self, node: fx.Node) -> None:
+        value = self.program.values[node]
+        if not _tensors(value):
+            self.axes.of[node] = None
+            return
+        known = rule_of(node)
+        if known is None:
+            self._keep_inputs(node)
+            return
+        labelled = any(self.has_units(n) for n in node.all_input_nodes) or _weighs(self.program, node)
+        if not labelled:
+            self.axes.of[node] = None
+            return
+        before = max((self.dead.get(n, Dead.ZERO) for n in node.all_input_nodes), default=Dead.ZERO)
+        self.dead[node] = before
+        self.axes.of[node] = known.label(self, node, bound(node))
+
+    def _keep_inputs(self, node: fx.Node) -> None:
+        """An operation without a rule: everything that it touches stays, and it is named."""
+        touched = False
+        for source in node.all_input_nodes:
+            if source in self.program.weights:
+                self.keep_weight(source, self.unknown_reason(node), node)
+            elif self.has_units(source):
+                touched = True
+                self.fix(source, self.unknown_reason(node), node)
+        if touched or any(n in self.program.parameters for n in node.all_input_nodes):
+            self.unknown.setdefault(name_of(node), node)
+        self.axes.of[node] = None
+
+    @staticmethod
+    def unknown_reason(node: fx.Node) -> str:
+        """Why units stay that meet an operation without a rule."""
+        return f"no rule for {name_of(node)}"
+
+    def _keep_outputs(self) -> None:
+        output = self.program.output
+        for node in output.all_input_nodes:
+            self.fix(node, "it reaches the output", output)
+            if node in self.program.weights:
+                self.keep_weight(node, "it is an output", output)
+
+    def has_units(self, node: fx.Node) -> bool:
+        """Whether anything of a tensor could go."""
+        if node in self.program.weights:
+            return False
+        labels = self.axes.of.get(node)
+        return labels is not None
+
+    def labels(self, source: Any, shape: tuple[int, ...] = ()) -> Labels:
+        """Labels of an argument: of a tensor, a weight read as it is, or a number."""
+        if not isinstance(source, fx.Node):
+            return live(shape)
+        value = self.program.values[source]
+        if source in self.program.weights and isinstance(value, Tensor):
+            return self.raw(source)
+        found = self.axes.of.get(source)
+        if isinstance(found, Tensor):
+            return found
+        return live(value.shape if isinstance(value, Tensor) else ())
+
+    def raw(self, source: fx.Node) -> Labels:
+        """Labels of a weight that is added, multiplied or looked up: each element is its own unit."""
+        value = self.program.weights[source]
+        if not value.is_floating_point() or value.dim() == 0:
+            return live(value.shape)
+        if source in self.axes.weight_axes:
+            return self._from_axes(source, value)
+        if self.axes.of.get(source) is None:
+            units = self.axes.fresh(value.numel(), source, -1)
+            self.axes.of[source] = torch.from_numpy(units).int().view(value.shape)
+            self.dead[source] = Dead.ZERO
+        labels = self.axes.of[source]
+        assert isinstance(labels, Tensor)
+        return labels
+
+    def _from_axes(self, source: fx.Node, value: Tensor) -> Labels:
+        axes = self.axes.weight_axes[source]
+        if value.dim() == 1 and axes[0] is not None:
+            return torch.from_numpy(axes[0]).int()
+        self.keep_weight(source, "it is used in two ways", source)
+        return live(value.shape)
+
+    def weight(self, source: Any, axis: int, units: Ints | None, node: fx.Node) -> Ints:
+        """Units of a weight along one of its axes: given ones (tied to those it has), or new ones.
+
+        Args:
+            source: the node of the weight.
+            axis: of the weight.
+            units: what lies along the axis, (size,); None for the weight's own.
+            node: the operation that reads it.
+        """
+        value = self.program.values[source]
+        size = value.shape[axis]
+        if source not in self.program.weights:
+            self.fix(source, "the weight is computed", node)
+            if units is not None:
+                self.axes.fix(units, "the weight is computed", node)
+            return np.full(size, 1)
+        if isinstance(self.axes.of.get(source), Tensor):
+            self.axes.fix(self.axes.of[source], "it is used in two ways", node)  # type: ignore[arg-type]
+            if units is not None:
+                self.axes.fix(units, "its weight is used in two ways", node)
+            return np.full(size, 1)
+        axes = self.axes.weight_axes.setdefault(source, [None] * value.dim())
+        known = axes[axis]
+        if known is None:
+            known = self.axes.fresh(size, source, axis) if units is None else units
+            axes[axis] = known
+        elif units is not None:
+            self.axes.equal(known, units, "the weight is shared", node)
+        return known
+
+    def keep_weight(self, source: fx.Node, why: str, node: fx.Node) -> None:
+        """All of a weight stays."""
+        for units in self.axes.weight_axes.get(source, []):
+            self.axes.fix(units, why, node)
+        labels = self.axes.of.get(source)
+        if isinstance(labels, Tensor):
+            self.axes.fix(labels, why, node)
+        if source not in self.axes.weight_axes and labels is None:
+            value = self.program.weights[source]
+            self.axes.weight_axes[source] = [None] * value.dim()
+
+    def fix(self, source: Any, why: str, node: fx.Node) -> None:
+        """All units of a tensor stay."""
+        labels = self.axes.of.get(source) if isinstance(source, fx.Node) else None
+        for part in labels if isinstance(labels, tuple) else (labels,):
+            self.axes.fix(part, why, node)
+
+    def read(self, source: Any, keep: tuple[int, ...], node: fx.Node, what: str) -> Ints:
+        """Labels along the axes over which an operation sums: what is gone must have been zero there."""
+        labels = self.labels(source)
+        found = self.axes.reduce(labels, keep, what, node)
+        if isinstance(source, fx.Node) and self.dead.get(source, Dead.ZERO) is not Dead.ZERO:
+            self.axes.fix(found, f"{what} sums over values that are not zero when it is gone", node)
+        return found
+
+
+def _tensors(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    return isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value)
+
+
+def _weighs(program: Program, node: fx.Node) -> bool:
+    """Whether an operation reads a floating-point weight."""
+    return any(n in program.weights and program.weights[n].is_floating_point() for n in node.all_input_nodes)

@@ -1,0 +1,202 @@
+"""From constraints on units to the choices that are left: which sets of units can go, and with what.
+
+A *choice* is what one gate decides. A unit stays iff all of its choices stay: a hidden unit has one, the
+number of an attention head's vector two, its head and its place in the head. Equal units have equal choices;
+where units have to form a grid, each is made to depend on the choice of its row and that of its column.
+Uniting or splitting choices later keeps every grid a grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsereg.compression.units.labels import FIRST, Axes, Ints, Labels, Unions, varying
+from sparsereg.compression.units.rules.table import Labeller
+
+Choices = frozenset[int]
+
+
+class Solver:
+    """Finds the choices of every unit.
+
+    Args:
+        axes: labels and constraints of a network.
+    """
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes = axes
+        self.choices = Unions(axes.sets.parent.copy())
+        self.split: dict[int, Choices] = {}
+        for _, labels in axes.shapes:
+            if len(varying(labels)) > 1:
+                self.grid(_corner(labels))
+        for grid in axes.grids:
+            self.grid(grid.units)
+            if grid.rows is not None:
+                self._rows(grid.units, grid.rows)
+
+    def of(self, unit: int) -> Choices:
+        """The choices on which a unit depends."""
+        root = int(self.choices.find(np.array([unit]))[0])
+        if root not in self.split:
+            return frozenset([root])
+        return frozenset().union(*(self.of(part) for part in self.split[root]))
+
+    def unite(self, parts: Choices) -> None:
+        """Make several choices one."""
+        first, *others = sorted(parts)
+        for other in others:
+            self.choices.unite(np.array([first]), np.array([other]))
+
+    def equal(self, a: Choices, b: Choices) -> None:
+        """Two units stay together."""
+        if a == b:
+            return
+        for one, many in ((a, b), (b, a)):
+            if len(one) == 1 and not one <= many and len(many) > 1:
+                self.split[next(iter(one))] = many
+                return
+        if a - b and b - a:
+            self.unite((a - b) | (b - a))
+        else:  # one needs what the other does not: that must go with what they share
+            self.unite(((a - b) | (b - a)) | {min(a & b)})
+
+    def grid(self, units: Ints) -> None:
+        """Let the units that stay form a grid along the axes of an array of them."""
+        roots = self.choices.find(units)
+        if (roots < FIRST).any():
+            self._keep(roots)
+            return
+        for axis in range(roots.ndim):  # equal rows stand for each other
+            roots = np.unique(roots, axis=axis) if roots.shape[axis] > 1 else roots
+        roots = roots.reshape([n for n in roots.shape if n > 1])
+        if roots.ndim < 2:
+            return
+        sets = np.empty(roots.shape, dtype=object)
+        for place in np.ndindex(roots.shape):
+            sets[place] = self.of(int(roots[place]))
+        if _is_product(sets):
+            return
+        plain = all(len(s) == 1 for s in sets.ravel())
+        if plain and len(frozenset().union(*sets.ravel())) == sets.size:
+            self._factor(sets)
+        else:
+            self._tie(sets)
+
+    def _factor(self, sets: np.ndarray) -> None:
+        """Give each unit a choice for its place along each axis."""
+        per_axis = [self.choices.new(n) for n in sets.shape]
+        for place in np.ndindex(sets.shape):
+            own = next(iter(sets[place]))
+            self.split[own] = frozenset(int(per_axis[i][j]) for i, j in enumerate(place))
+
+    def _tie(self, sets: np.ndarray) -> None:
+        """Along all axes but the longest, what differs goes together."""
+        free = int(np.argmax(sets.shape))
+        for k in range(sets.shape[free]):
+            slab = sets.take(k, axis=free).ravel()
+            for other in slab[1:]:
+                self.equal(self._again(slab[0]), self._again(other))
+
+    def _again(self, choices: Choices) -> Choices:
+        return frozenset().union(*(self.of(c) for c in choices))
+
+    def _keep(self, roots: Ints) -> None:
+        for unit in np.unique(roots[roots >= FIRST]).tolist():
+            self.axes.fixed.setdefault(unit, ("it lies in one shape with what cannot go", None))
+
+    def _rows(self, units: Ints, rows: Ints) -> None:
+        """Each row's own unit stays iff its row does."""
+        for line, row in zip(units, rows, strict=True):
+            inside = [self.of(int(u)) for u in np.unique(line) if u >= FIRST]
+            if not inside:
+                continue
+            common = frozenset.intersection(*inside)
+            if not common:
+                self.unite(frozenset().union(*inside))
+                common = self.of(int(line[0]))
+            self.equal(self.of(int(row)), common)
+
+
+def _corner(labels: Labels) -> Ints:
+    """Labels along the axes that vary; along the others they are the same."""
+    others = [d for d in range(labels.dim()) if d not in varying(labels)]
+    return (labels.amax(others) if others else labels).numpy().astype(np.int64)
+
+
+def _is_product(sets: np.ndarray) -> bool:
+    """Whether each element depends on exactly what its rows along all axes share."""
+    shared = []
+    for axis in range(sets.ndim):
+        slabs = [frozenset.intersection(*sets.take(j, axis=axis).ravel()) for j in range(sets.shape[axis])]
+        shared.append(slabs)
+    return all(
+        frozenset().union(*(shared[i][j] for i, j in enumerate(place))) == sets[place]
+        for place in np.ndindex(sets.shape)
+    )
+
+
+@dataclass(frozen=True)
+class Units:
+    """The solved structure of a network.
+
+    Attributes:
+        labeller: labels of all tensors.
+        roots: representative of each unit, (units,).
+        split: choices of the representatives that have more than one, or another one than themselves.
+        fixed: choices that never go, with the reason: operation and node.
+    """
+
+    labeller: Labeller
+    roots: Ints
+    split: dict[int, Choices]
+    fixed: dict[int, tuple[str, object]]
+
+    def of(self, unit: int) -> Choices:
+        """The choices of a unit."""
+        root = int(self.roots[unit])
+        return self.split.get(root, frozenset([root]))
+
+    def alive(self, gone: set[int]) -> np.ndarray:
+        """Which units stay when some choices are gone, (units,); ``BLANK`` and ``LIVE`` do."""
+        stays = np.ones(len(self.roots), dtype=bool)
+        stays[sorted(gone)] = False
+        for root, choices in self.split.items():
+            stays[root] = not (choices & gone)
+        return stays[self.roots]
+
+    @property
+    def removable(self) -> list[int]:
+        """All choices that can go, in the order in which they were made."""
+        used: set[int] = set()
+        for first, node, _ in self.labeller.axes.owner:
+            size = _size_of_owner(self.labeller, node, _)
+            for unit in range(first, first + size):
+                used |= self.of(unit)
+        return sorted(c for c in used if c not in self.fixed)
+
+
+def _size_of_owner(labeller: Labeller, node: object, axis: int) -> int:
+    program = labeller.program
+    value = program.values[node]  # type: ignore[index]
+    if axis == -1:
+        return int(value.numel())
+    return int(value.shape[axis])
+
+
+def solve(labeller: Labeller) -> Units:
+    """Find the choices of every unit of a labelled network."""
+    axes = labeller.axes
+    solver = Solver(axes)
+    roots = solver.choices.find(np.arange(len(solver.choices.parent)))
+    split: dict[int, Choices] = {}
+    for root in solver.split:
+        own = int(roots[root])
+        split[own] = solver.of(own)
+    fixed: dict[int, tuple[str, object]] = {}
+    for unit, why in axes.fixed.items():
+        for choice in split.get(int(roots[unit]), frozenset([int(roots[unit])])):
+            fixed.setdefault(choice, why)
+    return Units(labeller, roots, split, fixed)

@@ -1,0 +1,111 @@
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import sparsereg
+from sparsereg.compression.units.explain import FAMILIES, STATES
+from sparsereg.errors import InputError
+from tests.compression.units.networks import NETWORKS, build
+
+
+def frame(name):
+    return sparsereg.explain(build(name), NETWORKS[name][1]).to_frame()
+
+
+def free(table):
+    return table[table.state == "can go"].groupby("family")["size"].apply(list).to_dict()
+
+
+def test_families_of_a_vision_transformer():
+    found = free(frame("vision transformer"))
+    assert found["width"] == [24]  # tokens, positions, patches and all that writes the stream go together
+    assert found["heads"] == [3, 3]
+    assert found["head_dims"] == [8, 8, 8]  # queries with keys and values in one, apart in the other
+    assert found["units"] == [72, 72]
+
+
+def test_grouped_queries_share_keys_and_rotary_pairs_stay_pairs():
+    found = free(frame("decoder"))
+    assert found["kv_groups"] == [2]
+    assert sorted(found["head_dims"]) == [4, 8]  # 4 pairs of 8 rotated places, 8 places of values
+    assert found["units"] == [40]
+
+
+def test_channels_and_what_they_are_tied_to():
+    table = frame("resnet18").set_index(["parameter", "axis"])
+    assert table.loc[("layer1.0.conv2.weight", 0), "reason"] == "with conv1.weight axis 0"
+    assert table.loc[("layer1.0.conv1.weight", 0), "state"] == "can go"
+    assert table.loc[("fc.weight", 0), "state"] == "kept"
+    assert table.loc[("fc.weight", 0), "reason"] == "it reaches the output"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_parameter_is_explained_in_known_words(name):
+    network = build(name)
+    explanation = sparsereg.explain(network, NETWORKS[name][1])
+    table = explanation.to_frame()
+    assert list(table.columns) == ["parameter", "axis", "size", "family", "state", "reason"]
+    assert set(table.parameter) == {n for n, _ in network.named_parameters()}
+    assert set(table.family) <= {*FAMILIES, ""}
+    assert set(table.state) <= set(STATES)
+    assert (table.reason[table.state != "can go"] != "").all()
+    assert explanation.parameters == sum(p.numel() for p in network.parameters())
+    assert explanation.removable > 0.5 * explanation.parameters
+    text = str(explanation)
+    assert type(network).__name__ in text
+    assert all(p in text for p in table.parameter)
+
+
+def test_what_keeps_something_is_named_with_its_line():
+    class Sorted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.b(torch.fft.fft(self.a(x)).real)
+
+    explanation = sparsereg.explain(Sorted(), torch.randn(3, 4))
+    assert "no rule for fft_fft (fft_fft, test_explain.py:" in str(explanation)
+    assert explanation.removable == 0
+
+
+def test_dictionaries_are_inputs_by_name():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, left, right=None):
+            return {"out": self.b(torch.relu(self.a(left + right)))}
+
+    explanation = sparsereg.explain(Two(), {"left": torch.randn(2, 4), "right": torch.randn(2, 4)})
+    assert free(explanation.to_frame()) == {"units": [6]}
+    assert isinstance(explanation.to_frame(), pd.DataFrame)
+
+
+def test_wrong_use_is_one_line():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(
+        InputError, match=r"Branch cannot be traced at test_explain.py:\d+ .*torch.where"
+    ) as said:
+        sparsereg.explain(Branch(), torch.randn(2, 3))
+    assert "\n" not in str(said.value)
+    with pytest.raises(InputError, match="Linear cannot be traced.*as the network takes it"):
+        sparsereg.explain(nn.Linear(3, 2), torch.randn(2, 4))
+    with pytest.raises(ValueError, match="example must be a tensor"):
+        sparsereg.explain(nn.Linear(3, 2), 5)
+
+
+def test_the_network_is_left_alone():
+    network = build("encoder").train()
+    network[1].layers[0].eval()
+    modes = [m.training for m in network.modules()]
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    sparsereg.explain(network, NETWORKS["encoder"][1])
+    assert [m.training for m in network.modules()] == modes
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
