@@ -15,7 +15,7 @@ TORCH_FIRST = sed -nE 's/^((torch|torchvision)==[^\\]*).*/\1/p' requirements.loc
 	$$install $$compile --no-deps --index-url $(TORCH_INDEX) -r $(VENV)/torch.txt &&
 endif
 
-.PHONY: demo test quick lint docs results lock clean help
+.PHONY: demo test quick lint docs configs results lock clean help
 
 help:
 	@grep -E '^# make|^[a-z]+:.*##' Makefile | sed 's/:.*##/  /'
@@ -35,6 +35,9 @@ lint: $(READY) ## ruff and mypy
 
 docs: $(READY) ## the documentation as HTML, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+configs: $(READY) ## configs/*.yaml anew from the settings, after one was added or changed
+	$(BIN)/python -m sparsereg.reference
 
 results: $(READY) ## rerun the figures in docs/results.md that a CPU can
 	$(BIN)/python -m benchmarks.results

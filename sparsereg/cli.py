@@ -5,7 +5,6 @@ traceback is in a log file that the message names. The last line on stdout is ``
 """
 
 import contextlib
-import importlib
 import logging
 import os
 import re
@@ -29,6 +28,7 @@ from sparsereg.arguments import check, named_keys
 from sparsereg.errors import InputError, OutputError, interpolation_error, nearest
 from sparsereg.extras import advice
 from sparsereg.files import new_folder, no_room, write_text
+from sparsereg.reference import declared_by, help_of
 from sparsereg.settings import Settings, all_keys, read
 
 _HERE = Path(__file__).resolve().parent
@@ -86,6 +86,7 @@ def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
         sys.argv[1:] = [*_implied, *given]
         OmegaConf.register_new_resolver("checkpoint_of_job", _checkpoint_of_job, replace=True)
         OmegaConf.register_new_resolver("sweep_folder", _sweep_folder(given), replace=True, use_cache=True)
+        OmegaConf.register_new_resolver("settings_of", _settings_told, replace=True)
         with _of_hydra():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
         if failed:
@@ -125,6 +126,14 @@ def _sweep_folder(given: list[str]) -> Callable[[str], str]:
         return made[parent]
 
     return resolve
+
+
+def _settings_told(name: str, *, _root_: DictConfig) -> str:
+    """Explain the composed settings of a script in its help text."""
+    composed = OmegaConf.to_container(_root_, resolve=False)
+    assert isinstance(composed, dict)
+    given = {str(key): value for key, value in composed.items()}
+    return help_of(name, given, CONFIGS).replace("$", "$$")  # the help text is a template
 
 
 def _checkpoint_of_job(number: int) -> str:
@@ -299,21 +308,6 @@ def _config_message(error: BaseException, name: str | None = None) -> str:
         known = [line.strip() for line in listed.splitlines() if line.strip()]
         return f"unknown choice {kind}={choice}{nearest(choice, known)}; choose one of {', '.join(known)}"
     return one_line(text.partition("\nSet the environment")[0])
-
-
-SETTINGS = {
-    "train": ("sparsereg.training.config", "Training"),
-    "test": ("sparsereg.training.config", "Evaluation"),
-    "calibrate": ("sparsereg.calibration.config", "CalibrationRun"),
-}
-"""Where the settings of each script are declared."""
-
-
-def declared_by(name: str) -> type[Settings]:
-    """Return the settings of a script."""
-    module, settings = SETTINGS[name]
-    cls: type[Settings] = getattr(importlib.import_module(module), settings)
-    return cls
 
 
 def known_keys(name: str) -> list[str]:

@@ -8,6 +8,7 @@ and the help texts. A new setting is its field and the place that uses it.
 Nothing here imports PyTorch or Hydra: a command line is checked before anything slow is loaded.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -334,7 +335,7 @@ def shown(value: Any) -> str:
     elif isinstance(value, int) and abs(value) >= 10**40:  # Python refuses to write thousands of digits
         text = f"(an integer of {value.bit_length()} bits)"
     else:
-        text = str(value)
+        text = " ".join(str(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -363,13 +364,11 @@ def fitted(value: Any, d: Declared, key: str) -> Any:
     group = d.group
     if group is not None and not isinstance(value, group) and (isinstance(value, Mapping) or d.kind is group):
         return read(group, value, key, d.default)
-    for kind in _members(d.kind):
-        try:
-            fit = _cast(value, kind)
-        except (TypeError, ValueError, OverflowError):
-            continue
-        return _checked(fit, d, key, value)
-    raise refused(key, value, d.expected)
+    try:
+        fit = _cast_first(value, _members(d.kind))
+    except TypeError:
+        raise refused(key, value, d.expected) from None
+    return _checked(fit, d, key, value)
 
 
 def _checked(value: Any, d: Declared, key: str, given: Any) -> Any:
@@ -405,6 +404,8 @@ def _is_group(kind: Any) -> bool:
 def _cast(value: Any, kind: Any) -> Any:
     """Return a value as one type, or raise a TypeError or ValueError. Numbers are no switches nor texts."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if len(_members(kind)) > 1:
+        return _cast_first(value, _members(kind))
     if origin is tuple:
         return _cast_items(value, arguments)
     if origin is not None and issubclass(origin, Mapping):
@@ -415,10 +416,18 @@ def _cast(value: Any, kind: Any) -> Any:
         return float(value)
     if kind is int and _is_number(value) and isinstance(value, numbers.Integral):
         return int(value)
-    if kind is str and (isinstance(value, str) or _is_number(value)):
+    if kind is str and (isinstance(value, str) or (_is_number(value) and math.isfinite(value))):
         return _text(value)
     if kind is Any or (isinstance(kind, type) and kind not in (int, float, str) and isinstance(value, kind)):
         return value
+    raise TypeError
+
+
+def _cast_first(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """Return a value as the first of several types that it can be."""
+    for kind in kinds:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return _cast(value, kind)
     raise TypeError
 
 
@@ -452,12 +461,15 @@ def _named(kind: Any, rule: Rule | None) -> str:
     """Return a type in words, with the rule for each item of a list."""
     if kind in _WORDS:
         return _WORDS[kind]
+    if kind is Any:
+        return "a value"
     items = typing.get_args(kind)
-    noun = "integers" if items[:1] == (int,) else "numbers" if items[:1] == (float,) else "texts"
-    if typing.get_origin(kind) is tuple:
-        many = "" if items[1:] == (Ellipsis,) else f"{len(items)} "
-        return f"a list of {many}{noun}" + (f", each {rule.expected}" if rule else "")
-    return "keys and values"
+    if typing.get_origin(kind) is not tuple:
+        return "keys and values"
+    plural = {int: "integers", float: "numbers", str: "texts"}
+    noun = plural.get(items[0]) or "items, " + _or([_WORDS[k] for k in _members(items[0])])
+    many = "" if items[1:] == (Ellipsis,) else f"{len(items)} "
+    return f"a list of {many}{noun}" + (f", each {rule.expected}" if rule else "")
 
 
 def _or(words: list[str]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from sparsereg.errors import InputError
 from sparsereg.settings import (
@@ -274,6 +274,8 @@ PROBLEMS: dict[str, type[Problem]] = {
 }
 """Settings of each ``problem=NAME``."""
 DEVICES = ("auto", "cpu", "cuda")
+Bounds: TypeAlias = tuple[float | str | None, float | str | None] | None
+"""Lowest and highest: a number, a column of the households, or null for no limit."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,9 @@ class CalibrationRun(Settings):
         lambda: Temperature(initial=0.65, anneal_epochs=1000),
         "gates: a number (temperature=0.5) or a schedule (temperature=exponential)",
     )
+    bounds: Bounds = again(Settings, "bounds", None)
+    weight_bounds: Bounds = again(Settings, "weight_bounds", None)
+    unit_factor: str | None = again(Settings, "unit_factor", None)
     device: str = again(Settings, "device", "auto")
     num_households: int | None = setting(
         SyntheticProblem.NUM_HOUSEHOLDS,
@@ -309,6 +314,10 @@ class CalibrationRun(Settings):
         """A place to compute, and something that decides how many households stay."""
         super().check()
         one_of(self.device.partition(":")[0], "device", DEVICES)
+        for name in ("bounds", "weight_bounds"):
+            low, high = getattr(self, name) or (None, None)
+            if isinstance(low, float) and isinstance(high, float) and low > high:
+                raise InputError(f"{name}=[{low:g}, {high:g}]: expected the smaller one first")
 
     def solver(self, groups: Collection[str] | None = None) -> Settings:
         """Return the part that the solver needs.

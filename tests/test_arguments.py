@@ -1,0 +1,221 @@
+"""A wrong command line ends in exactly one line that starts with ``error:``, and exit code 2."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsereg import cli
+from sparsereg.commands import calibrate, test, train
+
+RUNS = {"train": train.run, "test": test.run, "calibrate": calibrate.run}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Call a script in this process; return its exit code and the lines on stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name, *arguments, work=None):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.script(name, work or RUNS[name])
+        return stop.value.code, capfd.readouterr().err.splitlines()
+
+    return call
+
+
+EVERYWHERE = [
+    ("seed", "cannot read the argument seed; expected KEY=VALUE"),
+    ("=3", "cannot read the argument =3"),
+    ("seed=[1", "cannot read the argument seed=[1"),
+    ("seed={a: 1", "cannot read the argument"),
+    ("seed=" + "[" * 2000, "cannot read the argument"),
+    ("seed=1 seed=2", "seed is given twice, seed=1 and seed=2"),
+    ("seed=1 ++seed=1", "seed is given twice"),
+    ("seed=null", "seed=null: expected an integer in [0, 2**32)"),
+    ("seed=true", "seed=true: expected"),
+    ("seed=1e3", "seed=1000.0: expected"),
+    ("seed=1,2", "seed=1,2: expected one value; a sweep over several has -m"),
+    ("seed=${oc.env:NO_SUCH_VARIABLE}", "NO_SUCH_VARIABLE"),
+    ("seed=${no_such_key}", "seed: Interpolation key 'no_such_key' not found"),
+    ("seed=${oc.no_such_resolver:1}", "seed: Unsupported interpolation type"),
+    ("seed=${seed}", "seed"),
+    ("seed=???", "seed: Missing mandatory value"),
+    ("seed=" + "9" * 400, "seed=(an integer of 1329 bits): expected"),
+    ("~seed", "~seed: a setting cannot be taken away"),
+    ("+sed=1", "unknown key 'sed': did you mean 'seed'?"),
+    ("sed=1", "unknown key 'sed': did you mean 'seed'?"),
+    ("seed.a=1", "seed"),
+    ("hydra.verbose=3.5", "the configuration cannot be composed"),
+    ("hydra.no_such=1", "hydra.no_such"),
+    ("hydra/job_logging=no_such", "unknown choice hydra/job_logging=no_such"),
+    ("no/such/group=x", "no/such/group"),
+    ("--cfg nothing", "invalid choice: 'nothing'"),
+    ("--no-such-flag", "--no-such-flag"),
+    ("--config-dir=nowhere", "--config-dir=nowhere: no such folder"),
+    ("--config-name=nothing", "nothing"),
+    ("--config-path=nowhere", "nowhere"),
+    ("-m --cfg job", "--multirun and --cfg do not go together"),
+    ("--resolve", "--resolve belongs to --cfg"),
+    ("--package a", "--package belongs to --cfg"),
+    ("--experimental-rerun=x.pickle", "--experimental-rerun"),
+    ("ckpt_path=[a]", "ckpt_path=[a]: expected a text or null"),
+    ("ckpt_path=''", "ckpt_path=: expected a text or null, not empty"),
+    ("ckpt_path=no_such_file", "no_such_file"),
+]
+NETWORKS = [
+    ("model=3", "model=3: expected one of compacted, googlenet"),
+    ("model=null", "model=null: expected one of"),
+    ("model=[lenet5]", "model=[lenet5]: expected one of"),
+    ("model={name:lenet5}", "model={name: lenet5}: expected one of"),
+    ("model=lenet5 model=lenet300", "model is given twice"),
+    ("data=null", "data=null: expected one of cifar10, digits"),
+    ("data=false", "data=false: expected one of"),
+    ("~data", "~data: a setting cannot be taken away"),
+    ("trainer=1", "trainer=1: expected one of auto, cpu"),
+    ("data.augment=3", "data.augment=3: expected keys and values or null"),
+    ("data.augment.flip=sure", "data.augment.flip=sure: expected true or false"),
+    ("data.augment.zom=0.1", "unknown key 'data.augment.zom': did you mean 'data.augment.zoom'?"),
+    ("+data.augment.zom=0.1", "unknown key 'data.augment.zom': did you mean 'data.augment.zoom'?"),
+    ("data.augment.crop_ratio=[1.2,0.9]", "data.augment.crop_ratio=[1.2, 0.9]: expected two numbers"),
+    ("model.sampling=0.5", "model.sampling=0.5: expected one of batch, example"),
+    ("+model.gates=1", "unknown key 'model.gates': did you mean 'model.gate'?"),
+    ("trainer.max_epochs=-2", "trainer.max_epochs=-2: expected"),
+    ("trainer.limit_train_batches=1.5", "trainer.limit_train_batches=1.5: expected"),
+    ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1: expected"),
+    ("trainer.min_epochs=9 trainer.max_epochs=2", "trainer.min_epochs=9 is more than trainer.max_epochs=2"),
+    ("trainer.compile=perhaps", "trainer.compile=perhaps: expected true or false"),
+    ("callbacks.batch_norm=5", "callbacks.batch_norm=5: expected keys such as num_images, batch_size"),
+    ("callbacks={batch_norm:1}", "callbacks={batch_norm: 1}: expected one of default"),
+    ("callbacks.batch_norm.batch_size=1", "callbacks.batch_norm.batch_size=1: expected an integer >= 2"),
+]
+BY_SCRIPT = {
+    "train": [
+        ("temperature=0.5", "temperature=0.5: expected one of constant, cosine, exponential, linear"),
+        ("optimizer=[1]", "optimizer=[1]: expected one of adamw_cosine"),
+        ("experiment=null", "experiment=null: expected one of"),
+        ("optimizer.lr=inf", "optimizer.lr=inf: expected a number > 0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: expected a list of 2 numbers"),
+        ("optimizer.betas=[]", "optimizer.betas=[]: expected a list of 2 numbers"),
+        ("optimizer.betas=[0.9,x]", "optimizer.betas=[0.9, x]: expected a list of 2 numbers"),
+        ("optimizer.momentum=1", "optimizer.momentum=1: expected"),
+        ("optimizer.schedule=multistep", "optimizer.schedule=multistep needs the epochs of its steps"),
+        ("optimizer.lr=${optimizer}", "optimizer"),
+        ("target={ramp:0.5} target.ramp=0.3", "target.ramp is given twice"),
+        ("target=0.5", "target=0.5: expected keys such as ramp"),
+        ("target_sparsity=0.5 lambda_l0=2", "exclude each other"),
+        ("target_sparsity=0.5 lambda_l0=1.0", "exclude each other"),
+        ("target_sparsity=0.5 target_macs=0.5", "exclude each other"),
+        ("target_sparsity=0.5 trainer.max_epochs=-1", "give trainer.max_epochs"),
+        ("lambda_l0=null", "lambda_l0=null leaves open"),
+        ("resume_training=true", "resume_training=true needs a checkpoint"),
+        ("logger.name=x", "logger.name=x: expected one of tensorboard, none"),
+        ("callbacks.histogram_every_n_epochs=-3", "callbacks.histogram_every_n_epochs=-3: expected"),
+        ("callbacks.compact_every_n_epochs=-1", "callbacks.compact_every_n_epochs=-1: expected"),
+        *NETWORKS,
+    ],
+    "test": [
+        ("compact=1", "compact=1: expected true or false"),
+        ("benchmark=yes", "benchmark=yes: expected true or false"),
+        ("export=tflite", "export=tflite: expected one of onnx, pt2 or null"),
+        ("", "give the checkpoint to test"),
+        *NETWORKS,
+    ],
+    "calibrate": [
+        ("problem=1", "problem=1: expected one of households, matrix, synthetic"),
+        ("problem=null", "problem=null: expected one of"),
+        ("problem.households=many", "problem.households=many: expected an integer >= 100"),
+        ("problem.households=0", "problem.households=0: expected an integer >= 100"),
+        ("problem.disagreement=nan", "problem.disagreement=nan: expected a number in [0, 0.5)"),
+        ("problem.seed=-1", "problem.seed=-1: expected"),
+        ("problem.kind=matrx", "problem.kind=matrx: expected one of synthetic, matrix, households"),
+        ("+problem.matrix=M.npz", "unknown key 'problem.matrix'"),
+        ("problem=matrix", "problem=matrix needs problem.matrix=FILE"),
+        ("problem=matrix problem.matrix={a:1}", "problem.matrix={a: 1}: expected a text or null"),
+        ("problem=households problem.weight=[w]", "problem.weight=[w]: expected a text or null"),
+        ("holdout=3", "holdout=3: expected keys such as groups, folds"),
+        ("holdout.folds=1", "holdout.folds=1: expected an integer >= 2 or null"),
+        ("holdout.groups=[]", "holdout.groups=[]: expected"),
+        ("holdout.groups=[a] holdout.folds=3", "holdout.groups and holdout.folds contradict each other"),
+        ("max_weight_ratio=inf", "max_weight_ratio=inf: expected a number > 0 or null"),
+        ("checkpoint_seconds=-1", "checkpoint_seconds=-1: expected a number >= 0"),
+        ("temperature=0.5 temperature.initial=0.6", "temperature.initial is given twice"),
+        ("temperature=-1", "temperature.initial=-1: expected a number > 0"),
+        ("method=calibrate bounds=[2,0.5]", "bounds=[2, 0.5]: expected the smaller one first"),
+        ("method=calibrate bounds=2", "bounds=2: expected a list of 2"),
+        ("method=calibrate bounds=[nan,2]", "bounds=[nan, 2]: expected a list of 2"),
+        ("method=calibrate unit_factor=[a]", "unit_factor=[a]: expected a text or null"),
+        ("plots=on", "plots=on: expected true or false"),
+        ("+group_multipliers.income=lots", "group_multipliers={income: lots}: expected keys and values"),
+    ],
+}
+CASES = [(name, line, said) for name, own in BY_SCRIPT.items() for line, said in [*EVERYWHERE, *own]]
+
+
+@pytest.mark.parametrize(("name", "line", "said"), CASES, ids=[f"{n} {line[:40]}" for n, line, _ in CASES])
+def test_a_wrong_command_line_is_one_line(run, name, line, said):
+    arguments = [calibrate.spelt_out(a) if name == "calibrate" else a for a in line.split()]
+    if name == "test" and line and "ckpt_path" not in line:
+        arguments.append("ckpt_path=run.ckpt")
+    code, err = run(name, *arguments)
+    assert code == 2, err
+    assert len(err) == 1, err
+    assert err[0].startswith("error: ")
+    if not (name == "test" and line in ("seed=1,2",)):
+        assert said in err[0]
+    assert not [*Path("outputs").glob("**/version_*"), *Path("outputs").glob("failures")]
+
+
+def test_messages_do_not_stand_before_an_error(run):
+    import logging
+
+    def work(composed):
+        with cli.wrong_input():
+            logging.getLogger("sparsereg").info("on the way")
+            raise ValueError("it cannot be")
+
+    assert run("train", work=work) == (2, ["error: it cannot be"])
+
+
+def test_messages_are_told_when_all_is_well(run):
+    import logging
+
+    def work(composed):
+        with cli.wrong_input():
+            logging.getLogger("sparsereg").info("on the way")
+        raise ValueError("ours")
+
+    code, err = run("train", work=work)
+    assert code == 1
+    assert err[0] == "on the way"
+    assert err[1].startswith("failed: ValueError: ours")
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_too_little_memory_is_said_and_blames_no_file(run, name):
+    import torch
+
+    def numpy_memory():
+        np.empty(2**55, dtype=np.float64)
+
+    def torch_memory():
+        torch.empty(2**55)
+
+    def blamed():
+        try:
+            torch.empty(2**55)
+        except RuntimeError as error:
+            raise ValueError("F.ckpt: cannot be read") from error
+
+    for fails in (numpy_memory, torch_memory, blamed):
+
+        def work(composed, fails=fails):
+            with cli.wrong_input():
+                fails()
+
+        arguments = ["ckpt_path=x"] if name == "test" else []
+        code, err = run(name, *arguments, work=work)
+        assert code == 2
+        assert err == [f"error: out of memory: {cli.LESS_MEMORY[name]}"]
