@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
 
 from sparsereg.calibration.problem import CalibrationProblem, exact_totals
+
+if TYPE_CHECKING:
+    from sparsereg.calibration.solver.exact import Exact
 
 KINDS = {
     "untouchable": "no household touches them",
@@ -23,6 +27,7 @@ KINDS = {
     "zero": "they are 0, which only weight 0 for every household that they touch can reach",
     "tiny": "one household of average kept weight is more than the whole target",
     "set aside": "all other targets rule them out: the loss leaves them out",
+    "gave way": "the others cannot be met together with them",
     "disagreeing levels": "the targets of the parts do not add up to the target of the whole",
 }
 _SAME_VALUE = 1e-6
@@ -88,6 +93,22 @@ def _of_ratio(problem: CalibrationProblem, finding: Finding) -> Finding:
         return finding
     value = _shown(problem.targets[finding.target])
     return replace(finding, detail=f"of numerator - {value} x denominator: {finding.detail}")
+
+
+def gave_way(problem: CalibrationProblem, exact: Exact) -> list[Finding]:
+    """Return the findings about hard targets that an exact calibration did not meet, with what they cost."""
+    estimates, found = problem.estimates(exact.weights), []
+    for i in exact.gave_way:
+        conflict = next((c for c in exact.certificate if i in c["targets"]), None)
+        others = [] if conflict is None else [problem.names[j] for j in conflict["targets"] if j != i]
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        against = f"contradicts {', '.join(others[:4])}{more}; " if others else ""
+        if conflict is not None and not others:
+            against = "no weights within the bounds reach it; "
+        values = f"target {_shown(problem.targets[i])}, reached {_shown(estimates[i])}"
+        price = f"its multiplier is {exact.multipliers[i]:.3g}"
+        found.append(_finding(problem, "gave way", i, f"{against}{values}; {price}"))
+    return found
 
 
 def set_aside(problem: CalibrationProblem, targets: Sequence[int] | np.ndarray) -> list[Finding]:

@@ -16,13 +16,13 @@ from sparsereg import interruption
 from sparsereg.calibration import holdout
 from sparsereg.calibration.command.checkpoint import Saver, fingerprint
 from sparsereg.calibration.config import CalibrationRun, Settings
-from sparsereg.calibration.findings import KINDS, Finding, check, in_order, set_aside, summary
+from sparsereg.calibration.findings import KINDS, Finding, check, gave_way, in_order, set_aside, summary
 from sparsereg.calibration.measures import measure
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.reading.sources import read_problem, touchable
 from sparsereg.calibration.reporting import tables as report
 from sparsereg.calibration.reporting.recorder import Recorder
-from sparsereg.calibration.solver.calibration import Calibration, calibrate
+from sparsereg.calibration.solver.calibration import Calibration, CalibrationResult, calibrate
 from sparsereg.calibration.solver.refit import TOLERANCE
 from sparsereg.calibration.solver.selection import method_of
 from sparsereg.cli import wrong_input
@@ -45,11 +45,13 @@ class Task:
         problem: The problem, without what ``untouchable=drop`` leaves out.
         findings: Of the checks.
         dropped: Names of the targets that are left out.
+        columns: Columns of the households that settings name.
     """
 
     problem: CalibrationProblem
     findings: list[Finding]
     dropped: list[str]
+    columns: dict[str, np.ndarray]
 
 
 def run(cfg: CalibrationRun) -> Path:
@@ -66,10 +68,12 @@ def run(cfg: CalibrationRun) -> Path:
         cfg = _with_method(cfg)
         task = _read(cfg)
         folds = _folds(task.problem, cfg)
-        solver = replace(cfg.solver(), device=device_of(cfg.device))
+        solver = _with_columns(replace(cfg.solver(), device=device_of(cfg.device)), task.columns)
         calibration = Calibration(task.problem, cfg.num_households, solver)
-        aside = set_aside(task.problem, calibration.set_aside)
-        task = replace(task, findings=in_order([*task.findings, *aside]))
+        more = set_aside(task.problem, calibration.set_aside)
+        if calibration.is_exact:
+            more += gave_way(task.problem, calibration.exact())
+        task = replace(task, findings=in_order([*task.findings, *more]))
         saver = Saver(calibration, fingerprint(task.problem, cfg), cfg.checkpoint_seconds)
         moments = saver.load(Path(cfg.ckpt_path)) if cfg.ckpt_path else []
         folder = new_version(OUTPUTS)
@@ -83,7 +87,7 @@ def run(cfg: CalibrationRun) -> Path:
         _drive(calibration, recorder, saver, folder / "checkpoint.pt")
         with wrong_input():  # the penalty shut every household, or the bounds cannot hold the total
             result = calibration.result()
-        if result.optimality is not None and result.optimality > TOLERANCE:
+        if not calibration.is_exact and result.optimality is not None and result.optimality > TOLERANCE:
             log.info(
                 "refit: optimality %.1e (%g is exact); more rounds gained little",
                 result.optimality,
@@ -92,13 +96,14 @@ def run(cfg: CalibrationRun) -> Path:
         solved = time.perf_counter()
         recorder.finish(result.loss, result.weights)
     results = measure(task.problem, result.weights)
-    results |= {"loss": result.loss, "optimality": result.optimality, "seconds": solved - read}
+    results |= {"loss": result.loss, "optimality": result.optimality, "kkt_violation": result.optimality}
+    results |= {"seconds": solved - read} | _bounds_told(result, cfg)
     results |= _settings_told(cfg)
     results["missing_households"] = max(0, (cfg.num_households or 0) - results["kept"])
     results["zero_initial_weights"] = int((task.problem.starting_weights == 0).sum())
     results |= _measure_findings(task)
-    results["holdout"] = _hold_out(task.problem, folds, cfg, folder) if folds else None
-    results["worst_targets"] = _write_files(folder, task.problem, result.weights, recorder, cfg)
+    results["holdout"] = _hold_out(task, folds, cfg, folder) if folds else None
+    results["worst_targets"] = _write_files(folder, result, recorder, cfg)
     results["total_seconds"] = time.perf_counter() - start
     write_json(folder / "results.json", results)
     (folder / "checkpoint.pt").unlink(missing_ok=True)  # there is nothing left to continue
@@ -109,10 +114,31 @@ def run(cfg: CalibrationRun) -> Path:
 
 def _read(cfg: CalibrationRun) -> Task:
     """Read the problem and refuse what cannot be calibrated."""
-    problem, hints, dropped = touchable(read_problem(plain(cfg.problem)), cfg.untouchable)
+    built = read_problem(plain(cfg.problem), _columns_named(cfg))
+    problem, hints, dropped = touchable(built, cfg.untouchable)
     _check_budget(problem, cfg.num_households)
     found = check(problem, cfg.num_households, cfg.max_weight_ratio, cfg.hold_total, hints)
-    return Task(problem, found, dropped)
+    return Task(problem, found, dropped, built.columns)
+
+
+def _columns_named(cfg: CalibrationRun) -> list[str]:
+    """Return the columns of the household table that settings name."""
+    named = [cfg.unit_factor]
+    for bounds in (cfg.bounds, cfg.weight_bounds):
+        named += list(bounds) if isinstance(bounds, list | tuple) else []
+    return list(dict.fromkeys(name for name in named if isinstance(name, str)))
+
+
+def _with_columns(solver: Settings, columns: dict[str, np.ndarray]) -> Settings:
+    """Put the columns themselves in the place of their names."""
+
+    def values(given: Any) -> Any:
+        if isinstance(given, list | tuple):
+            return tuple(values(side) for side in given)
+        return columns[given] if isinstance(given, str) and given in columns else given
+
+    names = ("bounds", "weight_bounds", "unit_factor")
+    return replace(solver, **{name: values(getattr(solver, name)) for name in names})
 
 
 def _check_budget(problem: CalibrationProblem, num_households: int | None) -> None:
@@ -146,7 +172,7 @@ def _folds(problem: CalibrationProblem, cfg: CalibrationRun) -> list[tuple[str, 
 def _announce(task: Task, cfg: CalibrationRun, folder: Path) -> None:
     """Say what will be done, and what is known not to work before it is done."""
     p = task.problem
-    left = "all" if cfg.method == "all" else "as many as lambda_l0 leaves"
+    left = "all" if cfg.method in ("all", "calibrate") else "as many as lambda_l0 leaves"
     kept = left if cfg.num_households is None else f"{cfg.num_households:,}"
     log.info(
         "%s targets, %s households, %s non-zeros; keep %s by %s; files in %s",
@@ -171,26 +197,39 @@ def _measure_findings(task: Task) -> dict[str, Any]:
     return {"findings": {kind: n for kind, n in counts.items() if n}, "dropped_targets": len(task.dropped)}
 
 
-def _hold_out(
-    problem: CalibrationProblem, folds: list[tuple[str, ...]], cfg: CalibrationRun, folder: Path
-) -> dict[str, Any]:
+def _bounds_told(result: CalibrationResult, cfg: CalibrationRun) -> dict[str, Any]:
+    """Return how many weights are at a bound, and what an exact calibration could not meet."""
+    exact = result.exact
+    if exact is None:
+        most = np.inf if cfg.max_weight_ratio is None else cfg.max_weight_ratio
+        at = result.weights >= most * result.problem.starting_weights * (1 - 1e-9)
+        return {"bounds_hit": int((at & result.selected).sum())}
+    names = result.problem.names
+    proofs = [{**c, "targets": [names[i] for i in c["targets"]]} for c in exact.certificate]
+    return {"bounds_hit": exact.bounds_hit, "gave_way": len(exact.gave_way), "certificate": proofs or None}
+
+
+def _hold_out(task: Task, folds: list[tuple[str, ...]], cfg: CalibrationRun, folder: Path) -> dict[str, Any]:
     def settings(part: CalibrationProblem) -> Settings:
         groups = None if part.target_groups is None else set(part.target_groups)
-        return replace(cfg.solver(groups), device=device_of(cfg.device))
+        return _with_columns(replace(cfg.solver(groups), device=device_of(cfg.device)), task.columns)
 
     def solve(part: CalibrationProblem) -> np.ndarray:
         return calibrate(part, cfg.num_households, **vars(settings(part))).weights
 
-    table = holdout.hold_out(problem, folds, solve)
+    table = holdout.hold_out(task.problem, folds, solve)
     write_table(folder / "holdout.csv", table)
     return holdout.summarise(table)
 
 
 def _write_files(
-    folder: Path, problem: CalibrationProblem, weights: np.ndarray, recorder: Recorder, cfg: CalibrationRun
+    folder: Path, result: CalibrationResult, recorder: Recorder, cfg: CalibrationRun
 ) -> list[dict[str, Any]]:
     """Write the tables and pictures and return the worst targets."""
-    targets, kept = report.target_frame(problem, weights), report.weight_frame(problem, weights)
+    problem, weights = result.problem, result.weights
+    multipliers = None if result.exact is None else result.exact.multipliers
+    targets = report.target_frame(problem, weights, multipliers)
+    kept = report.weight_frame(problem, weights)
     write_table(folder / f"weights.{cfg.weights_format}", kept)
     write_table(folder / "targets.csv", targets)
     write_table(folder / "groups.csv", report.group_frame(targets))
@@ -219,7 +258,11 @@ def _told(r: dict[str, Any], folder: Path) -> list[str]:
     ]
     if r["untouched_targets"]:
         lines.append(f"untouched       {r['untouched_targets']} targets that no kept household touches")
-    worst = ", ".join(f"{w['name']} ({w['relative_error']:+.2%})" for w in r["worst_targets"][:3])
+    if r.get("gave_way"):
+        lines.append(
+            f"gave way        {r['gave_way']} targets that cannot be met with the others: findings.csv"
+        )
+    worst = ", ".join(f"{w['name']} ({_size_of_error(w)})" for w in r["worst_targets"][:3])
     lines.append(f"worst targets   {worst}")
     if r["holdout"]:
         h = r["holdout"]
@@ -228,6 +271,13 @@ def _told(r: dict[str, Any], folder: Path) -> list[str]:
             f" with weights made without them, {share(h['initial_mean_are'])} with the initial weights"
         )
     return [*lines, f"files           {folder}"]
+
+
+def _size_of_error(target: dict[str, Any]) -> str:
+    if target["relative_error"] is not None:
+        return f"{target['relative_error']:+.2%}"
+    error = target["scaled_error"]
+    return "no estimate" if error is None else f"{error:+.3g} of its scale"
 
 
 def _with_method(cfg: CalibrationRun) -> CalibrationRun:

@@ -104,10 +104,12 @@ class BuiltProblem:
     Args:
         problem: The problem.
         hints: By index of target.
+        columns: Columns of the household table that settings name, float64.
     """
 
     problem: CalibrationProblem
     hints: dict[int, str] = field(default_factory=dict)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def target_table(table: pd.DataFrame, file: str = "the target table") -> TargetTable:
@@ -166,6 +168,7 @@ def build(
     weight: str | None = None,
     id: str | None = None,
     file: str = "the household table",
+    columns: Sequence[str] = (),
 ) -> BuiltProblem:
     """Build the problem: one row per target, one column per household, never dense.
 
@@ -175,6 +178,7 @@ def build(
         weight: Column of the initial weights; None: all ones.
         id: Column that names the households; None: their position, from 0.
         file: Where the households came from, for messages.
+        columns: Columns of numbers that are wanted besides.
 
     Raises:
         InputError: An unknown column, a condition that is none, a measure that is not numeric, a missing
@@ -189,7 +193,18 @@ def build(
         denominators=_denominators(households, targets, weights, file),
         **targets.numbers(),
     )
-    return BuiltProblem(problem, hints)
+    return BuiltProblem(problem, hints, columns_of(households, columns, file))
+
+
+def columns_of(households: pd.DataFrame, names: Sequence[str], file: str) -> dict[str, np.ndarray]:
+    """Return columns of finite numbers by name.
+
+    Raises:
+        InputError: there is no such column, or a cell is no number.
+    """
+    for name in names:
+        require_column(households, name, file, "a setting names it")
+    return {name: numbers(households, name, file) for name in names}
 
 
 def _denominators(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from sparsereg.calibration.reading.households import (
     BuiltProblem,
     TargetTable,
     build,
+    columns_of,
     initial_weights,
     target_table,
     unique_ids,
@@ -26,11 +27,12 @@ from sparsereg.errors import InputError, did_you_mean
 from sparsereg.files import write_table
 
 
-def read_problem(choice: Mapping[str, Any]) -> BuiltProblem:
+def read_problem(choice: Mapping[str, Any], columns: Sequence[str] = ()) -> BuiltProblem:
     """Read or make the problem that the configuration names.
 
     Args:
         choice: The keys of one of configs/problem/*.yaml; ``kind`` is a key of ``KINDS``.
+        columns: Columns of the household table, or of the table of weights, that settings name.
 
     Raises:
         InputError: A file is missing or wrong; the message names the place.
@@ -40,10 +42,10 @@ def read_problem(choice: Mapping[str, Any]) -> BuiltProblem:
         raise InputError(
             f"problem.kind={kind}: expected one of {', '.join(KINDS)}{did_you_mean(kind, list(KINDS))}"
         )
-    return KINDS[kind](choice)
+    return KINDS[kind](choice, columns)
 
 
-def _synthetic(choice: Mapping[str, Any]) -> BuiltProblem:
+def _synthetic(choice: Mapping[str, Any], columns: Sequence[str]) -> BuiltProblem:
     households, targets = synthetic_tables(
         choice["households"], choice["targets"], choice["seed"], choice["disagreement"]
     )
@@ -54,16 +56,16 @@ def _synthetic(choice: Mapping[str, Any]) -> BuiltProblem:
                 raise InputError(f"problem.tables: {folder / name} is there already and is not overwritten")
             write_table(folder / name, table)
     checked = target_table(targets, "the synthetic targets")
-    return build(households, checked, "weight", "household_id", "the synthetic survey")
+    return build(households, checked, "weight", "household_id", "the synthetic survey", columns)
 
 
-def _households(choice: Mapping[str, Any]) -> BuiltProblem:
+def _households(choice: Mapping[str, Any], columns: Sequence[str]) -> BuiltProblem:
     targets = _read_targets(choice["targets"])
     households = read_table(choice["households"], id=choice["id"])
-    return build(households, targets, choice["weight"], choice["id"], str(choice["households"]))
+    return build(households, targets, choice["weight"], choice["id"], str(choice["households"]), columns)
 
 
-def _matrix(choice: Mapping[str, Any]) -> BuiltProblem:
+def _matrix(choice: Mapping[str, Any], columns: Sequence[str]) -> BuiltProblem:
     targets = _read_targets(choice["targets"])
     if any(targets.measures) or any(targets.wheres) or targets.is_ratio.any():
         raise InputError(
@@ -81,13 +83,15 @@ def _matrix(choice: Mapping[str, Any]) -> BuiltProblem:
             )
 
     matrix = read_matrix(choice["matrix"], check_shape)
-    weights, ids = _matrix_weights(choice["weights"], int(matrix.shape[1]), str(choice["matrix"]))
+    weights, ids, named = _matrix_weights(
+        choice["weights"], int(matrix.shape[1]), str(choice["matrix"]), columns
+    )
     problem = CalibrationProblem(matrix=matrix, initial_weights=weights, ids=ids, **targets.numbers())
     hints = {int(i): f"row {int(i) + 1} of the matrix is all zero" for i in empty_rows(problem.matrix)}
-    return BuiltProblem(problem, hints)
+    return BuiltProblem(problem, hints, named)
 
 
-KINDS: dict[str, Callable[[Mapping[str, Any]], BuiltProblem]] = {
+KINDS: dict[str, Callable[[Mapping[str, Any], Sequence[str]], BuiltProblem]] = {
     "synthetic": _synthetic,
     "matrix": _matrix,
     "households": _households,
@@ -99,18 +103,19 @@ def _read_targets(file: str) -> TargetTable:
 
 
 def _matrix_weights(
-    file: str | None, num_households: int, matrix: str
-) -> tuple[np.ndarray | None, np.ndarray | None]:
+    file: str | None, num_households: int, matrix: str, columns: Sequence[str]
+) -> tuple[np.ndarray | None, np.ndarray | None, dict[str, np.ndarray]]:
     if file is None:
-        return None, None
+        if columns:
+            raise InputError(f"the column {columns[0]!r} needs problem.weights=W.csv, a table that has it")
+        return None, None, {}
     table = read_table(file, id="id")
     if len(table) != num_households:
         raise InputError(
             f"{file} has {len(table):,} weights, but {matrix} has {num_households:,} columns (households)"
         )
-    return initial_weights(table, "weight", file), unique_ids(
-        table, "id" if "id" in table.columns else None, file
-    )
+    ids = unique_ids(table, "id" if "id" in table.columns else None, file)
+    return initial_weights(table, "weight", file), ids, columns_of(table, columns, file)
 
 
 def touchable(built: BuiltProblem, policy: str) -> tuple[CalibrationProblem, dict[int, str], list[str]]:

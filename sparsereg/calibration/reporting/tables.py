@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 _LOG_ROWS = 200_000
 
 
-def target_frame(problem: CalibrationProblem, weights: np.ndarray) -> pd.DataFrame:
+def target_frame(
+    problem: CalibrationProblem, weights: np.ndarray, multipliers: np.ndarray | None = None
+) -> pd.DataFrame:
     """Return one row per target: name, group, target, initial, estimate, relative_error and other errors.
 
     ``error`` is estimate - target; ``scaled_error`` is what of it lies beyond the tolerance, over ``scale``.
@@ -25,11 +27,12 @@ def target_frame(problem: CalibrationProblem, weights: np.ndarray) -> pd.DataFra
     Args:
         problem: The problem.
         weights: Final weights, shape (households,).
+        multipliers: What each target costs, as a column more.
     """
     import pandas as pd
 
     estimates = problem.estimates(weights)
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "name": problem.names,
             "group": "" if problem.target_groups is None else problem.target_groups,
@@ -42,6 +45,7 @@ def target_frame(problem: CalibrationProblem, weights: np.ndarray) -> pd.DataFra
             "scaled_error": problem.scaled_errors(estimates),
         }
     )
+    return frame if multipliers is None else frame.assign(multiplier=multipliers)
 
 
 def weight_frame(problem: CalibrationProblem, weights: np.ndarray) -> pd.DataFrame:
@@ -53,7 +57,7 @@ def weight_frame(problem: CalibrationProblem, weights: np.ndarray) -> pd.DataFra
     """
     import pandas as pd
 
-    kept = np.flatnonzero(np.asarray(weights) > 0)
+    kept = np.flatnonzero(np.asarray(weights) != 0)
     return pd.DataFrame(
         {
             "id": problem.household_ids[kept],
@@ -104,15 +108,17 @@ def finding_frame(findings: Sequence[Finding]) -> pd.DataFrame:
 
 
 def worst_targets(targets: pd.DataFrame, most: int = 5) -> list[dict[str, Any]]:
-    """Return the targets with the largest absolute relative errors, the worst first.
+    """Return the targets with the largest errors beyond their tolerance over their scale, the worst first.
 
     Args:
         targets: As ``target_frame`` returns it.
         most: How many.
     """
-    worst = targets.loc[targets.relative_error.abs().sort_values(ascending=False, na_position="last").index]
-    columns = ["name", "target", "estimate", "relative_error"]
-    return [{str(k): v for k, v in row.items()} for row in worst.head(most)[columns].to_dict("records")]
+    worst = targets.loc[targets.scaled_error.abs().sort_values(ascending=False, na_position="last").index]
+    columns = ["name", "target", "estimate", "relative_error", "scaled_error"]
+    rows = worst.head(most)[columns].astype(object)
+    rows = rows.where(rows.notna(), None)  # a target of 0 has no relative error
+    return [{str(k): v for k, v in row.items()} for row in rows.to_dict("records")]
 
 
 def group_frame(targets: pd.DataFrame) -> pd.DataFrame:

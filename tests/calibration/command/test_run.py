@@ -330,3 +330,88 @@ def test_state_of_another_method_is_refused():
     state = Calibration(problem, 20, Settings(method="hard_concrete")).state_dict()
     with pytest.raises(ValueError, match="the state is of method='hard_concrete'"):
         Calibration(problem, 20, Settings(method="pruning")).load_state_dict(state)
+
+
+def exact_survey(targets, **columns):
+    """A survey of 200 persons in two regions, written as files."""
+    rng = np.random.default_rng(0)
+    households = pd.DataFrame({
+        "id": [f"h{i}" for i in range(200)], "w": rng.uniform(5, 15, 200), "area": np.arange(200) % 2,
+        "income": rng.lognormal(size=200), "size": rng.integers(1, 6, 200), "low": 0.5, "high": 2.0,
+    })  # fmt: skip
+    households.assign(**columns).to_csv("H.csv", index=False)
+    pd.DataFrame(targets).to_csv("T.csv", index=False)
+    return (
+        "problem=households", "problem.households=H.csv", "problem.targets=T.csv", "problem.weight=w",
+        "problem.id=id", "method=calibrate", "num_households=null", "plots=false", "tensorboard=false",
+    )  # fmt: skip
+
+
+EXACT = {
+    "name": ["all", "a", "income", "mean"],
+    "value": [2100.0, 1000.0, 3500.0, 2.0],
+    "measure": ["", "", "income", "size"],
+    "where": ["", "area == 0", "", "area == 1"],
+    "of": ["", "", "", "1"],
+    "of_where": ["", "", "", "area == 1"],
+}
+
+
+def test_an_exact_calibration_by_files():
+    given = exact_survey({**EXACT, "value": [2100.0, 1000.0, 3500.0, 3.0]})
+    folder, results = run(*given, "distance=raking", "bounds=[low,high]", "unit_factor=size")
+    targets, weights = pd.read_csv(folder / "targets.csv"), pd.read_csv(folder / "weights.csv")
+    np.testing.assert_allclose(targets.estimate, targets.target, rtol=1e-11)
+    ratio = weights.weight / weights.initial_weight
+    assert ratio.between(0.5 - 1e-9, 2 + 1e-9).all()
+    assert results["max_abs_scaled_error"] < 1e-12
+    assert results["kkt_violation"] == results["optimality"] < 1e-12
+    assert results["gave_way"] == 0
+    assert results["certificate"] is None
+    assert results["bounds_hit"] == 0
+    households = pd.read_csv("H.csv")
+    rows = [
+        np.ones(200),
+        households.area == 0,
+        households.income,
+        (households.area == 1) * (households["size"] - 3),
+    ]
+    u = households["size"] * (targets.multiplier.to_numpy() @ np.array(rows, dtype=float))
+    np.testing.assert_allclose(ratio, np.clip(np.exp(u), 0.5, 2), rtol=1e-9)
+
+
+def test_targets_that_cannot_be_met_are_findings_with_a_price():
+    impossible = {**EXACT, "value": [2100.0, 3000.0, 3500.0, 3.0]}  # more in one area than in all
+    folder, results = run(*exact_survey(impossible), "holdout.groups=null")
+    assert results["gave_way"] == 1
+    assert results["certificate"][0]["feasible"] is False
+    assert set(results["certificate"][0]["targets"]) >= {"all", "a"}
+    findings = pd.read_csv(folder / "findings.csv").set_index("kind").loc["gave way"]
+    assert "contradicts" in findings.detail
+    assert "multiplier" in findings.detail
+    with pytest.raises(InputError, match="hard targets contradict each other"):
+        run(*exact_survey({**impossible, "hard": "true"}), "holdout.groups=null")
+    assert len(list(Path("outputs/calibrate").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "more", "message"),
+    [
+        ({}, ["bounds=[2,0.5]"], r"bounds must have low < high, got \[2, 0.5\]"),
+        ({}, ["bounds=[1.5,2]"], "bounds are of weight over initial weight .* either side of 1"),
+        ({}, ["bounds=[lo,2]"], "H.csv has no column 'lo' .*did you mean 'low'"),
+        ({}, ["bounds=2"], r"bounds must be \[low, high\], got 2"),
+        ({}, ["unit_factor=siz"], "did you mean 'size'"),
+        ({"low": 0.0}, ["unit_factor=low"], "unit_factor must be > 0, got 0 for household 0"),
+        ({}, ["distance=logit"], r"distance=logit needs bounds"),
+        ({}, ["distance=rake"], "distance=rake: expected one of linear, raking, logit"),
+        ({"w": -1.0}, ["distance=raking"], "w must be >= 0, but it is -1 in row 2"),
+        ({}, ["num_households=5"], "keeps everybody"),
+        ({"area": 0}, [], "its denominator .* is zero"),
+    ],
+)
+def test_wrong_settings_of_an_exact_calibration(columns, more, message):
+    given = exact_survey(EXACT, **columns)
+    with pytest.raises(InputError, match=message):
+        run(*given, *more)
+    assert not Path("outputs").exists()

@@ -96,7 +96,9 @@ def test_groups_and_worst_targets():
     assert groups.mean_are["a"] == pytest.approx((1 / 4 + 2) / 2)
     assert groups.mean_are["b"] == 1.0
     assert groups.initial_mean_are["a"] == pytest.approx((1 / 4 + 5) / 2)
-    assert [w["name"] for w in report.worst_targets(frame, 2)] == ["target_1", "target_2"]
+    worst = report.worst_targets(frame, 3)
+    assert [w["name"] for w in worst] == ["target_3", "target_1", "target_2"]
+    assert worst[0]["relative_error"] is None  # a target of 0
 
 
 @pytest.mark.parametrize("targets", [[4, -2, 10, 0], [4, 2, 10, 3], [0, 0, 0, 0]])
