@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,8 @@ class SparseL0Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _matrix(self, X: Any) -> Matrix:
-        matrix = CsrMatrix(X) if self.device.type == "cpu" else TorchMatrix(X, self.device)
+        compiled = self.device.type == "cpu" and find_spec("numba") is not None
+        matrix = CsrMatrix(X) if compiled else TorchMatrix(X, self.device)
         if matrix.shape[1] != self.n_features:
             raise ValueError(f"X must have n_features = {self.n_features} columns, got {matrix.shape[1]}")
         return matrix

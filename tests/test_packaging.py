@@ -204,11 +204,16 @@ sparsereg.compute_l0_penalty(net).backward()
 net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
 gated = sparsereg.gate(net, torch.randn(2, 6))
 small = sparsereg.compression.compact(gated.eval(), torch.randn(2, 6))
-print(type(small).__mro__[-2].__name__)
+import numpy, scipy.sparse
+x = scipy.sparse.random(60, 5, 0.5, format="csr", random_state=0)
+model = sparsereg.SparseL0Linear(5, seed=0).fit(x, x @ numpy.array([1, 0, 0, 2, 0.0]), epochs=20)
+weights = sparsereg.SparseCalibrationWeights(60, seed=0)
+weights.fit(x.T.tocsr(), numpy.ones(5), loss_type="relative", epochs=20)
+print(type(small).__mro__[-2].__name__, *model.predict(x).shape, *weights.predict(x.T.tocsr()).shape)
 """
     done = bare(code, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["Module"]
+    assert done.stdout.split() == ["Module", "60", "5"]
 
 
 @pytest.mark.parametrize("name", ["train", "test", "calibrate", "demo"])
