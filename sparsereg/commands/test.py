@@ -22,7 +22,7 @@ def run(composed: DictConfig) -> Path:
         build.quieten_lightning()
         cfg, checkpoint = build.rebuild(given, named())
         build.check_trainer(cfg, multirun=False)
-        data = build.build_data(cfg)
+        data = build.build_data(cfg, checkpoint)
         net = build.rebuild_network(cfg, checkpoint, data)
         module = build.build_module(cfg, net, data, checkpoint.structure)
         module.batch_norm_is_current = checkpoint.batch_norm_is_current
@@ -42,8 +42,8 @@ def run(composed: DictConfig) -> Path:
         "test_acc": metric(trainer, "test_acc"),
         **gate_summary(net),
         **count_summary(count, net),
-        "lambda_l0": checkpoint.config["lambda_l0"] if checkpoint.gated else None,
-        "seed": checkpoint.config["seed"],
+        "lambda_l0": checkpoint.config.get("lambda_l0") if checkpoint.gated else None,
+        "seed": checkpoint.config.get("seed"),
         "epochs": checkpoint.epoch,
         "seconds_per_epoch": None,
         "checkpoint": str(checkpoint.path),

@@ -28,7 +28,7 @@ def run(composed: DictConfig) -> Path:
         build.quieten_lightning()
         cfg, checkpoint = build.start_from(given, named())
         build.check_trainer(cfg, multirun=hydra.mode == RunMode.MULTIRUN)
-        data = build.build_data(cfg)
+        data = build.build_data(cfg, checkpoint)
         stage = stages.begin(cfg, data, checkpoint, Path("outputs"))
 
     if stage.trainer.is_global_zero:

@@ -12,6 +12,7 @@ class Cifar10:
 
     Args:
         root: folder that holds ``cifar-10-batches-py``.
+        fetch: False reads what is there and writes nothing.
 
     Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009,
     https://www.cs.toronto.edu/~kriz/cifar.html
@@ -19,6 +20,7 @@ class Cifar10:
 
     root: str = "data"
     name: str = "cifar10"
+    fetch: bool = True
 
     def load(self) -> ImageArrays:
         """Read the images.
@@ -28,4 +30,4 @@ class Cifar10:
         """
         from torchvision.datasets import CIFAR10  # a second that only this source needs
 
-        return as_arrays(self.name, *fetched("CIFAR-10", self.name, self.root, CIFAR10))
+        return as_arrays(self.name, *fetched("CIFAR-10", self.name, self.root, CIFAR10, self.fetch))

@@ -18,7 +18,9 @@ _TIMEOUT_S = 30.0
 """A silent network counts as none after this many seconds."""
 
 
-def fetched(title: str, name: str, root: str, make: Callable[..., Any]) -> tuple[Any, Any]:
+def fetched(
+    title: str, name: str, root: str, make: Callable[..., Any], fetch: bool = True
+) -> tuple[Any, Any]:
     """Return the training and the test part of a torchvision data set, downloaded if it is not there.
 
     Args:
@@ -26,6 +28,7 @@ def fetched(title: str, name: str, root: str, make: Callable[..., Any]) -> tuple
         name: the data set's name on the command line.
         root: folder to keep the files in.
         make: torchvision's class; called with ``root``, ``train`` and ``download``.
+        fetch: False reads what is there and writes nothing.
 
     Raises:
         InputError: the files are not there and cannot be fetched or kept.
@@ -33,6 +36,8 @@ def fetched(title: str, name: str, root: str, make: Callable[..., Any]) -> tuple
     folder = Path(root).expanduser()
     with contextlib.suppress(RuntimeError, OSError):  # not there, or damaged: fetch
         return _parts(make, folder, download=False)
+    if not fetch:
+        raise InputError(f"data.root={root}: {title} is not there")
     try:
         # torchvision shows its progress on stdout, which belongs to the scripts' results.
         with _network_timeout(), contextlib.redirect_stdout(sys.stderr):

@@ -12,6 +12,7 @@ class Mnist:
 
     Args:
         root: folder that holds ``MNIST/raw``.
+        fetch: False reads what is there and writes nothing.
 
     Source: LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition",
     Proceedings of the IEEE 86, 1998.
@@ -19,6 +20,7 @@ class Mnist:
 
     root: str = "data"
     name: str = "mnist"
+    fetch: bool = True
 
     def load(self) -> ImageArrays:
         """Read the images.
@@ -28,4 +30,4 @@ class Mnist:
         """
         from torchvision.datasets import MNIST  # a second that only this source needs
 
-        return as_arrays(self.name, *fetched("MNIST", self.name, self.root, MNIST))
+        return as_arrays(self.name, *fetched("MNIST", self.name, self.root, MNIST, self.fetch))

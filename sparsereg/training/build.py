@@ -5,8 +5,9 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Set
-from dataclasses import asdict
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,23 +18,27 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+import sparsereg
 from sparsereg import data as data_sources
 from sparsereg.compression import Accountant, storage
 from sparsereg.data import ImageDataModule
+from sparsereg.data.cifar10 import Cifar10
+from sparsereg.data.mnist import Mnist
 from sparsereg.errors import InputError
 from sparsereg.files import new_version
 from sparsereg.model.basic_l0_blocks import synchronise_batch_norm
 from sparsereg.penalties import hard_concretes
-from sparsereg.settings import declared, plain, read, value_at, with_value
+from sparsereg.settings import declared, flat, plain, read, value_at, with_value
 from sparsereg.temperature import update_temperatures
 from sparsereg.training import callbacks as ours
 from sparsereg.training import checkpoint as checkpoints
+from sparsereg.training import resume
 from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.batch_norm import estimate_batch_norm_
 from sparsereg.training.checkpoint import Checkpoint, FirstStage
 from sparsereg.training.checkpoint_io import WholeCheckpoints
 from sparsereg.training.compaction import Compaction
-from sparsereg.training.config import Evaluation, Training, two_ways
+from sparsereg.training.config import Callbacks, Evaluation, Training, two_ways
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.ending import EndsTogether
 from sparsereg.training.module import Classifier, Provenance
@@ -69,36 +74,73 @@ def tune_process() -> None:
 def quieten_lightning() -> None:
     """Leave out what Lightning says about hardware and products, and a deprecation inside of it.
 
-    Fine-tuning writes into the folder of the gated stage's checkpoints on purpose.
+    Fine-tuning writes into the folder of the gated stage's checkpoints on purpose, and a resumed run that
+    does not validate any more has no use for the state of the best checkpoint.
     """
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="pytorch_lightning")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    for said in ("Checkpoint directory .* exists and is not empty", "Be aware that when using `ckpt_path`"):
+        warnings.filterwarnings("ignore", message=said)
 
 
-def inherit(given: Training, checkpoint: Checkpoint, named: Set[str], keys: "tuple[str, ...]") -> Training:
-    """Take parts of the settings from a checkpoint; what the user named on the command line wins.
+def inherit(given: Training, settings: dict[str, Any], named: Set[str], source: str) -> Training:
+    """Take settings over from a checkpoint; what the user named on the command line wins.
+
+    Where a resumed run names a group with the choice that the settings have (``data=npz``), its other keys
+    are taken over; another choice is taken as it is.
 
     Args:
         given: as the user gave them.
-        checkpoint: holds the configuration of its run.
+        settings: plain values, by top-level key.
         named: dotted keys that the user named, such as ``data.batch_size``.
-        keys: top-level keys to take over.
+        source: the checkpoint, for messages.
 
     Raises:
         InputError: they do not go together.
     """
     if "experiment" in named:
         return given
-    own, config = plain(given), checkpoint.run_config if given.resume_training else checkpoint.config
-    merged = own | {k: config[k] for k in keys if k in config and k not in named}
+    own = plain(given)
+    same = {k for k in INHERITED if given.resume_training and _same_choice(own[k], settings.get(k, {}))}
+    merged = own | {k: v for k, v in settings.items() if k not in named or k in same}
     for path in named:
-        if path.partition(".")[0] in keys and "." in path:
+        if path.partition(".")[0] in settings and "." in path:
             merged = with_value(merged, path, value_at(own, path))
     try:
         return read(Training, merged)
     except InputError as error:
-        raise InputError(f"with what {checkpoint.named} holds: {error}") from error
+        raise InputError(f"with what {source} holds: {error}") from error
+
+
+def _same_choice(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether two groups are the same choice of ``model`` or ``data``."""
+    return all(mine.get(k) == theirs.get(k) for k in ("source", "name"))
+
+
+def resumed_settings(given: Training, config: dict[str, Any], named: Set[str]) -> dict[str, Any]:
+    """Return what a resumed run takes over: of the Trainer's keys only what makes the numbers.
+
+    A run that was told to stay on the CPU stays there; where else it runs is this command's affair.
+
+    Args:
+        given: as the user gave them.
+        config: plain configuration of the run.
+        named: dotted keys that the user named.
+    """
+    settings = {k: v for k, v in config.items() if k not in (*NEVER_INHERITED, "trainer", "logger")}
+    settings["callbacks"] = own_callbacks(config)
+    for key in sorted(config["callbacks"].keys() - settings["callbacks"].keys()):
+        log.warning("callbacks.%s of the run is not taken from its checkpoint: name it again", key)
+    theirs = config["trainer"]
+    taken = {k: theirs[k] for k in resume.NUMBERS if k in theirs}
+    if theirs.get("accelerator") == "cpu" and not {"trainer", "trainer.accelerator"} & named:
+        taken["accelerator"] = "cpu"
+    return {**settings, "trainer": {**plain(given.trainer), **taken}}
+
+
+def own_callbacks(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of our own callbacks; those that a user added are code: no checkpoint brings it."""
+    return {k: v for k, v in config["callbacks"].items() if k in declared(Callbacks)}
 
 
 def start_from(cfg: Training, named: Set[str]) -> tuple[Training, Checkpoint | None]:
@@ -120,16 +162,58 @@ def start_from(cfg: Training, named: Set[str]) -> tuple[Training, Checkpoint | N
         _check_resumable(cfg, checkpoint)
     else:
         _check_usable(cfg, checkpoint)
-    keys: tuple[str, ...] = INHERITED
+    check_stored(checkpoint)
     if cfg.resume_training:
-        keys = tuple(k for k in checkpoint.run_config if k not in NEVER_INHERITED)
-    cfg = inherit(cfg, checkpoint, named, keys)
+        settings = resumed_settings(cfg, checkpoint.run_config, named)
+    else:
+        settings = {k: checkpoint.config[k] for k in INHERITED}
+    cfg = inherit(cfg, settings, named - {"trainer"}, checkpoint.named)
     _check_same_model(cfg, checkpoint)
     if cfg.resume_training:
         _check_left(cfg, checkpoint)
+        checkpoint = replace(checkpoint, changed=_check_changes(cfg, checkpoint))
     elif checkpoint.gated and "droprate_init" in named:
         log.warning("droprate_init has no effect: the checkpoint has its own gates")
     return cfg, checkpoint
+
+
+def _check_changes(cfg: Training, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """Refuse or say what a resumed run changes of its settings; return what was said.
+
+    Raises:
+        InputError: it would be another run.
+    """
+    first_over = checkpoint.before is not None or not _is_left(cfg.trainer.max_epochs, checkpoint.epoch)
+    tuned = 0 if checkpoint.before is None else checkpoint.epoch
+    epochs_left = not first_over or cfg.finetune.epochs > tuned
+    return resume.check_changes(
+        checkpoint.run_config, plain(cfg), checkpoint.named, first_over=first_over, epochs_left=epochs_left
+    )
+
+
+def _is_left(limit: int | None, done: int) -> bool:
+    return limit is None or limit < 0 or limit > done
+
+
+def check_stored(checkpoint: Checkpoint) -> None:
+    """Check that the configuration in a checkpoint is one that train.py could have had.
+
+    It is data: never interpolated, of the types and ranges of a configuration, and complete. Of one that
+    another version wrote the keys may lack that came later.
+
+    Raises:
+        InputError: it is not.
+    """
+    for config in (checkpoint.config, checkpoint.run_config):
+        try:
+            checkpoints.check_values(config)
+            own = {"callbacks": own_callbacks(config), "ckpt_path": None, "resume_training": False}
+            complete = flat(plain(read(Training, {**config, **own})))
+        except InputError as error:
+            raise InputError(f"{checkpoint.named}: the settings in it cannot be used: {error}") from error
+        lacking = [k for k in complete if k not in flat(config)]
+        if lacking and checkpoint.version == sparsereg.__version__:
+            raise InputError(f"{checkpoint.named}: not a whole checkpoint, its settings lack {lacking[0]}")
 
 
 def _check_usable(cfg: Training, checkpoint: Checkpoint) -> None:
@@ -169,7 +253,7 @@ def _check_left(cfg: Training, checkpoint: Checkpoint) -> None:
     tuned = checkpoint.before is not None
     key = "finetune.epochs" if tuned else "trainer.max_epochs"
     limit = cfg.finetune.epochs if tuned else cfg.trainer.max_epochs
-    if limit is None or limit < 0 or limit > checkpoint.epoch:
+    if limit is None or _is_left(limit, checkpoint.epoch):
         return
     done = f"{checkpoint.named} has finished {checkpoint.epoch} epochs"
     if limit < checkpoint.epoch:
@@ -194,12 +278,49 @@ def _check_same_model(cfg: Training, checkpoint: Checkpoint) -> None:
         )
 
 
-def build_data(cfg: Training) -> ImageDataModule:
-    """Build the data module and load the data, so that everything wrong with it shows before training."""
+def build_data(cfg: Training, checkpoint: Checkpoint | None = None) -> ImageDataModule:
+    """Build the data module and load the data, so that everything wrong with it shows before training.
+
+    A place that a checkpoint names is only read: nothing is fetched into it.
+    """
     module = data_sources.build(cfg.data, seed=cfg.seed, channels_last=cfg.trainer.channels_last)
-    module.prepare_data()
+    said = _place_named_by(cfg, checkpoint)
+    if said and isinstance(module.source, Cifar10 | Mnist):
+        module.source = replace(module.source, fetch=False)
+    try:
+        module.prepare_data()
+    except InputError as error:
+        raise InputError(f"{error}{said}") from error
     module.setup()
     return module
+
+
+def _place_named_by(cfg: Training, checkpoint: Checkpoint | None) -> str:
+    """Say for messages that the place of the data comes from the checkpoint; empty if it does not."""
+    if checkpoint is None:
+        return ""
+    mine, theirs, settings = plain(cfg.data), checkpoint.run_config["data"], declared(type(cfg.data))
+    for key in ("path", "root"):
+        value = mine.get(key)
+        if value is not None and value == theirs.get(key) and value != settings[key].default:
+            return f" (named by {checkpoint.named}); where the data are elsewhere, name them with data.{key}"
+    return ""
+
+
+@contextmanager
+def _made_from(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """Within this context a network is built from what a checkpoint says: what fails is its fault."""
+    try:
+        yield
+    except InputError as error:
+        if checkpoint is None or error.args[0].startswith(checkpoint.named):
+            raise
+        raise InputError(f"{checkpoint.named}: its network cannot be read: {error}") from error
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if checkpoint is None:
+            raise
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(f"{checkpoint.named}: its network cannot be read: {said}") from error
 
 
 def build_network(cfg: Training, data: ImageDataModule, checkpoint: Checkpoint | None = None) -> nn.Module:
@@ -215,13 +336,14 @@ def build_network(cfg: Training, data: ImageDataModule, checkpoint: Checkpoint |
         _check_data(checkpoint, data)
         return in_memory_format(cfg, restore(checkpoint).train())
     task = networks.Task(data.num_classes, data.image_shape)
-    net = networks.build(
-        cfg.model,
-        task,
-        gated=not cfg.without_using_gate,
-        droprate_init=cfg.droprate_init,
-        temperature=cfg.temperature.initial,
-    )
+    with _made_from(checkpoint):
+        net = networks.build(
+            cfg.model,
+            task,
+            gated=not cfg.without_using_gate,
+            droprate_init=cfg.droprate_init,
+            temperature=cfg.temperature.initial,
+        )
     weights = weights_file(cfg.model)
     if checkpoint is None and weights is not None:
         load_weights_file_(net, weights)
@@ -268,6 +390,7 @@ def build_module(
         gated=bool(hard_concretes(net)),
         structure=structure,
         before=None if before is None else asdict(before),
+        data=data.describe(),
     )
     module = Classifier(
         net,
@@ -316,17 +439,15 @@ def restore(checkpoint: Checkpoint, settings: Network | None = None) -> nn.Modul
     Raises:
         InputError: the checkpoint does not fit the network.
     """
-    if checkpoint.structure is not None:
-        try:
+    with _made_from(checkpoint):
+        if checkpoint.structure is not None:
             return storage.rebuild(checkpoint.structure, checkpoint.weights)
-        except InputError as error:
-            raise InputError(f"{checkpoint.named}: its network cannot be read: {error}") from error
-    net = networks.build(
-        checkpoint.config["model"] if settings is None else settings,
-        networks.Task(checkpoint.num_classes, checkpoint.image_shape),
-        gated=checkpoint.gated,
-    )
-    checkpoints.load_weights_(net, checkpoint)
+        net = networks.build(
+            checkpoint.config["model"] if settings is None else settings,
+            networks.Task(checkpoint.num_classes, checkpoint.image_shape),
+            gated=checkpoint.gated,
+        )
+    checkpoints.load_all_weights_(net, checkpoint)
     return net
 
 
@@ -427,12 +548,25 @@ def batches_per_epoch(cfg: Training, data: ImageDataModule) -> int:
 
 
 def build_callbacks(
-    cfg: Training, data: ImageDataModule, accountant: Accountant, folder: Path, logging_on: bool
+    cfg: Training,
+    data: ImageDataModule,
+    accountant: Accountant,
+    folder: Path,
+    logging_on: bool,
+    resumed: Path | None = None,
 ) -> "tuple[list[pl.Callback], ours.EpochTimer]":
     """Build the callbacks of a training run; the order matters.
 
     Averaged weights are put in place before gates are brought to a target, then BatchNorm statistics are
     taken, then everything is counted and logged; checkpoints come last.
+
+    Args:
+        cfg: the configuration.
+        data: for the number of validation images.
+        accountant: counts the network.
+        folder: of the run.
+        logging_on: whether there is a logger.
+        resumed: the checkpoint that is resumed, if one is.
     """
     timer = ours.EpochTimer()
     callbacks: list[pl.Callback] = [
@@ -461,7 +595,7 @@ def build_callbacks(
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if cfg.trainer.enable_checkpointing:
         if data.num_val and keeps_best(cfg):
-            callbacks.append(ours.BestCheckpoint(folder / "checkpoints"))
+            callbacks.append(ours.BestCheckpoint(folder / "checkpoints", resumed))
         callbacks.append(ours.LastCheckpoint(folder / "checkpoints"))
     return callbacks, timer
 
@@ -513,9 +647,12 @@ def tested_checkpoint(cfg: Training, trainer: pl.Trainer, folder: Path) -> tuple
 def rebuild(given: Evaluation, named: Set[str]) -> tuple[Training, Checkpoint]:
     """Return the settings of the checkpoint that test.py is given; what the user named wins."""
     checkpoint = checkpoints.read(str(given.ckpt_path))
+    check_stored(checkpoint)
     shared = {k: v for k, v in plain(given).items() if k in declared(Training) and k != "ckpt_path"}
-    training_keys = tuple(k for k in checkpoint.config if k not in ("trainer", "logger", *NEVER_INHERITED))
-    return inherit(read(Training, shared), checkpoint, named, training_keys), checkpoint
+    left_out = ("trainer", "logger", *NEVER_INHERITED)
+    settings = {k: v for k, v in checkpoint.config.items() if k not in left_out}
+    settings["callbacks"] = own_callbacks(checkpoint.config)
+    return inherit(read(Training, shared), settings, named, checkpoint.named), checkpoint
 
 
 def rebuild_network(cfg: Training, checkpoint: Checkpoint, data: ImageDataModule) -> nn.Module:

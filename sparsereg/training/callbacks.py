@@ -264,9 +264,11 @@ class BestCheckpoint(ModelCheckpoint):
 
     Args:
         folder: where to.
+        resumed: the checkpoint that is resumed, if one is.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed: Path | None = None) -> None:
+        self.resumed = resumed
         super().__init__(
             dirpath=folder,
             filename="best",
@@ -277,12 +279,15 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bring the best checkpoint of the run that is resumed into this run's folder."""
-        before = Path(state_dict.get("best_model_path") or "")
+        """Bring the best checkpoint, which lies beside the one that is resumed, into this folder."""
         score = state_dict.get("best_model_score")
-        if score is None or not before.is_file() or self.dirpath is None:
+        if score is None or self.resumed is None or self.dirpath is None:
             return
-        here = Path(self.dirpath) / before.name
+        before = self.resumed.with_name(Path(str(state_dict.get("best_model_path"))).name)
+        self.resumed = None  # a test afterwards restores this callback, too
+        if not before.is_file():
+            return
+        here = Path(self.dirpath) / "best.ckpt"
         write_atomically(here, lambda p: shutil.copyfile(before, p))
         self.best_model_path = str(here)
         self.best_model_score = self.current_score = self.kth_value = score

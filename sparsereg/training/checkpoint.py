@@ -2,7 +2,9 @@
 
 import json
 import logging
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 
 from sparsereg.archives import load_torch
 from sparsereg.compression import storage
+from sparsereg.data.config import CONFIGS as SOURCES
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import DamagedFile, InputError
+from sparsereg.zoo.config import CONFIGS as NETWORKS
 from sparsereg.zoo.config import group_of
 
 log = logging.getLogger(__name__)
@@ -52,6 +56,9 @@ class Checkpoint:
         structure: of a compacted network, see :func:`sparsereg.compression.storage.describe`; else None.
         batch_norm_is_current: whether its BatchNorm statistics were taken for exactly these weights.
         before: of a network that is being fine-tuned, the run's stage under gates; else None.
+        data: description of the images that it was trained on.
+        version: of sparsereg that wrote it; "" for one that did not say.
+        changed: of a run that is resumed, the settings that are honoured from here on: (was, is).
     """
 
     named: str
@@ -66,6 +73,9 @@ class Checkpoint:
     structure: str | None = None
     batch_norm_is_current: bool = True
     before: FirstStage | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    version: str = ""
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def run_config(self) -> dict[str, Any]:
@@ -81,6 +91,132 @@ class Checkpoint:
     def run_finished(self) -> bool:
         """Whether the run that wrote it has come to its end: its results are beside it."""
         return self.path.parent.name == FOLDER and (self.path.parent.parent / RESULTS).is_file()
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def _are_weights(value: Any) -> bool:
+    """Whether something is a state dict of finite numbers."""
+    if not _is_mapping(value) or not all(isinstance(v, Tensor) for v in value.values()):
+        return False
+    return all(not v.is_floating_point() or bool(v.isfinite().all()) for v in value.values())
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of a checkpoint must be.
+
+    Attributes:
+        fits: whether a value is that.
+        expected: the same in words.
+        optional: may be missing or null.
+    """
+
+    fits: Callable[[Any], bool]
+    expected: str
+    optional: bool = False
+
+
+_MAPPING = Part(_is_mapping, "settings by name")
+_TEXT = Part(lambda v: isinstance(v, str), "a name")
+_SWITCH = Part(lambda v: isinstance(v, bool), "true or false")
+_WEIGHTS = Part(_are_weights, "tensors by name, without NaN and infinity")
+_COUNT = Part(_is_count, "an integer >= 0")
+_SHARE = Part(lambda v: v is None or (isinstance(v, int | float) and 0 <= v <= 1), "a share in [0, 1]")
+_LIST = Part(lambda v: isinstance(v, list) and all(map(_is_mapping, v)), "a list of states")
+
+PARTS: dict[str, Part] = {
+    "state_dict": _WEIGHTS,
+    "epoch": _COUNT,
+    "sparsereg": _MAPPING,
+    "sparsereg.config": _MAPPING,
+    "sparsereg.config.model": _MAPPING,
+    "sparsereg.config.model.name": _TEXT,
+    "sparsereg.config.data": _MAPPING,
+    "sparsereg.config.data.name": _TEXT,
+    **{f"sparsereg.config.{group}": _MAPPING for group in ("trainer", "optimizer", "callbacks")},
+    "sparsereg.num_classes": Part(lambda v: _is_count(v, 1), "an integer >= 1"),
+    "sparsereg.image_shape": Part(
+        lambda v: isinstance(v, list) and len(v) == 3 and all(_is_count(n, 1) for n in v),
+        "three integers >= 1",
+    ),
+    "sparsereg.gated": _SWITCH,
+    "sparsereg.batch_norm_is_current": _SWITCH,
+    "sparsereg.structure": Part(_TEXT.fits, "a network's structure or null", optional=True),
+    "sparsereg.data": Part(_is_mapping, "a description of the data", optional=True),
+    "sparsereg.version": Part(_TEXT.fits, "a version", optional=True),
+    "sparsereg.before": Part(_is_mapping, "the stage under gates or null", optional=True),
+}
+"""What every checkpoint has, by dotted name."""
+BEFORE: dict[str, Part] = {
+    "config": _MAPPING,
+    "config.model": _MAPPING,
+    "config.model.name": _TEXT,
+    "config.data": _MAPPING,
+    "config.data.name": _TEXT,
+    "results": _MAPPING,
+    "results.checkpoint": Part(_TEXT.fits, "a file", optional=True),
+    **{f"results.{key}": _SHARE for key in ("val_acc", "test_acc", "L_C0")},
+    **{f"results.{key}": _SHARE for key in ("expected_sparsity", "exact_sparsity")},
+    **{
+        f"results.{key}": _COUNT
+        for key in (
+            "gates",
+            "open_gates",
+            "parameters",
+            "compacted_parameters",
+            "macs",
+            "compacted_macs",
+            "seed",
+            "epochs",
+        )
+    },
+}
+"""What the stage before fine-tuning has."""
+RESUMED: dict[str, Part] = {
+    "global_step": _COUNT,
+    "pytorch-lightning_version": Part(
+        lambda v: isinstance(v, str) and re.fullmatch(r"\d+(\.\w+)+", v) is not None, "a version"
+    ),
+    "loops": _MAPPING,
+    "callbacks": _MAPPING,
+    "optimizer_states": _LIST,
+    "lr_schedulers": _LIST,
+    "current_model_state": Part(_are_weights, _WEIGHTS.expected, optional=True),
+    "averaging_state": Part(_are_weights, _WEIGHTS.expected, optional=True),
+}
+"""What a checkpoint has besides, from which a run is resumed."""
+
+
+def check_parts(content: dict[str, Any], parts: dict[str, Part], named: str, within: str = "") -> None:
+    """Check that a checkpoint has its parts and that each is what it must be.
+
+    Args:
+        content: of the file, or of a part of it.
+        parts: by dotted name; a part comes behind the one that holds it.
+        named: the setting and the file, for messages.
+        within: the dotted name of ``content`` and a dot.
+
+    Raises:
+        InputError: one is missing or something else.
+    """
+    for path, part in parts.items():
+        *above, key = path.split(".")
+        holder: Any = content
+        for name in above:
+            holder = holder[name]
+        if part.optional and holder.get(key) is None:
+            continue
+        if key not in holder:
+            raise InputError(f"{named}: not a whole checkpoint, {within}{path} is missing from it")
+        if not part.fits(holder[key]):
+            raise InputError(f"{named}: {within}{path} in it is not {part.expected}")
 
 
 def locate(path: str | Path, key: str = "ckpt_path", resume: bool = False) -> Path:
@@ -146,7 +282,12 @@ def read(path: str | Path, key: str = "ckpt_path", resume: bool = False) -> Chec
         return _compacted(path, named)
     if not isinstance(content, dict) or "sparsereg" not in content or "state_dict" not in content:
         raise InputError(f"{named}: not a checkpoint that train.py wrote")
+    check_parts(content, {**PARTS, **(RESUMED if resume else {})}, named)
     ours = content["sparsereg"]
+    before = None
+    if ours.get("before") is not None:
+        check_parts(ours["before"], BEFORE, named, "sparsereg.before.")
+        before = FirstStage(ours["before"]["config"], ours["before"]["results"])
     prefix = "net."
     channels, height, width = ours["image_shape"]
     return Checkpoint(
@@ -161,7 +302,9 @@ def read(path: str | Path, key: str = "ckpt_path", resume: bool = False) -> Chec
         content=content,
         structure=ours.get("structure"),
         batch_norm_is_current=bool(ours["batch_norm_is_current"]),
-        before=None if ours.get("before") is None else FirstStage(**ours["before"]),
+        before=before,
+        data=ours.get("data") or {},
+        version=ours.get("version") or "",
     )
 
 
@@ -169,8 +312,11 @@ def _compacted(path: Path, named: str) -> Checkpoint:
     """Read a file that test.py wrote with compact=true."""
     net = storage.load_compacted(path)
     notes = net.meta["notes"]
-    if "config" not in notes:
+    if not isinstance(notes, dict) or "config" not in notes:
         raise InputError(f"{named}: a compacted network, but not one that test.py wrote")
+    parts = {k: p for k, p in PARTS.items() if k.startswith("sparsereg.")}
+    ours = {"gated": False, "batch_norm_is_current": True, **notes}
+    check_parts({"sparsereg": ours}, parts, named)
     channels, height, width = notes["image_shape"]
     return Checkpoint(
         named=named,
@@ -203,7 +349,33 @@ def group_choices(arguments: list[str]) -> list[str]:
     resume = [a.partition("=")[2].lower() for a in arguments if a.startswith("resume_training=")]
     checkpoint = read(paths[-1], resume=resume[-1:] == ["true"])
     config = checkpoint.run_config if resume[-1:] == ["true"] else checkpoint.config
-    return [f"model={group_of(config['model'])}", f"data={config['data']['name']}"]
+    chosen = {"model": group_of(config["model"]), "data": config["data"]["name"]}
+    for key, known in (("model", NETWORKS), ("data", SOURCES)):
+        if chosen[key] not in known:
+            raise InputError(
+                f"{checkpoint.named} is of {key}={chosen[key]}, which is none of {', '.join(known)}"
+            )
+    return [f"{key}={choice}" for key, choice in chosen.items()]
+
+
+def check_values(node: Any, path: str = "") -> None:
+    """Check that a configuration holds plain values only, none of which asks to be looked up elsewhere.
+
+    Raises:
+        InputError: it does not.
+    """
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if not isinstance(key, str):
+                raise InputError(f"{path or 'a setting'} has a key that is no text")
+            check_values(value, f"{path}.{key}" if path else key)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            check_values(value, path)
+    elif isinstance(node, str) and "${" in node:
+        raise InputError(f"{path} holds an interpolation; a checkpoint has values only")
+    elif not (node is None or isinstance(node, bool | int | float | str)):
+        raise InputError(f"{path} is of type {type(node).__name__}; a checkpoint has plain values only")
 
 
 def gate_keys(net: nn.Module) -> set[str]:
@@ -239,7 +411,12 @@ def load_weights_(net: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
         "of another shape": [
             f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
             for k, v in checkpoint.weights.items()
-            if k in own and isinstance(v, Tensor) and v.shape != own[k].shape
+            if k in own and v.shape != own[k].shape
+        ],
+        "of another type": [
+            f"{k} {v.dtype} for {own[k].dtype}"
+            for k, v in checkpoint.weights.items()
+            if k in own and v.is_floating_point() != own[k].is_floating_point()
         ],
     }
     found = [f"{what}: {_some(keys)}" for what, keys in problems.items() if keys]
@@ -249,6 +426,17 @@ def load_weights_(net: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
         raise InputError(f"{checkpoint.named} does not fit this network: {'; '.join(found)}")
     net.load_state_dict({**{k: own[k] for k in new}, **checkpoint.weights})
     return new
+
+
+def load_all_weights_(net: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint that has everything, gates included.
+
+    Raises:
+        InputError: something is missing, left over or of another shape.
+    """
+    new = load_weights_(net, checkpoint)
+    if new:
+        raise InputError(f"{checkpoint.named} does not fit this network: missing in it: {_some(list(new))}")
 
 
 def _some(keys: list[str], most: int = 4) -> str:

@@ -1,7 +1,7 @@
 """The LightningModule: a gated (or plain) classifier and its loss."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+import sparsereg
 from sparsereg.distributions import draw_together
 from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.model.synchronised import several_processes
@@ -36,6 +37,7 @@ class Provenance:
             :func:`sparsereg.compression.storage.describe`; None for others.
         before: while a compacted network is fine-tuned, configuration and results of the run's stage under
             gates; else None.
+        data: description of the images, see :meth:`sparsereg.data.ImageDataModule.describe`.
     """
 
     config: dict[str, Any]
@@ -44,6 +46,7 @@ class Provenance:
     gated: bool
     structure: str | None = None
     before: dict[str, Any] | None = None
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 class Classifier(pl.LightningModule):
@@ -97,6 +100,8 @@ class Classifier(pl.LightningModule):
         self.provenance = provenance
         self.batch_norm_is_current = False
         """Whether the BatchNorm statistics were estimated for exactly these weights and gates."""
+        self._scheduled_steps = 1.0
+        self._resumed_steps_per_epoch: float | None = None
         self._gates = tuple(hard_concretes(net).values())
         # Small vectors of gates; a compiled network fuses its own draws, and weight gates are large.
         self._vectors = tuple(
@@ -177,7 +182,7 @@ class Classifier(pl.LightningModule):
         """Build the optimizer and step its schedule after every batch."""
         optimizer = build_optimizer(self.net, self.optimizer_settings)
         factor = learning_rate(self.optimizer_settings)
-        steps = max(self._steps_per_epoch(), 1.0)
+        steps = self._scheduled_steps = max(self._steps_per_epoch(), 1.0)
 
         def scheduled(step: int) -> float:
             return factor(step / steps)
@@ -192,6 +197,28 @@ class Classifier(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """In a resumed run let the optimizer and its schedule have the settings of this command.
+
+        Lightning has brought back those of the run with the optimizer's state; where nothing was changed
+        they are the same. The place in the schedule is counted in steps: it is moved where epochs have more
+        or fewer.
+        """
+        if self._resumed_steps_per_epoch is None:
+            return
+        optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        if self._scheduled_steps != self._resumed_steps_per_epoch:
+            schedule.last_epoch = round(self.trainer.current_epoch * self._scheduled_steps)
+        groups, new = optimizer.param_groups, build_optimizer(self.net, self.optimizer_settings).param_groups
+        for group, settings in zip(groups, new, strict=True):
+            group.update({k: v for k, v in settings.items() if k != "params"}, initial_lr=settings["lr"])
+        schedule.base_lrs = [group["lr"] for group in groups]
+        for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+            group["lr"] = group["lr"] * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in groups]
+
     def _steps_per_epoch(self) -> float:
         self.trainer.fit_loop.setup_data()
         return self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
@@ -200,18 +227,22 @@ class Classifier(pl.LightningModule):
         """Add what test.py needs."""
         p = self.provenance
         checkpoint["sparsereg"] = {
+            "version": sparsereg.__version__,
             "config": p.config,
             "num_classes": p.num_classes,
             "image_shape": list(p.image_shape),
             "gated": p.gated,
             "structure": p.structure,
             "before": p.before,
+            "data": p.data,
+            "steps_per_epoch": self._scheduled_steps,
             "batch_norm_is_current": self.batch_norm_is_current,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember whether the statistics in the checkpoint were estimated for its weights."""
         self.batch_norm_is_current = bool(checkpoint["sparsereg"]["batch_norm_is_current"])
+        self._resumed_steps_per_epoch = checkpoint["sparsereg"].get("steps_per_epoch")
 
 
 def _share(labels: Tensor) -> Tensor | float:

@@ -23,7 +23,7 @@ from sparsereg.compression import Accountant, compact, storage
 from sparsereg.data import ImageDataModule
 from sparsereg.files import write_atomically
 from sparsereg.settings import plain
-from sparsereg.training import build
+from sparsereg.training import build, resume
 from sparsereg.training import callbacks as ours
 from sparsereg.training.checkpoint import Checkpoint, FirstStage
 from sparsereg.training.config import Training
@@ -111,6 +111,8 @@ def begin(cfg: Training, data: ImageDataModule, checkpoint: Checkpoint | None, o
     """
     resumed = checkpoint if cfg.resume_training else None
     before = None if resumed is None else resumed.before
+    if resumed is not None:
+        resume.check_same_data(resumed.data, data.describe(), resumed.named)
     net = build.build_network(cfg, data, checkpoint)
     if checkpoint is not None and resumed is None:
         build.start_weights(net, checkpoint, cfg)
@@ -118,8 +120,7 @@ def begin(cfg: Training, data: ImageDataModule, checkpoint: Checkpoint | None, o
     teacher = build.build_teacher(cfg, data)
     stage_cfg = cfg if before is None else finetuning_config(cfg)
     folder = lambda: build.claim_run_folder(outputs)  # noqa: E731
-    stage = _assemble(stage_cfg, data, net, structure, teacher, folder, before)
-    stage.resumed = resumed
+    stage = _assemble(stage_cfg, data, net, structure, teacher, folder, before, resumed)
     stage.module.batch_norm_is_current = build.statistics_fit(cfg, net, checkpoint)
     if resumed is not None and before is not None:
         for name in UNDER_GATES.values():
@@ -147,7 +148,8 @@ def carry_out(cfg: Training, stage: Stage) -> dict[str, Any]:
         logger = build.build_logger(cfg.logger.name, stage.folder)
         results = _second_results(stage)
     if resumed is not None:
-        results["resumed"] = {"checkpoint": str(resumed.path), "epoch": resumed.epoch}
+        changed = {key: list(pair) for key, pair in resumed.changed.items()}
+        results["resumed"] = {"checkpoint": str(resumed.path), "epoch": resumed.epoch, "changed": changed}
     log_results(cfg, logger, results)
     return results
 
@@ -250,6 +252,7 @@ def _assemble(
     teacher: Distillation | None,
     make_folder: Callable[[], Path],
     before: FirstStage | None = None,
+    resumed: Checkpoint | None = None,
 ) -> Stage:
     net = build.synchronise(cfg, net)
     accountant = Accountant(net, build.example_input(data, net))
@@ -257,6 +260,7 @@ def _assemble(
     folder = make_folder()  # last of what can fail, so that a wrong input leaves none
     logger = build.build_logger(cfg.logger.name, folder if before is None else folder / "finetune")
     num_batches = build.batches_per_epoch(cfg, data)
-    callbacks, timer = build.build_callbacks(cfg, data, accountant, folder, logging_on=bool(logger))
+    path = None if resumed is None else resumed.path
+    callbacks, timer = build.build_callbacks(cfg, data, accountant, folder, bool(logger), path)
     trainer = build.build_trainer(cfg, callbacks, logger, folder, num_batches, data.num_val == 0)
-    return Stage(cfg, data, net, accountant, module, trainer, timer, logger, folder, teacher, before=before)
+    return Stage(cfg, data, net, accountant, module, trainer, timer, logger, folder, teacher, resumed, before)

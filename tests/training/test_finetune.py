@@ -62,7 +62,7 @@ def test_checkpoints_that_do_not_fit(run, tiny, plain, tmp_path):
     }
     truncated = tmp_path / "truncated.ckpt"
     truncated.write_bytes(plain.last.read_bytes()[:5000])
-    cases["truncated or not a checkpoint"] = [f"ckpt_path={truncated}"]
+    cases["cannot be read as a checkpoint"] = [f"ckpt_path={truncated}"]
     foreign = tmp_path / "foreign.ckpt"
     torch.save({"state_dict": {}}, foreign)
     cases["not a checkpoint that train.py wrote"] = [f"ckpt_path={foreign}"]

@@ -94,7 +94,7 @@ def test_a_name_in_results_cannot_lead_out_of_the_run(run, tuned):
 def cut_off(monkeypatch, when: str) -> None:
     """Let the next run end as if it had been killed at some moment."""
 
-    class Killed(BaseException):
+    class Killed(RuntimeError):
         pass
 
     def die(*args, **kwargs):
