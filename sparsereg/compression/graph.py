@@ -6,7 +6,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -425,6 +425,12 @@ def _symbolic(model: nn.Module, inputs: Sequence[Tensor]) -> fx.Graph:
             f"{type(model).__name__} cannot be traced, {where}{line}: {first_line(error)}"
         ) from error
     wanted = [n for n in graph.nodes if n.op == "placeholder"]
+    variable = next((n.target for n in wanted if str(n.target).startswith("*")), None)
+    if variable is not None:
+        raise InputError(
+            f"{type(model).__name__} takes its inputs as {variable}, which cannot be followed;"
+            " give each a name"
+        )
     if len(wanted) != len(inputs):
         extra = wanted[len(inputs) :]
         if len(wanted) < len(inputs) or any(not n.args for n in extra):
@@ -493,7 +499,8 @@ class _Recorder(fx.Interpreter):
 def first_line(error: Exception) -> str:
     """What an error says, on one line."""
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    line = text.splitlines()[0] if text else ""
+    return line if " " in line else f"{type(error).__name__} {line}".strip()
 
 
 @dataclass(frozen=True)
@@ -506,9 +513,22 @@ class _Shape:
 def _shape(result: Any) -> Any:
     if isinstance(result, Tensor):
         return _Shape(tuple(result.shape))
+    return _Shape(None) if tensors_in(result) else result
+
+
+def tensors_in(result: Any) -> tuple[Tensor, ...]:
+    """All tensors in what a network or an operation returns: lists, tuples, dictionaries, dataclasses."""
     found: list[Tensor] = []
-    fx.node.map_aggregate(result, lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None)  # type: ignore[arg-type,func-returns-value]
-    return _Shape(None) if found else result
+
+    def collect(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found.extend(tensors_in(dict(vars(leaf))))
+        return leaf
+
+    fx.node.map_aggregate(result, collect)
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from sparsereg.compression.graph import evaluating
+from sparsereg.compression.graph import evaluating, tensors_in
 
 FLOAT64_TOLERANCE = 1e-7
 """Largest difference in float64, as a share of the output's spread. Not tighter: a float32 location on
@@ -87,7 +87,7 @@ def _noise_like(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _compare(answers: Any, others: Any, name: str, tolerance: float) -> None:
-    found: list[tuple[Tensor, ...]] = [_tensors(answers), _tensors(others)]
+    found: list[tuple[Tensor, ...]] = [tensors_in(answers), tensors_in(others)]
     for a, b in zip(*found, strict=True):
         error = difference(a, b)
         if not error <= tolerance:
@@ -95,18 +95,6 @@ def _compare(answers: Any, others: Any, name: str, tolerance: float) -> None:
                 f"the compacted {name} gives other answers: they differ by {error:.2g} of the output's"
                 " spread; please report the network"
             )
-
-
-def _tensors(result: Any) -> tuple[Tensor, ...]:
-    found: list[Tensor] = []
-
-    def collect(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        return leaf
-
-    fx.node.map_aggregate(result, collect)
-    return tuple(found)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

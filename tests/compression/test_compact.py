@@ -1,5 +1,7 @@
 import copy
 import importlib
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,6 +20,17 @@ from tests.compression.networks import NETWORKS, PATTERNS, make, set_gates
 SMALL = [n for n in NETWORKS if n not in ("resnet18", "mobilenet_v2", "mobilenet_v3")]
 CASES = [(n, p, i) for n in SMALL for i, p in enumerate(PATTERNS)]
 CASES += [(n, p, 0) for n in ("resnet18", "mobilenet_v2", "mobilenet_v3") for p in ("mixed", "one open")]
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclass
+class Both:
+    left: torch.Tensor
+    right: torch.Tensor
 
 
 def size(network: nn.Module) -> int:
@@ -384,6 +397,38 @@ def test_layers_may_have_the_names_of_what_a_traced_network_has(tmp_path):
     x = torch.randn(5, 4)
     smaller = check(network, x)
     assert torch.equal(load_compacted(save_compacted(smaller, tmp_path / "c.pt"))(x), smaller(x))
+
+
+def test_answers_in_a_dataclass_or_a_named_tuple(tmp_path):
+    class Wraps(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.gate = L0Gate(6)
+            self.kind = kind
+
+        def forward(self, x):
+            return self.kind(self.b(self.gate(self.a(x))), x)
+
+    for kind in (Pair, Both):
+        torch.manual_seed(0)
+        network, x = Wraps(kind).eval(), torch.randn(3, 4)
+        set_gates(network, "half")
+        smaller = compact(network, x)
+        assert smaller.a.out_features < 6
+        assert isinstance(smaller(x), kind)
+        assert difference(network(x).left, smaller(x).left) < 1e-5
+    with pytest.raises(InputError, match="Both cannot be saved yet"):
+        save_compacted(smaller, tmp_path / "c.pt")
+
+
+def test_inputs_without_names_are_refused():
+    class Variable(nn.Module):
+        def forward(self, *inputs):
+            return inputs[0]
+
+    with pytest.raises(InputError, match=r"Variable takes its inputs as \*inputs, which cannot be followed"):
+        compact(Variable(), torch.randn(2, 3))
 
 
 def test_what_cannot_be_rebuilt_is_named(monkeypatch):

@@ -232,6 +232,19 @@ def test_sizes_that_are_checked_do_not_hinder_exports(tmp_path):
     assert difference(network(x), compiled(x)) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+@pytest.mark.parametrize("name", ["size of another", "dead skip", "constants"])
+def test_sizes_stay_dynamic_in_torchscript_and_the_compiler(name):
+    torch.manual_seed(0)
+    network = IMAGES[name]().eval()
+    set_gates(network, "mixed")
+    shut(network, ["dead_gate"])
+    smaller = compact(network, torch.randn(2, 3, 8, 8))
+    x = torch.randn(1, 3, 16, 14)
+    assert difference(network(x), torch.jit.script(smaller)(x)) < 1e-5
+    assert difference(network(x), torch.compile(smaller, backend="eager", dynamic=True)(x)) < 1e-5
+
+
 def test_number_of_channels_is_checked_where_unread_ones_are_left_out():
     network = nn.Sequential(L0Gate(3), nn.Conv2d(3, 4, 3)).eval()
     network[0].gates.log_alpha.data.copy_(torch.tensor([9.0, -9.0, 9.0]))
