@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 
-from sparsereg.calibration.problem import CalibrationProblem, exact_totals
+from sparsereg.calibration.margins import disagreements
+from sparsereg.calibration.problem import CalibrationProblem
 
 if TYPE_CHECKING:
     from sparsereg.calibration.solver.exact import Exact
@@ -29,9 +30,9 @@ KINDS = {
     "set aside": "all other targets rule them out: the loss leaves them out",
     "gave way": "the others cannot be met together with them",
     "disagreeing levels": "the targets of the parts do not add up to the target of the whole",
+    "disagreeing margins": "two sets of targets split the same total and add up to different sums",
 }
 _SAME_VALUE = 1e-6
-_LEVELS_DIFFER = 1e-3
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def check(
         *_equal_rows(problem),
         *_out_of_reach(problem, num_households, max_weight_ratio, hold_total),
         *_small(problem, num_households),
-        *_levels(problem),
+        *_margins(problem),
     ]
     return in_order([_of_ratio(given, f) for f in found])
 
@@ -276,23 +277,22 @@ def _small(problem: CalibrationProblem, num_households: int | None) -> Iterator[
             yield _finding(problem, "tiny", i, detail)
 
 
-def _levels(problem: CalibrationProblem) -> Iterator[Finding]:
-    """Find wholes whose parts cover them exactly, household by household, but whose targets do not add up."""
-    if problem.parent is None:
-        return
-    nested = np.flatnonzero(problem.parent >= 0)
-    above = problem.parent[nested]
-    # The parts cover the whole iff their rows add up to its row; for random weights that shows in the totals.
-    probe = exact_totals(problem.matrix, np.random.default_rng(0).random(problem.num_households))
-    covered = np.bincount(above, probe[nested], problem.num_targets)
-    parts = np.bincount(above, problem.targets[nested], problem.num_targets)
-    whole = problem.targets
-    covers = (np.abs(covered - probe) <= 1e-6 * np.abs(probe)) & np.isin(np.arange(len(probe)), above)
-    differs = covers & (np.abs(parts - whole) > _LEVELS_DIFFER * np.abs(whole))
-    for i in np.flatnonzero(differs):
-        share = f"{parts[i] / whole[i] - 1:+.2%}" if whole[i] else "from 0"
-        detail = f"its {int((above == i).sum())} parts add up to {_shown(parts[i])}, {share}"
-        yield _finding(problem, "disagreeing levels", i, detail)
+def _margins(problem: CalibrationProblem) -> Iterator[Finding]:
+    """Find sets of targets that split the same total and add up to different sums."""
+    for margin, other in disagreements(problem):
+        one, two = (float(problem.targets[list(m.targets)].sum()) for m in (margin, other))
+        share = f", {one / two - 1:+.2%}" if two else ""
+        whole = len(other.targets) == 1 and other.targets[0] == margin.parent
+        if whole:
+            said = f"its {len(margin.targets)} parts ({margin.label}) add up to {_shown(one)}{share}"
+            yield _finding(problem, "disagreeing levels", other.targets[0], said)
+            continue
+        many = f"{len(other.targets)} targets add" if len(other.targets) > 1 else "is one target and adds"
+        detail = (
+            f"{margin.label}: {len(margin.targets)} targets add up to {_shown(one)};"
+            f" {other.label}: {many} up to {_shown(two)}{share}"
+        )
+        yield _finding(problem, "disagreeing margins", margin.targets[0], detail)
 
 
 def _shown(value: float) -> str:

@@ -118,9 +118,14 @@ def calibrate_exactly(
         steps = max(steps, end.steps)
         if certificate is not None:
             certificates.append(certificate)
-    untouched = (weights < low * initial) | (weights > high * initial)
-    weights = np.where(untouched, np.clip(weights, low * initial, high * initial), weights)
+    weights = np.clip(weights, *_bounded_weights(initial, (low, high)))
     return _described(problem, weights, multipliers, prices, certificates, (low, high), steps)
+
+
+def _bounded_weights(initial: np.ndarray, ratios: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
+    """Smallest and largest weights from bounds on the ratio; a weight of zero stays that, bounded or not."""
+    with np.errstate(invalid="ignore"):
+        return [np.where(initial == 0, 0.0, ratio * initial) for ratio in ratios]
 
 
 def _described(
@@ -142,9 +147,9 @@ def _described(
     refused = gave_way[asked[gave_way]]
     if len(refused) and any(c["feasible"] is False for c in certificates):
         raise ValueError(_contradiction(problem, refused, certificates))
-    low, high = bounds
     initial = linear.starting_weights
-    at_bound = (weights <= low * initial * (1 + 1e-12)) | (weights >= high * initial * (1 - 1e-12))
+    low, high = _bounded_weights(initial, bounds)
+    at_bound = (weights <= low * (1 + 1e-12)) | (weights >= high * (1 - 1e-12))
     worst = float(beyond[is_hard_here].max()) if is_hard_here.any() else 0.0
     return Exact(
         weights, multipliers, worst, gave_way, certificates, int((at_bound & (initial > 0)).sum()), steps
