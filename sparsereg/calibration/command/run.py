@@ -68,6 +68,7 @@ def run(cfg: CalibrationRun) -> Path:
         cfg = _with_method(cfg)
         task = _read(cfg)
         folds = _folds(task.problem, cfg)
+        read = time.perf_counter()
         solver = _with_columns(replace(cfg.solver(), device=device_of(cfg.device)), task.columns)
         calibration = Calibration(task.problem, cfg.num_households, solver)
         more = set_aside(task.problem, calibration.set_aside)
@@ -81,7 +82,6 @@ def run(cfg: CalibrationRun) -> Path:
     write_text(folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
     if task.findings:
         write_table(folder / "findings.csv", report.finding_frame(task.findings))
-    read = time.perf_counter()
     events = folder if cfg.tensorboard else None
     with Recorder(task.problem, events, cfg.log_moments, calibration.history, moments) as recorder:
         _drive(calibration, recorder, saver, folder / "checkpoint.pt")

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsereg.calibration.config import Settings
 from sparsereg.calibration.measures import relative_errors
 from sparsereg.calibration.problem import CalibrationProblem, exact_totals
-from sparsereg.calibration.solver.exact import Exact, calibrate_exactly
+from sparsereg.calibration.solver.exact import Exact, calibrate_exactly, near_zero
 from sparsereg.calibration.solver.hard_concrete import GateSettings
 from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import Quadratic, TargetLoss, group_shares
@@ -39,8 +39,6 @@ _MOST_GROWTH = 100.0
 """Most that the pull is multiplied by where households are far fewer than targets."""
 _REFIT_PULL = 1e-3
 """Share of the pull that the refit keeps: of weights that are as good, the most even ones are best."""
-_SMALL_BESIDE_GROSS = 0.01
-"""A scale of at most this share of what goes into the total marks a target that a sign or a zero may rule."""
 _SET_ASIDE = 0.25
 """Such a target is set aside if the others leave it wrong by this share of what goes into it."""
 _LOOK_SWEEPS = 60
@@ -209,7 +207,7 @@ class Calibration:
         is a thousandth of what goes into it. So it is first judged by the whole of that.
         """
         linear, system, device = self.problem.linear, self.goal.system, self.goal.system.matrix.device
-        suspect = linear.scale <= _SMALL_BESIDE_GROSS * linear.gross
+        suspect = near_zero(linear)
         suspect &= system.quadratic.weight[: len(suspect)].cpu().numpy() > 0
         if not suspect.any():
             return np.empty(0, dtype=np.int64)

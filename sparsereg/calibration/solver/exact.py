@@ -34,6 +34,8 @@ _BAND_STIFFNESS = 1e8
 """Slope of a tolerance over the slope of its target: within it, the multiplier is as good as zero."""
 _GAVE_WAY = 1e-9
 """Error beyond the tolerance, over the scale, from which a target is not met."""
+_SMALL_BESIDE_GROSS = 0.01
+"""A scale of at most this share of what goes into the total is that of a zero, or of a small difference."""
 _CERTIFICATE_SECONDS = 60.0
 _CONFLICT = 1e-7
 """Multiplier in the linear programme from which a target takes part in the conflict."""
@@ -74,7 +76,7 @@ class _Domain:
     targets: np.ndarray
     households: np.ndarray
     dual: Dual
-    natural: np.ndarray
+    natural: np.ndarray  # weight of an error over its scale where somebody has to give way
     total: float
 
 
@@ -168,6 +170,14 @@ def _contradiction(
         f" bounds meet {named}{more} together (a linear programme proves it: they stay {violation:.3g} of"
         " their size apart); widen the bounds, give some a tolerance or a weight, or leave hard empty"
     )
+
+
+def near_zero(linear: CalibrationProblem) -> np.ndarray:
+    """Which totals are asked to be so small beside what goes into them that their scale says nothing.
+
+    Where such a target contradicts others, it is judged by all that goes into it.
+    """
+    return np.asarray(linear.scale <= _SMALL_BESIDE_GROSS * linear.gross)
 
 
 def is_hard(problem: CalibrationProblem) -> np.ndarray:
@@ -267,7 +277,7 @@ def _domains(
     """Cut a problem into parts that share neither targets nor households, without what nothing touches."""
     initial, scale = linear.starting_weights, linear.scale
     total = float(initial.sum())
-    natural = scale / np.maximum(scale, linear.gross)
+    natural = np.where(near_zero(linear), scale / np.maximum(scale, linear.gross), 1.0)
     for targets, households, rows in _blocks(linear.matrix, initial > 0):
         rows = sp.csr_array(sp.diags_array(1.0 / scale[targets]) @ rows)
         own = distance_of(distance, low[households], high[households])
