@@ -1,5 +1,6 @@
 """Every kind of operation has all its parts, or stands here as lacking one."""
 
+import inspect
 from functools import cache
 
 import pytest
@@ -133,3 +134,20 @@ def test_every_module_on_channels_is_compacted_and_kept_in_a_file(cls, arguments
     assert difference(network(x), smaller(x)) < 1e-5
     loaded = load_compacted(save_compacted(smaller, tmp_path / "c.pt"))
     assert torch.equal(loaded(x), smaller(x))
+
+
+def test_every_argument_of_the_functions_and_layers_on_the_lists_has_a_name_on_the_list():
+    known = words.KEYWORDS | {"self"}
+    for name, function in words.FUNCTIONS.items():
+        try:
+            signature = inspect.signature(function)
+        except ValueError:  # most built-in functions tell none
+            continue
+        assert named(signature) <= known | {"out", "x"}, name
+    for name in words.CLASSES:
+        assert named(inspect.signature(getattr(nn, name).forward)) <= known | {"x"}, name
+
+
+def named(signature):
+    """Arguments that can be given by name."""
+    return {p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD}
