@@ -95,8 +95,8 @@ def calibrate_exactly(
             tolerance widens them. A weight is a price: with 1, missing the target by 1 % of its scale
             costs as much as changing all weights by 1 %.
         distance: "linear", "raking" or "logit".
-        bounds: Smallest and largest weight over initial weight, numbers or one per household; None: none but
-            weights >= 0.
+        bounds: Smallest and largest weight over initial weight, numbers or one per household; None: 0 and
+            infinity. Linear weights may become negative where the smallest is negative.
         weight_bounds: Smallest and largest weight itself, as well.
         unit_factor: q > 0 per household: those of a large one are changed first. None: 1.
         shares: Prices to use instead of the problem's weights.
@@ -230,7 +230,7 @@ def _pair(name: str, bounds: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(bounds, str) or not hasattr(bounds, "__len__") or len(bounds) != 2:
         raise ValueError(f"{name} must be [low, high], got {bounds!r}")
     sides = []
-    for side, open_end in zip(bounds, (-np.inf, np.inf), strict=True):
+    for side, open_end in zip(bounds, (0.0, np.inf), strict=True):
         try:
             values = np.asarray(open_end if side is None else side, dtype=np.float64)
             sides.append(np.broadcast_to(values, (length,)))
