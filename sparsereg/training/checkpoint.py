@@ -283,6 +283,9 @@ def read(path: str | Path, key: str = "ckpt_path", resume: bool = False) -> Chec
     if not isinstance(content, dict) or "sparsereg" not in content or "state_dict" not in content:
         raise InputError(f"{named}: not a checkpoint that train.py wrote")
     check_parts(content, {**PARTS, **(RESUMED if resume else {})}, named)
+    foreign = [k for k in content["state_dict"] if not k.startswith("net.")]
+    if foreign:
+        raise InputError(f"{named}: state_dict in it has {_some(foreign)}, which train.py does not write")
     ours = content["sparsereg"]
     before = None
     if ours.get("before") is not None:

@@ -8,11 +8,22 @@ make it another run is refused, any other one is honoured from the next epoch on
 
 import fnmatch
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
 from sparsereg.errors import InputError
+from sparsereg.training.averaging import WeightAverage
+from sparsereg.training.checkpoint import Checkpoint
+from sparsereg.training.config import Optimizer
+from sparsereg.training.optimizers import build_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -286,3 +297,148 @@ def check_same_data(was: dict[str, Any], now: dict[str, Any], named: str) -> Non
             raise InputError(
                 f"{named} cannot be resumed with other images: {key} was {was[key]}, is {now[key]}"
             )
+
+
+def check_state(
+    checkpoint: Checkpoint,
+    net: nn.Module,
+    settings: Optimizer,
+    trainer: pl.Trainer,
+    callbacks: Sequence[pl.Callback],
+) -> None:
+    """Check that what Lightning would bring back has the form of what it is brought back into.
+
+    Args:
+        checkpoint: to resume.
+        net: with its weights loaded.
+        settings: of the optimizer.
+        trainer: any; it tells the form of the state of its loops.
+        callbacks: of the run.
+
+    Raises:
+        InputError: a part is missing or something else.
+    """
+    content, named = checkpoint.content, checkpoint.named
+    optimizer = build_optimizer(net, settings)
+    schedule = LambdaLR(optimizer, [lambda step: 1.0] * len(optimizer.param_groups))
+    loops = {name: getattr(trainer, name).state_dict() for name in LOOPS}
+    done = {"fit_loop": {"epoch_progress": {"current": {"processed": checkpoint.epoch}}}}
+    problem = (
+        _misfit(content["loops"], loops, "loops")
+        or _other(content["loops"], done, "loops")
+        or _optimizer_misfit(content["optimizer_states"], optimizer)
+        or _schedule_misfit(content["lr_schedulers"], schedule)
+        or _callbacks_misfit(content["callbacks"], callbacks)
+        or _average_misfit(content, any(isinstance(c, WeightAverage) for c in callbacks))
+    )
+    if problem:
+        raise InputError(f"{named} cannot be resumed: {problem}")
+
+
+LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
+
+
+def _misfit(found: Any, expected: Any, where: str) -> str:
+    """Say where nested states have not the form of others; empty if they have."""
+    if isinstance(expected, dict):
+        if not isinstance(found, dict):
+            return f"{where} in it is not a state"
+        lacking = [key for key in expected if key not in found]
+        if lacking:
+            return f"{where}.{lacking[0]} is missing from it"
+        return next((m for k, e in expected.items() if (m := _misfit(found[k], e, f"{where}.{k}"))), "")
+    if isinstance(expected, bool):
+        return "" if isinstance(found, bool) else f"{where} in it is not true or false"
+    counts = isinstance(found, int) and not isinstance(found, bool) and found >= 0
+    return "" if counts or not isinstance(expected, int) else f"{where} in it is not an integer >= 0"
+
+
+def _other(found: Any, expected: Any, where: str) -> str:
+    """Say where nested values are not those that are expected; empty if they are."""
+    if isinstance(expected, dict):
+        return next((o for k, e in expected.items() if (o := _other(found[k], e, f"{where}.{k}"))), "")
+    return "" if found == expected else f"{where} in it is {found}, which is not its epoch {expected}"
+
+
+def _optimizer_misfit(states: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> str:
+    where = "optimizer_states"
+    if len(states) != 1 or not {"state", "param_groups"} <= states[0].keys():
+        return f"{where} in it is not the state of one optimizer"
+    groups, state, own = states[0]["param_groups"], states[0]["state"], optimizer.param_groups
+    if not isinstance(groups, list) or not isinstance(state, dict) or len(groups) != len(own):
+        return f"{where} in it has other groups of parameters"
+    numbers: list[Any] = []
+    for found, group in zip(groups, own, strict=True):
+        lacking = [k for k in group if not isinstance(found, dict) or k not in found]
+        if lacking or not isinstance(found["params"], list) or len(found["params"]) != len(group["params"]):
+            return f"{where}.param_groups in it are not those of this network"
+        numbers += found["params"]
+    parameters = [p for group in own for p in group["params"]]
+    if numbers != list(range(len(parameters))) or not set(state) <= set(numbers):
+        return f"{where} in it is of other parameters"
+    forms = {tuple(sorted(s)) if isinstance(s, dict) else None for s in state.values()}
+    if len(forms) > 1 or None in forms:
+        return f"{where}.state in it lacks a part"
+    for number, parts in state.items():
+        for key, value in parts.items():
+            if value is None:
+                continue
+            shaped = isinstance(value, Tensor) and value.shape in ((), parameters[number].shape)
+            if not shaped or not bool(torch.isfinite(value).all()):
+                return f"{where}.state.{number}.{key} in it does not fit its parameter, or is not finite"
+    return ""
+
+
+def _schedule_misfit(states: list[dict[str, Any]], schedule: LambdaLR) -> str:
+    expected, where = schedule.state_dict(), "lr_schedulers"
+    if len(states) != 1 or states[0].keys() != expected.keys():
+        return f"{where} in it is not the state of one schedule"
+    state, num = states[0], len(schedule.base_lrs)
+    if state["lr_lambdas"] != [None] * num:
+        return f"{where}.lr_lambdas in it is not empty"
+    for key in ("base_lrs", "_last_lr"):
+        rates = state[key]
+        numbers = isinstance(rates, list) and all(
+            isinstance(r, float | int) and math.isfinite(r) for r in rates
+        )
+        if not numbers or len(rates) != num:
+            return f"{where}.{key} in it is not a number for each group"
+    return next((m for k, e in expected.items() if (m := _misfit(state[k], e, f"{where}.{k}"))), "")
+
+
+def _callbacks_misfit(states: dict[str, Any], callbacks: Sequence[pl.Callback]) -> str:
+    for callback in callbacks:
+        expected, where = callback.state_dict(), f"callbacks.{type(callback).__name__}"
+        found = states.get(callback.state_key)
+        if not expected or (found is None and isinstance(callback, ModelCheckpoint)):
+            continue
+        problem = _misfit(found, dict.fromkeys(expected), where)
+        if problem:
+            return problem
+        assert found is not None
+        for key, value in found.items():
+            if isinstance(callback, ModelCheckpoint) and key != "best_model_score":
+                continue
+            if not (value is None or _is_finite(value)):
+                return f"{where}.{key} in it is not a finite number"
+    return ""
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and bool(value.isfinite())
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _average_misfit(content: dict[str, Any], averaged: bool) -> str:
+    if not averaged:
+        return ""
+    for key in ("current_model_state", "averaging_state"):
+        if content.get(key) is None:
+            return f"{key} is missing from it"
+    now, average = content["current_model_state"], content["state_dict"]
+    if {k: v.shape for k, v in now.items()} != {k: v.shape for k, v in average.items()}:
+        return "current_model_state in it has not the tensors of state_dict"
+    if list(content["averaging_state"]) != ["n_averaged"] or content["averaging_state"]["n_averaged"].dim():
+        return "averaging_state in it is not a number of steps"
+    return ""

@@ -25,7 +25,7 @@ from sparsereg.files import write_atomically
 from sparsereg.settings import plain
 from sparsereg.training import build, resume
 from sparsereg.training import callbacks as ours
-from sparsereg.training.checkpoint import Checkpoint, FirstStage
+from sparsereg.training.checkpoint import Checkpoint, FirstStage, load_all_weights_
 from sparsereg.training.config import Training
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.module import Classifier
@@ -116,6 +116,8 @@ def begin(cfg: Training, data: ImageDataModule, checkpoint: Checkpoint | None, o
     net = build.build_network(cfg, data, checkpoint)
     if checkpoint is not None and resumed is None:
         build.start_weights(net, checkpoint, cfg)
+    elif resumed is not None and resumed.structure is None:
+        load_all_weights_(net, resumed)
     structure = None if checkpoint is None else checkpoint.structure
     teacher = build.build_teacher(cfg, data)
     stage_cfg = cfg if before is None else finetuning_config(cfg)
@@ -256,11 +258,14 @@ def _assemble(
 ) -> Stage:
     net = build.synchronise(cfg, net)
     accountant = Accountant(net, build.example_input(data, net))
+    path = None if resumed is None else resumed.path
+    if resumed is not None:
+        callbacks, _ = build.build_callbacks(cfg, data, accountant, Path("unused"), False, path)
+        resume.check_state(resumed, net, cfg.optimizer, build.build_trainer(cfg, []), callbacks)
     module = build.build_module(cfg, net, data, structure, teacher, before)
     folder = make_folder()  # last of what can fail, so that a wrong input leaves none
     logger = build.build_logger(cfg.logger.name, folder if before is None else folder / "finetune")
     num_batches = build.batches_per_epoch(cfg, data)
-    path = None if resumed is None else resumed.path
     callbacks, timer = build.build_callbacks(cfg, data, accountant, folder, bool(logger), path)
     trainer = build.build_trainer(cfg, callbacks, logger, folder, num_batches, data.num_val == 0)
     return Stage(cfg, data, net, accountant, module, trainer, timer, logger, folder, teacher, resumed, before)
