@@ -19,11 +19,13 @@ if TYPE_CHECKING:
         polish,
     )
     from sparsereg.calibration.solver.estimator import SparseCalibrationWeights
+    from sparsereg.calibration.variance import Design
 
 _HOMES = {
     "Calibration": "solver.calibration",
     "CalibrationProblem": "problem",
     "CalibrationResult": "solver.calibration",
+    "Design": "variance",
     "Finding": "findings",
     "Settings": "config",
     "SparseCalibrationWeights": "solver.estimator",
@@ -39,6 +41,7 @@ __all__ = [
     "Calibration",
     "CalibrationProblem",
     "CalibrationResult",
+    "Design",
     "Finding",
     "Settings",
     "SparseCalibrationWeights",

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsereg.calibration.config import Settings
 from sparsereg.calibration.measures import relative_errors
 from sparsereg.calibration.problem import CalibrationProblem, exact_totals
-from sparsereg.calibration.solver.exact import Exact, calibrate_exactly, near_zero
+from sparsereg.calibration.solver.exact import Exact, calibrate_exactly, is_hard, near_zero
 from sparsereg.calibration.solver.hard_concrete import GateSettings
 from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import Quadratic, TargetLoss, group_shares
@@ -26,6 +26,16 @@ from sparsereg.calibration.solver.matrix import household_matrix, quiet_threads
 from sparsereg.calibration.solver.pruning import Pruning, fill
 from sparsereg.calibration.solver.refit import SMALLEST_OF_ALL, SMALLEST_RATIO, TOLERANCE, refit
 from sparsereg.calibration.solver.selection import METHODS, Goal, Selection, method_of
+from sparsereg.calibration.variance import (
+    Design,
+    Replicates,
+    Statistics,
+    as_columns,
+    replicate,
+    residuals,
+    statistics_frame,
+)
+from sparsereg.checks import check_probability
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +75,7 @@ class CalibrationResult:
         history: Per report of the run: epoch, loss, kept, mean_are.
         set_aside: Indices of targets near zero that the loss leaves out, because the others rule them out.
         exact: Of ``method="calibrate"``: what the targets cost, which gave way and why; None for others.
+        settings: How it was calibrated.
     """
 
     problem: CalibrationProblem
@@ -78,6 +89,7 @@ class CalibrationResult:
     history: list[dict[str, float]]
     set_aside: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     exact: Exact | None = None
+    settings: Settings | None = None
 
     @property
     def multipliers(self) -> np.ndarray:
@@ -89,6 +101,87 @@ class CalibrationResult:
         if self.exact is None:
             raise ValueError(f"method={self.method!r} has no multipliers: they are of method='calibrate'")
         return self.exact.multipliers
+
+    def replicates(self, design: Design) -> Replicates:
+        """Calibrate replicates of the sample in the same way.
+
+        Args:
+            design: With the method "jackknife", "bootstrap" or "replicates".
+
+        Raises:
+            ValueError: the method was not "calibrate", or the design does not fit the households.
+        """
+        self._check_variance()
+        settings = self.settings
+
+        def recalibrate(initial: np.ndarray) -> np.ndarray:
+            problem = replace(self.problem, initial_weights=initial)
+            return Calibration(problem, settings=settings).exact().weights
+
+        return replicate(design, self.problem.starting_weights, recalibrate)
+
+    def standard_errors(
+        self,
+        columns: Any,
+        design: Design | Replicates | None = None,
+        statistic: str = "total",
+        of: Any = None,
+        confidence: float = 0.95,
+    ) -> pd.DataFrame:
+        """Estimates of columns with standard errors, confidence intervals and design effects.
+
+        Args:
+            columns: What is estimated: a table, a mapping of names to arrays, or an array of one number per
+                household and statistic.
+            design: How the sample was drawn, or its replicates; None: households at random, with replacement.
+            statistic: "total", "mean", or "ratio" of each column to the one of ``of``.
+            of: Denominators, one for all columns or one for each.
+            confidence: Of the intervals, in (0, 1).
+
+        Returns:
+            One row per column: name, statistic, estimate, se, lower, upper, cv (se over estimate) and
+            design_effect (variance over that of a simple random sample of as many households).
+            Linearised, targets that must be met explain the columns; those with a price or a tolerance are
+            left out, which errs on the side of caution.
+
+        Raises:
+            ValueError: the method was not "calibrate", or something does not fit the households.
+        """
+        self._check_variance()
+        check_probability("confidence", confidence)
+        num = self.problem.num_households
+        names, values = as_columns(columns, num)
+        below = None if of is None else np.broadcast_to(as_columns(of, num, "of")[1], values.shape)
+        statistics = Statistics(names, values, statistic, below)
+        own = statistics.estimate(self.weights)
+        if design is None or (isinstance(design, Design) and design.method == "linearized"):
+            units = (design or Design()).units(num)
+            factors = self.settings.unit_factor if self.settings is not None else None
+            weights = self.problem.starting_weights * (1.0 if factors is None else factors)
+            left = residuals(statistics.linearized(self.weights), self._met_rows(), weights)
+            variances, freedom = units.variance(left * self.weights[:, None]), units.degrees_of_freedom
+        else:
+            replicates = self.replicates(design) if isinstance(design, Design) else design
+            variances = replicates.variance(statistics.estimate(replicates.weights), own)
+            freedom = replicates.degrees_of_freedom
+        simple = statistics.simple_variance(self.weights)
+        return statistics_frame(names, statistic, own, variances, simple, freedom, confidence)
+
+    def _check_variance(self) -> None:
+        if self.exact is None:
+            raise ValueError(
+                f"standard errors need method='calibrate', not {self.method!r}: households that were chosen"
+                " for their fit are no random sample; calibrate the whole file and take its standard errors"
+            )
+
+    def _met_rows(self) -> sp.csr_array:
+        """Rows of the targets that had to be met and are."""
+        assert self.exact is not None
+        met = is_hard(self.problem)
+        if self.problem.target_tolerances is not None:
+            met = met & (self.problem.target_tolerances == 0)
+        met[self.exact.gave_way] = False
+        return sp.csr_array(self.problem.linear.matrix[np.flatnonzero(met)].astype(np.float64))
 
     @property
     def num_kept(self) -> int:
@@ -293,6 +386,7 @@ class Calibration:
         return CalibrationResult(
             self.problem, final, final != 0, self.problem.estimates(final), loss, optimality, self.method,
             time.perf_counter() - self._start, list(self.history), self.set_aside, self._exact,
+            self.settings,
         )  # fmt: skip
 
     def _refit(self, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, float]:
