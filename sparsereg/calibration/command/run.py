@@ -123,7 +123,7 @@ def _read(cfg: CalibrationRun) -> Task:
 
 def _columns_named(cfg: CalibrationRun) -> list[str]:
     """Return the columns of the household table that settings name."""
-    named = [cfg.unit_factor]
+    named: list[Any] = [cfg.unit_factor]
     for bounds in (cfg.bounds, cfg.weight_bounds):
         named += list(bounds) if isinstance(bounds, list | tuple) else []
     return list(dict.fromkeys(name for name in named if isinstance(name, str)))
