@@ -62,8 +62,8 @@ def write_images(path: Path, num: int = 96, channels: int = 3, size: int = 8) ->
 
 def last_of_each(arguments: tuple[str, ...]) -> list[str]:
     """Leave out values that a later one replaces, which the scripts refuse."""
-    by_key = {a.partition("=")[0]: a for a in arguments}
-    return [a for a in arguments if a is by_key[a.partition("=")[0]]]
+    last = {a.partition("=")[0]: i for i, a in enumerate(arguments)}
+    return [a for i, a in enumerate(arguments) if i == last[a.partition("=")[0]]]
 
 
 @pytest.fixture
