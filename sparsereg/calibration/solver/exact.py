@@ -21,18 +21,16 @@ from scipy.sparse.csgraph import connected_components
 
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.solver.distances import distance_of
-from sparsereg.calibration.solver.dual_newton import Dual, Slack, Solution, solve
+from sparsereg.calibration.solver.dual_newton import ROUNDED, Dual, Slack, Solution, solve
 
 _log = logging.getLogger(__name__)
 
 _PRICES = (1.0, 10.0)
 """Prices of targets that give way, one after the other; with 10, missing one by 1 % of what goes into it
 costs as much as changing all weights by 3 %."""
-_WELL_ENOUGH = 1e-8
-"""Error with which a problem that cannot be met counts as solved."""
 _BAND_STIFFNESS = 1e8
 """Slope of a tolerance over the slope of its target: within it, the multiplier is as good as zero."""
-_GAVE_WAY = 1e-9
+_GAVE_WAY = 1e-6
 """Error beyond the tolerance, over the scale, from which a target is not met."""
 _SMALL_BESIDE_GROSS = 0.01
 """A scale of at most this share of what goes into the total is that of a zero, or of a small difference."""
@@ -343,8 +341,8 @@ def _solve(domain: _Domain) -> tuple[Solution, dict[str, Any] | None]:
             slack = replace(domain.dual.slack, price=prices)
             tried = solve(replace(domain.dual, slack=slack), start)
             start = tried.multipliers
-            found = tried if tried.error < max(_WELL_ENOUGH, found.error) else found
-        if found.error < _WELL_ENOUGH:
+            found = tried if tried.error < max(ROUNDED, found.error) else found
+        if found.converged:
             break
     return found, certificate
 

@@ -279,3 +279,13 @@ def test_clarabel_agrees():
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         calibrate(survey(), **{"method": "calibrate", **settings})
+
+
+def test_sums_that_were_rounded_are_no_contradiction():
+    base = survey(12, targets=20, households=300)
+    rows = sp.vstack([base.matrix, sp.csr_array(base.matrix.sum(axis=0)[None])])
+    problem = CalibrationProblem(rows, [*base.targets, base.targets.sum() * (1 + 3e-9)], base.initial_weights)
+    result = exactly(problem, "raking")
+    assert result.diagnostics["max_abs_scaled_error"] < 1e-8
+    assert result.exact.certificate == []
+    np.testing.assert_allclose(result.weights, exactly(base, "raking").weights, rtol=1e-6)
