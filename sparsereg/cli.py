@@ -148,7 +148,14 @@ def _of_hydra() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError, RecursionError) as error:
-        raise InputError(f"the configuration cannot be composed: {error or type(error).__name__}") from error
+        said = str(error) or type(error).__name__
+        raise InputError(f"the configuration cannot be composed: {said}") from error
+    except OSError as error:
+        if isinstance(error, OutputError) or error.filename is None:
+            raise
+        raise OutputError(
+            f"cannot write {error.filename}: {error.strerror}; make the folder writable or run elsewhere"
+        ) from error
 
 
 S = TypeVar("S", bound=Settings)

@@ -52,6 +52,7 @@ EVERYWHERE = [
     ("hydra.no_such=1", "hydra.no_such"),
     ("hydra/job_logging=no_such", "unknown choice hydra/job_logging=no_such"),
     ("no/such/group=x", "no/such/group"),
+    ("-m seed=1,2 hydra.sweep.dir=/dev/null/x", "cannot write /dev/null"),
     ("--cfg nothing", "invalid choice: 'nothing'"),
     ("--no-such-flag", "--no-such-flag"),
     ("--config-dir=nowhere", "--config-dir=nowhere: no such folder"),

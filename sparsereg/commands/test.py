@@ -23,6 +23,7 @@ def run(composed: DictConfig) -> Path:
         cfg, checkpoint = build.rebuild(given, named())
         build.check_trainer(cfg, multirun=False)
         data = build.build_data(cfg, checkpoint)
+        build.check_shares(cfg, data)
         net = build.rebuild_network(cfg, checkpoint, data)
         module = build.build_module(cfg, net, data, checkpoint.structure)
         module.batch_norm_is_current = checkpoint.batch_norm_is_current

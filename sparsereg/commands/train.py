@@ -29,6 +29,7 @@ def run(composed: DictConfig) -> Path:
         cfg, checkpoint = build.start_from(given, named())
         build.check_trainer(cfg, multirun=hydra.mode == RunMode.MULTIRUN)
         data = build.build_data(cfg, checkpoint)
+        build.check_shares(cfg, data)
         stage = stages.begin(cfg, data, checkpoint, Path("outputs"))
 
     if stage.trainer.is_global_zero:

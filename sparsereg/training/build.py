@@ -538,6 +538,30 @@ def build_trainer(
         raise InputError(f"trainer: {error}") from error
 
 
+def check_shares(cfg: Training, data: ImageDataModule) -> None:
+    """Refuse shares of the batches that are less than one batch, and a validation that never comes.
+
+    Raises:
+        InputError: naming the key.
+    """
+    train = len(data.train_dataloader())
+    batches = {"overfit_batches": train, "limit_train_batches": train, "val_check_interval": train}
+    batches["limit_val_batches"] = len(data.val_dataloader()) if data.num_val else 0
+    batches["limit_test_batches"] = len(data.test_dataloader())
+    for key, number in batches.items():
+        share = getattr(cfg.trainer, key)
+        if number and isinstance(share, float) and 0 < share * number < 1:
+            raise InputError(
+                f"trainer.{key}={share:g}: less than one of the {number} batches; give {1 / number:.3g} or"
+                " more"
+            )
+    within, each = cfg.trainer.val_check_interval, batches_per_epoch(cfg, data)
+    if isinstance(within, int) and within > each and cfg.trainer.check_val_every_n_epoch is not None:
+        raise InputError(
+            f"trainer.val_check_interval={within}: expected {each} at most, the batches of an epoch"
+        )
+
+
 def batches_per_epoch(cfg: Training, data: ImageDataModule) -> int:
     """Return the number of training batches of an epoch, at most ``trainer.limit_train_batches``."""
     batches = len(data.train_dataloader())
