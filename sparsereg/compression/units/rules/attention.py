@@ -11,7 +11,7 @@ from torch import fx
 
 from sparsereg.compression.units.labels import FIRST, LIVE, Grid, Ints, Labels, varying
 from sparsereg.compression.units.program import name_of, plain_call
-from sparsereg.compression.units.rules.table import Dead, Labeller, rule
+from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, rule
 
 BATCH = "ABCDEFGH"
 
@@ -181,7 +181,7 @@ def _tie_rows(
         x.axes.equal(rows, np.ravel(units), name_of(node), node)
 
 
-def _attention_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _attention_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
     """The scale is that of the original size of a head."""
     args, kwargs = cut.arguments
     scale = a["scale"] or 1 / math.sqrt(cut.program.values[a["query"]].shape[-1])

@@ -9,7 +9,7 @@ from torch import fx
 
 from sparsereg.compression.units.labels import LIVE, Grid, Ints, Labels, along
 from sparsereg.compression.units.program import name_of, plain_call
-from sparsereg.compression.units.rules.table import Dead, Labeller, rule
+from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, rule
 
 
 @rule("linear")
@@ -36,7 +36,7 @@ def _dense(x: Labeller, node: fx.Node, source: Any, weight: Any, bias: Any, out:
     return along(units, len(shape) - 1, shape)
 
 
-def _conv_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _conv_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
     """A grouped convolution has as many groups as are left."""
     groups = _groups(a)
     if groups == 1:

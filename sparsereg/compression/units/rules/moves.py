@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import Labels
 from sparsereg.compression.units.program import name_of, plain_call
-from sparsereg.compression.units.rules.table import Dead, Labeller, rule
+from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, rule
 
 _ON_FLOATS = """
     pad upsample_nearest1d upsample_nearest2d upsample_nearest3d unfold im2col pixel_shuffle pixel_unshuffle
@@ -60,7 +60,7 @@ def _moved(x: Labeller, node: fx.Node, floats: bool = False) -> Any:
     return tuple(r.round().int() if floats else r for r in result)
 
 
-def _resized(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _resized(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
     """View or expand to the sizes that are left."""
     labels = cut.labels[node]
     size = [cut.left(labels, axis) for axis in range(labels.dim())]
@@ -69,7 +69,7 @@ def _resized(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> A
     return v["self"].reshape(size)
 
 
-def _split_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _split_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
     parts = cut.labels[node]
     source = cut.labels.get(a["self"])
     rank = (source if source is not None else cut.program.values[a["self"]]).dim()
@@ -77,7 +77,7 @@ def _split_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -
     return torch.split(v["self"], [cut.left(part, axis) for part in parts], axis)
 
 
-def _slice_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _slice_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
     labels = cut.labels.get(a["self"])
     axis = a["dim"] or 0
     if labels is None:
@@ -89,7 +89,7 @@ def _slice_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -
     return v["self"].index_select(axis, chosen[alive].nonzero().flatten())
 
 
-def _select_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _select_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
     labels = cut.labels.get(a["self"])
     if labels is None:
         return plain_call(node, *cut.arguments)
@@ -98,7 +98,7 @@ def _select_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) 
     return v["self"].select(a["dim"], int(alive[:index].sum()))
 
 
-def _index_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _index_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
     """Look up positions that are left along an axis of which some have gone."""
     labels = cut.labels.get(a["self"])
     if labels is None:

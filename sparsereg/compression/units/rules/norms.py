@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import Labels
 from sparsereg.compression.units.program import name_of, plain_call
-from sparsereg.compression.units.rules.table import Dead, Labeller, rule
+from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, rule
 
 
 @rule(
@@ -35,7 +35,7 @@ def batch_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     return (made, *(torch.full(v.shape, 1, dtype=torch.int32) for v in x.program.values[node][1:]))
 
 
-def _layer_norm_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _layer_norm_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
     args, kwargs = cut.arguments
     rank = len(args[1])
     return plain_call(node, (args[0], list(args[0].shape[-rank:]), *args[2:]), kwargs)
@@ -61,7 +61,7 @@ def layer_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     return torch.from_numpy(units).int().expand(labels.shape)
 
 
-def _group_norm_call(cut: Any, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _group_norm_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
     args, kwargs = cut.arguments
     whole = cut.program.values[a["input"]].shape[1]
     left = args[0].shape[1] * a["num_groups"] // whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,9 +13,6 @@ from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import Axes, Ints, Labels, live
 from sparsereg.compression.units.program import Program, bound, name_of
-
-if TYPE_CHECKING:
-    from sparsereg.compression.units.cut import Cut
 
 
 class Dead(IntEnum):
@@ -26,9 +23,29 @@ class Dead(IntEnum):
     ANYTHING = 2
 
 
+class Smaller(Protocol):
+    """What a rule may ask of a network of which something is gone.
+
+    Attributes:
+        program: the whole network.
+        labels: of each tensor; a tuple of them for several.
+        arguments: positional arguments and keyword arguments of the call, as values.
+    """
+
+    program: Program
+    labels: dict[Any, Any]
+    arguments: tuple[Any, dict[str, Any]]
+
+    def alive_along(self, labels: Labels, axis: int) -> Tensor:
+        """Which positions along an axis are left, bool (size,)."""
+
+    def left(self, labels: Labels, axis: int) -> int:
+        """How many positions along an axis are left."""
+
+
 Label = Callable[["Labeller", fx.Node, dict[str, Any]], "Labels | tuple[Labels, ...] | None"]
 """Labels of a node's output from the labels of its inputs; None where nothing can go."""
-Call = Callable[["Cut", fx.Node, dict[str, Any], dict[str, Any]], Any]
+Call = Callable[[Smaller, fx.Node, dict[str, Any], dict[str, Any]], Any]
 """Computes a node on what is left: gets the cut, the node, arguments as nodes, and as values."""
 
 
