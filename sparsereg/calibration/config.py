@@ -43,6 +43,8 @@ CAP = 1.0
 """Largest contribution of one target to the capped loss: being wrong by 100 % (and all beyond)."""
 WEIGHT_FORMATS = ("csv", "parquet")
 UNTOUCHABLE = ("error", "drop", "keep")
+MISSING_VALUES = ("error", "zero", "drop")
+DECIMALS = ("point", "comma")
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,7 @@ class MatrixProblem(Problem):
     weights: str | None = setting(
         None, "W.csv: weight and optionally id; row i is column i of the matrix; null: all ones"
     )
+    decimal: str = setting("point", "the sign in numbers of CSV files, point or comma", choices=DECIMALS)
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,7 @@ class HouseholdsProblem(Problem):
     targets: str | None = setting(None, "T.csv: name,value and optionally group,weight,measure,where,parent")
     weight: str | None = setting(None, "column of the initial weights; null: all ones")
     id: str | None = setting(None, "column that names the households; null: numbered from 0")
+    decimal: str = setting("point", "the sign in numbers of CSV files, point or comma", choices=DECIMALS)
 
 
 PROBLEMS: dict[str, type[Problem]] = {
@@ -300,6 +304,12 @@ class CalibrationRun(Settings):
         "targets that no household touches: error, drop (calibrate without) or keep",
         choices=UNTOUCHABLE,
     )
+    missing: str = setting(
+        "error",
+        "missing values in measures: error, zero (they add nothing) or drop (such households leave)",
+        choices=MISSING_VALUES,
+    )
+    missing_in: Mapping[str, str] = setting(dict, "the same for single columns, e.g. +missing_in.income=zero")
     ckpt_path: str | None = setting(None, "the checkpoint of an interrupted run, to continue it")
     checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", NOT_NEGATIVE)
     weights_format: str = setting("csv", "csv or parquet", choices=WEIGHT_FORMATS)
@@ -314,6 +324,8 @@ class CalibrationRun(Settings):
         """A place to compute, and something that decides how many households stay."""
         super().check()
         one_of(self.device.partition(":")[0], "device", DEVICES)
+        if (self.missing != "error" or self.missing_in) and not isinstance(self.problem, HouseholdsProblem):
+            raise Contradiction("{}missing needs {}problem=households: nothing is missing elsewhere")
         for name in ("bounds", "weight_bounds"):
             low, high = getattr(self, name) or (None, None)
             if isinstance(low, float) and isinstance(high, float) and low > high:

@@ -19,6 +19,7 @@ from sparsereg.calibration.config import CalibrationRun, Settings
 from sparsereg.calibration.findings import KINDS, Finding, check, gave_way, in_order, set_aside, summary
 from sparsereg.calibration.measures import measure
 from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.reading.sources import read_problem, touchable
 from sparsereg.calibration.reporting import tables as report
 from sparsereg.calibration.reporting.recorder import Recorder
@@ -114,7 +115,8 @@ def run(cfg: CalibrationRun) -> Path:
 
 def _read(cfg: CalibrationRun) -> Task:
     """Read the problem and refuse what cannot be calibrated."""
-    built = read_problem(plain(cfg.problem), _columns_named(cfg))
+    missing = Missing(cfg.missing, dict(cfg.missing_in))
+    built = read_problem(plain(cfg.problem), _columns_named(cfg), missing)
     problem, hints, dropped = touchable(built, cfg.untouchable)
     _check_budget(problem, cfg.num_households)
     found = check(problem, cfg.num_households, cfg.max_weight_ratio, cfg.hold_total, hints)
@@ -201,8 +203,9 @@ def _bounds_told(result: CalibrationResult, cfg: CalibrationRun) -> dict[str, An
     """Return how many weights are at a bound, and what an exact calibration could not meet."""
     exact = result.exact
     if exact is None:
-        most = np.inf if cfg.max_weight_ratio is None else cfg.max_weight_ratio
-        at = result.weights >= most * result.problem.starting_weights * (1 - 1e-9)
+        if cfg.max_weight_ratio is None:
+            return {"bounds_hit": 0}
+        at = result.weights >= cfg.max_weight_ratio * result.problem.starting_weights * (1 - 1e-9)
         return {"bounds_hit": int((at & result.selected).sum())}
     names = result.problem.names
     proofs = [{**c, "targets": [names[i] for i in c["targets"]]} for c in exact.certificate]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-DECIMALS = {"point": ".", "comma": ","}
+SIGNS = {"point": ".", "comma": ","}
 _MOST_CHARACTERS = 400
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _COMMA = re.compile(r"[+-]?[0-9][0-9.']*,[0-9]+")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,10 +60,16 @@ class _Values:
 
 
 class Columns:
-    """The columns of the household table, converted on first use, and masks over its rows."""
+    """The columns of the household table, converted on first use, and masks over its rows.
 
-    def __init__(self, table: pd.DataFrame, file: str):
-        self.table, self.file = table, file
+    Args:
+        table: One row per household.
+        file: Where it came from, for messages.
+        zero: Columns whose missing values add nothing where they are measured.
+    """
+
+    def __init__(self, table: pd.DataFrame, file: str, zero: Sequence[str] = ()):
+        self.table, self.file, self.zero = table, file, frozenset(zero)
         self.num_rows = len(table)
         self.known = [str(c) for c in table.columns]
         self._values: dict[str, _Values] = {}
@@ -169,7 +175,8 @@ class Columns:
                 raise InputError(f"the measure {name!r} is not numeric: {said}")
             if self.values(name).kind == "boolean":  # its sum is a count
                 table = table[name].map({True: 1, False: 0}).to_frame()
-            values = numbers(table, name, self.file)
+            values = numbers(table, name, self.file, allow_missing=name in self.zero)
+            values = np.nan_to_num(values)
             if np.abs(values).max() > np.finfo(np.float32).max:
                 raise InputError(f"{self.file}: {name} has values beyond {np.finfo(np.float32).max:.3g}")
             self._measures[name] = smallest_exact(values)

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsereg.calibration.reading.cells import DECIMALS, same_text, to_series, typed
+from sparsereg.calibration.reading.cells import SIGNS, same_text, to_series, typed
 from sparsereg.errors import InputError
 from sparsereg.files import texts_as_they_were
 
@@ -66,7 +66,7 @@ def read_csv(
         if name == id:
             return same_text(texts)
         whole = as_text if isinstance(as_text, bool) else name in as_text
-        return texts if whole else typed(texts, DECIMALS[decimal])
+        return texts if whole else typed(texts, SIGNS[decimal])
 
     named = list(_named(file, header, columns))
     table = pd.DataFrame({name: to_series(converted(name, texts)) for name, texts in named})

@@ -21,6 +21,7 @@ from sparsereg.calibration.problem import CalibrationProblem, exact_totals
 from sparsereg.calibration.reading.cells import numbers, row
 from sparsereg.calibration.reading.columns import Columns, why_empty
 from sparsereg.calibration.reading.conditions import Condition, conjuncts, equality, parse
+from sparsereg.calibration.reading.missing import REFUSED, Missing
 from sparsereg.calibration.reading.tables import require_column
 from sparsereg.errors import InputError, did_you_mean
 
@@ -169,6 +170,7 @@ def build(
     id: str | None = None,
     file: str = "the household table",
     columns: Sequence[str] = (),
+    missing: Missing = REFUSED,
 ) -> BuiltProblem:
     """Build the problem: one row per target, one column per household, never dense.
 
@@ -179,18 +181,24 @@ def build(
         id: Column that names the households; None: their position, from 0.
         file: Where the households came from, for messages.
         columns: Columns of numbers that are wanted besides.
+        missing: What becomes of missing values in measures.
 
     Raises:
         InputError: An unknown column, a condition that is none, a measure that is not numeric, a missing
             value in a measure, a weight or an id, an id twice; the message names the place.
     """
-    matrix, hints = target_matrix(households, targets, file)
+    measures = [m for m in (*targets.measures, *targets.of) if m and m != _COUNT]
+    missing.check(measures)
+    stay = missing.staying(households, measures, file)
+    filled = [*missing.columns("zero", measures), *missing.columns("drop", measures)]
+    matrix, hints = target_matrix(households, targets, file, zero=filled)
     weights = initial_weights(households, weight, file)
+    weights = np.where(stay, 1.0 if weights is None else weights, 0.0)  # of weight 0: not in the survey
     problem = CalibrationProblem(
         matrix=matrix,
         initial_weights=weights,
         ids=unique_ids(households, id, file),
-        denominators=_denominators(households, targets, weights, file),
+        denominators=_denominators(households, targets, weights, file, filled),
         **targets.numbers(),
     )
     return BuiltProblem(problem, hints, columns_of(households, columns, file))
@@ -208,7 +216,11 @@ def columns_of(households: pd.DataFrame, names: Sequence[str], file: str) -> dic
 
 
 def _denominators(
-    households: pd.DataFrame, targets: TargetTable, weights: np.ndarray | None, file: str
+    households: pd.DataFrame,
+    targets: TargetTable,
+    weights: np.ndarray | None,
+    file: str,
+    zero: Sequence[str],
 ) -> sp.csr_array | None:
     """Build the denominators of the ratios, targets x households; None without ratios."""
     ratio = targets.is_ratio
@@ -216,7 +228,7 @@ def _denominators(
         return None
     measures = tuple("" if of == _COUNT else of for of in targets.of)
     below = replace(targets, measures=measures, wheres=targets.of_wheres)
-    matrix, hints = target_matrix(households, below, file, ratio)
+    matrix, hints = target_matrix(households, below, file, ratio, zero)
     totals = exact_totals(matrix, np.ones(len(households)) if weights is None else weights)
     for i in np.flatnonzero(ratio & (totals == 0)):
         reason = hints.get(int(i), "it adds up to 0 with the initial weights")
@@ -229,6 +241,7 @@ def target_matrix(
     targets: TargetTable,
     file: str = "the household table",
     only: np.ndarray | None = None,
+    zero: Sequence[str] = (),
 ) -> tuple[sp.csr_array, dict[int, str]]:
     """Build the matrix, targets x households, and the likely reason of each row without an entry.
 
@@ -237,11 +250,12 @@ def target_matrix(
         targets: Their ``measures`` and ``wheres`` are used, the values are not.
         file: Where the households came from, for messages.
         only: A mask of the targets whose rows are wanted, the others stay empty; None: all.
+        zero: Columns whose missing values add nothing to a total.
 
     Raises:
         InputError: As ``build``.
     """
-    columns = Columns(households, file)
+    columns = Columns(households, file, zero)
     wanted = range(len(targets.names)) if only is None else np.flatnonzero(only).tolist()
     conditions = {i: _parsed(targets, i, columns) for i in wanted}
     plans = {i: _plan(c, columns) for i, c in conditions.items()}

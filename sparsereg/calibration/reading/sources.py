@@ -21,18 +21,22 @@ from sparsereg.calibration.reading.households import (
     unique_ids,
 )
 from sparsereg.calibration.reading.matrix_file import read_matrix
+from sparsereg.calibration.reading.missing import REFUSED, Missing
 from sparsereg.calibration.reading.synthetic import synthetic_tables
 from sparsereg.calibration.reading.tables import read_table
 from sparsereg.errors import InputError, did_you_mean
 from sparsereg.files import write_table
 
 
-def read_problem(choice: Mapping[str, Any], columns: Sequence[str] = ()) -> BuiltProblem:
+def read_problem(
+    choice: Mapping[str, Any], columns: Sequence[str] = (), missing: Missing = REFUSED
+) -> BuiltProblem:
     """Read or make the problem that the configuration names.
 
     Args:
         choice: The keys of one of configs/problem/*.yaml; ``kind`` is a key of ``KINDS``.
         columns: Columns of the household table, or of the table of weights, that settings name.
+        missing: What becomes of missing values in measured columns.
 
     Raises:
         InputError: A file is missing or wrong; the message names the place.
@@ -42,10 +46,10 @@ def read_problem(choice: Mapping[str, Any], columns: Sequence[str] = ()) -> Buil
         raise InputError(
             f"problem.kind={kind}: expected one of {', '.join(KINDS)}{did_you_mean(kind, list(KINDS))}"
         )
-    return KINDS[kind](choice, columns)
+    return KINDS[kind](choice, columns, missing)
 
 
-def _synthetic(choice: Mapping[str, Any], columns: Sequence[str]) -> BuiltProblem:
+def _synthetic(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing) -> BuiltProblem:
     households, targets = synthetic_tables(
         choice["households"], choice["targets"], choice["seed"], choice["disagreement"]
     )
@@ -56,17 +60,18 @@ def _synthetic(choice: Mapping[str, Any], columns: Sequence[str]) -> BuiltProble
                 raise InputError(f"problem.tables: {folder / name} is there already and is not overwritten")
             write_table(folder / name, table)
     checked = target_table(targets, "the synthetic targets")
-    return build(households, checked, "weight", "household_id", "the synthetic survey", columns)
+    return build(households, checked, "weight", "household_id", "the synthetic survey", columns, missing)
 
 
-def _households(choice: Mapping[str, Any], columns: Sequence[str]) -> BuiltProblem:
-    targets = _read_targets(choice["targets"])
-    households = read_table(choice["households"], id=choice["id"])
-    return build(households, targets, choice["weight"], choice["id"], str(choice["households"]), columns)
+def _households(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing) -> BuiltProblem:
+    targets = _read_targets(choice["targets"], choice["decimal"])
+    file = choice["households"]
+    households = read_table(file, id=choice["id"], decimal=choice["decimal"])
+    return build(households, targets, choice["weight"], choice["id"], str(file), columns, missing)
 
 
-def _matrix(choice: Mapping[str, Any], columns: Sequence[str]) -> BuiltProblem:
-    targets = _read_targets(choice["targets"])
+def _matrix(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing) -> BuiltProblem:
+    targets = _read_targets(choice["targets"], choice["decimal"])
     if any(targets.measures) or any(targets.wheres) or targets.is_ratio.any():
         raise InputError(
             f"{targets.file} has measure, where or of, which only problem=households uses;"
@@ -84,32 +89,32 @@ def _matrix(choice: Mapping[str, Any], columns: Sequence[str]) -> BuiltProblem:
 
     matrix = read_matrix(choice["matrix"], check_shape)
     weights, ids, named = _matrix_weights(
-        choice["weights"], int(matrix.shape[1]), str(choice["matrix"]), columns
+        choice["weights"], int(matrix.shape[1]), str(choice["matrix"]), columns, choice["decimal"]
     )
     problem = CalibrationProblem(matrix=matrix, initial_weights=weights, ids=ids, **targets.numbers())
     hints = {int(i): f"row {int(i) + 1} of the matrix is all zero" for i in empty_rows(problem.matrix)}
     return BuiltProblem(problem, hints, named)
 
 
-KINDS: dict[str, Callable[[Mapping[str, Any], Sequence[str]], BuiltProblem]] = {
+KINDS: dict[str, Callable[[Mapping[str, Any], Sequence[str], Missing], BuiltProblem]] = {
     "synthetic": _synthetic,
     "matrix": _matrix,
     "households": _households,
 }
 
 
-def _read_targets(file: str) -> TargetTable:
-    return target_table(read_table(file, as_text=TARGET_TEXTS), str(file))
+def _read_targets(file: str, decimal: str) -> TargetTable:
+    return target_table(read_table(file, as_text=TARGET_TEXTS, decimal=decimal), str(file))
 
 
 def _matrix_weights(
-    file: str | None, num_households: int, matrix: str, columns: Sequence[str]
+    file: str | None, num_households: int, matrix: str, columns: Sequence[str], decimal: str
 ) -> tuple[np.ndarray | None, np.ndarray | None, dict[str, np.ndarray]]:
     if file is None:
         if columns:
             raise InputError(f"the column {columns[0]!r} needs problem.weights=W.csv, a table that has it")
         return None, None, {}
-    table = read_table(file, id="id")
+    table = read_table(file, id="id", decimal=decimal)
     if len(table) != num_households:
         raise InputError(
             f"{file} has {len(table):,} weights, but {matrix} has {num_households:,} columns (households)"

@@ -415,3 +415,25 @@ def test_wrong_settings_of_an_exact_calibration(columns, more, message):
     with pytest.raises(InputError, match=message):
         run(*given, *more)
     assert not Path("outputs").exists()
+
+
+def test_a_european_file_with_missing_values(tmp_path):
+    rows = [f"{i:03d};{1 + i % 3},5;{'' if i == 7 else i * 10}" for i in range(40)]
+    (tmp_path / "H.csv").write_text("\n".join(["id;w;income", *rows, ""]), encoding="utf-8")
+    (tmp_path / "T.csv").write_text("name;value;measure;where\nall;120,5;;\nincome;20000,25;income;\n")
+    files = [f"problem.households={tmp_path / 'H.csv'}", f"problem.targets={tmp_path / 'T.csv'}"]
+    choice = [
+        "problem=households", *files,
+        "problem.weight=w", "problem.id=id", "plots=false", "tensorboard=false",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"value must be a finite number, .* say problem.decimal=comma"):
+        run(*choice)
+    with pytest.raises(InputError, match="income must be a finite number, but it is missing in row 9"):
+        run(*choice, "problem.decimal=comma")
+    folder, results = run(*choice, "problem.decimal=comma", "missing=drop")
+    assert (results["kept"], results["zero_initial_weights"], results["method"]) == (39, 1, "all")
+    weights = pd.read_csv(folder / "weights.csv", dtype={"id": str})
+    assert weights.id.tolist() == [f"{i:03d}" for i in range(40) if i != 7]
+    assert weights.initial_weight.iloc[:2].tolist() == [1.5, 2.5]
+    with pytest.raises(InputError, match="missing needs problem=households"):
+        run("missing=zero")
