@@ -10,7 +10,7 @@ Source: Deville and Sarndal, Calibration estimators in survey sampling, JASA 87 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg as sl
@@ -29,6 +29,10 @@ _LEAST_DAMPING, _MOST_DAMPING = 1e-14, 1e-2
 """Range of what is added to the diagonal, as a share of it."""
 _STALLED = 12
 """Steps without progress after which the iteration ends."""
+_DEPENDENT = 1e-12
+"""Share of its squared length that a row must have beside all others, to be independent of them."""
+_LONGEST = 16.0
+"""Longest step, in steps of Newton."""
 ROUNDED = 1e-7
 """Error that may be the targets' own: sums of others that were rounded. Nothing is gained by more steps."""
 
@@ -82,6 +86,12 @@ class Dual:
     distance: Distance
     slack: Slack
 
+    def take(self, targets: np.ndarray) -> Dual:
+        """Return the problem of some targets only."""
+        slack = Slack(self.slack.price[targets], self.slack.band[targets], self.slack.stiffness[targets])
+        rows = sp.csr_array(self.rows[targets])
+        return replace(self, rows=rows, targets=self.targets[targets], slack=slack)
+
     def diagonal(self) -> np.ndarray:
         """Slope of each total by its own multiplier where no bound holds, > 0."""
         diagonal = self.rows.power(2) @ (self.weights * self.factors)
@@ -129,11 +139,41 @@ class _State:
 def solve(dual: Dual, start: np.ndarray | None = None, most_steps: int = _MOST_STEPS) -> Solution:
     """Find multipliers at which totals and slacks add up to the targets.
 
+    Targets that are sums of others are left out meanwhile: they are met if they agree with those.
+
     Args:
         dual: The problem.
         start: Multipliers to start from; None: 0.
         most_steps: Give up after so many steps; the best point is returned.
     """
+    chosen = _independent(dual)
+    if len(chosen) == len(dual.targets):
+        return _iterate(dual, start, most_steps)
+    part = _iterate(dual.take(chosen), None if start is None else start[chosen], most_steps)
+    multipliers = np.zeros(len(dual.targets))
+    multipliers[chosen] = part.multipliers
+    slack, _ = dual.slack.respond(multipliers)
+    error = np.abs(dual.rows @ part.weights + slack - dual.targets)
+    return Solution(part.weights, multipliers, float(error.max()), part.steps)
+
+
+def _independent(dual: Dual) -> np.ndarray:
+    """Indices of targets of which no hard one is a sum of others, ascending."""
+    num_targets = len(dual.targets)
+    hard = np.flatnonzero(np.isinf(dual.slack.price) & (dual.slack.band == 0))
+    if num_targets > _MOST_DENSE or len(hard) < 2:
+        return np.arange(num_targets)
+    rows = dual.rows[hard]
+    spread = sp.csr_array(rows @ sp.diags_array(np.sqrt(dual.weights * dual.factors)))
+    square = np.asarray((spread @ spread.T).toarray())
+    root = np.sqrt(np.maximum(square.diagonal(), np.finfo(np.float64).tiny))
+    _, order, rank, _ = sl.lapack.dpstrf(square / root[:, None] / root, tol=_DEPENDENT, lower=1)
+    left_out = hard[order[rank:] - 1]
+    return np.setdiff1d(np.arange(num_targets), left_out)
+
+
+def _iterate(dual: Dual, start: np.ndarray | None, most_steps: int) -> Solution:
+    """Newton's iteration from some multipliers."""
     newton = _Newton(dual)
     multipliers = np.zeros(len(dual.targets)) if start is None else start
     state = best = _State(dual, multipliers, newton.columns @ multipliers)
@@ -169,7 +209,7 @@ def _length(dual: Dual, state: _State, direction: np.ndarray, along: np.ndarray)
     first = float(state.gradient @ direction)
     short, long = 0.0, 1.0
     at_short, at_long = first, slope(1.0)
-    while at_long < 0.5 * first and long < 1e6:
+    while at_long < 0.5 * first and long < _LONGEST:
         short, at_short, long = long, at_long, 4.0 * long
         at_long = slope(long)
     if at_long <= 0.5 * abs(first):
