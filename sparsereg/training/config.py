@@ -112,7 +112,7 @@ class Finetune(Settings):
 class Distill(Settings):
     """Learn from a trained network, too."""
 
-    ckpt_path: str | None = setting(None, "its checkpoint")
+    ckpt_path: str | None = setting(None, "its checkpoint, or the folder of its run")
     weight: float = setting(0.5, "of the teacher's answers; the labels get the rest", SHARE)
     temperature: float = setting(2.0, "by which logits are divided", POSITIVE)
 
@@ -214,7 +214,7 @@ class Training(Settings):
         "what lambda_l0 is the price of: gates (L_C0) or weights (as in the paper)",
         choices=PENALTIES,
     )
-    ckpt_path: str | None = setting(None, "a checkpoint to start from, or to resume")
+    ckpt_path: str | None = setting(None, "a checkpoint, or the folder of a run, to start from or to resume")
     resume_training: bool = setting(False, "continue that run exactly: optimizer, schedules, epoch, gates")
     without_using_gate: bool = setting(False, "train the plain network, with no gates and no penalty")
     seed: int = setting(0, "initial weights, order and augmentation of the images, noise of the gates", SEED)
@@ -327,7 +327,7 @@ EXPORTS = ("onnx", "pt2")
 class Evaluation(Settings):
     """Test a checkpoint. `python test.py --help` explains the keys."""
 
-    ckpt_path: str | None = setting(None, "a checkpoint that train.py wrote")
+    ckpt_path: str | None = setting(None, "a checkpoint that train.py wrote, or the folder of a run")
     seed: int = setting(0, "of everything drawn", SEED)
     compact: bool = setting(False, "write compacted.pt beside the checkpoint and test it, too")
     export: str | None = setting(
