@@ -173,11 +173,12 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def numbers(results: Path) -> dict[str, object]:
-    """Return a results.json without what differs between equal runs: times and paths."""
+    """Return a results.json without what differs between equal runs: times, paths, where it went on."""
 
     def kept(node: object) -> object:
         if isinstance(node, dict):
-            return {k: kept(v) for k, v in node.items() if "second" not in k and "time" not in k}
+            left_out = ("second", "time", "resumed")
+            return {k: kept(v) for k, v in node.items() if not any(word in k for word in left_out)}
         if isinstance(node, list):
             return [kept(v) for v in node]
         return None if isinstance(node, str) and "/" in node else node
