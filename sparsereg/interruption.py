@@ -74,6 +74,7 @@ def guard(given: list[str] | None = None) -> Iterator[None]:
         return
     mine = _guard = _Guard(os.getpid(), _command(sys.argv[1:] if given is None else given))
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    unraisable, sys.unraisablehook = sys.unraisablehook, _on_unraisable
     install()
     try:
         yield
@@ -88,6 +89,7 @@ def guard(given: list[str] | None = None) -> Iterator[None]:
         raise SystemExit(128 + mine.asked) from None
     finally:
         _guard = None
+        sys.unraisablehook = unraisable
         _raise_again_after(0.0)
         for number, handler in before.items():
             # A process that ends has no use for a traceback of one more Ctrl-C.
@@ -160,11 +162,19 @@ def _end_as_usual(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def _on_unraisable(info: "sys.UnraisableHookArgs") -> None:
+    """Raise at once again what met a destructor, where Python cannot raise it and only prints it."""
+    if isinstance(info.exc_value, Interrupted):
+        _raise_again_after(0.01)
+    else:
+        sys.__unraisablehook__(info)
+
+
 def _raise_again_after(seconds: float) -> None:
-    """Raise again later what code without an except for it may swallow, a destructor for example."""
+    """Raise again later what code without an except for it may swallow."""
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, _on_alarm if seconds else signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S if seconds else 0.0)
 
 
 def _on_alarm(number: int, frame: FrameType | None) -> None:

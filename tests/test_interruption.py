@@ -104,3 +104,29 @@ def test_processes_of_one_run_end_together(tmp_path):
     process = start(tmp_path, *TRAIN, "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=200")
     _, command = end(process, signal.SIGTERM, exists(tmp_path, "outputs/train/**/last.ckpt"))
     assert command.endswith("last.ckpt resume_training=true")
+
+
+def test_a_destructor_that_is_interrupted_is_quiet_and_the_process_ends(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        """
+import time
+from pathlib import Path
+from sparsereg.interruption import guard
+
+class Slow:
+    def __del__(self):
+        Path("begun").touch()
+        time.sleep(30)
+
+with guard():
+    thing = Slow()
+    del thing
+    time.sleep(60)
+"""
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "slow.py"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
+    _, said = end(process, signal.SIGTERM, exists(tmp_path, "begun"))
+    assert said.endswith("slow.py")

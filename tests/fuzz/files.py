@@ -626,7 +626,7 @@ def evil_pickle(path: Path, rng: random.Random) -> None:
 
 def _json_inside(content: Any, rng: random.Random) -> None:
     """Change the description of a network, which is JSON in a string."""
-    texts = [(p, k) for p, k in places(content) if isinstance(p[k], str) and p[k][:2] in ('{"', '[{', '[["')]
+    texts = [(p, k) for p, k in places(content) if isinstance(p[k], str) and p[k][:2] in ('{"', "[{", '[["')]
     if not texts:
         return _evil_values(content, rng)
     place, key = rng.choice(texts)

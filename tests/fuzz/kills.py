@@ -54,9 +54,10 @@ SCENARIOS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass
 class Reference:
-    """An uninterrupted run."""
+    """An uninterrupted run: how long it took, when it had its first checkpoint, what it gave."""
 
     seconds: float
+    saved: float
     numbers: object
 
 
@@ -133,10 +134,12 @@ class Kills:
         if name not in self.references:
             script, arguments = SCENARIOS[name]
             folder = self._folder(f"reference-{name.replace(' ', '-')}")
-            outcome = process.run(script, list(arguments), folder, limit=self.limit, real=self.real)
+            running = process.start(script, list(arguments), folder, limit=self.limit, real=self.real)
+            saved = until_saved(running, folder)
+            outcome = running.wait()
             if outcome.code:
                 raise RuntimeError(f"{process.command(script, list(arguments))}: {outcome.err}")
-            self.references[name] = Reference(outcome.seconds, final(folder, outcome))
+            self.references[name] = Reference(outcome.seconds, saved, final(folder, outcome))
             base.remove(folder)
         return self.references[name]
 
@@ -158,16 +161,18 @@ class Kills:
         sent = rng.choice(list(SIGNALS))
         elsewhere = self.elsewhere if rng.random() < 0.5 else None
         scratch = tempfile.mkdtemp(dir=elsewhere) if elsewhere else None
-        earliest = 0.0 if rng.random() < 0.2 else 0.2  # most of them where something can be lost
-        moment = rng.uniform(earliest, 1.02) * reference.seconds
+        early = rng.random() < 0.25  # most of them where something can be lost
+        moment = rng.uniform(0, reference.saved if early else 1.02 * (reference.seconds - reference.saved))
         self.about = (
-            f"{self.scenario[0]}, SIG{sent} after {moment:.2f} of {reference.seconds:.2f} s, "
+            f"{self.scenario[0]}, SIG{sent} {moment:.2f} s after {'start' if early else 'the first checkpoint'}, "
             f"TMPDIR {'elsewhere' if scratch else 'here'}"
         )
         environment = {"TMPDIR": scratch} if scratch else {}
         running = process.start(
             script, list(arguments), folder, limit=self.limit, real=self.real, environment=environment
         )
+        if not early:
+            until_saved(running, folder)
         time.sleep(moment)
         outcome = running.poll()
         if outcome is None:
@@ -241,6 +246,22 @@ class Kills:
         if not found:
             base.remove(folder)
         return found
+
+
+def until_saved(running: process.Running, folder: Path) -> float:
+    """Wait for the first checkpoint, or job of a sweep, beyond those of the base; return the seconds."""
+    marks = (
+        "calibrate/version_*/checkpoint.pt",
+        "train/tblog/lightning_logs/version_*/checkpoints/last.ckpt",
+        "*/multirun/*/0/job.json",
+    )
+    outputs = folder / "outputs"
+    known = {path for mark in marks for path in outputs.glob(mark)}
+    while not running.ended() and running.asked is False:
+        if any(path not in known for mark in marks for path in outputs.glob(mark)):
+            return time.monotonic() - running.started
+        time.sleep(0.004)
+    return time.monotonic() - running.started
 
 
 def end_of_kill(outcome: Outcome, sent: str) -> list[str]:

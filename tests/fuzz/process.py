@@ -92,6 +92,10 @@ class Running:
         )
         return Outcome(128 - code if code < 0 else code, out, err, seconds, self.asked, left)
 
+    def ended(self) -> bool:
+        """Whether the process has ended; its outcome can still be polled."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def signal(self, number: int) -> None:
         """Send a signal to the process alone, if it is still there."""
         with contextlib.suppress(ProcessLookupError):
