@@ -22,14 +22,14 @@ from .process import Outcome
 
 SIGNALS = {"KILL": (signal.SIGKILL, 137), "TERM": (signal.SIGTERM, 143), "INT": (signal.SIGINT, 130)}
 _EPOCHS = [
-    "trainer=cpu", "trainer.max_epochs=5", "trainer.limit_train_batches=6",
+    "trainer=cpu", "trainer.max_epochs=4", "trainer.limit_train_batches=4",
     "trainer.enable_progress_bar=false",
     "callbacks.batch_norm.num_images=64", "callbacks.batch_norm.batch_size=16", "data.batch_size=16",
     "data.eval_batch_size=64",
 ]  # fmt: skip
 _CALIBRATION = [
-    "problem.households=1500",
-    "problem.targets=150",
+    "problem.households=800",
+    "problem.targets=80",
     "plots=false",
     "tensorboard=false",
     "checkpoint_seconds=0",
@@ -45,7 +45,7 @@ SCENARIOS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sweep": ("train", (*base.DIGITS, *base.FAST, "-m", "lambda_l0=0.5,1,2")),
     "pruning": ("calibrate", (*_CALIBRATION, "num_households=150", "holdout.groups=null")),
     "gates on households": ("calibrate", (*_CALIBRATION, "num_households=150", "method=hard_concrete",
-    "epochs=150", "holdout.groups=null")),
+    "epochs=100", "holdout.groups=null")),
     "hold-out": ("calibrate", (*_CALIBRATION, "num_households=150", "holdout.folds=2")),
     "sweep of calibrations": ("calibrate", (*[a for a in base.SURVEY if not a.startswith("num_h")], "-m",
     "num_households=50,60,70")),
@@ -164,7 +164,8 @@ class Kills:
         early = rng.random() < 0.25  # most of them where something can be lost
         moment = rng.uniform(0, reference.saved if early else 1.02 * (reference.seconds - reference.saved))
         self.about = (
-            f"{self.scenario[0]}, SIG{sent} {moment:.2f} s after {'start' if early else 'the first checkpoint'}, "
+            f"{self.scenario[0]}, SIG{sent} {moment:.2f} s "
+            f"after {'the start' if early else 'the first checkpoint'}, "
             f"TMPDIR {'elsewhere' if scratch else 'here'}"
         )
         environment = {"TMPDIR": scratch} if scratch else {}
@@ -257,7 +258,7 @@ def until_saved(running: process.Running, folder: Path) -> float:
     )
     outputs = folder / "outputs"
     known = {path for mark in marks for path in outputs.glob(mark)}
-    while not running.ended() and running.asked is False:
+    while not running.ended() and time.monotonic() - running.started < running.limit:
         if any(path not in known for mark in marks for path in outputs.glob(mark)):
             return time.monotonic() - running.started
         time.sleep(0.004)
