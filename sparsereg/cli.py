@@ -10,9 +10,10 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,6 +67,8 @@ def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command_line = sys.argv[:]
     failed: list[Exception] = []
+    made: dict[str, str] = {}
+    threading.excepthook = _quiet_about_no_room
 
     def task(cfg: DictConfig) -> None:
         sys.argv[:] = command_line  # processes that Lightning starts get the user's arguments
@@ -85,7 +88,8 @@ def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
         _implied[:] = [c for c in choices(given) if c.partition("=")[0] not in named]
         sys.argv[1:] = [*_implied, *given]
         OmegaConf.register_new_resolver("checkpoint_of_job", _checkpoint_of_job, replace=True)
-        OmegaConf.register_new_resolver("sweep_folder", _sweep_folder(given), replace=True, use_cache=True)
+        folder = _sweep_folder(given, made)
+        OmegaConf.register_new_resolver("sweep_folder", folder, replace=True, use_cache=True)
         OmegaConf.register_new_resolver("settings_of", _settings_told, replace=True)
         with _of_hydra():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
@@ -98,7 +102,9 @@ def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
         sys.exit(141)
     except Exception as error:
         interruption.check()  # what went wrong because of it, a worker that was ended, say, is of it
-        sys.exit(report(name, error))
+        code = report(name, error)
+        _remove_unused(made.values())
+        sys.exit(code)
 
 
 def _overrides_first(arguments: list[str]) -> list[str]:
@@ -110,14 +116,14 @@ def _overrides_first(arguments: list[str]) -> list[str]:
     return sorted(arguments, key=lambda a: a.startswith("-") or not ("=" in a or a.startswith("~")))
 
 
-def _sweep_folder(given: list[str]) -> Callable[[str], str]:
+def _sweep_folder(given: list[str], made: dict[str, str]) -> Callable[[str], str]:
     """Return the resolver of ``hydra.sweep.dir``: it makes the folder, once, so that no other sweep has it.
 
     Args:
         given: the user's arguments; when they only ask to show the configuration, nothing is made.
+        made: takes the folder.
     """
     shown = any(a.startswith(("--cfg", "-c", "--info", "--help", "--hydra-help")) for a in given)
-    made: dict[str, str] = {}
 
     def resolve(parent: str) -> str:
         if parent not in made:
@@ -126,6 +132,21 @@ def _sweep_folder(given: list[str]) -> Callable[[str], str]:
         return made[parent]
 
     return resolve
+
+
+def _remove_unused(folders: Iterable[str]) -> None:
+    """Remove folders of sweeps that came to no job; Hydra's own file in them may be half."""
+    for folder in map(Path, folders):
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"multirun.yaml"}:
+            with contextlib.suppress(OSError):
+                (folder / "multirun.yaml").unlink(missing_ok=True)
+                folder.rmdir()
+
+
+def _quiet_about_no_room(args: threading.ExceptHookArgs) -> None:
+    """A thread that writes events and finds no room: the main thread gets the error, and says it."""
+    if no_room(args.exc_value) is None:
+        threading.__excepthook__(args)
 
 
 def _settings_told(name: str, *, _root_: DictConfig) -> str:

@@ -1,6 +1,7 @@
 """Sweeps go on past a failed job, name it, do not repeat finished jobs, and end with a table and a plot."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -75,3 +76,14 @@ def test_a_second_sweep_in_a_named_folder_is_refused(run, tiny, tmp_path):
 def test_showing_a_configuration_makes_no_folder(run, tmp_path):
     assert run("train", "--cfg", "hydra", "--resolve", "-p", "hydra.sweep.dir").code == 0
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_sweep_that_finds_no_room_leaves_no_half_file(run, tiny, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, hard))
+    try:
+        refused = run("train", "-m", *tiny, "lambda_l0=0.5,1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert refused.code == 2
+    assert list((tmp_path / "outputs" / "train" / "multirun").iterdir()) == []
