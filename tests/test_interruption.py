@@ -130,3 +130,42 @@ with guard():
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
     _, said = end(process, signal.SIGTERM, exists(tmp_path, "begun"))
     assert said.endswith("slow.py")
+
+
+SLOW_TO_END = """
+import time
+from sparsereg.interruption import Interrupted, guard
+with guard():
+    try:
+        print("ready", flush=True); time.sleep(60)
+    except Interrupted:
+        print("ending", flush=True); time.sleep(60)
+"""
+SWALLOWS = """
+import time
+from sparsereg import interruption
+interruption._AGAIN_S = 0.1
+with interruption.guard():
+    try:
+        print("ready", flush=True); time.sleep(60)
+    except BaseException:
+        pass
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("program", [SLOW_TO_END, SWALLOWS], ids=["a second Ctrl-C", "a library swallows it"])
+def test_nothing_holds_an_end_up(program):
+    pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        if program is SLOW_TO_END:
+            assert process.stdout.readline() == "ending\n"
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.startswith("interrupted; to continue: ")
+    assert "Traceback" not in err
