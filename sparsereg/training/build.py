@@ -1,6 +1,7 @@
 """From a configuration to the objects of a run: data, network, LightningModule, Trainer."""
 
 import ctypes
+import inspect
 import logging
 import os
 import platform
@@ -24,7 +25,7 @@ from sparsereg.compression import Accountant, storage
 from sparsereg.data import ImageDataModule
 from sparsereg.data.cifar10 import Cifar10
 from sparsereg.data.mnist import Mnist
-from sparsereg.errors import InputError
+from sparsereg.errors import InputError, nearest
 from sparsereg.files import new_version
 from sparsereg.model.basic_l0_blocks import synchronise_batch_norm
 from sparsereg.penalties import hard_concretes
@@ -498,6 +499,10 @@ def check_trainer(cfg: Training, multirun: bool) -> None:
             "-m and trainer=ddp do not work together: every process would start the whole sweep again; "
             "give trainer.strategy=ddp_fork, or one run at a time"
         )
+    known = [f"trainer.{name}" for name in (*inspect.signature(pl.Trainer).parameters, *OWN_TRAINER_KEYS)]
+    for key in (f"trainer.{name}" for name in trainer.others):
+        if key not in known:
+            raise InputError(f"unknown key {key!r}{nearest(key, known)}")
     build_trainer(cfg, [])
 
 

@@ -29,6 +29,7 @@ from .conftest import write_images
         ("trainer.limit_train_batches=1e-9", "less than one of the 5 batches"),
         ("trainer.overfit_batches=1e-9", "less than one of the 5 batches"),
         ("trainer.val_check_interval=99", "trainer.val_check_interval=99: expected 5 at most"),
+        ("+trainer.max_epoch=3", "unknown key 'trainer.max_epoch': did you mean 'trainer.max_epochs'"),
         ("lambda_l0=nan", "lambda_l0=nan"),
         ("lambda_l0=1,2", "lambda_l0"),
         ("droprate_init=0", "droprate_init=0: expected a rate in (0, 1)"),
