@@ -33,6 +33,11 @@ def _bilinear(x: Any, weight: Any, y: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * x[0] * math.prod(weight)
 
 
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Shapes (batch, heads, length, size); a causal mask is not taken off."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
 FORMULAS: dict[Any, Callable[..., int]] = {
     aten.mv: _matrix_times_vector,
     aten.addmv: _added_matrix_times_vector,
@@ -40,6 +45,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten.vdot: _dot,
     aten.addbmm: _added_batch_of_products,
     aten._trilinear: _bilinear,
+    # Until 2.12 at least, torch counts attention on other devices than the CPU only.
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
 }
 """Floating-point operations from the shapes of the arguments, two for each multiply-accumulate operation."""
 
