@@ -419,7 +419,8 @@ def _callbacks_misfit(states: dict[str, Any], callbacks: Sequence[pl.Callback]) 
         for key, value in found.items():
             if isinstance(callback, ModelCheckpoint) and key != "best_model_score":
                 continue
-            if not (value is None or _is_finite(value)):
+            unset = value is None and expected.get(key) is None
+            if not (unset or _is_finite(value)):
                 return f"{where}.{key} in it is not a finite number"
     return ""
 
