@@ -147,7 +147,7 @@ def test_what_is_no_number_is_no_weight_measure_or_target(tmp_path, cell):
         [1 + 2j, 3],
         [[1], [2]],
         [b"1", b"2"],
-        [10**400, 1],
+        pd.Series([10**400, 1], dtype=object),
         [decimal.Decimal("Infinity"), decimal.Decimal(1)],
     ],
 )
