@@ -179,7 +179,7 @@ def run(study: Study, archives: dict[str, Path]) -> pd.DataFrame:
 
 
 def read_sweeps(study: Study, paths: list[Path]) -> pd.DataFrame:
-    """Return the rows of multiruns that were run before, as :func:`run` does.
+    """Return the rows of multiruns that were run before, as ``run`` does.
 
     Args:
         study: that they belong to.
@@ -187,7 +187,7 @@ def read_sweeps(study: Study, paths: list[Path]) -> pd.DataFrame:
             by their folders.
 
     Raises:
-        InputError: see :func:`read_sweep`.
+        InputError: see ``read_sweep``.
     """
     labels = list(study.sweeps) if len(paths) == len(study.sweeps) else [p.parent.name for p in paths]
     tables = [read_sweep(path, label) for path, label in zip(paths, labels, strict=True)]

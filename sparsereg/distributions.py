@@ -4,7 +4,7 @@ A gate z = min(1, max(0, s (zeta - gamma) + gamma)) is a binary concrete variabl
 to (gamma, zeta) and clipped to [0, 1], so that it is exactly 0 and exactly 1 with finite probability
 and still differentiable in its location ``log_alpha`` in between.
 
-The mathematics are pure functions of tensors; :class:`HardConcrete` is the state (``log_alpha`` and a
+The mathematics are pure functions of tensors; ``HardConcrete`` is the state (``log_alpha`` and a
 temperature). Image gates, weight gates, selectors and the survey calibration all call these functions.
 
 Source: Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization",
@@ -61,7 +61,7 @@ def p_active(
 def log_alpha_at(
     p: float | Tensor, temperature: float = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
 ) -> Any:
-    """Location at which P(z > 0) equals ``p``: the inverse of :func:`p_active`.
+    """Location at which P(z > 0) equals ``p``: the inverse of ``p_active``.
 
     Args:
         p: probability in (0, 1), a number or a tensor.
@@ -182,7 +182,7 @@ def gated_product(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return weight * z for a fresh draw z: :func:`sample` and a product in one pass over memory.
+    """Return weight * z for a fresh draw z: ``sample`` and a product in one pass over memory.
 
     A matrix with a gate on every weight is far larger than its activations, and each temporary of
     its size costs as much as the layer's matrix product. This makes two of them forward (z and the
@@ -206,7 +206,7 @@ def gated_product(
 
 
 BLOCK = 32_000
-"""Elements that :func:`gated_product` works on at once. A handful of such blocks fit a core's cache, and
+"""Elements that ``gated_product`` works on at once. A handful of such blocks fit a core's cache, and
 PyTorch does not split less than 32,768 over threads: waiting for each other costs threads more than it
 saves here, above all on a machine with other work to do."""
 
@@ -290,7 +290,7 @@ def _wide(x: Tensor) -> Tensor:
 class HardConcrete(nn.Module):
     """A tensor of Hard Concrete gates: holds ``log_alpha`` and the temperature, draws z.
 
-    In training mode a call draws gates; in eval mode it returns their medians (:func:`gate_median`).
+    In training mode a call draws gates; in eval mode it returns their medians (``gate_median``).
     The temperature is part of the state dict (as extra state), since the eval output depends on it.
 
     Args:
@@ -402,7 +402,7 @@ class HardConcrete(nn.Module):
         return z
 
     def sample(self, batch_shape: Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
-        """Draw gates of shape (\\*batch_shape, \\*gate_size), whatever the mode. See :func:`sample`."""
+        """Draw gates of shape (\\*batch_shape, \\*gate_size), whatever the mode. See ``sample``."""
         return sample(self.log_alpha, *self._shape, batch_shape=batch_shape, generator=generator)
 
     def times(self, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -425,15 +425,15 @@ class HardConcrete(nn.Module):
         return weight * self(generator=generator).to(weight.dtype)
 
     def median(self) -> Tensor:
-        """Test-time gates. See :func:`gate_median`."""
+        """Test-time gates. See ``gate_median``."""
         return gate_median(self.log_alpha, *self._shape)
 
     def p_active(self) -> Tensor:
-        """P(z > 0) of every gate, differentiable. See :func:`p_active`."""
+        """P(z > 0) of every gate, differentiable. See ``p_active``."""
         return p_active(self.log_alpha, *self._shape)
 
     get_active_prob = p_active
-    """:meth:`p_active` under the name that l0-python uses."""
+    """``p_active`` under the name that l0-python uses."""
 
     def get_penalty(self) -> Tensor:
         """Expected number of gates that are not zero: the sum of P(z > 0), a scalar."""
@@ -454,7 +454,7 @@ class HardConcrete(nn.Module):
         return self.temperature, self.gamma, self.zeta
 
     def train(self, mode: bool = True) -> "HardConcrete":
-        """Set the mode; a draw of :func:`draw_together` that was not used is forgotten."""
+        """Set the mode; a draw of ``draw_together`` that was not used is forgotten."""
         self._drawn = None
         return super().train(mode)
 

@@ -1,6 +1,6 @@
 """Files that appear whole or not at all, and folders that are never shared or overwritten.
 
-Everything that the project writes goes through :func:`write_atomically`: the new file is filled beside its
+Everything that the project writes goes through ``write_atomically``: the new file is filled beside its
 place, brought to the disk, and takes the place in one step. A process that is killed, or a disk that is full,
 leaves what was there before, and at most a file named ``.writing-*``, which the next writer removes.
 """
@@ -59,7 +59,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_new(path: Path, write: Callable[[Path], object]) -> Path:
-    """Write as :func:`write_atomically` does, but never over another file; return where it went.
+    """Write as ``write_atomically`` does, but never over another file; return where it went.
 
     Args:
         path: where to; if that is taken, the first free one of ``stem-1.suffix``, ``stem-2.suffix`` ...
@@ -246,14 +246,14 @@ def inert(text: str) -> str:
     """Return a text for a cell of a CSV file that no spreadsheet takes for a formula.
 
     A text that starts with = + - @, a tab or the end of a line gets an apostrophe in front, which is how
-    spreadsheets mark a text; so does one that starts so behind apostrophes, so that :func:`as_it_was` finds
+    spreadsheets mark a text; so does one that starts so behind apostrophes, so that ``as_it_was`` finds
     every text again. Plain numbers such as -5 stay.
     """
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
 
 
 def as_it_was(cell: str) -> str:
-    """Return the text that :func:`inert` made a cell of; a cell that it did not change stays."""
+    """Return the text that ``inert`` made a cell of; a cell that it did not change stays."""
     return cell[1:] if cell.startswith("'") and inert(cell) != cell else cell
 
 
@@ -263,7 +263,7 @@ def write_table(path: Path, table: "pd.DataFrame") -> None:
     Args:
         path: Ends in .csv or .parquet.
         table: What to write, without its index; missing values become empty cells. Texts in a CSV file are
-            :func:`inert`.
+            ``inert``.
     """
     if path.suffix == ".parquet":
         write_atomically(path, lambda p: table.to_parquet(p, index=False))
@@ -273,7 +273,7 @@ def write_table(path: Path, table: "pd.DataFrame") -> None:
 
 
 def texts_as_they_were(table: "pd.DataFrame") -> "pd.DataFrame":
-    """Return a table that was read from a CSV file with its texts as they were before :func:`write_table`."""
+    """Return a table that was read from a CSV file with its texts as they were before ``write_table``."""
     return _each_text(table, as_it_was)
 
 

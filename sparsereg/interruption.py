@@ -1,7 +1,7 @@
 """How a process ends when it is asked to: Ctrl-C, SIGTERM of a batch system, SIGHUP of a lost connection.
 
-The main thread then gets an :class:`Interrupted`, wherever it stands; work that must not be torn runs within
-:func:`held` and asks between its steps. One line on stderr says how to continue, and the exit code is that of
+The main thread then gets an ``Interrupted``, wherever it stands; work that must not be torn runs within
+``held`` and asks between its steps. One line on stderr says how to continue, and the exit code is that of
 the signal, 128 + its number. A second Ctrl-C ends the process at once. Nothing here needs a package, so that
 a command can be ended from its first moment on.
 """
@@ -118,7 +118,7 @@ def continue_with(arguments: Callable[[list[str]], list[str] | None]) -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Within this context nothing is interrupted but by :func:`check`."""
+    """Within this context nothing is interrupted but by ``check``."""
     current = _guard
     if current is None or current.held:
         yield

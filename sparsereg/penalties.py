@@ -1,7 +1,7 @@
 """Model-wide penalties and sparsity statistics, over every Hard Concrete tensor of a network.
 
 Gates are found by their type, and which parameters a gate multiplies is said once per kind of module,
-in :func:`gated_tensors`. Penalties, statistics and pruning all read it from there.
+in ``gated_tensors``. Penalties, statistics and pruning all read it from there.
 """
 
 from collections.abc import Iterable, Iterator
@@ -178,7 +178,7 @@ def compute_l2_penalty(model: nn.Module) -> Tensor:
 
 
 def compute_l0l2_penalty(model: nn.Module, l0_lambda: float = 1e-3, l2_lambda: float = 1e-4) -> Tensor:
-    """l0_lambda times :func:`compute_l0_penalty` plus l2_lambda times :func:`compute_l2_penalty`.
+    """l0_lambda times ``compute_l0_penalty`` plus l2_lambda times ``compute_l2_penalty``.
 
     Args:
         model: any module.
@@ -322,7 +322,7 @@ def get_active_parameter_count(model: nn.Module, example_input: Any = None) -> i
     Args:
         model: any module.
         example_input: one input. With it the network is traced and compacted
-            (:func:`sparsereg.compression.compact`), and what the closed gates make useless elsewhere,
+            (``sparsereg.compression.compact``), and what the closed gates make useless elsewhere,
             such as the next layer's weights on a dead channel, is subtracted too.
 
     Returns:

@@ -1,8 +1,8 @@
 """One declaration of every setting: its type, range, default and what it means.
 
-A group of settings is a frozen dataclass whose fields are made by :func:`setting`. Everything else follows
-from the declaration: values are checked when an instance is made, :func:`read` makes an instance of what a
-user or a file gave and refuses what does not fit by name, and :mod:`sparsereg.configs` writes the YAML files
+A group of settings is a frozen dataclass whose fields are made by ``setting``. Everything else follows
+from the declaration: values are checked when an instance is made, ``read`` makes an instance of what a
+user or a file gave and refuses what does not fit by name, and ``sparsereg.configs`` writes the YAML files
 and the help texts. A new setting is its field and the place that uses it.
 
 Nothing here imports PyTorch or Hydra: a command line is checked before anything slow is loaded.
@@ -160,7 +160,7 @@ def again(cls: "type[Settings]", name: str, default: Any, help: str = "") -> Any
     Args:
         cls: the parent.
         name: of the setting.
-        default: as for :func:`setting`.
+        default: as for ``setting``.
         help: what it means here; "": the same.
     """
     before = declared(cls)[name]
@@ -191,7 +191,7 @@ class Settings:
         self.check()
 
     def check(self) -> None:
-        """Raise :class:`Contradiction` where values do not go together."""
+        """Raise ``Contradiction`` where values do not go together."""
 
     @classmethod
     def kind_of(cls, given: Mapping[str, Any], where: str) -> "type[Settings]":

@@ -46,9 +46,9 @@ class SparseL0Linear(nn.Module):
         init_keep_prob: sigmoid of the initial locations, in (0, 1), as in l0-python: 0.5 gives
             log_alpha = 0, gates of 1/2 at test time, and P(z > 0) = 0.83.
         device: of the parameters and of the work; without CUDA the CPU instead of it, with a warning.
-        seed: makes the initial parameters and every :meth:`fit` repeatable, without PyTorch's global
+        seed: makes the initial parameters and every ``fit`` repeatable, without PyTorch's global
             generator; None draws from that one.
-        init_mean: initial P(z > 0), in (0, 1), as for :class:`HardConcrete`; instead of ``init_keep_prob``.
+        init_mean: initial P(z > 0), in (0, 1), as for ``HardConcrete``; instead of ``init_keep_prob``.
 
     Raises:
         ValueError: an argument is outside its range, or both ``init_keep_prob`` and ``init_mean`` are given.

@@ -52,3 +52,9 @@ def test_the_reference_lists_every_public_name(tmp_path):
     for module in ("gates", "layers", "penalties", "compression", "calibration"):
         names |= set(importlib.import_module(f"sparsereg.{module}").__all__)
     assert names <= anchors, names - anchors
+
+
+def test_docstrings_name_things_plainly():
+    roles = re.compile(r":(?:class|func|meth|mod|attr|data|obj|exc|const):`")  # of another documentation tool
+    files = [path for path in ROOT.glob("sparsereg/**/*.py") if roles.search(path.read_text())]
+    assert not files

@@ -38,7 +38,7 @@ class CalibrationProblem:
         target_weights: How much each target counts, shape (targets,), finite, >= 0, not all zero. None:
             equally. NaN for one of them: 1, and hard for ``method="calibrate"``.
         target_scales: What an error of each target is compared with, at least, shape (targets,), in the
-            target's unit, >= 0. None: see :attr:`scale`.
+            target's unit, >= 0. None: see ``scale``.
         target_tolerances: How far each total may be from its target without being wrong, shape (targets,),
             in the target's unit, >= 0. None: 0.
         target_hard: Which targets must be met exactly by ``method="calibrate"``, shape (targets,). None:
@@ -242,10 +242,10 @@ class CalibrationProblem:
         return np.divide(totals, below, out=np.full(len(totals), np.nan), where=below != 0)
 
     def scaled_errors(self, estimates: np.ndarray) -> np.ndarray:
-        """How far estimates lie outside their targets' tolerance, signed, over :attr:`scale`.
+        """How far estimates lie outside their targets' tolerance, signed, over ``scale``.
 
         Args:
-            estimates: As :meth:`estimates` returns them, shape (targets,).
+            estimates: As ``estimates`` returns them, shape (targets,).
         """
         error = estimates - self.targets
         beyond: np.ndarray = np.sign(error) * np.maximum(np.abs(error) - self.tolerance, 0.0) / self.scale

@@ -95,7 +95,7 @@ class Units:
     Args:
         strata: A label per household.
         psu: A label per household; the same label in two strata is refused.
-        fpc: See :class:`Design`, per household.
+        fpc: See ``Design``, per household.
     """
 
     strata: np.ndarray

@@ -631,7 +631,7 @@ def _attribute(model: nn.Module, path: str) -> Any:
 
 
 def _recognise(model: nn.Module, found: Node, shared: set[str]) -> Op:
-    """Choose the class of a node; :class:`Op` itself, which keeps everything, if none fits."""
+    """Choose the class of a node; ``Op`` itself, which keeps everything, if none fits."""
     node = found.node
     op: Op | None = None
     if node.op == "placeholder":

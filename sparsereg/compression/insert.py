@@ -21,7 +21,7 @@ Choice = str | Sequence[str] | Callable[[str, nn.Module], bool]
 class GatedConv2d(nn.Conv2d):
     """Convolution with gates on its output channels, bias included, folded into weight and bias.
 
-    Its state dict is that of nn.Conv2d plus ``gate.*``. Made by :func:`gate`.
+    Its state dict is that of nn.Conv2d plus ``gate.*``. Made by ``gate``.
     """
 
     gate: L0Gate
@@ -38,7 +38,7 @@ class GatedConv2d(nn.Conv2d):
 class GatedLinear(nn.Linear):
     """Linear layer with gates on its output units, bias included, folded into weight and bias.
 
-    Its state dict is that of nn.Linear plus ``gate.*``. Made by :func:`gate`.
+    Its state dict is that of nn.Linear plus ``gate.*``. Made by ``gate``.
     """
 
     gate: L0Gate

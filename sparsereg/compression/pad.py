@@ -17,7 +17,7 @@ def rounded_pins(network: Network, analysis: Analysis, multiple: int) -> dict[st
         multiple: the number that the count of channels is to be a multiple of.
 
     Returns:
-        Masks for :meth:`Network.analyse`, by the name of the tensor.
+        Masks for ``Network.analyse``, by the name of the tensor.
     """
     pins: dict[str, Mask] = {}
     for name, op in network.ops.items():

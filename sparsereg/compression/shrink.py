@@ -1,8 +1,8 @@
 """Smaller networks while training: channels whose gates are shut for good leave, and come back afterwards.
 
-Unlike :func:`~sparsereg.compression.compact`, which builds another network, this works on the live one in
+Unlike ``sparsereg.compression.compact``, which builds another network, this works on the live one in
 place: parameters, buffers, gates and the optimizer's moments are cut down to the channels that are left,
-so that each step costs less, and :meth:`Shrunk.expand_` puts them back into tensors of the original size.
+so that each step costs less, and ``Shrunk.expand_`` puts them back into tensors of the original size.
 Whoever looks at the network then (validation, checkpoints, counting) sees the original one, in which the
 channels that had left are shut. Removing them changes neither outputs nor gradients of the others: only
 channels that are zero whatever the weights are, and what serves only them, leave.
@@ -68,7 +68,7 @@ def plan(network: Network) -> dict[str, Mask]:
     """Find the channels of each tensor that stay while gates at ``SHUT`` are taken out.
 
     Every tensor keeps at least one channel, also behind gates that are all shut. Open gates of channels
-    that serve nobody any more leave as well; :func:`shut_useless_` shuts them.
+    that serve nobody any more leave as well; ``shut_useless_`` shuts them.
 
     Args:
         network: the traced network, at its original size.
@@ -93,7 +93,7 @@ def shut_useless_(network: Network, stay: dict[str, Mask]) -> None:
 
     Args:
         network: the traced network, whose gates are changed in place.
-        stay: what :func:`plan` returned.
+        stay: what ``plan`` returned.
     """
     for op in network.ops.values():
         for gate in op.gates if not _fixed(op) else ():
@@ -281,7 +281,7 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 @dataclass
 class Shrunk:
-    """What has been cut off a network, until :meth:`expand_` puts it back.
+    """What has been cut off a network, until ``expand_`` puts it back.
 
     Attributes:
         optimizers: whose moments were cut, too.
@@ -357,7 +357,7 @@ def shrink_(
 
     Args:
         network: the traced network, whose model is changed in place.
-        stay: what :func:`plan` returned.
+        stay: what ``plan`` returned.
         optimizers: cut their moments, too.
     """
     shrunk = Shrunk(optimizers)

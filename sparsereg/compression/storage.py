@@ -1,7 +1,7 @@
 """A compacted network as one file: its structure as JSON, its weights as tensors.
 
 The file loads with ``torch.load(weights_only=True)``. Its structure is data: every name, operation, class
-and number in it is checked against :mod:`sparsereg.compression.vocabulary` before anything is made of it,
+and number in it is checked against ``sparsereg.compression.vocabulary`` before anything is made of it,
 so that loading runs no code that the file brings along, and needs no training configuration.
 """
 
@@ -30,7 +30,7 @@ def save_compacted(module: fx.GraphModule, path: str | Path, notes: dict[str, An
     """Write a compacted network to a file, whole or not at all.
 
     Args:
-        module: what :func:`~sparsereg.compression.compact` returned, trained further or not.
+        module: what ``sparsereg.compression.compact`` returned, trained further or not.
         path: the file; an existing one is replaced.
         notes: anything JSON-able to keep with it, such as class names; found again in
             ``load_compacted(path).meta["notes"]``.
@@ -57,7 +57,7 @@ def load_compacted(path: str | Path) -> fx.GraphModule:
     """Load a compacted network; it is in eval mode, on the CPU, and can be trained further.
 
     Args:
-        path: a file that :func:`save_compacted` wrote.
+        path: a file that ``save_compacted`` wrote.
 
     Raises:
         InputError: the file is missing, damaged, or something else.
@@ -84,12 +84,12 @@ def load_compacted(path: str | Path) -> fx.GraphModule:
 
 
 def describe(module: fx.GraphModule) -> str:
-    """Return the structure of a compacted network as JSON, without its weights; see :func:`rebuild`."""
+    """Return the structure of a compacted network as JSON, without its weights; see ``rebuild``."""
     return json.dumps(_plan(module))
 
 
 def rebuild(description: Any, weights: Any) -> fx.GraphModule:
-    """Build a compacted network from :func:`describe` and a state dict; in eval mode, on the CPU.
+    """Build a compacted network from ``describe`` and a state dict; in eval mode, on the CPU.
 
     Args:
         description: from a file; nothing about it is trusted.
@@ -362,7 +362,7 @@ class _Reader:
         return target
 
     def _decode(self, value: Any, where: str, depth: int = vocabulary.DEEPEST + 2) -> Any:
-        """Arguments from JSON; see :func:`_encode`."""
+        """Arguments from JSON; see ``_encode``."""
         if not isinstance(value, dict | list):
             return value
         if depth == 0 or not isinstance(value, dict) or len(value) != 1:

@@ -1,7 +1,7 @@
 """Random changes of training images, a batch at a time, on the device that trains.
 
-The parameters of every image are drawn first (:meth:`Augmentation.draw` and :meth:`Augmentation.warp`, on
-the CPU, a row per image), then all images are resampled in one go (:func:`resample`). A row depends on
+The parameters of every image are drawn first (``Augmentation.draw`` and ``Augmentation.warp``, on
+the CPU, a row per image), then all images are resampled in one go (``resample``). A row depends on
 nothing but the generator and its place in the batch, so processes that share a batch draw all rows and use
 their own.
 """
@@ -91,7 +91,7 @@ class Augmentation(Augment):
             num_images: images in the batch, over all processes.
             height: of the images, in pixels.
             width: of the images, in pixels.
-            generator: source of the random numbers, on the CPU; not that of :meth:`draw`, whose numbers
+            generator: source of the random numbers, on the CPU; not that of ``draw``, whose numbers
                 shall not depend on this switch.
 
         Returns:
@@ -190,9 +190,9 @@ def resample(
 
     Args:
         images: (images, channels, height, width), any real type.
-        rows: (images, 9) of :meth:`Augmentation.draw`, on the device of ``images``.
+        rows: (images, 9) of ``Augmentation.draw``, on the device of ``images``.
         affine: whether the last four columns are used, and ``warp``.
-        warp: of :meth:`Augmentation.warp`, on the device of ``images``; None for no displacements.
+        warp: of ``Augmentation.warp``, on the device of ``images``; None for no displacements.
         cropped: whether the columns before are used; without them there is less to compute.
 
     Returns:

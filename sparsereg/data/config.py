@@ -38,7 +38,7 @@ def _increasing(name: str, pair: tuple[float, float] | None, largest: float) -> 
 
 @dataclass(frozen=True)
 class Augment(Settings):
-    """Random changes of training images; see :class:`sparsereg.data.augment.Augmentation`."""
+    """Random changes of training images; see ``sparsereg.data.augment.Augmentation``."""
 
     flip: bool = setting(False, "mirror left to right with probability 1/2")
     crop_scale: tuple[float, float] | None = setting(
@@ -68,7 +68,7 @@ class Augment(Settings):
 
 @dataclass(frozen=True)
 class Data(Settings):
-    """What every source has; see :class:`sparsereg.data.module.ImageDataModule`."""
+    """What every source has; see ``sparsereg.data.module.ImageDataModule``."""
 
     name: str = setting("", "the source")
     batch_size: int = setting(

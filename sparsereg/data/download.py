@@ -71,7 +71,7 @@ def _network_timeout() -> Iterator[None]:
 
 
 def as_arrays(name: str, train: Any, test: Any) -> ImageArrays:
-    """Make :class:`ImageArrays` of two torchvision data sets that hold ``data`` and ``targets``."""
+    """Make ``ImageArrays`` of two torchvision data sets that hold ``data`` and ``targets``."""
     images, labels = [], []
     for part in (train, test):
         pixels = np.asarray(part.data)

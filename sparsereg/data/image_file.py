@@ -88,7 +88,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """Decode one file to uint8 (channels, height, width): see :class:`sparsereg.data.ImageFolder`.
+    """Decode one file to uint8 (channels, height, width): see ``sparsereg.data.ImageFolder``.
 
     Raises:
         InputError: the file is not an image that can be read; names it.

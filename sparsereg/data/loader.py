@@ -76,7 +76,7 @@ class Normalise:
 class EpochOrder:
     """The order of the images and the augmentation's random numbers, as functions of (seed, epoch).
 
-    Lightning calls :meth:`set_epoch` of a loader's ``sampler`` at the start of each epoch. Nothing else
+    Lightning calls ``set_epoch`` of a loader's ``sampler`` at the start of each epoch. Nothing else
     is remembered, so a resumed run goes on exactly where the interrupted one would have.
 
     Args:

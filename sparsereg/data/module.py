@@ -27,7 +27,7 @@ _FREE_SHARE = 0.5
 
 
 class Source(Protocol):
-    """Something that reads a data set, e.g. :class:`sparsereg.data.digits.Digits`."""
+    """Something that reads a data set, e.g. ``sparsereg.data.digits.Digits``."""
 
     @property
     def name(self) -> str:
@@ -42,7 +42,7 @@ class Source(Protocol):
 class ImageDataModule(pl.LightningDataModule):
     """Training, validation and test images, normalised and augmented on the device that trains.
 
-    The source is read once, by :meth:`prepare_data` or :meth:`setup`; both may be called before a Trainer
+    The source is read once, by ``prepare_data`` or ``setup``; both may be called before a Trainer
     is there, and again by it. Mean and standard deviation are those of the training part.
 
     Args:

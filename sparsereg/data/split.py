@@ -69,7 +69,7 @@ class Split:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Split":
-        """Read what :meth:`save` wrote.
+        """Read what ``save`` wrote.
 
         Raises:
             InputError: the file is damaged, or its positions do not fit the digest written with them.

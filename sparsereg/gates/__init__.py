@@ -1,7 +1,7 @@
 """Selectors: gates on the items of a data set, its rows or its columns.
 
 These are l0-python's gates, vectors that choose items. The gates that multiply the feature maps of a
-network are another class, :class:`sparsereg.model.basic_l0_blocks.L0Gate`.
+network are another class, ``sparsereg.model.basic_l0_blocks.L0Gate``.
 """
 
 from sparsereg.gates.feature import FeatureGate

@@ -16,7 +16,7 @@ class FeatureGate(Selector):
     In eval mode at most ``max_features`` columns, those with the largest P(z > 0); equal ones are
     chosen among by a generator. If the gates expect fewer (their P(z > 0) sum to less), it is that
     number, rounded and at least 1. In training mode each column is drawn by itself with its own
-    P(z > 0): the number is random with expectation :meth:`get_penalty`, which starts at ``max_features``
+    P(z > 0): the number is random with expectation ``get_penalty``, which starts at ``max_features``
     (at 0.99 n_features if that is less).
 
     Args:
@@ -66,7 +66,7 @@ class FeatureGate(Selector):
         """Select columns and name them.
 
         Args:
-            data: as for :meth:`select_features`.
+            data: as for ``select_features``.
             feature_names: one name for each column; None: a frame's own.
             generator: source of the noise of a draw, and of the order of ties.
 

@@ -18,8 +18,8 @@ DEFAULT_SHARE = 0.2
 class HybridGate(nn.Module):
     """Selects rows of a data set, one share by gates and one at random from the rest.
 
-    The two shares never overlap. In eval mode they have exactly :attr:`n_l0` and :attr:`n_random` rows.
-    In training mode the first is a draw (see :class:`SampleGate`), the second still has ``n_random``
+    The two shares never overlap. In eval mode they have exactly ``n_l0`` and ``n_random`` rows.
+    In training mode the first is a draw (see ``SampleGate``), the second still has ``n_random``
     rows, or what the first has left.
 
     Args:

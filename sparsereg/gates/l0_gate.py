@@ -11,7 +11,7 @@ from sparsereg.gates.selection import top
 class L0Gate(nn.Module):
     """Gates over items (samples, features, ...), as l0-python's class of this name.
 
-    Not to be taken for :class:`sparsereg.model.basic_l0_blocks.L0Gate`, an older promise with other
+    Not to be taken for ``sparsereg.model.basic_l0_blocks.L0Gate``, an older promise with other
     arguments, which multiplies a dimension of the feature maps inside a network.
 
     Args:

@@ -15,7 +15,7 @@ class SampleGate(Selector):
 
     In eval mode exactly ``target_samples`` rows, those with the largest P(z > 0); equal ones are chosen
     among by a generator. In training mode each row by itself with its own P(z > 0): the number is
-    random with expectation :meth:`get_penalty`, which starts at ``target_samples`` (at 0.99 n_samples
+    random with expectation ``get_penalty``, which starts at ``target_samples`` (at 0.99 n_samples
     if that is less).
 
     Args:

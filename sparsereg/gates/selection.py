@@ -50,7 +50,7 @@ def straight_through(data: Any, z: Tensor, dim: int) -> Any:
     """Selected items with the gradient of (gate times item), and their own values.
 
     Args:
-        data: what :func:`take` returned; anything but a floating-point tensor is returned as it is.
+        data: what ``take`` returned; anything but a floating-point tensor is returned as it is.
         z: the gates of the selected items, (selected,).
         dim: 0 for rows, -1 for columns.
     """

@@ -26,7 +26,7 @@ class L0Conv2d(GatedLayer):
         temperature: beta > 0.
         init_sparsity: share of the gates that start closed, 1 - P(z > 0), in (0, 1).
         structured: gates on channels (``channel_gates``) instead of weights (``weight_gates``).
-        use_l2: whether :meth:`get_l2_penalty` counts the weights.
+        use_l2: whether ``get_l2_penalty`` counts the weights.
         generator: source of the initial weights; PyTorch's default if None.
 
     Raises:
@@ -106,7 +106,7 @@ class L0DepthwiseConv2d(GatedLayer):
         bias: whether there is a bias.
         temperature: beta > 0.
         init_sparsity: share of the gates that start closed, 1 - P(z > 0), in (0, 1).
-        use_l2: whether :meth:`get_l2_penalty` counts the weights.
+        use_l2: whether ``get_l2_penalty`` counts the weights.
 
     Raises:
         ValueError: an argument is outside its range.

@@ -20,7 +20,7 @@ class GatedLayer(nn.Module):
     Args:
         gate_name: name under which the gates are registered.
         gate: the gates.
-        use_l2: whether :meth:`get_l2_penalty` counts this layer.
+        use_l2: whether ``get_l2_penalty`` counts this layer.
     """
 
     def __init__(self, gate_name: str, gate: HardConcrete, use_l2: bool = False) -> None:

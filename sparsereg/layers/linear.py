@@ -18,7 +18,7 @@ class L0Linear(GatedLayer):
         bias: whether there is a bias; it has no gate.
         temperature: beta > 0.
         init_sparsity: share of the gates that start closed, 1 - P(z > 0), in (0, 1).
-        use_l2: whether :meth:`get_l2_penalty` counts the weights.
+        use_l2: whether ``get_l2_penalty`` counts the weights.
         generator: source of the initial weights; PyTorch's default if None.
 
     Raises:

@@ -11,7 +11,7 @@ from sparsereg.penalties import compute_l0_penalty, get_sparsity_stats
 
 
 class SparseMLP(nn.Module):
-    """Three :class:`L0Linear` layers with ReLU between them.
+    """Three ``L0Linear`` layers with ReLU between them.
 
     Args:
         input_dim: size of a flattened input, >= 1.
@@ -19,7 +19,7 @@ class SparseMLP(nn.Module):
         output_dim: size of the output, >= 1.
         init_sparsity: share of the gates that start closed, 1 - P(z > 0), in (0, 1).
         temperature: beta > 0.
-        use_l2: whether :meth:`get_l2_loss` counts the weights.
+        use_l2: whether ``get_l2_loss`` counts the weights.
         generator: source of the initial weights; PyTorch's default if None.
 
     Raises:
@@ -65,7 +65,7 @@ class SparseMLP(nn.Module):
         return torch.stack([layer.get_l2_penalty() for layer in self._layers()]).sum()
 
     def get_sparsity_stats(self) -> dict[str, dict[str, Any]]:
-        """See :func:`sparsereg.penalties.get_sparsity_stats`."""
+        """See ``sparsereg.penalties.get_sparsity_stats``."""
         return get_sparsity_stats(self)
 
     def _layers(self) -> tuple[L0Linear, L0Linear, L0Linear]:

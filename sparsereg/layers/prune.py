@@ -16,7 +16,7 @@ def prune_model(model: nn.Module, threshold: float = 0.05) -> nn.Module:
 
     What a gate closes at test time (P(z > 0) <= 1/2) becomes exactly zero, and so does what has
     P(z > 0) <= ``threshold``; so a threshold up to 1/2 leaves the eval output as it was, and a higher
-    one removes more. The shapes stay; :func:`sparsereg.compression.compact` cuts the zeros out.
+    one removes more. The shapes stay; ``sparsereg.compression.compact`` cuts the zeros out.
 
     Args:
         model: a network, all of whose gates sit on parameters or directly in front of or behind a

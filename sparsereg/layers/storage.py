@@ -25,7 +25,7 @@ class Storage:
 
     Attributes:
         dense_bytes: tensors of the state dict as they are.
-        stored_bytes: the file that :func:`save_csr` wrote.
+        stored_bytes: the file that ``save_csr`` wrote.
         num_weights: elements of the state dict.
         num_nonzero: elements that are not zero.
     """
@@ -45,7 +45,7 @@ def save_csr(model: nn.Module, path: str | os.PathLike[str]) -> Storage:
     """Write the state dict of a pruned network, matrices as compressed sparse rows where that is smaller.
 
     Args:
-        model: a network, pruned before (:func:`sparsereg.prune_model`).
+        model: a network, pruned before (``sparsereg.prune_model``).
         path: file to write; it appears whole or not at all.
 
     Returns:
@@ -63,7 +63,7 @@ def save_csr(model: nn.Module, path: str | os.PathLike[str]) -> Storage:
 
 
 def load_csr(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read what :func:`save_csr` wrote, as a dense state dict.
+    """Read what ``save_csr`` wrote, as a dense state dict.
 
     Args:
         path: the file.

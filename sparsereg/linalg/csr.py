@@ -114,7 +114,7 @@ class TorchMatrix:
     """The same on another device than the CPU, by PyTorch's sparse products; holds X and X^T.
 
     Args:
-        matrix: see :class:`CsrMatrix`.
+        matrix: see ``CsrMatrix``.
         device: where to.
     """
 
@@ -135,7 +135,7 @@ class TorchMatrix:
         return (self._columns @ r.detach().to(self._columns.dtype)).to(r.dtype)
 
     def squared_error(self, w: Tensor, bias: float, y: Tensor) -> tuple[float, Tensor, float]:
-        """See :meth:`CsrMatrix.squared_error`."""
+        """See ``CsrMatrix.squared_error``."""
         residual = self.product(w) + bias - y
         rows = self.shape[0]
         by_w = self.transposed_product(residual) * (2.0 / rows)

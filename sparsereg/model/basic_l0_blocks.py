@@ -212,7 +212,7 @@ class GateFactory:
     """Makes equal L0Gates for layers of different sizes: the settings of L0Gate without mask_dim.
 
     Args:
-        **settings: keyword arguments of :class:`L0Gate`.
+        **settings: keyword arguments of ``L0Gate``.
     """
 
     def __init__(self, **settings: object) -> None:

@@ -91,7 +91,7 @@ class GoogleNet(nn.Module):
         gate: ``branches`` gates the four branches of every block (832 gates), ``all`` also the stem and
             the reductions (1,312), ``none`` none.
         act: activation, a key of ``ACTIVATIONS``.
-        **gate_settings: keyword arguments of :class:`~sparsereg.model.basic_l0_blocks.L0Gate`, such as
+        **gate_settings: keyword arguments of ``sparsereg.model.basic_l0_blocks.L0Gate``, such as
             ``droprate_init``, ``temperature`` and ``sampling``.
 
     Raises:

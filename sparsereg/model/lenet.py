@@ -32,7 +32,7 @@ class LeNet300(nn.Module):
             experiments start the inputs at 0.2 and the hidden units at 0.5).
         dropout: rate in [0, 1) at which single activations are dropped in training where the gates sit,
             for all or one for each of the 3 groups; 0 drops none. It stays in the compacted network.
-        **gate_settings: other keyword arguments of :class:`~sparsereg.model.basic_l0_blocks.L0Gate`.
+        **gate_settings: other keyword arguments of ``sparsereg.model.basic_l0_blocks.L0Gate``.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -86,7 +86,7 @@ class LeNet5(nn.Module):
         droprate_init: initial dropout rate of all gates, or one for each of the 4 groups.
         dropout: rate in [0, 1) at which single activations are dropped in training where the gates sit,
             for all or one for each of the 4 groups; 0 drops none. It stays in the compacted network.
-        **gate_settings: other keyword arguments of :class:`~sparsereg.model.basic_l0_blocks.L0Gate`.
+        **gate_settings: other keyword arguments of ``sparsereg.model.basic_l0_blocks.L0Gate``.
 
     Raises:
         ValueError: an argument is outside its range.

@@ -1,6 +1,6 @@
 """A multi-layer perceptron for images with a gate on every weight.
 
-Unstructured: it shows how few weights a task needs, and saves storage (:mod:`sparsereg.layers.storage`
+Unstructured: it shows how few weights a task needs, and saves storage (``sparsereg.layers.storage``
 measures how much), not time.
 """
 
@@ -28,7 +28,7 @@ class SparseMLP(nn.Module):
         gate: ``weights`` or ``none``.
         hidden_sizes: sizes of the hidden layers, each >= 1.
         droprate_init: initial dropout rate of the gates in (0, 1), as for
-            :class:`~sparsereg.model.basic_l0_blocks.L0Gate`.
+            ``sparsereg.model.basic_l0_blocks.L0Gate``.
         temperature: beta > 0.
         sampling: ``batch``; weight gates cannot be drawn for each example.
         stretch: the interval is (-stretch, 1 + stretch).

@@ -381,7 +381,7 @@ def build_module(
         net: the network.
         data: its classes and image shape.
         structure: of a compacted network.
-        distillation: a teacher, see :func:`build_teacher`.
+        distillation: a teacher, see ``build_teacher``.
         before: of fine-tuning, the stage under gates.
     """
     provenance = Provenance(

@@ -53,7 +53,7 @@ class Checkpoint:
         gated: whether its network has gates.
         epoch: number of finished epochs.
         content: everything in the file.
-        structure: of a compacted network, see :func:`sparsereg.compression.storage.describe`; else None.
+        structure: of a compacted network, see ``sparsereg.compression.storage.describe``; else None.
         batch_norm_is_current: whether its BatchNorm statistics were taken for exactly these weights.
         before: of a network that is being fine-tuned, the run's stage under gates; else None.
         data: description of the images that it was trained on.
@@ -263,7 +263,7 @@ def read(path: str | Path, key: str = "ckpt_path", resume: bool = False) -> Chec
     """Read a checkpoint; only tensors, numbers, strings and containers of them are ever loaded.
 
     Args:
-        path: the file, or the folder of a run, see :func:`locate`.
+        path: the file, or the folder of a run, see ``locate``.
         key: the setting that names it.
         resume: whether the run is to be resumed.
 

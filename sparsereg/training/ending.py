@@ -10,7 +10,7 @@ from sparsereg import interruption
 
 
 class EndsTogether(Callback):
-    """Lets signals end training as :mod:`sparsereg.interruption` says, and its other processes with it.
+    """Lets signals end training as ``sparsereg.interruption`` says, and its other processes with it.
 
     Lightning takes SIGTERM for itself when it starts to run, and then ends as if all had been done.
     """

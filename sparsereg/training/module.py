@@ -34,10 +34,10 @@ class Provenance:
         image_shape: (channels, height, width) of the images.
         gated: whether the network has gates.
         structure: of a compacted network, which no configuration describes, see
-            :func:`sparsereg.compression.storage.describe`; None for others.
+            ``sparsereg.compression.storage.describe``; None for others.
         before: while a compacted network is fine-tuned, configuration and results of the run's stage under
             gates; else None.
-        data: description of the images, see :meth:`sparsereg.data.ImageDataModule.describe`.
+        data: description of the images, see ``sparsereg.data.ImageDataModule.describe``.
     """
 
     config: dict[str, Any]
@@ -52,7 +52,7 @@ class Provenance:
 class Classifier(pl.LightningModule):
     """Minimises cross-entropy + lambda_l0 * L_C0, where L_C0 is the mean of P(z > 0) over all gates.
 
-    Where a constraint is set (see :mod:`sparsereg.training.target`), its penalty takes the place of
+    Where a constraint is set (see ``sparsereg.training.target``), its penalty takes the place of
     lambda_l0's.
 
     Args:
@@ -60,12 +60,12 @@ class Classifier(pl.LightningModule):
         num_classes: number of classes.
         lambda_l0: weight of the penalty, >= 0.
         lambda_l2: weight of half the expected squared norm of the weights under their gates, >= 0: the
-            L2 norm inside the L0 penalty of the paper, see :func:`sparsereg.penalties.expected_l2`.
+            L2 norm inside the L0 penalty of the paper, see ``sparsereg.penalties.expected_l2``.
         optimizer: optimizer and schedule.
         provenance: stored in checkpoints.
         compiled: whether ``net`` is compiled.
         penalty: ``gates`` or, as in the paper, ``weights``: lambda_l0 is then the price of
-            :func:`sparsereg.penalties.expected_l0` instead of L_C0.
+            ``sparsereg.penalties.expected_l0`` instead of L_C0.
         distillation: a teacher; None trains on the labels alone.
         label_smoothing: share of each label that is spread over all classes, in [0, 1).
         steady_gates: the gates keep their learning rate when that of the weights falls, so that a

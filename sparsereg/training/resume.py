@@ -1,8 +1,8 @@
 """What a run that is resumed takes from its checkpoint, and what it may change.
 
-The configuration in a checkpoint is data. A resumed run takes from it what makes the numbers (:data:`NUMBERS`
+The configuration in a checkpoint is data. A resumed run takes from it what makes the numbers (``NUMBERS``
 of the Trainer's keys, everything else but what belongs to a command), never where and how the process runs.
-What the user names on the command line wins where :data:`CHANGES` says that it may: a change that would
+What the user names on the command line wins where ``CHANGES`` says that it may: a change that would
 make it another run is refused, any other one is honoured from the next epoch on and said.
 """
 

@@ -1,7 +1,7 @@
 """Sparsity on demand: a constrained problem solved while training, instead of a choice of lambda.
 
 Minimise the task loss subject to E[cost] <= target, where E[cost] is the expected number of parameters
-(or MACs) of the compacted network, see :mod:`sparsereg.compression.expected`. The Lagrangian is
+(or MACs) of the compacted network, see ``sparsereg.compression.expected``. The Lagrangian is
 
     loss + multiplier * log(E[cost] / target(t))
 

@@ -95,7 +95,7 @@ def build(settings: Network | Mapping[str, Any], task: Task, gated: bool, **gate
     """Build the network that the configuration group ``model`` describes.
 
     Args:
-        settings: of the network, or its keys with ``name`` among them; see :mod:`sparsereg.zoo.config`.
+        settings: of the network, or its keys with ``name`` among them; see ``sparsereg.zoo.config``.
         task: the data's classes and image shape.
         gated: False leaves every gate out.
         **gates: settings of the gates, e.g. droprate_init and temperature.

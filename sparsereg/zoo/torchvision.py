@@ -1,4 +1,4 @@
-"""Classification networks of torchvision, with gates by :func:`sparsereg.gate` on channels that can go.
+"""Classification networks of torchvision, with gates by ``sparsereg.gate`` on channels that can go.
 
 They are made for images of 224 x 224 pixels in three colours. Here they get as many input channels and
 classes as the data have, and if asked for a stem that does not shrink small images.

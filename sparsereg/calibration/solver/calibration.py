@@ -446,7 +446,7 @@ def calibrate(
             ``method="hard_concrete"``: then lambda decides.
         callback: Told (epochs done, epochs planned, loss, kept, totals) after every step.
         progress: Show a progress bar on stderr.
-        **settings: Fields of :class:`Settings`:
+        **settings: Fields of ``Settings``:
             method: "auto" (pruning with a number, hard_concrete with lambda_l0 alone, else all), or a key of
                 ``METHODS``.
             loss: "relative", "mse", "mape" or "capped", see ``losses.LOSSES``.
@@ -495,9 +495,9 @@ def polish(
     Args:
         problem: Matrix, targets, initial weights.
         selected: Indices of households, a mask over them, or weights of all of them.
-        callback: As for :func:`calibrate`.
+        callback: As for ``calibrate``.
         progress: Show a progress bar on stderr.
-        **settings: As for :func:`calibrate`.
+        **settings: As for ``calibrate``.
     """
     run = Calibration(problem, settings=Settings(**settings), selected=selected)
     return _drive(run, callback, progress)

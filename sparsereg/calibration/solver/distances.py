@@ -50,13 +50,13 @@ class Linear:
     high: np.ndarray
 
     def respond(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`Distance`."""
+        """See ``Distance``."""
         ratio = 1.0 + u
         inside = (ratio > self.low) & (ratio < self.high)
         return np.clip(ratio, self.low, self.high), inside.astype(np.float64)
 
     def value(self, ratio: np.ndarray) -> np.ndarray:
-        """See :class:`Distance`."""
+        """See ``Distance``."""
         return 0.5 * np.square(ratio - 1.0)
 
 
@@ -73,13 +73,13 @@ class Raking:
     high: np.ndarray
 
     def respond(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`Distance`."""
+        """See ``Distance``."""
         ratio = np.exp(np.clip(u, -_LARGEST_EXPONENT, _LARGEST_EXPONENT))
         inside = (ratio > self.low) & (ratio < self.high)
         return np.clip(ratio, self.low, self.high), np.where(inside, ratio, 0.0)
 
     def value(self, ratio: np.ndarray) -> np.ndarray:
-        """See :class:`Distance`."""
+        """See ``Distance``."""
         positive = np.maximum(ratio, np.finfo(np.float64).tiny)
         value: np.ndarray = ratio * np.log(positive) - ratio + 1.0
         return value
@@ -103,7 +103,7 @@ class Logit:
         return steepness
 
     def respond(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`Distance`."""
+        """See ``Distance``."""
         a, width = self._steepness, self.high - self.low
         odds = (1.0 - self.low) / (self.high - 1.0)
         growth = odds * np.exp(np.clip(a * u, -_LARGEST_EXPONENT, _LARGEST_EXPONENT))
@@ -111,7 +111,7 @@ class Logit:
         return self.low + width * share, a * width * share / (1.0 + growth)
 
     def value(self, ratio: np.ndarray) -> np.ndarray:
-        """See :class:`Distance`."""
+        """See ``Distance``."""
         tiny = np.finfo(np.float64).tiny
         below, above = np.maximum(ratio - self.low, tiny), np.maximum(self.high - ratio, tiny)
         value = below * np.log(below / (1.0 - self.low)) + above * np.log(above / (self.high - 1.0))

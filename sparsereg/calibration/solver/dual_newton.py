@@ -3,7 +3,7 @@
 Minimise sum_j d_j / q_j G(w_j / d_j) subject to A w = t within the bounds of w. In the multipliers lambda of
 the targets this is a smooth convex problem without constraints, as many unknowns as targets: solve
 A w(lambda) = t with w_j = d_j F(q_j a_j' lambda). A price and a tolerance are functions of a
-target's own multiplier that are added to its total (:class:`Slack`), so that they cost one diagonal term.
+target's own multiplier that are added to its total (``Slack``), so that they cost one diagonal term.
 
 Source: Deville and Sarndal, Calibration estimators in survey sampling, JASA 87 (1992).
 """

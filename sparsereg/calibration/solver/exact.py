@@ -353,7 +353,7 @@ def certify(domain: _Domain) -> tuple[dict[str, Any], np.ndarray]:
     It minimises the sum of what is missing, over what goes into each target.
 
     Returns:
-        The certificate, see :class:`Exact`; a mask of the targets that the programme's solution misses.
+        The certificate, see ``Exact``; a mask of the targets that the programme's solution misses.
     """
     dual, names = domain.dual, domain.targets
     hard = np.flatnonzero(np.isinf(dual.slack.price))

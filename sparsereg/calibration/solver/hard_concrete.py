@@ -218,7 +218,7 @@ class GateSolver:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state that :meth:`state_dict` gave for the same problem.
+        """Take up a state that ``state_dict`` gave for the same problem.
 
         Raises:
             ValueError: the state belongs to another number of households.
@@ -249,12 +249,12 @@ class _OftenOpen:
         self._matrix, self._part, self._often = matrix, matrix.take(often), often
 
     def totals(self, weights: Tensor) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         rest = self._matrix.totals(weights.index_fill(0, self._often, 0.0))
         return rest.add_(self._part.totals(weights[self._often]))
 
     def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         assert where is not None
         gradient = self._matrix.gradient(residual, where.index_fill(0, self._often, 0.0))
         gradient[self._often] = self._part.gradient(residual, where[self._often])

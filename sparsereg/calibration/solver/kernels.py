@@ -30,7 +30,7 @@ def gather(indptr, indices, data, residual, out):  # type: ignore[no-untyped-def
 
 @_compile
 def gather_where(indptr, indices, data, residual, open_, out):  # type: ignore[no-untyped-def]
-    """Like :func:`gather` for households with open_[j] != 0; zero for the others, unread."""
+    """Like ``gather`` for households with open_[j] != 0; zero for the others, unread."""
     for j in range(out.shape[0]):
         total = 0.0
         if open_[j] != 0:

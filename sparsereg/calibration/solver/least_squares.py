@@ -211,7 +211,7 @@ class LeastSquares:
         """Improve until optimal: sweeps find which bounds hold, conjugate gradients solve for the rest.
 
         Args:
-            tolerance: :meth:`optimality` to reach.
+            tolerance: ``optimality`` to reach.
             max_rounds: Give up after so many rounds.
             sweeps: Sweeps in each round.
             enough: Give up, too, when ten rounds have lowered the objective by less than this share of it.
@@ -241,7 +241,7 @@ class LeastSquares:
 
     @property
     def is_small(self) -> bool:
-        """Whether :meth:`solve_densely` is quick."""
+        """Whether ``solve_densely`` is quick."""
         return min(self.matrix.num_households, self.matrix.num_targets) <= _MOST_DENSE and isinstance(
             self.matrix, CompiledMatrix
         )
@@ -250,7 +250,7 @@ class LeastSquares:
         """Improve until optimal by an interior-point method, for some thousands of households or targets.
 
         Args:
-            tolerance: :meth:`optimality` to reach.
+            tolerance: ``optimality`` to reach.
             max_steps: Give up after so many steps; the weights are then the best there were.
 
         Returns:

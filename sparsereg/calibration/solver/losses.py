@@ -99,7 +99,7 @@ class TargetLoss:
 
     @property
     def is_quadratic(self) -> bool:
-        """Whether the loss is a sum of squares, and :meth:`bound` therefore the loss itself."""
+        """Whether the loss is a sum of squares, and ``bound`` therefore the loss itself."""
         return self.loss in ("relative", "mse") and self.tolerance is None
 
     def _errors(self, totals: Tensor) -> Tensor:

@@ -159,14 +159,14 @@ class CompiledMatrix:
                 done.result()
 
     def totals(self, weights: Tensor) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         values = weights.numpy()
         private = np.zeros((len(self._lanes), self.num_targets))
         self._run("scatter", [(values[lane], private[k]) for k, lane in enumerate(self._lanes)])
         return torch.from_numpy(private[0] if len(private) == 1 else private.sum(axis=0))
 
     def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         values, out = residual.numpy(), np.empty(self.num_households)
         if where is None:
             self._run("gather", [(values, out[lane]) for lane in self._lanes])
@@ -176,13 +176,13 @@ class CompiledMatrix:
         return torch.from_numpy(out)
 
     def squared_norms(self, row_weights: Tensor) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         out = np.empty(self.num_households)
         self._run("squared_norms", [(row_weights.numpy(), out[lane]) for lane in self._lanes])
         return torch.from_numpy(out)
 
     def noise(self, seed: int, epoch: int) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         from sparsereg.calibration.solver import kernels
 
         out = np.empty(self.num_households, dtype=np.float32)
@@ -202,7 +202,7 @@ class CompiledMatrix:
         return float(kernels.descend(self._indptr, self._indices, self._data, *values))
 
     def take(self, households: Tensor) -> CompiledMatrix:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         from sparsereg.calibration.solver import kernels
 
         chosen = households.numpy()
@@ -236,16 +236,16 @@ class TorchMatrix:
         return cls(_to_torch(by_household, device), _to_torch(by_target, device))
 
     def totals(self, weights: Tensor) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         return self._by_target @ weights.double()
 
     def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         gradient = self._by_household @ residual
         return gradient if where is None else gradient * (where != 0)
 
     def squared_norms(self, row_weights: Tensor) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         squares = _csr_tensor(
             self._by_household.crow_indices(),
             self._by_household.col_indices(),
@@ -255,13 +255,13 @@ class TorchMatrix:
         return squares @ row_weights
 
     def noise(self, seed: int, epoch: int) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         mixed = (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1342543DE82EF95) % 2**63
         generator = torch.Generator(device=self.device).manual_seed(mixed)
         return torch.rand(self.num_households, generator=generator, device=self.device)
 
     def take(self, households: Tensor) -> TorchMatrix:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         crow = self._by_household.crow_indices()
         columns, values = self._by_household.col_indices(), self._by_household.values()
         counts = (crow[1:] - crow[:-1])[households]
@@ -303,25 +303,25 @@ class ShardedMatrix:
         return cls(local, first, num_targets)
 
     def totals(self, weights: Tensor) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         totals = torch.zeros(self.num_targets, dtype=torch.float64, device=self.device)
         totals[self._rows] = self._local.totals(weights)
         return _sum_over_processes(totals)
 
     def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         return _sum_over_processes(self._local.gradient(residual[self._rows], where))
 
     def squared_norms(self, row_weights: Tensor) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         return _sum_over_processes(self._local.squared_norms(row_weights[self._rows]))
 
     def noise(self, seed: int, epoch: int) -> Tensor:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         return self._local.noise(seed, epoch)
 
     def take(self, households: Tensor) -> ShardedMatrix:
-        """See :class:`HouseholdMatrix`."""
+        """See ``HouseholdMatrix``."""
         return ShardedMatrix(self._local.take(households), self._rows.start, self.num_targets)
 
 

@@ -137,7 +137,7 @@ class Pruning:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state that :meth:`state_dict` gave for the same problem."""
+        """Take up a state that ``state_dict`` gave for the same problem."""
         self.epoch, self._share = int(state["epoch"]), float(state["share"])
         self._value, self._num_candidates = float(state["value"]), int(state["candidates"])
         self.done = bool(state["done"])

@@ -126,19 +126,19 @@ class Fixed:
         self.epoch, self.done = 1, True
 
     def weights(self) -> Tensor:
-        """See :class:`Selection`."""
+        """See ``Selection``."""
         return self._weights
 
     def kept(self) -> Tensor:
-        """See :class:`Selection`."""
+        """See ``Selection``."""
         return torch.nonzero(self._weights > 0).flatten()
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`Selection`."""
+        """See ``Selection``."""
         return {"epoch": self.epoch, "done": self.done, "weights": self._weights.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`Selection`."""
+        """See ``Selection``."""
         self.epoch, self.done = int(state["epoch"]), bool(state["done"])
         self._weights = state["weights"].to(self._weights.device)
 
@@ -203,22 +203,22 @@ class Gated:
         return kept, torch.zeros_like(weights).index_put_((kept,), fit.weights)
 
     def weights(self) -> Tensor:
-        """See :class:`Selection`."""
+        """See ``Selection``."""
         return self.solver.weights() if self._settled is None else self._settled[1]
 
     def kept(self) -> Tensor:
-        """See :class:`Selection`."""
+        """See ``Selection``."""
         if self._settled is not None:
             return self._settled[0]
         return torch.nonzero(self.solver.weights() > 0).flatten()
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`Selection`."""
+        """See ``Selection``."""
         state = {"solver": self.solver.state_dict(), "done": self.done}
         return state if self._settled is None else {**state, "settled": list(self._settled)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`Selection`."""
+        """See ``Selection``."""
         self.solver.load_state_dict(state["solver"])
         self.epoch, self.done = self.solver.epoch, bool(state["done"])
         settled = state.get("settled")
