@@ -4,20 +4,81 @@ Running statistics follow the weights with a delay and are gathered under sample
 the network at test time (last weights, medians of the gates) gives other activations. They are taken anew.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
 from sparsereg.model.basic_l0_blocks import BatchNorm2d
+
+SEED = 0
+"""Of the order of the images that a foreign data module shuffles."""
+
+
+@runtime_checkable
+class EstimationData(Protocol):
+    """A data module that says which images BatchNorm statistics are taken from."""
+
+    def estimation_batches(self, num_images: int, batch_size: int | None = None) -> Iterator[Tensor]:
+        """Yield images on the device that trains, always the same ones."""
+        ...
+
+
+def estimation_batches(
+    trainer: pl.Trainer, module: pl.LightningModule, num_images: int, batch_size: int
+) -> Iterable[Tensor] | None:
+    """Return training images for :func:`estimate_batch_norm_`; None where there is no training data.
+
+    Args:
+        trainer: with the data.
+        module: that trains.
+        num_images: how many, rounded up to whole batches of a foreign data module.
+        batch_size: images per batch, where the data module lets it be chosen.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, EstimationData):
+        return data.estimation_batches(num_images, batch_size)
+    if trainer.state.fn != "fit":  # a foreign data module is set up for the stage at hand only
+        return None
+    loader = trainer.train_dataloader if data is None else data.train_dataloader()
+    return None if loader is None else _first(loader, num_images, module)
+
+
+def _first(loader: Iterable[object], num_images: int, module: pl.LightningModule) -> Iterator[Tensor]:
+    """Yield the first images of a loader, the same each time; training's own noise stays as it is."""
+    if isinstance(loader, DataLoader):
+        loader = copy.copy(loader)
+        loader._iterator = None  # type: ignore[attr-defined]  # workers that persist are in the middle of an epoch
+    left = num_images
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        for batch in loader:
+            images = batch[0] if isinstance(batch, list | tuple) else batch
+            if not isinstance(images, Tensor):
+                raise TypeError(
+                    "BatchNorm statistics are taken from batches (images, labels) or images, got "
+                    f"{type(batch).__name__}: give the data module a method estimation_batches(num_images, "
+                    "batch_size) that yields images"
+                )
+            if left < num_images and len(images) < 2:
+                return
+            yield images.to(module.device)
+            left -= len(images)
+            if left <= 0:
+                return
 
 
 @torch.no_grad()
 def estimate_batch_norm_(net: nn.Module, batches: Iterable[Tensor]) -> int:
     """Replace running means and variances by their averages over batches, with test-time gates.
 
-    Everything but the BatchNorm layers runs in eval mode. Modes and momenta are as before afterwards.
+    Everything but the BatchNorm layers runs in eval mode. Modes and momenta are as before afterwards, and so
+    are the statistics of layers that the network does not use.
 
     Args:
         net: changed in place.
@@ -31,6 +92,7 @@ def estimate_batch_norm_(net: nn.Module, batches: Iterable[Tensor]) -> int:
         return 0
     modes = {m: m.training for m in net.modules()}
     momenta = {m: m.momentum for m in norms}
+    before = {m: copy.deepcopy(dict(m.named_buffers(recurse=False))) for m in norms}
     synchronised = [m for m in norms if isinstance(m, BatchNorm2d) and m.synchronised]
     count = 0
     try:
@@ -49,6 +111,8 @@ def estimate_batch_norm_(net: nn.Module, batches: Iterable[Tensor]) -> int:
             module.training = mode
         for norm in norms:
             norm.momentum = momenta[norm]
+            if not norm.num_batches_tracked:
+                norm.load_state_dict(before[norm], strict=False)
         for norm in synchronised:
             norm.synchronised = True
     if count == 0:

@@ -4,9 +4,9 @@ import contextlib
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
@@ -20,8 +20,7 @@ from sparsereg.model.synchronised import several_processes
 from sparsereg.penalties import hard_concretes
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
 from sparsereg.training.averaging import WeightAverage
-from sparsereg.training.batch_norm import estimate_batch_norm_
-from sparsereg.training.module import Classifier
+from sparsereg.training.batch_norm import estimate_batch_norm_, estimation_batches
 
 
 class TrainingError(RuntimeError):
@@ -63,8 +62,17 @@ class TemperatureSchedule(Callback):
         pl_module.log("temperature", temperature, sync_dist=several_processes())
 
 
+@runtime_checkable
+class ScalesPenalty(Protocol):
+    """A LightningModule that multiplies the penalty of its gates by ``self.penalty_scale``."""
+
+    penalty_scale: float
+
+
 class PenaltyWarmUp(Callback):
     """Let the penalty grow linearly over the first epochs, so that the weights learn before gates close.
+
+    Needs a module whose loss multiplies its penalty by ``penalty_scale`` (:class:`ScalesPenalty`).
 
     Args:
         epochs: > 0; from this epoch on the penalty has its full weight.
@@ -75,7 +83,11 @@ class PenaltyWarmUp(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the share of lambda_l0 that this epoch uses."""
-        assert isinstance(pl_module, Classifier)
+        if not isinstance(pl_module, ScalesPenalty):
+            raise TypeError(
+                f"PenaltyWarmUp sets penalty_scale, a number that {type(pl_module).__name__} has not: set "
+                "self.penalty_scale = 1.0 in its constructor and multiply the penalty by it in training_step"
+            )
         pl_module.penalty_scale = min(trainer.current_epoch / self.epochs, 1.0)
 
 
@@ -87,16 +99,26 @@ class BatchNormEstimation(Callback):
     and more in networks with a small momentum) and know sampled gates only. Statistics that fit, since
     nothing was trained after they were taken, are kept: the network that is tested is the one measured.
 
+    Works in any LightningModule that answers to ``forward(images)``, with any data. The images are those of
+    the data module's ``estimation_batches`` if it has that (ours do), else of its training batches.
+
     Args:
         num_images: training images to use; 0 leaves the statistics that training gathered.
-        batch_size: images per batch.
+        batch_size: images per batch, where the data module can choose it.
         average: holds the averaged weights that are measured and saved, if there are any.
     """
 
-    def __init__(self, num_images: int, batch_size: int, average: WeightAverage | None = None) -> None:
+    def __init__(self, num_images: int, batch_size: int = 256, average: WeightAverage | None = None) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
         self.average = average
+        self._current = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A step changes the weights, and the statistics with them."""
+        self._note(pl_module, False)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before validation; averaged weights are in place already."""
@@ -104,8 +126,7 @@ class BatchNormEstimation(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the checkpoint is written, where there was no validation."""
-        assert isinstance(pl_module, Classifier)
-        if pl_module.batch_norm_is_current:
+        if self._is_current(pl_module):
             return
         with contextlib.nullcontext() if self.average is None else self.average.in_place(pl_module):
             self._estimate(trainer, pl_module)
@@ -114,18 +135,32 @@ class BatchNormEstimation(Callback):
         """Before test."""
         self._estimate(trainer, pl_module)
 
+    def _is_current(self, module: pl.LightningModule) -> bool:
+        return module.batch_norm_is_current if isinstance(module, KnowsStatistics) else self._current
+
+    def _note(self, module: pl.LightningModule, current: bool) -> None:
+        self._current = current
+        if isinstance(module, KnowsStatistics):
+            module.batch_norm_is_current = current
+
     def _estimate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, Classifier)
-        if not self.num_images or module.batch_norm_is_current:
+        if not self.num_images or self._is_current(module) or trainer.sanity_checking:
             return
-        batches: Iterator[Tensor] = trainer.datamodule.estimation_batches(  # type: ignore[attr-defined]
-            self.num_images, self.batch_size
-        )
-        batches = map(trainer.precision_plugin.convert_input, batches)
+        images = estimation_batches(trainer, module, self.num_images, self.batch_size)
+        if images is None:
+            return
+        batches = map(trainer.precision_plugin.convert_input, images)
         eager = torch.compiler.set_stance("force_eager")
         with eager, trainer.precision_plugin.forward_context():
-            estimate_batch_norm_(module.net, batches)
-        module.batch_norm_is_current = True
+            estimate_batch_norm_(module, batches)
+        self._note(module, True)
+
+
+@runtime_checkable
+class KnowsStatistics(Protocol):
+    """A LightningModule that stores with its weights whether the BatchNorm statistics are theirs."""
+
+    batch_norm_is_current: bool
 
 
 class SparsityMonitor(Callback):
@@ -136,16 +171,15 @@ class SparsityMonitor(Callback):
         histogram_every_n_epochs: how often TensorBoard gets histograms of the gates; 0 for never.
     """
 
-    def __init__(self, accountant: Accountant, histogram_every_n_epochs: int) -> None:
+    def __init__(self, accountant: Accountant, histogram_every_n_epochs: int = 1) -> None:
         self.accountant = accountant
         self.every = histogram_every_n_epochs
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count, and draw histograms."""
-        assert isinstance(pl_module, Classifier)
-        if not pl_module.gated:
+        gates = hard_concretes(self.accountant.network.model)
+        if not gates:
             return
-        gates = hard_concretes(pl_module.net)
         with torch.no_grad():
             active = {name: gate.p_active().flatten() for name, gate in gates.items()}
             open_gates = {name: float((gate.median() > 0).sum()) for name, gate in gates.items()}
@@ -155,9 +189,10 @@ class SparsityMonitor(Callback):
         layers = {f"open_gates/{_short(name)}": n for name, n in open_gates.items()}
         layers["open_gates"] = sum(open_gates.values())
         pl_module.log_dict(layers, sync_dist=several_processes())
-        logger = trainer.logger
-        if isinstance(logger, TensorBoardLogger) and self.every and trainer.current_epoch % self.every == 0:
-            step = trainer.global_step
+        if not self.every or trainer.current_epoch % self.every:
+            return
+        step = trainer.global_step
+        for logger in (one for one in trainer.loggers if isinstance(one, TensorBoardLogger)):
             for name, gate in gates.items():
                 logger.experiment.add_histogram(f"p_active/{_short(name)}", active[name], step)
                 logger.experiment.add_histogram(f"log_alpha/{_short(name)}", gate.log_alpha.detach(), step)
@@ -182,7 +217,10 @@ class FiniteLoss(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember whether this loss is finite."""
-        now = torch.isfinite(outputs["loss"].detach())
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor):
+            return  # of a module that steps by itself
+        now = torch.isfinite(loss.detach()).all()
         self._finite = now if self._finite is None else self._finite & now
         if trainer._logger_connector.should_update_logs:
             self._check(trainer)

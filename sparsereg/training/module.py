@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -17,11 +17,9 @@ from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.model.synchronised import several_processes
 from sparsereg.penalties import expected_l0, expected_l2, hard_concretes, l_c0
 from sparsereg.training.config import Optimizer
+from sparsereg.training.constraint import Constraint
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.optimizers import build_optimizer, learning_rate
-
-if TYPE_CHECKING:
-    from sparsereg.training.target import Constraint
 
 
 @dataclass(frozen=True)

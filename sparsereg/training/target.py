@@ -27,7 +27,7 @@ from sparsereg.distributions import log_alpha_at, shift
 from sparsereg.settings import NOT_NEGATIVE, POSITIVE, setting, within
 from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.config import Target, Training
-from sparsereg.training.module import Classifier
+from sparsereg.training.constraint import Constraint, TakesConstraint
 
 log = logging.getLogger(__name__)
 
@@ -84,30 +84,12 @@ class Multiplier:
         return max(0.0, self.integral + self.proportional_gain * violation)
 
 
-@dataclass
-class Constraint:
-    """The constraint as the loss sees it: linear in the gates' locations between two measurements.
-
-    Attributes:
-        multiplier: lambda, >= 0.
-        violation: log(E[cost] / target) when it was measured last.
-        gradients: each gate's locations and d log E[cost] / d log_alpha.
-        scalars: what TensorBoard shows.
-    """
-
-    multiplier: float
-    violation: float
-    gradients: list[tuple[Tensor, Tensor]]
-    scalars: dict[str, float]
-
-    def penalty(self) -> Tensor:
-        """Return multiplier * log(E[cost] / target), a scalar: the value and the gradient measured last."""
-        linear = torch.stack([(log_alpha * gradient).sum() for log_alpha, gradient in self.gradients]).sum()
-        return self.multiplier * (self.violation + linear - linear.detach())
-
-
 class SparsityTarget(Callback):
     """Train under a target on the expected cost; meet it on the exact count at the end.
+
+    Works in any LightningModule whose network has gates. One that takes a constraint adds its penalty to the
+    loss (:class:`sparsereg.training.constraint.TakesConstraint`); in any other one the penalty's gradient,
+    which is known, is added to that of the gates before each step of the optimizer.
 
     At the last epoch, before it is measured and saved, the few gates nearest to the boundary are opened
     or shut so that the compacted network costs as much as it may, and no more.
@@ -125,6 +107,7 @@ class SparsityTarget(Callback):
         self.settings = settings
         self.average = average
         self.multiplier = Multiplier(settings.proportional_gain, settings.integral_gain)
+        self.constraint: Constraint | None = None
         self.found: float | None = None
         """The multiplier of the last step that looked at the cost."""
         self._met = False
@@ -137,7 +120,6 @@ class SparsityTarget(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure the expected cost and hand the constraint to the loss."""
-        assert isinstance(pl_module, Classifier)
         s = self.settings
         if batch_idx % s.every_n_steps:
             return
@@ -151,12 +133,23 @@ class SparsityTarget(Callback):
         share = float(expected.detach()) / full
         violation = math.log(share / allowed)
         multiplier = self.found = self.multiplier.update(violation, s.every_n_steps)
-        pl_module.constraint = Constraint(
+        self.constraint = Constraint(
             multiplier,
             violation,
             [(a, g) for a, g in zip(locations, gradients, strict=True) if g is not None],
             {"lambda_target": multiplier, "target_kept": allowed, "expected_kept": share},
         )
+        if isinstance(pl_module, TakesConstraint):
+            pl_module.constraint = self.constraint
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Where the module's loss knows of no constraint, add its gradient to that of the loss."""
+        if self.constraint is None or isinstance(pl_module, TakesConstraint):
+            return
+        self.constraint.add_gradient_()
+        pl_module.log_dict(self.constraint.scalars)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """At the last epoch meet the target exactly; averaged weights are in place already."""

@@ -10,8 +10,9 @@ from torch import nn
 
 from sparsereg.compression import Accountant, count
 from sparsereg.penalties import expected_l0, hard_concretes
+from sparsereg.training.constraint import Constraint
 from sparsereg.training.distillation import Distillation
-from sparsereg.training.target import Constraint, Multiplier, TargetSettings, exact_share, meet_
+from sparsereg.training.target import Multiplier, TargetSettings, exact_share, meet_
 from sparsereg.zoo.networks import Task, build
 
 LENET = {"name": "lenet300", "sampling": "batch"}
