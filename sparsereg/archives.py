@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -62,7 +63,7 @@ def load_torch(path: str | os.PathLike[str], map_location: Any = "cpu", mmap: bo
     check(path)
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except (*_BROKEN, pickle.UnpicklingError) as error:
+    except (*BROKEN, pickle.UnpicklingError) as error:
         raise DamagedFile(f"it holds something else than data of torch.save ({_short(error)})") from error
 
 
@@ -85,7 +86,7 @@ def load_weights(path: str | os.PathLike[str]) -> Any:
             raise DamagedFile("its digest is not the one in its name")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (*_BROKEN, pickle.UnpicklingError) as error:
+    except (*BROKEN, pickle.UnpicklingError) as error:
         raise DamagedFile(f"it holds something else than data of torch.save ({_short(error)})") from error
 
 
@@ -115,8 +116,11 @@ def load_npz(path: str | os.PathLike[str]) -> "dict[str, np.ndarray]":
     import numpy as np
 
     check(path)
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except BROKEN as error:
+        raise DamagedFile(f"it holds something else than arrays of numpy.savez ({_short(error)})") from error
 
 
 def seal(path: Path) -> None:
@@ -189,13 +193,14 @@ def _check_parts(file: io.BufferedReader, size: int) -> None:
                         pass
     except DamagedFile:
         raise
-    except _BROKEN as error:
+    except BROKEN as error:
         raise DamagedFile(f"a part of it was changed after it was written ({_short(error)})") from error
 
 
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, LookupError, TypeError, AttributeError,
-           OverflowError, struct.error, NotImplementedError, RuntimeError, OSError)  # fmt: skip
-"""What zipfile and torch.load raise on files that are damaged or something else."""
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, LookupError, TypeError, AttributeError,
+           OverflowError, struct.error, NotImplementedError, RuntimeError, OSError, SyntaxError,
+          tokenize.TokenError)  # fmt: skip
+"""What zipfile, np.load and torch.load raise on files that are damaged or something else."""
 
 
 def _short(error: Exception) -> str:

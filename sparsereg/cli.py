@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from sparsereg import interruption
 from sparsereg.arguments import check, named_keys
@@ -168,12 +169,16 @@ def _of_hydra() -> Iterator[None]:
     """Within this context Hydra composes what the user gave: what it does not expect is wrong input."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError, KeyError, AssertionError, RecursionError) as error:
+    except (
+        ValueError, TypeError, AttributeError, KeyError, AssertionError, RecursionError, YAMLError
+    ) as error:  # fmt: skip
         said = str(error) or type(error).__name__
         raise InputError(f"the configuration cannot be composed: {said}") from error
     except OSError as error:
-        if isinstance(error, OutputError) or error.filename is None:
+        if isinstance(error, OutputError) or error.filename is None and error.errno is not None:
             raise
+        if error.filename is None or str(error.filename).endswith(".yaml"):  # OmegaConf's own, and files
+            raise InputError(f"the configuration cannot be composed: {error}") from error
         raise OutputError(
             f"cannot write {error.filename}: {error.strerror}; make the folder writable or run elsewhere"
         ) from error

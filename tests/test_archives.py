@@ -10,8 +10,9 @@ import scipy.sparse as sp
 import torch
 
 from sparsereg import archives
-from sparsereg.calibration.reading.tables import read_matrix
+from sparsereg.calibration.reading.matrix_file import read_matrix
 from sparsereg.compression import compact, load_compacted, save_compacted
+from sparsereg.data.npz import Npz
 from sparsereg.data.split import Split
 from sparsereg.errors import DamagedFile, InputError
 from sparsereg.layers.storage import load_csr, save_csr
@@ -143,3 +144,17 @@ def test_only_data_are_loaded(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     with pytest.raises(DamagedFile, match="something else than data"):
         archives.load_torch(tmp_path / "module.pt")
+
+
+@pytest.mark.parametrize("shape", ["(9999999999999999999999,)", "(-5,)", "(1, (", "'a'"])
+def test_an_array_whose_header_cannot_be_is_refused(tmp_path, shape):
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+        archive.writestr("train_images.npy", content + bytes(64))
+        for name in ("train_labels", "test_images", "test_labels"):
+            archive.writestr(f"{name}.npy", content)
+    with pytest.raises(DamagedFile, match="something else than arrays"):
+        archives.load_npz(tmp_path / "a.npz")
+    with pytest.raises(InputError, match=r"not a readable \.npz archive"):
+        Npz(str(tmp_path / "a.npz")).load()

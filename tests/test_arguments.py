@@ -220,3 +220,15 @@ def test_too_little_memory_is_said_and_blames_no_file(run, name):
         code, err = run(name, *arguments, work=work)
         assert code == 2
         assert err == [f"error: out of memory: {cli.LESS_MEMORY[name]}"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["lambda_l0: 1\nlambda_l0: 2\n", "5\n", "\tlambda_l0: 1\n", "lambda_l0: \0\n", "? [a]\n: 1"],
+)
+def test_an_experiment_that_is_no_yaml_is_one_line(run, tmp_path, text):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text("# @package _global_\n" + text)
+    code, err = run("train", "--config-dir", "mine", "experiment=own")
+    assert (code, len(err)) == (2, 1), err
+    assert err[0].startswith("error: ")

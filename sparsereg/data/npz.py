@@ -1,7 +1,5 @@
 """Images from one NumPy archive."""
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,6 @@ from sparsereg.data.arrays import ImageArrays
 from sparsereg.errors import InputError
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-# What np.load and the members of its archives raise for files that are damaged or are something else.
-_DAMAGED = (OSError, EOFError, ValueError, KeyError, MemoryError, NotImplementedError, RuntimeError,
-            zipfile.BadZipFile, zlib.error)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             arrays = {key: archive[key] for key in (*ARRAYS, "class_names") if key in archive.files}
     except InputError:
         raise
-    except _DAMAGED as error:
+    except (*archives.BROKEN, MemoryError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"data.path={path}: not a readable .npz archive ({reason[:200]})") from error
     # NumPy hands out a member that is not in its format as bytes.
