@@ -202,7 +202,8 @@ def gated_product(
     if not _in_blocks(weight, log_alpha):
         z = sample(log_alpha, temperature, gamma, zeta, generator=generator)
         return weight * z.to(weight.dtype)
-    return _GatedProduct.apply(weight, log_alpha, (temperature, gamma, zeta), generator)[0]
+    product: Tensor = _GatedProduct.apply(weight, log_alpha, (temperature, gamma, zeta), generator)[0]
+    return product
 
 
 BLOCK = 32_000
@@ -254,7 +255,8 @@ class _GatedProduct(torch.autograd.Function):
 
 def _in_blocks(weight: Tensor, log_alpha: Tensor) -> bool:
     """Whether weight * z can be computed in blocks. A compiler fuses the plain expression by itself."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if torch.compiler.is_compiling() or tracing:
         return False
     same = weight.dtype == log_alpha.dtype == _wide_dtype(log_alpha.dtype)
     return same and weight.shape == log_alpha.shape and weight.is_contiguous() and log_alpha.is_contiguous()
@@ -422,7 +424,8 @@ class HardConcrete(nn.Module):
             for w, a, out in _blocks(weight, self.log_alpha, product):
                 torch.mul(w, gate_median(a, *self._shape), out=out)
             return product
-        return weight * self(generator=generator).to(weight.dtype)
+        gated: Tensor = weight * self(generator=generator).to(weight.dtype)
+        return gated
 
     def median(self) -> Tensor:
         """Test-time gates. See ``gate_median``."""

@@ -98,7 +98,8 @@ class GatedTensor:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter."""
-        return getattr(self.owner, self.name)
+        parameter: nn.Parameter = getattr(self.owner, self.name)
+        return parameter
 
     def spread(self, x: Tensor) -> Tensor:
         """Reshape a tensor of the gates' shape so that it multiplies the parameter."""

@@ -159,4 +159,5 @@ def _standardised(x: np.ndarray) -> np.ndarray:
     centred = x.astype(np.float64) - x.mean(0, dtype=np.float64)
     deviation = centred.std(0)
     tiny = deviation <= 10 * np.finfo(x.dtype).eps * np.abs(x).max(0)
-    return (centred / np.where(tiny, 1.0, deviation) * ~tiny).astype(np.float32)
+    scaled: np.ndarray = (centred / np.where(tiny, 1.0, deviation) * ~tiny).astype(np.float32)
+    return scaled

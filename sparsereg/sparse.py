@@ -287,7 +287,8 @@ class SparseL0Linear(nn.Module):
         Returns:
             Predictions, (rows,).
         """
-        return self(X_sparse, deterministic=True)
+        prediction: Tensor = self(X_sparse, deterministic=True)
+        return prediction
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsereg.calibration.config import Settings
     from sparsereg.calibration.findings import Finding, check
     from sparsereg.calibration.problem import CalibrationProblem
     from sparsereg.calibration.reading.households import build, target_table
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from sparsereg.calibration.solver.calibration import (
         Calibration,
         CalibrationResult,
-        Settings,
         calibrate,
         polish,
     )

@@ -17,7 +17,7 @@ def relative_errors(estimates: np.ndarray, targets: np.ndarray) -> np.ndarray:
         targets: What they should be, shape (targets,).
     """
     size = np.abs(targets)
-    return np.divide(estimates - targets, size, out=np.full(len(targets), np.nan), where=size > 0)
+    return np.asarray(np.divide(estimates - targets, size, out=np.full(len(targets), np.nan), where=size > 0))
 
 
 def measure(problem: CalibrationProblem, weights: np.ndarray) -> dict[str, Any]:

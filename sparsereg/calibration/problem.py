@@ -163,7 +163,7 @@ class CalibrationProblem:
         """How much each target counts, shape (targets,), float64, >= 0; 1 where nothing was given."""
         if self.target_weights is None:
             return np.ones(self.num_targets)
-        return np.nan_to_num(self.target_weights, nan=1.0)
+        return np.asarray(np.nan_to_num(self.target_weights, nan=1.0))
 
     @cached_property
     def tolerance(self) -> np.ndarray:
@@ -180,7 +180,7 @@ class CalibrationProblem:
         linear = self.linear
         size = _gross_totals(linear.matrix, self.starting_weights)
         everybody = _gross_totals(linear.matrix, np.full(self.num_households, self.starting_weights.mean()))
-        return np.where(size > 0, size, everybody) / self._unit
+        return np.asarray(np.where(size > 0, size, everybody) / self._unit)
 
     @cached_property
     def scale(self) -> np.ndarray:
@@ -239,7 +239,7 @@ class CalibrationProblem:
         if self.denominators is None:
             return totals
         below = np.where(self.is_ratio, exact_totals(self.denominators, w), 1.0)
-        return np.divide(totals, below, out=np.full(len(totals), np.nan), where=below != 0)
+        return np.asarray(np.divide(totals, below, out=np.full(len(totals), np.nan), where=below != 0))
 
     def scaled_errors(self, estimates: np.ndarray) -> np.ndarray:
         """How far estimates lie outside their targets' tolerance, signed, over ``scale``.
@@ -286,7 +286,7 @@ def exact_totals(matrix: sp.csr_array, weights: np.ndarray, entries_at_once: int
         entries_at_once: About how many entries are widened to float64 at a time; never less than a row.
     """
     if matrix.dtype == np.float64:
-        return matrix @ weights
+        return np.asarray(matrix @ weights)
     indptr = np.asarray(matrix.indptr, dtype=np.int64)
     cuts = np.searchsorted(indptr, np.arange(entries_at_once, indptr[-1], entries_at_once))
     bounds = np.unique(np.concatenate([[0], cuts, [matrix.shape[0]]]))

@@ -106,7 +106,7 @@ def build(network: Network, analysis: Analysis, dtype: torch.dtype | None = None
     _write_in_place_where_safe(builder.graph, builder.root)
     name = f"Compacted{type(network.model).__name__.removeprefix('Compacted')}"
     module = fx.GraphModule(builder.root, builder.graph, class_name=name)
-    return cast(fx.GraphModule, module.eval())
+    return module.eval()
 
 
 class _Builder:
@@ -276,7 +276,8 @@ class _Builder:
         return self._sizes[key]
 
     def _last_placeholder(self) -> fx.Node:
-        return [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        last: fx.Node = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        return last
 
     def _selects(self, name: str) -> None:
         """Note that positions are picked by number: then an input of another size must not get so far."""
@@ -382,7 +383,7 @@ class _Builder:
 
     def _computed(self, node: fx.Node) -> Any:
         """What a function makes of sizes: a number, where they are; else a node."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.size)  # type: ignore[misc]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.size)
         function = cast(Callable[..., Any], node.target)
         found: list[fx.Node] = []
         fx.node.map_arg((args, kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
@@ -438,7 +439,7 @@ def _layer(b: _Builder, op: Mixing, weight: Vector, bias: Vector | None) -> nn.M
         for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode"):
             settings[name] = getattr(like, name)
         if op.transposed:
-            settings["output_padding"] = like.output_padding  # type: ignore[union-attr]
+            settings["output_padding"] = like.output_padding
         made = cls(groups * ins, groups * outs, groups=groups, **settings)
     made.weight = _parameter(b, weight, op.weight)
     if bias is not None:
@@ -528,7 +529,7 @@ def _write_in_place_where_safe(graph: fx.Graph, root: nn.Module) -> None:
         (source,) = node.all_input_nodes
         made = source.op == "call_module" and isinstance(root.get_submodule(source.target), makers)
         if not made or len(source.users) > 1:
-            module.inplace = False  # type: ignore[union-attr,assignment]
+            module.inplace = False  # type: ignore[union-attr]
 
 
 def _slopes(b: _Builder, op: Op) -> fx.Node:
@@ -629,7 +630,8 @@ def _other(b: _Builder, op: Op) -> fx.Node:
     args, kwargs = b.arguments(op, replace)
     node = b.sources[op.name]
     if isinstance(op, Output):
-        return b.graph.output(args[0])
+        output: fx.Node = b.graph.output(args[0])
+        return output
     if op.module is not None:
         return b.module(op, b.copied(op.module), args, kwargs)
     return b.graph.create_node(node.op, node.target, args, kwargs)

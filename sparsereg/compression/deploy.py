@@ -93,7 +93,7 @@ def fuse(network: fx.GraphModule) -> fx.GraphModule:
         fused.graph.erase_node(node)
         fused.delete_submodule(str(node.target))
     fused.recompile()
-    return cast(fx.GraphModule, fused)
+    return fused
 
 
 def shift_pools(network: fx.GraphModule) -> fx.GraphModule:
@@ -122,7 +122,7 @@ def shift_pools(network: fx.GraphModule) -> fx.GraphModule:
         shifted.graph.erase_node(node)
         shifted.delete_submodule(str(node.target))
     shifted.recompile()
-    return cast(fx.GraphModule, shifted)
+    return shifted
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -477,7 +477,7 @@ class _Recorder(fx.Interpreter):
     """Runs a graph and records what every node returned and what it cost."""
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(model, graph=graph)  # type: ignore[arg-type]
+        super().__init__(model, graph=graph)
         self.results: dict[fx.Node, Any] = {}
         self.flops: dict[fx.Node, int] = {}
         self.counter: FlopCounterMode
@@ -565,7 +565,7 @@ class Node:
 
     def apply(self, x: Tensor) -> Tensor:
         """Do what the node does, to another tensor; sizes and the like are those of the example."""
-        args, kwargs = fx.node.map_arg(  # type: ignore[misc]
+        args, kwargs = fx.node.map_arg(
             (self.node.args, self.node.kwargs), lambda n: x if n.name in self.inputs else self.constants[n]
         )
         if self.module is not None:

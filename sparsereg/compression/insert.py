@@ -32,7 +32,8 @@ class GatedConv2d(nn.Conv2d):
             return self.gate(super().forward(input))  # type: ignore[no-any-return]
         z = self.gate.gates().to(self.weight.dtype)
         bias = None if self.bias is None else self.bias * z
-        return self._conv_forward(input, self.weight * z.view(-1, 1, 1, 1), bias)
+        gated: Tensor = self._conv_forward(input, self.weight * z.view(-1, 1, 1, 1), bias)
+        return gated
 
 
 class GatedLinear(nn.Linear):

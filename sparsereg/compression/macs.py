@@ -12,30 +12,34 @@ from torch.utils.flop_counter import FlopCounterMode
 aten = torch.ops.aten
 
 
+def _size(shape: Any) -> int:
+    return int(math.prod(shape))
+
+
 def _matrix_times_vector(matrix: Any, vector: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(matrix)
+    return 2 * _size(matrix)
 
 
 def _added_matrix_times_vector(add: Any, matrix: Any, vector: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(matrix)
+    return 2 * _size(matrix)
 
 
 def _dot(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(a)
+    return 2 * _size(a)
 
 
 def _added_batch_of_products(add: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(a) * b[2]
+    return 2 * _size(a) * int(b[2])
 
 
 def _bilinear(x: Any, weight: Any, y: Any, *args: Any, **kwargs: Any) -> int:
     """Shapes as F.bilinear hands them on: (examples, in1), (out, in1, in2), (examples, in2)."""
-    return 2 * x[0] * math.prod(weight)
+    return 2 * int(x[0]) * _size(weight)
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     """Shapes (batch, heads, length, size); a causal mask is not taken off."""
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return 2 * _size(query[:-1]) * int(key[-2]) * int(query[-1] + value[-1])
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {

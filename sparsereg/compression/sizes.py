@@ -36,7 +36,7 @@ def of_size(x: Tensor, sizes: list[int]) -> Tensor:
         ValueError: it has others.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(of_size, (x,), x, sizes)  # type: ignore[no-any-return]
+        return handle_torch_function(of_size, (x,), x, sizes)
     fits = x.dim() == len(sizes)
     if fits:
         for found, wanted in zip(x.shape, sizes):  # noqa: B905 (TorchScript knows no strict)

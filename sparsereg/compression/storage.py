@@ -245,7 +245,7 @@ class _Reader:
         module = fx.GraphModule(self.root, self.graph, class_name=self.plan["name"])
         if self.plan.get(ORIGINAL):  # files of before this was kept lack it
             module.meta[ORIGINAL] = self._original()
-        return module.eval()  # type: ignore[return-value]
+        return module.eval()
 
     def _add_steps(self) -> None:
         steps = self._part("nodes", list)
@@ -265,7 +265,7 @@ class _Reader:
         return value
 
     def _original(self) -> dict[str, int]:
-        original = self._part(ORIGINAL, dict)
+        original: dict[str, int] = self._part(ORIGINAL, dict)
         if set(original) != {"parameters", "macs"} or any(type(v) is not int for v in original.values()):
             raise InputError(f"its {ORIGINAL!r} should be parameters and macs, and is {short(original)}")
         return original

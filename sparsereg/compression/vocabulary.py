@@ -71,7 +71,7 @@ def _known_functions() -> dict[str, Callable[..., Any]]:
                 own = [getattr(function, "__name__", ""), *vars(module)]
                 found = next((n for n in own if getattr(module, n, None) is function), None)
                 if found is not None:
-                    known[f"{home}.{found}"] = function  # type: ignore[assignment]
+                    known[f"{home}.{found}"] = function
     return {**known, "sparsereg.of_size": of_size, "getattr": getattr}
 
 
@@ -243,7 +243,7 @@ def _some(part: Kind, product: float, alone: float | None = None) -> Kind:
         parts = value
         if not 0 < len(parts) <= 8 or not all(part.accepts(p) for p in parts):
             return False
-        return math.prod(max(1, abs(p)) for p in parts if p is not None) <= product
+        return bool(math.prod(max(1, abs(p)) for p in parts if p is not None) <= product)
 
     return Kind(f"{part.text}, or several of them", accepts)
 

@@ -124,7 +124,8 @@ def _smoothing(size: int, sigma: float) -> Tensor:
     beyond = math.ceil(3 * sigma / step)
     points = torch.arange(-beyond, math.ceil((size - 1) / step) + beyond + 1, dtype=torch.float64) * step
     weights = torch.exp(-((torch.arange(size, dtype=torch.float64)[:, None] - points) ** 2) / (2 * sigma**2))
-    return (weights / weights.norm(dim=1, keepdim=True)).float()
+    scaled: Tensor = weights / weights.norm(dim=1, keepdim=True)
+    return scaled.float()
 
 
 def crop_boxes(

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sparsereg.errors import InputError
@@ -109,7 +109,7 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
         raise
     except Image.DecompressionBombError as error:
         raise _too_large(path) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise InputError(
             f"{path}: this image cannot be read (its content is none of {', '.join(FORMATS)})"
         ) from error

@@ -40,7 +40,8 @@ class L0Gate(nn.Module):
 
     def get_gates(self, generator: torch.Generator | None = None) -> Tensor:
         """Gates in [0, 1], (size,): a draw in training mode, the medians in eval mode."""
-        return self.gates(generator=generator)
+        z: Tensor = self.gates(generator=generator)
+        return z
 
     def apply_gates(self, x: Tensor, dim: int = 0, generator: torch.Generator | None = None) -> Tensor:
         """Multiply a dimension of a tensor by the gates.

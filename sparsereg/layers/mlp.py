@@ -52,7 +52,8 @@ class SparseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (batch, ...), flattened, to (batch, output_dim)."""
         x = F.relu(self.fc1(torch.flatten(x, 1)))
-        return self.fc3(F.relu(self.fc2(x)))
+        logits: Tensor = self.fc3(F.relu(self.fc2(x)))
+        return logits
 
     def get_l0_loss(self) -> Tensor:
         """Expected number of open gates of all layers."""

@@ -147,7 +147,8 @@ Matrix = CsrMatrix | TorchMatrix
 
 def multiply(w: Tensor, matrix: Matrix) -> Tensor:
     """X w, (rows,), differentiable in w (columns,)."""
-    return _Product.apply(w, matrix)
+    product: Tensor = _Product.apply(w, matrix)
+    return product
 
 
 def mean_squared_error(w: Tensor, bias: Tensor | None, matrix: Matrix, y: Tensor) -> Tensor:
@@ -159,7 +160,8 @@ def mean_squared_error(w: Tensor, bias: Tensor | None, matrix: Matrix, y: Tensor
         matrix: X.
         y: (rows,), in the dtype of ``w``.
     """
-    return _SquaredError.apply(w, bias, matrix, y)
+    error: Tensor = _SquaredError.apply(w, bias, matrix, y)
+    return error
 
 
 class _Product(torch.autograd.Function):

@@ -168,7 +168,8 @@ class GatedBatchNorm2d(BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and gate a map of shape (batch, num_features, height, width)."""
         if self.gate.per_example:
-            return self.gate(super().forward(x))
+            gated: Tensor = self.gate(super().forward(x))
+            return gated
         z = self.gate.gates()
         return self._normalise(x, self.weight * z, self.bias * z)
 
@@ -205,7 +206,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, h, w) to (batch, out_channels, h, w)."""
-        return self.gate(self.act(self.norm(self.conv(x))))
+        gated: Tensor = self.gate(self.act(self.norm(self.conv(x))))
+        return gated
 
 
 class GateFactory:

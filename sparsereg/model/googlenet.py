@@ -144,4 +144,5 @@ class GoogleNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (batch, in_channels, h, w), normalised, to logits (batch, num_classes)."""
         x = self.blocks(self.stem(x))
-        return self.classifier(self.pool(x).flatten(1))
+        logits: Tensor = self.classifier(self.pool(x).flatten(1))
+        return logits

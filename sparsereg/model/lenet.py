@@ -66,7 +66,8 @@ class LeNet300(nn.Module):
         x = self.input_drop(self.input_gate(self.flatten(x)))
         x = self.hidden_drop1(self.hidden_gate1(self.act1(self.fc1(x))))
         x = self.hidden_drop2(self.hidden_gate2(self.act2(self.fc2(x))))
-        return self.fc3(x)
+        logits: Tensor = self.fc3(x)
+        return logits
 
 
 class LeNet5(nn.Module):
@@ -126,7 +127,8 @@ class LeNet5(nn.Module):
         x = self.conv_drop2(self.conv_gate2(self.act2(self.pool2(self.conv2(x)))))
         x = self.input_drop(self.input_gate(self.flatten(x)))
         x = self.hidden_drop(self.hidden_gate(self.act3(self.fc1(x))))
-        return self.fc2(x)
+        logits: Tensor = self.fc2(x)
+        return logits
 
 
 @gated_tensors.register

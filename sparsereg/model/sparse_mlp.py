@@ -74,7 +74,8 @@ class SparseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (batch, channels, height, width) to logits (batch, num_classes)."""
-        return self.layers(x)
+        logits: Tensor = self.layers(x)
+        return logits
 
 
 def _layer(n_in: int, n_out: int, gates: dict[str, Any] | None) -> nn.Module:

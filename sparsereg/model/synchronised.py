@@ -28,7 +28,8 @@ class _SumOverProcesses(torch.autograd.Function):
 
 def sum_over_processes(local: Tensor) -> Tensor:
     """Sum a tensor over all processes; differentiable in every process's part."""
-    return _SumOverProcesses.apply(local)
+    total: Tensor = _SumOverProcesses.apply(local)
+    return total
 
 
 def batch_norm_over_processes(

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import sparsereg
@@ -353,7 +353,7 @@ def build_network(cfg: Training, data: ImageDataModule, checkpoint: Checkpoint |
 
 def in_memory_format(cfg: Training, net: nn.Module) -> nn.Module:
     """Lay a network's convolutions out in memory as ``trainer.channels_last`` says."""
-    return net.to(memory_format=torch.channels_last) if cfg.trainer.channels_last else net  # type: ignore[call-overload]
+    return net.to(memory_format=torch.channels_last) if cfg.trainer.channels_last else net
 
 
 def _check_data(checkpoint: Checkpoint, data: ImageDataModule) -> None:

@@ -59,7 +59,7 @@ class TargetSettings(Target):
     def share_at(self, epoch: float) -> float:
         """Share of the cost that is allowed at an epoch, which may be a fraction."""
         progress = min(max((epoch - self.start_epoch) / self.ramp_epochs, 0.0), 1.0)
-        return self.kept**progress
+        return math.pow(self.kept, progress)
 
 
 class Multiplier:

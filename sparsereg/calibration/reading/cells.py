@@ -78,8 +78,8 @@ def exact_numbers(series: pd.Series, missing: np.ndarray) -> np.ndarray:
     if pd.api.types.is_integer_dtype(series.dtype):
         whole = np.uint64 if pd.api.types.is_unsigned_integer_dtype(series.dtype) else np.int64
         if not missing.any():
-            return series.to_numpy(whole)
-        return series.to_numpy(whole, na_value=0)
+            return np.asarray(series.to_numpy(whole))
+        return np.asarray(series.to_numpy(whole, na_value=0))
     if series.dtype == object and all(isinstance(v, abstract.Integral) for v in series[~missing]):
         filled = [0 if absent else int(v) for v, absent in zip(series, missing, strict=True)]
         if all(-(2**63) <= v < 2**63 for v in filled):
@@ -94,7 +94,7 @@ def _as_float64(series: pd.Series) -> np.ndarray:
     kind = series.dtype
     plain = pd.api.types.is_numeric_dtype(kind) and not isinstance(kind, pd.CategoricalDtype)
     if plain and not pd.api.types.is_bool_dtype(kind) and not pd.api.types.is_complex_dtype(kind):
-        return series.to_numpy(dtype=np.float64, na_value=np.nan)
+        return np.asarray(series.to_numpy(dtype=np.float64, na_value=np.nan))
     return np.fromiter(map(number, series.astype(object)), dtype=np.float64, count=len(series))
 
 

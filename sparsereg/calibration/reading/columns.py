@@ -160,7 +160,7 @@ class Columns:
     def code(self, name: str, value: Constant) -> int:
         """Return the code of a value in a column, -1 if it does not occur."""
         known = self._coded(name)[1]
-        at = int(np.searchsorted(known, value.value))  # type: ignore[call-overload]
+        at = int(np.searchsorted(known, value.value))
         return at if at < len(known) and known[at] == value.value else -1
 
     def measure(self, name: str) -> np.ndarray:
@@ -195,7 +195,7 @@ class Columns:
             while len(self._masks) * self.num_rows > _CACHED_MASK_BYTES and len(self._masks) > 1:
                 self._masks.popitem(last=False)
         self._masks.move_to_end(condition)
-        return self._masks[condition][at]
+        return np.asarray(self._masks[condition][at])
 
     def _evaluate(self, condition: Condition, at: np.ndarray | slice, wanted: bool = True) -> np.ndarray:
         """Return which of the rows ``at`` make the condition true, or with ``wanted=False`` false.
@@ -208,9 +208,9 @@ class Columns:
                 return np.full(self._size(at), bool(value) == wanted)
             case Column(name):
                 values = self.values(name)
-                return ((values.data[at] == 1) == wanted) & values.known(at)
+                return np.asarray(((values.data[at] == 1) == wanted) & values.known(at))
             case Missing(Column(name)):
-                return np.broadcast_to(self.values(name).known(at), (self._size(at),)) != wanted
+                return np.asarray(np.broadcast_to(self.values(name).known(at), (self._size(at),)) != wanted)
             case Compare(left, op, right):
                 return self._compare(left, op if wanted else OPPOSITE[op], right, at)
             case In(Column(name), values):
@@ -245,8 +245,8 @@ class Columns:
         if isinstance(left, Column) and isinstance(right, Constant):
             values = self.values(left.name)
             if values.texts is not None:
-                return ((values.data[at] == self.code(left.name, right)) == (op == "==")) & known
-            return COMPARISONS[op](values.data[at], right.value) & known
+                return np.asarray(((values.data[at] == self.code(left.name, right)) == (op == "==")) & known)
+            return np.asarray(COMPARISONS[op](values.data[at], right.value) & known)
         sides = [self._plain(side, at) for side in (left, right)]
         return np.broadcast_to(COMPARISONS[op](*sides) & known, (self._size(at),))
 
@@ -262,7 +262,7 @@ class Columns:
         table = np.full(self.num_codes(name) + 1, not wanted)
         table[[code for value in values if (code := self.code(name, value)) >= 0]] = wanted
         table[-1] = False  # answers code -1: missing
-        return table[self.codes(name)[at]]
+        return np.asarray(table[self.codes(name)[at]])
 
 
 def _converted(series: pd.Series) -> _Values:

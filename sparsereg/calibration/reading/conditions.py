@@ -19,7 +19,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from sparsereg.calibration.reading.cells import shown
 from sparsereg.errors import InputError
@@ -89,7 +89,7 @@ class Or:
 
 Condition: TypeAlias = "Column | Constant | Compare | In | Missing | Not | And | Or"
 
-COMPARISONS: dict[str, Callable] = {
+COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
     "!=": operator.ne,
     "<": operator.lt,

@@ -419,7 +419,7 @@ def _tolerances(table: pd.DataFrame, values: np.ndarray, file: str) -> np.ndarra
             " a share is written as 1%%",
             *(file, row(at), texts[at], values[at]),
         )
-    return np.where(share, given / 100 * np.abs(values), given)
+    return np.asarray(np.where(share, given / 100 * np.abs(values), given))
 
 
 def _hard(table: pd.DataFrame, weights: np.ndarray | None, file: str) -> np.ndarray:
@@ -485,4 +485,4 @@ def unique_ids(households: pd.DataFrame, column: str | None, file: str) -> np.nd
             f"{file}: the id {series.iloc[at]} is there twice, in rows {row(before)} and {row(at)}"
             f" ({int(twice.sum())} repeated)"
         )
-    return series.to_numpy()
+    return np.asarray(series.to_numpy())

@@ -49,7 +49,7 @@ class Missing:
         """Return a mask of the households that stay in the survey."""
         known = [m for m in self.columns("drop", measures) if m in households.columns]
         absent = households[known].isna()
-        gone = absent.any(axis=1).to_numpy(dtype=bool)
+        gone: np.ndarray = absent.any(axis=1).to_numpy(dtype=bool)
         if not gone.any():
             return ~gone
         named = ", ".join(f"{m} ({int(n)})" for m, n in absent.sum().items() if n)

@@ -322,4 +322,4 @@ def _source_errors(targets: pd.DataFrame, rng: np.random.Generator) -> np.ndarra
         targets.groupby([level, "group"], sort=False).ngroup().to_numpy(),
         targets.group.nunique(),
     )
-    return rng.standard_normal(3 * families)[codes]
+    return np.asarray(rng.standard_normal(3 * families)[codes])

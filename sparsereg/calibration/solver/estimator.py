@@ -122,7 +122,7 @@ class SparseCalibrationWeights(nn.Module):
             deterministic: Use the medians of the gates instead of a draw.
         """
         weights = self.get_weights(deterministic=deterministic)
-        totals: Tensor = _Totals.apply(weights, self._household_matrix(M))  # type: ignore[no-untyped-call]
+        totals: Tensor = _Totals.apply(weights, self._household_matrix(M))
         return totals.to(weights.dtype)
 
     def get_l0_penalty(self) -> Tensor:

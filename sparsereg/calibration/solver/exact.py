@@ -184,7 +184,7 @@ def is_hard(problem: CalibrationProblem) -> np.ndarray:
         return problem.target_hard
     if problem.target_weights is None:
         return np.ones(problem.num_targets, dtype=bool)
-    return np.isnan(problem.target_weights)
+    return np.asarray(np.isnan(problem.target_weights))
 
 
 def ratio_bounds(

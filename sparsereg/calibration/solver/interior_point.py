@@ -49,7 +49,7 @@ class BoxQuadratic:
 
     def slope(self, u: np.ndarray) -> np.ndarray:
         """Gradient of the objective."""
-        return self.rows @ (self.rows.T @ u - self.targets) + self.pull * (u - self.center)
+        return np.asarray(self.rows @ (self.rows.T @ u - self.targets) + self.pull * (u - self.center))
 
 
 class _Newton:
@@ -79,7 +79,7 @@ class _Newton:
     def solve(self, right: np.ndarray) -> np.ndarray:
         """Solve, and once more for what rounding has left."""
         x = self._once(right)
-        return x + self._once(right - self._rows @ (self._columns @ x) - self._diagonal * x)
+        return np.asarray(x + self._once(right - self._rows @ (self._columns @ x) - self._diagonal * x))
 
     def _once(self, right: np.ndarray) -> np.ndarray:
         if self._gram is not None:

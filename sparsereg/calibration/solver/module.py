@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from sparsereg.calibration.config import Settings
 from sparsereg.calibration.problem import CalibrationProblem
-from sparsereg.calibration.solver.calibration import Calibration, CalibrationResult, Settings
+from sparsereg.calibration.solver.calibration import Calibration, CalibrationResult
 
 
 class CalibrationModule(pl.LightningModule):

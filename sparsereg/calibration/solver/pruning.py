@@ -7,6 +7,7 @@ the most useful of the dropped, as long as that pays.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ _ROUGH = 1e-5
 def kept_at(stage: int, stages: int, num_households: int, num_kept: int, power: float) -> int:
     """Number of households to keep after a stage: N at stage 0, K at the last, falling log-polynomially."""
     share = (1.0 - stage / stages) ** power
-    return max(num_kept, round(num_kept * (num_households / num_kept) ** share))
+    return max(num_kept, round(num_kept * math.pow(num_households / num_kept, share)))
 
 
 def largest(values: Tensor, count: int) -> Tensor:

@@ -145,7 +145,7 @@ class Axes:
             rows = flat[uneven]
             tied = np.where(rows == BLANK, most[uneven][:, None], rows)
             self.equal(tied, np.broadcast_to(most[uneven][:, None], tied.shape), why, node)
-        return most.reshape(tuple(shape))
+        return np.asarray(most.reshape(tuple(shape)))
 
 
 def varying(labels: Labels) -> set[int]:

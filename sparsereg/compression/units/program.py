@@ -62,7 +62,8 @@ class Program:
     @property
     def output(self) -> fx.Node:
         """The node that returns."""
-        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        last: fx.Node = next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        return last
 
     def run(self, weights: Mapping[fx.Node, Tensor], *inputs: Any, call: Any = None) -> Any:
         """Run the graph with other weights.
