@@ -1,6 +1,7 @@
 """How the scripts meet their user: help, one clear line for wrong input, exit codes, the results line.
 
-Exit code 0: done. 2: the input is wrong; one line ``error: ...`` on stderr. 1: an internal failure, whose
+Exit code 0: done. 2: the input is wrong; one line ``error: ...`` on stderr. 3: the run ended and wrote its
+files, but fell short of what was required; one line ``short: ...`` each. 1: an internal failure, whose
 traceback is in a log file that the message names. The last line on stdout is ``results: PATH``.
 """
 
@@ -27,7 +28,7 @@ from yaml import YAMLError
 
 from sparsereg import interruption
 from sparsereg.arguments import check, named_keys
-from sparsereg.errors import InputError, OutputError, interpolation_error, nearest
+from sparsereg.errors import FellShort, InputError, OutputError, interpolation_error, nearest
 from sparsereg.extras import advice
 from sparsereg.files import new_folder, no_room, write_text
 from sparsereg.reference import declared_by, help_of
@@ -80,6 +81,9 @@ def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
             return
         try:
             finish(run(cfg))
+        except FellShort as error:
+            finish(error.results)
+            failed.append(error)
         except Exception as error:  # Hydra would print a line of its own
             failed.append(error)
 
@@ -256,6 +260,10 @@ class _Waiting(logging.Handler):
 
 def report(name: str, error: BaseException) -> int:
     """Tell an error to the user and return the exit code it means."""
+    if isinstance(error, FellShort):
+        for line in error.shortfalls:
+            print(f"short: {one_line(line)}", file=sys.stderr, flush=True)
+        return 3
     message = _input_message(name, error)
     if message is not None:
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """What is told to the user in one line: wrong input, damaged files, outputs that cannot be written."""
 
 import difflib
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -12,6 +13,21 @@ class InputError(ValueError):
 
 class OutputError(OSError):
     """A file cannot be written: the disk is full, say. One line: which one, why, what to do."""
+
+
+class FellShort(Exception):
+    """A run has ended and its files are written, but it did not reach what was required of it.
+
+    The scripts print a line for each shortfall and end with exit code 3.
+
+    Args:
+        results: the path of its results.json.
+        shortfalls: one line each.
+    """
+
+    def __init__(self, results: Path, shortfalls: list[str]) -> None:
+        super().__init__("; ".join(shortfalls))
+        self.results, self.shortfalls = results, shortfalls
 
 
 class DamagedFile(ValueError):

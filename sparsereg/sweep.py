@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import sparsereg
 from sparsereg import interruption
-from sparsereg.errors import InputError, interpolation_error
+from sparsereg.errors import FellShort, InputError, interpolation_error
 from sparsereg.files import write_atomically, write_json, write_table
 
 
@@ -60,6 +60,9 @@ def run_job(
         return
     try:
         results = run(cfg)
+    except FellShort as error:
+        told = {"error": str(error), "code": code_of(error), "results": str(error.results)}
+        write_json(folder / "job.json", {**job, "status": "short", **told})
     except Exception as error:
         interruption.check()
         code = code_of(error)
@@ -157,14 +160,16 @@ class SweepReport(Callback):
         if not jobs:
             return
         failed = [job for job in jobs if job.get("status") == "failed"]
+        short = [job for job in jobs if job.get("status") == "short"]
         for job in failed:
             print(f"failed: job {job['job']} ({' '.join(job['overrides'])}): {job['error']}", file=sys.stderr)
-        print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished")
+        below = f", {len(short)} of them short of what was required" if short else ""
+        print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished{below}")
         if drawn:
             print(f"plot: {folder / 'sweep.png'}")
         print(f"results: {folder / 'sweep.csv'}", flush=True)
-        if failed:
-            sys.exit(failed[0]["code"])
+        if failed or short:
+            sys.exit((failed or short)[0]["code"])
 
     def _plot(self, path: Path, rows: list[dict[str, Any]]) -> bool:
         points = [r for r in rows if r.get(self.x) is not None and r.get(self.y) is not None]

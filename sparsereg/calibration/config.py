@@ -195,6 +195,29 @@ class Holdout(Group):
 
 
 @dataclass(frozen=True)
+class Require(Group):
+    """What a run has to reach; one that falls short ends with exit code 3, its files written."""
+
+    max_error: float | None = setting(
+        None, "largest error of a target beyond its tolerance, over its scale: 0.01 is 1 %", NOT_NEGATIVE
+    )
+    mean_error: float | None = setting(None, "mean absolute relative error", NOT_NEGATIVE)
+    median_error: float | None = setting(None, "median absolute relative error", NOT_NEGATIVE)
+    within_1pct: float | None = setting(None, "least share of the targets within 1 %", SHARE)
+    within_10pct: float | None = setting(None, "least share of the targets within 10 %", SHARE)
+    held_out_error: float | None = setting(
+        None, "mean absolute relative error of the targets that are held out", NOT_NEGATIVE
+    )
+    ess: float | None = setting(None, "least effective sample size", NOT_NEGATIVE)
+    design_effect: float | None = setting(None, "largest kept / ess", NOT_NEGATIVE)
+    max_ratio: float | None = setting(None, "largest weight over initial weight", NOT_NEGATIVE)
+    max_weight: float | None = setting(None, "largest weight", NOT_NEGATIVE)
+    bounds_hit: int | None = setting(None, "most weights at a bound", count(0))
+    gave_way: int | None = setting(None, "calibrate: most targets that gave way", count(0))
+    untouched_targets: int | None = setting(None, "most targets that no kept household touches", count(0))
+
+
+@dataclass(frozen=True)
 class Problem(Group):
     """What is calibrated."""
 
@@ -318,6 +341,7 @@ class CalibrationRun(Settings):
     log_moments: int = setting(10, "how many moments of the run calibration_log.csv shows", count(2))
     rerun: bool = setting(False, "in a sweep (-m): do jobs again that finished in an earlier sweep")
     holdout: Holdout = setting(Holdout, "left out to see how the weights do on other targets")
+    require: Require = setting(Require, "what must be reached: a run that falls short ends with exit code 3")
     problem: Problem = setting(SyntheticProblem, "what is calibrated")
 
     def check(self) -> None:
@@ -326,6 +350,8 @@ class CalibrationRun(Settings):
         one_of(self.device.partition(":")[0], "device", DEVICES)
         if (self.missing != "error" or self.missing_in) and not isinstance(self.problem, HouseholdsProblem):
             raise Contradiction("{}missing needs {}problem=households: nothing is missing elsewhere")
+        if self.require.held_out_error is not None and self.holdout.groups is None and not self.holdout.folds:
+            raise Contradiction("{}require.held_out_error needs a hold-out: {}holdout.folds=5, for example")
         for name in ("bounds", "weight_bounds"):
             low, high = getattr(self, name) or (None, None)
             if isinstance(low, float) and isinstance(high, float) and low > high:

@@ -19,8 +19,8 @@ from sparsereg.settings import plain
 
 Moments = list[tuple[int, float, np.ndarray]]
 _NOT_OF_THE_RUN = {
-    "ckpt_path", "checkpoint_seconds", "device", "holdout", "log_moments", "plots", "problem", "rerun",
-    "tensorboard", "untouchable", "weights_format",
+    "ckpt_path", "checkpoint_seconds", "device", "holdout", "log_moments", "plots", "problem", "require",
+    "rerun", "tensorboard", "untouchable", "weights_format",
 }  # fmt: skip
 
 

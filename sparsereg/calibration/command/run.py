@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from sparsereg import interruption
 from sparsereg.calibration import holdout
 from sparsereg.calibration.command.checkpoint import Saver, fingerprint
+from sparsereg.calibration.command.provenance import Provenance
+from sparsereg.calibration.command.requirements import judged
 from sparsereg.calibration.config import CalibrationRun, Settings
 from sparsereg.calibration.findings import KINDS, Finding, check, gave_way, in_order, set_aside, summary
 from sparsereg.calibration.measures import measure
@@ -27,7 +29,7 @@ from sparsereg.calibration.solver.calibration import Calibration, CalibrationRes
 from sparsereg.calibration.solver.refit import TOLERANCE
 from sparsereg.calibration.solver.selection import method_of
 from sparsereg.cli import wrong_input
-from sparsereg.errors import InputError
+from sparsereg.errors import FellShort, InputError
 from sparsereg.files import new_version, write_json, write_table, write_text
 from sparsereg.settings import plain
 
@@ -63,11 +65,13 @@ def run(cfg: CalibrationRun) -> Path:
 
     Raises:
         InputError: Something that the user gave cannot be used; nothing has been written then.
+        FellShort: All is written, but it is not what was required.
     """
     start = time.perf_counter()
     with wrong_input():
         cfg = _with_method(cfg)
         task = _read(cfg)
+        provenance = Provenance.of(cfg)
         folds = _folds(task.problem, cfg)
         read = time.perf_counter()
         solver = _with_columns(replace(cfg.solver(), device=device_of(cfg.device)), task.columns)
@@ -105,11 +109,15 @@ def run(cfg: CalibrationRun) -> Path:
     results |= _measure_findings(task)
     results["holdout"] = _hold_out(task, folds, cfg, folder) if folds else None
     results["worst_targets"] = _write_files(folder, result, recorder, cfg)
+    results["required"] = required = judged(cfg.require, results)
+    results["provenance"] = provenance.to_dict()
     results["total_seconds"] = time.perf_counter() - start
     write_json(folder / "results.json", results)
     (folder / "checkpoint.pt").unlink(missing_ok=True)  # there is nothing left to continue
     for line in _told(results, folder):
         print(line)
+    if short := [row["text"] for row in required if not row["met"]]:
+        raise FellShort(folder / "results.json", short)
     return folder / "results.json"
 
 
