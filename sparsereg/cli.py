@@ -179,7 +179,7 @@ def _of_hydra() -> Iterator[None]:
         said = str(error) or type(error).__name__
         raise InputError(f"the configuration cannot be composed: {said}") from error
     except OSError as error:
-        if isinstance(error, OutputError) or error.filename is None and error.errno is not None:
+        if isinstance(error, OutputError) or (error.filename is None and error.errno is not None):
             raise
         if error.filename is None or str(error.filename).endswith(".yaml"):  # OmegaConf's own, and files
             raise InputError(f"the configuration cannot be composed: {error}") from error
