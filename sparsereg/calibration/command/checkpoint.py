@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sparsereg.archives import load_torch, save_torch
 from sparsereg.calibration.config import CalibrationRun
@@ -101,5 +104,64 @@ class Saver:
                 f"ckpt_path={path} is of another problem or of other settings:"
                 " repeat the command that was interrupted, with ckpt_path added"
             )
-        self.calibration.load_state_dict(state)
-        return [(int(epoch), float(loss), totals.numpy()) for epoch, loss, totals in moments]
+        try:
+            _check_state(self.calibration.state_dict(), state, self.calibration.problem.num_households)
+            told = _checked_moments(moments, self.calibration.problem.num_targets)
+            self.calibration.load_state_dict(state)
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+            raise InputError(f"ckpt_path={path} is no checkpoint that can be continued: {error}") from error
+        return told
+
+
+_MORE = {"settled"}
+"""What a state may have that it does not have at the start."""
+
+
+def _check_state(own: Any, found: Any, num_households: int, where: str = "its state") -> None:
+    """Check that what a file holds is like a state: the same names, types and dimensions, numbers in range.
+
+    Args:
+        own: The state of the same calibration at its start.
+        found: In the file.
+        num_households: Integers in tensors count households.
+        where: For messages.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if isinstance(own, dict):
+        if not isinstance(found, dict) or not own.keys() <= found.keys() <= own.keys() | _MORE:
+            raise ValueError(f"{where} has other parts than it should have")
+        for key, value in own.items():
+            _check_state(value, found[key], num_households, f"{where}, {key},")
+        return
+    if isinstance(found, Tensor) and (own is None or isinstance(own, Tensor)):
+        fits = found.layout == torch.strided and not (found.is_complex() or found.is_meta)
+        if fits and isinstance(own, Tensor):
+            fits = found.dtype == own.dtype and found.dim() == own.dim()
+        if fits and not found.is_floating_point() and found.numel():
+            fits = found.dtype == torch.bool or 0 <= int(found.min()) <= int(found.max()) < num_households
+    elif isinstance(own, float):
+        fits = type(found) is float and (math.isfinite(found) or not math.isfinite(own))
+    elif isinstance(own, list):  # the history, which is empty at the start
+        fits = isinstance(found, list) and all(_is_report(row) for row in found)
+    elif isinstance(own, int):
+        fits = type(found) is type(own) and 0 <= found < 2**63
+    else:
+        fits = type(found) is type(own)
+    if not fits:
+        raise ValueError(f"{where} is not what it should be")
+
+
+def _is_report(row: Any) -> bool:
+    """Whether this is one row of the history."""
+    keys = {"epoch", "loss", "kept", "mean_are"}
+    return isinstance(row, dict) and row.keys() == keys and all(type(v) in (int, float) for v in row.values())
+
+
+def _checked_moments(moments: Any, num_targets: int) -> Moments:
+    """Return the totals at moments, as the log takes them."""
+    told = [(int(epoch), float(loss), totals.double().numpy()) for epoch, loss, totals in moments]
+    if any(totals.shape != (num_targets,) for _, _, totals in told):
+        raise ValueError(f"its totals are not those of {num_targets} targets")
+    return told

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 from dataclasses import replace
@@ -8,8 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 from omegaconf import OmegaConf
 
+from sparsereg.archives import load_torch, save_torch
 from sparsereg.calibration.command import run as script
 from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.reading.synthetic import synthetic_problem
@@ -242,6 +245,45 @@ def test_an_interrupted_run_ends_where_it_would_have_ended(method, monkeypatch):
         run(*overrides, f"ckpt_path={whole}/weights.csv")
     with pytest.raises(InputError, match="does not exist"):
         run(*overrides, f"ckpt_path={whole}/checkpoint.pt")
+
+
+@pytest.mark.parametrize("method", ["pruning", "hard_concrete"])
+def test_a_checkpoint_that_holds_something_else_is_refused(method, monkeypatch):
+    overrides = (*SMALL, f"method={method}", "epochs=100", "holdout.groups=null")
+    interrupted(5, overrides, monkeypatch)
+    path = Path("outputs/calibrate/version_0/checkpoint.pt")
+    good = load_torch(path)
+
+    def changed(*keys, value):
+        content = copy.deepcopy(good)
+        place = content
+        for key in keys[:-1]:
+            place = place[key]
+        if value is None:
+            del place[keys[-1]]
+        else:
+            place[keys[-1]] = value
+        return content
+
+    inner = ("calibration", "selection") if method == "pruning" else ("calibration", "selection", "solver")
+    tensor = "kept" if method == "pruning" else "often"
+    evil = [
+        changed("calibration", "selection", "done", value=None),
+        changed("calibration", "selection", "done", value="yes"),
+        changed(*inner, "epoch", value=-1),
+        changed(*inner, "epoch", value=2**70),
+        changed(*inner, "epoch", value=float("inf")),
+        changed(*inner, tensor, value=torch.tensor([0, 10**6])),
+        changed(*inner, tensor, value=[1, 2]),
+        changed("calibration", "history", value=[5]),
+        changed("calibration", "method", value=7),
+        changed("moments", value=[(0, 1.0, torch.zeros(3))]),
+        changed("moments", value=[(0, 1.0)]),
+    ]
+    for content in evil:
+        save_torch(path, content)
+        with pytest.raises(InputError, match=r"ckpt_path=.* is no checkpoint that can be continued"):
+            run(*overrides, f"ckpt_path={path}")
 
 
 @pytest.mark.parametrize(
