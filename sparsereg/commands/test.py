@@ -1,10 +1,13 @@
 """Say what a trained network is worth, and hand over a smaller one: `python test.py --help`."""
 
+import logging
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from sparsereg.cli import named, script, settings_of, wrong_input
+
+log = logging.getLogger(__name__)
 
 
 def run(composed: DictConfig) -> Path:
@@ -16,6 +19,7 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.files import new_version, write_json
     from sparsereg.training import build, handover
     from sparsereg.training.results import block_table, count_summary, gate_summary, headline, metric
+    from sparsereg.training.terminal import start_line
 
     with wrong_input():
         build.tune_process()
@@ -29,6 +33,7 @@ def run(composed: DictConfig) -> Path:
         module.batch_norm_is_current = checkpoint.batch_norm_is_current
         trainer = build.build_trainer(cfg, [build.batch_norm_estimation(cfg)])
         folder = new_version(Path("outputs") / "test")
+        log.info(start_line(cfg.model.group, net, data, trainer.strategy.root_device, folder))
 
     val_acc = None
     if data.num_val:

@@ -1,11 +1,14 @@
 """Train or fine-tune a network with L0 gates: `python train.py --help`."""
 
+import logging
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from sparsereg import interruption
 from sparsereg.cli import named, script, settings_of, wrong_input
+
+log = logging.getLogger(__name__)
 
 
 def run(composed: DictConfig) -> Path:
@@ -21,6 +24,7 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.training import build, stages
     from sparsereg.training.ending import continuation
     from sparsereg.training.results import headline
+    from sparsereg.training.terminal import start_line
 
     hydra = HydraConfig.get()
     with wrong_input():
@@ -33,6 +37,8 @@ def run(composed: DictConfig) -> Path:
         stage = stages.begin(cfg, data, checkpoint, Path("outputs"))
 
     if stage.trainer.is_global_zero:
+        device = stage.trainer.strategy.root_device
+        log.info(start_line(cfg.model.group, stage.net, data, device, stage.folder))
         write_text(stage.folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
         data.save_split(stage.folder / "split.npz")
     last = stage.folder / "checkpoints" / "last.ckpt"

@@ -45,6 +45,7 @@ from sparsereg.training.ending import EndsTogether
 from sparsereg.training.module import Classifier, Provenance
 from sparsereg.training.results import metric
 from sparsereg.training.target import SparsityTarget, TargetSettings, asked_for
+from sparsereg.training.terminal import ProgressBar
 from sparsereg.zoo import networks
 from sparsereg.zoo.config import Network, weights_file
 from sparsereg.zoo.torchvision import load_weights_file_
@@ -529,7 +530,7 @@ def build_trainer(
         keys["limit_val_batches"] = 0
     if num_batches is not None:
         keys["log_every_n_steps"] = max(1, min(keys.get("log_every_n_steps", 50), num_batches))
-    bar = [ours.ProgressBar()] if keys.get("enable_progress_bar", True) else []
+    bar = [ProgressBar()] if keys.get("enable_progress_bar", True) else []
     plugins = [*(keys.pop("plugins", None) or []), WholeCheckpoints()]
     try:
         return pl.Trainer(

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
@@ -269,16 +269,6 @@ class EpochTimer(Callback):
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self._start)
             pl_module.log("seconds_per_epoch", self.seconds[-1], sync_dist=several_processes())
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's bar without the version number, which costs room and says nothing."""
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return what the bar shows: losses, L_C0, accuracy and sparsities."""
-        items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
-        return items
 
 
 class LastCheckpoint(ModelCheckpoint):

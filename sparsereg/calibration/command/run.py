@@ -185,10 +185,11 @@ def _announce(task: Task, cfg: CalibrationRun, folder: Path) -> None:
     left = "all" if cfg.method in ("all", "calibrate") else "as many as lambda_l0 leaves"
     kept = left if cfg.num_households is None else f"{cfg.num_households:,}"
     log.info(
-        "%s targets, %s households, %s non-zeros; keep %s by %s; files in %s",
+        "%s targets, %s households, %s non-zeros; keep %s by %s; on %s; files in %s",
         *(f"{n:,}" for n in (p.num_targets, p.num_households, p.matrix.nnz)),
         kept,
         cfg.method,
+        device_of(cfg.device),
         folder,
     )
     if task.dropped:

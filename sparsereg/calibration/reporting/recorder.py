@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +25,7 @@ class Recorder:
         moments: About how many sets of totals to keep for the log.
         history: What a run that is continued has told before.
         totals: Its totals.
-        bar: Show a progress bar on stderr, where that is a terminal.
+        bar: Show a progress bar, where stdout is a terminal.
     """
 
     def __init__(
@@ -50,7 +52,15 @@ class Recorder:
         if self._show:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=0, unit="epoch", disable=None, dynamic_ncols=True, leave=False)
+            self._bar = tqdm(
+                total=0,
+                desc="calibrate",
+                ncols=min(80, shutil.get_terminal_size((80, 24)).columns) - 1,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}{postfix}",
+                file=sys.stdout,
+                disable=None,
+                leave=False,
+            )
         return self
 
     def __exit__(

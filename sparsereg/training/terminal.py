@@ -1,0 +1,151 @@
+"""What a user sees while a network trains: a line at the start, and a bar of three figures."""
+
+import math
+import shutil
+import sys
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ProgressBar as LightningBar
+from torch import nn
+from tqdm import tqdm
+
+from sparsereg.data import ImageDataModule
+from sparsereg.penalties import hard_concretes
+
+WIDTH = 80
+FIGURES = {
+    "loss": ("train_loss",),
+    "acc": ("val_acc", "test_acc", "train_acc"),
+    "sparsity": ("exact_sparsity", "expected_sparsity"),
+}
+"""What the bar shows, and the metrics that it is taken from: the first that was logged."""
+
+
+def start_line(name: str, net: nn.Module, data: ImageDataModule, device: torch.device, folder: Any) -> str:
+    """Say in one line what is about to happen: network, parameters, gates, data, device, folder.
+
+    Args:
+        name: of the network.
+        net: the network.
+        data: loaded images.
+        device: that it runs on.
+        folder: that the run writes into.
+    """
+    gates = hard_concretes(net)
+    where = f"{sum(gate.log_alpha.numel() for gate in gates.values()):,} gates" if gates else "no gates"
+    own = {id(gate.log_alpha) for gate in gates.values()}
+    parameters = sum(p.numel() for p in net.parameters() if id(p) not in own)
+    if device.type == "cuda":
+        at = f"{device} ({torch.cuda.get_device_name(device)})"
+    else:
+        at = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    return f"{name}: {parameters:,} parameters, {where}; data {data.source.name}; on {at}; files in {folder}"
+
+
+def figures(metrics: dict[str, Any]) -> str:
+    """Return the figures of the bar as text; those that are not known yet are left out.
+
+    Args:
+        metrics: by name, as Lightning collects them.
+    """
+    known = {
+        short: float(metrics[found])
+        for short, names in FIGURES.items()
+        if (found := next((name for name in names if name in metrics), None)) is not None
+    }
+    return ", ".join(f"{k} {v:#.4g}" if k == "loss" else f"{k} {100 * v:.1f}%" for k, v in known.items())
+
+
+class ProgressBar(LightningBar):
+    """A line of three figures (loss, accuracy, sparsity) that fits a narrow terminal.
+
+    There is none where stdout is no terminal, and none but that of the first of several processes. The
+    figures are read as often as metrics are logged: at every step would make a GPU wait.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = sys.stdout.isatty()
+        self._bar: Any = None
+
+    def disable(self) -> None:
+        """Show nothing from now on."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show the bar, if stdout is a terminal."""
+        self._enabled = sys.stdout.isatty()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the line of an epoch; validation at its end is part of it."""
+        epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        self._open(f"epoch {trainer.current_epoch + 1}{epochs}", trainer.num_training_batches)
+        self._show(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on."""
+        if self._bar is None:
+            return
+        if (batch_idx + 1) % max(1, trainer.log_every_n_steps) == 0 or trainer.is_last_batch:  # type: ignore[attr-defined]
+            self._show(trainer)
+        self._bar.update(1)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show what was measured."""
+        self._show(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Clear the line."""
+        self._close()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the line of a test."""
+        self._open("test", sum(trainer.num_test_batches))
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Move on."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Clear the line."""
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Clear the line, so that the message stands on its own."""
+        self._close()
+
+    def _open(self, what: str, batches: float) -> None:
+        self._close()
+        if self._enabled:
+            self._bar = tqdm(
+                total=int(batches) if math.isfinite(batches) else None,
+                desc=what,
+                ncols=min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) - 1,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}{postfix}",
+                file=sys.stdout,
+                leave=False,
+            )
+
+    def _show(self, trainer: pl.Trainer) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures(dict(trainer.callback_metrics)))
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
