@@ -177,7 +177,7 @@ def numbers(results: Path) -> dict[str, object]:
 
     def kept(node: object) -> object:
         if isinstance(node, dict):
-            left_out = ("second", "time", "resumed")
+            left_out = ("second", "time", "resumed", "provenance")
             return {k: kept(v) for k, v in node.items() if not any(word in k for word in left_out)}
         if isinstance(node, list):
             return [kept(v) for v in node]

@@ -509,6 +509,7 @@ def more_files(path: Path, rng: random.Random) -> None:
 
 
 PICTURE_EDITS["more files"] = (more_files, "any")
+PICTURE_EDITS["other"] = (other, "any")  # a folder in its place is a folder that has no pictures
 
 
 # --- checkpoints
