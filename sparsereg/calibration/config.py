@@ -94,9 +94,10 @@ class Settings(Group):
     )
     hold_total: bool = setting(False, "keep the sum of the weights at the sum of the initial weights")
     refit: bool = setting(True, "the best weights for the chosen households, to optimality")
-    chi2: float = setting(
-        1e-4,
-        "pull towards the initial weights while households are chosen; evens out weights",
+    chi2: float | None = setting(
+        None,
+        "pull towards the initial weights, evens them out; null: 1e-4 while households are chosen, 1e-7 for"
+        " the final weights",
         NOT_NEGATIVE,
     )
     consistency: float = setting(

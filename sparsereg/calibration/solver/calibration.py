@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsereg.calibration.config import Settings
 from sparsereg.calibration.measures import relative_errors
 from sparsereg.calibration.problem import CalibrationProblem, exact_totals
-from sparsereg.calibration.solver.exact import Exact, calibrate_exactly, is_hard, near_zero
+from sparsereg.calibration.solver.exact import GAVE_WAY, Exact, calibrate_exactly, is_hard, near_zero
 from sparsereg.calibration.solver.hard_concrete import GateSettings
 from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import Quadratic, TargetLoss, group_shares
@@ -47,8 +47,10 @@ Callback = Callable[[int, int, float, int, np.ndarray], Any]
 
 _MOST_GROWTH = 100.0
 """Most that the pull is multiplied by where households are far fewer than targets."""
-_REFIT_PULL = 1e-3
-"""Share of the pull that the refit keeps: of weights that are as good, the most even ones are best."""
+_CHOOSING_PULL = 1e-4
+"""Pull towards the initial weights while households are chosen, where none is given."""
+_FINAL_PULL = 1e-7
+"""Pull of the final weights, where none is given: of weights as good as others, even ones are better."""
 _SET_ASIDE = 0.25
 """Such a target is set aside if the others leave it wrong by this share of what goes into it."""
 _LOOK_SWEEPS = 60
@@ -391,7 +393,8 @@ class Calibration:
 
     def _refit(self, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, float]:
         """Best weights, nearly without the pull; with a wanted number, nobody of it is left at zero."""
-        system = replace(self.goal.system, chi2=_REFIT_PULL * self.settings.chi2)
+        chi2 = _FINAL_PULL if self.settings.chi2 is None else self.settings.chi2
+        system = replace(self.goal.system, chi2=chi2)
         exact = self.num_households is not None
         if self.method in ("pruning", "polish", "hard_concrete") and exact:
             kept, fit = fill(self.goal.system, kept, self.goal.system.of(kept, weights))
@@ -403,10 +406,36 @@ class Calibration:
             )
         loss = replace(self.goal.loss, shares=self.goal.loss.shares / self.goal.loss.shares.sum())
         smallest = SMALLEST_RATIO if exact else 0.0
-        if self.method == "all" and self.settings.chi2 > 0:  # without a pull: the plain optimum
+        if self.method == "all" and chi2 > 0:  # without a pull: the plain optimum
             smallest = SMALLEST_OF_ALL
-        best = refit(system, loss, kept, weights, smallest=smallest, tolerance=TOLERANCE)
+        best = refit(
+            system, loss, kept, weights, smallest=smallest, tolerance=TOLERANCE, rows=self._rows(kept),
+            hard=self.problem.target_hard, thorough=self.method == "all",
+        )  # fmt: skip
+        self._tell_missed(kept, best.weights)
         return kept, best.weights, best.optimality
+
+    def _tell_missed(self, kept: Tensor, weights: Tensor) -> None:
+        """Warn about targets marked hard that these weights do not meet."""
+        hard = self.problem.target_hard
+        if hard is None or not hard.any():
+            return
+        totals = self._rows(kept).T @ weights.cpu().numpy()
+        missed = np.abs(self.problem.linear.scaled_errors(totals[: self.problem.num_targets]))
+        named = [self.problem.names[i] for i in np.flatnonzero(hard & (missed > GAVE_WAY))]
+        if named:
+            more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+            _log.warning(
+                "hard targets that the %d kept households do not meet: %s%s",
+                *(len(kept), ", ".join(named[:5]), more),
+            )
+
+    def _rows(self, kept: Tensor) -> sp.csr_array:
+        """Entries of some households as they were read, households x targets, float64."""
+        problem, consistency = self.problem.linear, self.settings.consistency
+        by_household, *_ = _with_aggregates(problem, np.ones(problem.num_targets), consistency)
+        chosen = self._order[kept.cpu().numpy()]
+        return sp.csr_array(by_household[chosen].astype(np.float64))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the calibration stands: plain numbers and tensors."""
@@ -458,9 +487,9 @@ def calibrate(
             max_weight_ratio: No weight above this multiple of the initial weight.
             hold_total: Keep the sum of the weights at the sum of the initial weights.
             refit: Best weights for the selection, to optimality.
-            chi2: Pull towards the initial weights while households are chosen, >= 0: it evens out the
-                weights. It grows, up to a hundredfold, with fewer households than half the targets. The
-                refit keeps a thousandth of it, which makes its weights unique; 0 switches it off everywhere.
+            chi2: Pull towards the initial weights, >= 0: it evens them out. While households are chosen it
+                grows, up to a hundredfold, with fewer households than half the targets. None: 1e-4 while they
+                are chosen and 1e-7 for the final weights; a number holds for both.
             consistency: Weight of the squared relative errors of sums of parts (``problem.parent``), relative
                 to the weight of all targets.
             normalize_groups, group_multipliers: Weights of the groups of targets.
@@ -597,7 +626,8 @@ def _goal(
     ratio = settings.max_weight_ratio
     upper = unbounded if ratio is None else ratio * initial
     total = float(initial.sum()) if settings.hold_total else None
-    chi2 = settings.chi2 * _pull_growth(problem.num_targets, num_households)
+    chi2 = _CHOOSING_PULL if settings.chi2 is None else settings.chi2
+    chi2 *= _pull_growth(problem.num_targets, num_households)
     system = System(matrix, mean.quadratic(), initial, upper, chi2, total)
     per_household = 1.0
     if settings.lambda_scale == "mean":

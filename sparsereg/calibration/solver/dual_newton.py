@@ -92,6 +92,24 @@ class Dual:
         rows = sp.csr_array(self.rows[targets])
         return replace(self, rows=rows, targets=self.targets[targets], slack=slack)
 
+    def primal(self, weights: np.ndarray) -> float:
+        """Distance of weights from the initial ones, and the price of what they miss of soft targets."""
+        far = (self.weights / self.factors) @ self.distance.value(weights / self.weights)
+        soft = np.isfinite(self.slack.price)
+        missed = (self.rows @ weights - self.targets)[soft]
+        missed = np.maximum(np.abs(missed) - self.slack.band[soft], 0.0)
+        return float(far + 0.5 * (self.slack.price[soft] * missed**2).sum())
+
+    def value(self, multipliers: np.ndarray) -> float:
+        """The largest lower bound of :meth:`primal` that these multipliers prove."""
+        return -_State(self, multipliers, self.rows.T @ multipliers).value
+
+    def violation(self, weights: np.ndarray) -> float:
+        """Largest error of a hard target beyond its tolerance."""
+        hard = np.isinf(self.slack.price)
+        missed = np.abs(self.rows @ weights - self.targets) - self.slack.band
+        return float(missed[hard].max(initial=0.0))
+
     def diagonal(self) -> np.ndarray:
         """Slope of each total by its own multiplier where no bound holds, > 0."""
         diagonal = self.rows.power(2) @ (self.weights * self.factors)

@@ -30,7 +30,7 @@ _PRICES = (1.0, 10.0)
 costs as much as changing all weights by 3 %."""
 _BAND_STIFFNESS = 1e8
 """Slope of a tolerance over the slope of its target: within it, the multiplier is as good as zero."""
-_GAVE_WAY = 1e-6
+GAVE_WAY = 1e-6
 """Error beyond the tolerance, over the scale, from which a target is not met."""
 _SMALL_BESIDE_GROSS = 0.01
 """A scale of at most this share of what goes into the total is that of a zero, or of a small difference."""
@@ -140,8 +140,8 @@ def _described(
     linear = problem.linear
     beyond = np.abs(linear.scaled_errors(linear.estimates(weights)))
     is_hard_here = np.isinf(prices)
-    gave_way = np.flatnonzero(is_hard_here & (beyond > _GAVE_WAY))
-    empty = np.flatnonzero(is_hard_here & (np.diff(linear.matrix.indptr) == 0) & (beyond > _GAVE_WAY))
+    gave_way = np.flatnonzero(is_hard_here & (beyond > GAVE_WAY))
+    empty = np.flatnonzero(is_hard_here & (np.diff(linear.matrix.indptr) == 0) & (beyond > GAVE_WAY))
     certificates += [{"feasible": False, "targets": [int(i)], "violation": 1.0} for i in empty]
     asked = np.zeros(len(prices), dtype=bool) if problem.target_hard is None else problem.target_hard
     refused = gave_way[asked[gave_way]]
@@ -276,7 +276,7 @@ def _domains(
     initial, scale = linear.starting_weights, linear.scale
     total = float(initial.sum())
     natural = np.where(near_zero(linear), scale / np.maximum(scale, linear.gross), 1.0)
-    for targets, households, rows in _blocks(linear.matrix, initial > 0):
+    for targets, households, rows in blocks(linear.matrix, initial > 0):
         rows = sp.csr_array(sp.diags_array(1.0 / scale[targets]) @ rows)
         own = distance_of(distance, low[households], high[households])
         dual = Dual(
@@ -292,7 +292,7 @@ def _domains(
         yield _Domain(targets, households, replace(dual, slack=slack), natural[targets], total)
 
 
-def _blocks(matrix: sp.csr_array, there: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, sp.csr_array]]:
+def blocks(matrix: sp.csr_array, there: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, sp.csr_array]]:
     """Targets, households and rows of each connected part of a matrix with an entry."""
     columns = np.flatnonzero(there)
     matrix = sp.csr_array(matrix[:, columns].astype(np.float64))
@@ -371,9 +371,9 @@ def certify(domain: _Domain) -> tuple[dict[str, Any], np.ndarray]:
     if found.status != 0:
         return {"feasible": None, "targets": [], "violation": None}, gives_way
     conflict = hard[np.abs(found.eqlin.marginals) > _CONFLICT]
-    feasible = bool(found.fun <= _GAVE_WAY * max(1, count))
+    feasible = bool(found.fun <= GAVE_WAY * max(1, count))
     missed = found.x[households : households + count] + found.x[households + count : households + 2 * count]
-    gives_way[hard] = (missed > _GAVE_WAY) & (not feasible)
+    gives_way[hard] = (missed > GAVE_WAY) & (not feasible)
     certificate = {
         "feasible": feasible,
         "targets": [] if feasible else sorted(int(names[i]) for i in conflict),

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from sparsereg.calibration.solver.least_squares import System
+from sparsereg.calibration.solver.distances import Linear
+from sparsereg.calibration.solver.dual_newton import Dual, Slack, solve
+from sparsereg.calibration.solver.exact import blocks
+from sparsereg.calibration.solver.least_squares import LeastSquares, System
 from sparsereg.calibration.solver.losses import TargetLoss
 
 TOLERANCE = 1e-9
@@ -24,6 +29,10 @@ _FIRST_FLOOR, _LAST_FLOOR = 1e-2, 1e-7
 """Relative error below which an absolute value is rounded off, in the first and the last of them."""
 SMALLEST_RATIO = 1e-3
 """A household of a wanted number has at least this share of its initial weight (scaled to the selection)."""
+_MOST_WORK = 4e9
+"""Sum of cubes of the numbers of targets of the parts of a selection that the dual is solved for."""
+_GAP = 1e-9
+"""Relative gap between primal and dual with which the dual counts as solved."""
 SMALLEST_OF_ALL = 1e-6
 """Where everybody stays: so little that a total of zero is met, too."""
 
@@ -34,7 +43,8 @@ class Refit:
 
     Args:
         weights: One weight per selected household, float64.
-        optimality: Largest violation of the optimality conditions, dimensionless.
+        optimality: By how much the weights may be from the minimum: with rows, by the dual, a share of what
+            is minimised, pull included; else the largest violation of the optimality conditions.
     """
 
     weights: Tensor
@@ -49,6 +59,9 @@ def refit(
     *,
     smallest: float = 0.0,
     tolerance: float = TOLERANCE,
+    rows: sp.csr_array | None = None,
+    hard: np.ndarray | None = None,
+    thorough: bool = False,
 ) -> Refit:
     """Minimise the loss over the weights of these households, within the bounds of the system.
 
@@ -60,9 +73,17 @@ def refit(
         smallest: Each keeps at least this share of its initial weight, scaled so that the initial weights of
             the selection add up to those of all, >= 0.
         tolerance: Optimality to reach.
+        rows: Entries of these households as they were read, households x targets. With them, and a pull, a
+            squared loss of no more targets than households is solved exactly by its dual.
+        hard: Which targets must be met, shape (targets,): then by the dual, whatever it costs.
+        thorough: By the dual, whatever it costs.
     """
     lower = _smallest_weights(system, kept, smallest) if smallest else None
     fit = system.of(kept, weights, lower)
+    if rows is not None and loss.is_quadratic:
+        exact = by_dual(system, fit, rows, hard, thorough)
+        if exact is not None:
+            return exact
     optimality = fit.solve(tolerance, _FIRST_ROUNDS)
     if optimality > tolerance:
         if fit.is_small:
@@ -81,6 +102,70 @@ def refit(
         if value < best_value:
             best, best_value = fit.weights, value
     return Refit(best, optimality)
+
+
+def by_dual(
+    system: System, fit: LeastSquares, rows: sp.csr_array, hard: np.ndarray | None, thorough: bool
+) -> Refit | None:
+    """Solve a least-squares problem with a pull as a calibration with prices; None if that does not pay.
+
+    Args:
+        system: All households.
+        fit: The problem of some of them.
+        rows: Their entries, households x targets.
+        hard: Which targets must be met.
+        thorough: Whatever it costs.
+    """
+    pull, center = fit.pull.cpu().numpy(), fit.center.cpu().numpy()
+    if system.chi2 == 0 or not (pull > 0).all() or not (center > 0).all():
+        return None
+    matrix, targets, scales, price = _priced(system, rows, hard)
+    parts = list(blocks(matrix, np.ones(len(center), dtype=bool)))
+    work = sum(float(len(part[0])) ** 3 for part in parts)
+    asked = hard is not None and bool(hard.any())
+    if not asked and not thorough and (work > _MOST_WORK or len(center) < len(targets)):
+        return None
+    low, high = (bound.cpu().numpy() / center for bound in (fit.lower, fit.upper))
+    weights, primal, dual_value, error = np.clip(center, low * center, high * center), 0.0, 0.0, 0.0
+    for members, households, part in parts:
+        own = Dual(
+            sp.csr_array(sp.diags_array(1.0 / scales[members]) @ part),
+            targets[members] / scales[members],
+            center[households],
+            np.ones(len(households)),
+            Linear(low[households], high[households]),
+            Slack(price[members], *np.zeros((2, len(members)))),
+        )
+        found = solve(own)
+        weights[households] = found.weights
+        primal, dual_value = primal + own.primal(found.weights), dual_value + own.value(found.multipliers)
+        error = max(error, own.violation(found.weights))
+    gap = abs(primal - dual_value) / max(primal, np.finfo(np.float64).tiny)
+    if error > 1e-9 or gap > _GAP:
+        return None
+    return Refit(torch.from_numpy(weights).to(fit.weights), max(error, gap))
+
+
+def _priced(
+    system: System, rows: sp.csr_array, hard: np.ndarray | None
+) -> tuple[sp.csr_array, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, targets, scales and prices of the targets that count, and of a sum that is held."""
+    weight = system.quadratic.weight.cpu().numpy()
+    targets = system.quadratic.targets.cpu().numpy()
+    given = system.quadratic.scales
+    scales = np.maximum(np.abs(targets), 1.0) if given is None else given.cpu().numpy()
+    price = weight * scales**2 * float(system.initial_weights.sum()) / system.chi2
+    if hard is not None:
+        price[: len(hard)][hard] = np.inf
+    counts = np.flatnonzero(price > 0)
+    matrix = sp.csr_array(rows.T.tocsr()[counts])
+    targets, scales, price = targets[counts], scales[counts], price[counts]
+    if system.total is not None:
+        everybody = sp.csr_array(np.ones((1, matrix.shape[1])))
+        matrix = sp.csr_array(sp.vstack([matrix, everybody]))
+        targets, scales = np.append(targets, system.total), np.append(scales, system.total)
+        price = np.append(price, np.inf)
+    return matrix, targets, scales, price
 
 
 def _smallest_weights(system: System, kept: Tensor, smallest: float) -> Tensor:

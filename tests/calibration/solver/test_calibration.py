@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear, nnls
 
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.reading.synthetic import synthetic_problem
@@ -72,10 +72,51 @@ def test_all_is_the_nnls_of_everybody(targets, households, noise):
 
 def test_the_refit_of_more_households_than_targets_is_exact_and_even():
     problem = synthetic_problem(1000, 150)
-    pulled, free = (calibrate(problem, 400, method="random", chi2=chi2) for chi2 in (1e-4, 0.0))
+    pulled, free = (calibrate(problem, 400, method="random", chi2=chi2) for chi2 in (None, 0.0))
     assert max(pulled.optimality, free.optimality) <= 1e-9
     assert pulled.loss == pytest.approx(free.loss, rel=0.01)
     assert pulled.diagnostics["ess"] > 1.2 * free.diagnostics["ess"]
+
+
+@pytest.mark.parametrize("chi2", [1e-7, 1e-5, 1e-2])
+def test_all_is_the_minimum_of_loss_and_pull_whatever_the_pull_and_the_seed(chi2):
+    problem = survey(18, targets=40, households=250, noise=0.3)
+    initial = problem.starting_weights
+    results = [calibrate(problem, method="all", chi2=chi2, seed=seed) for seed in (0, 1)]
+    np.testing.assert_allclose(results[1].weights, results[0].weights, rtol=1e-6, atol=1e-6 * initial.max())
+    assert all(0 <= r.optimality < 1e-9 for r in results)
+    share = initial / initial.sum()
+    rows = problem.matrix.toarray() * initial / problem.scale[:, None] / np.sqrt(40)
+    both = np.vstack([rows, np.diag(np.sqrt(chi2 * share))])
+    right = np.append(problem.targets / problem.scale / np.sqrt(40), np.sqrt(chi2 * share))
+    best = lsq_linear(both, right, (1e-6, np.inf), method="bvls", tol=1e-15, max_iter=10_000)
+
+    def minimised(weights):
+        return ((both @ (weights / initial) - right) ** 2).sum()
+
+    assert minimised(results[0].weights) == pytest.approx(minimised(initial * best.x), rel=1e-8)
+
+
+def test_hard_targets_are_met_by_a_selection():
+    problem = survey(19, targets=30, households=400, noise=0.3)
+    hard = np.arange(30) < 5
+    marked = CalibrationProblem(problem.matrix, problem.targets, problem.initial_weights, target_hard=hard)
+    for arguments in ({"num_households": 60}, {"num_households": 20}, {"method": "all"}):
+        plain, result = (calibrate(p, **arguments) for p in (problem, marked))
+        errors = np.abs(marked.scaled_errors(result.estimates))
+        assert errors[:5].max() < 1e-9
+        assert np.abs(problem.scaled_errors(plain.estimates))[:5].max() > 1e-9
+        assert result.num_kept == plain.num_kept
+
+
+def test_hard_targets_that_a_selection_cannot_meet_are_named(caplog):
+    problem = survey(19, targets=30, households=400, noise=0.3)
+    marked = CalibrationProblem(
+        problem.matrix, problem.targets, problem.initial_weights, target_hard=np.ones(30, dtype=bool)
+    )
+    result = calibrate(marked, 10)
+    assert result.num_kept == 10
+    assert "hard targets that the 10 kept households do not meet: target_0" in caplog.text
 
 
 def test_pruning_beats_the_others():
