@@ -45,6 +45,10 @@ WEIGHT_FORMATS = ("csv", "parquet")
 UNTOUCHABLE = ("error", "drop", "keep")
 MISSING_VALUES = ("error", "zero", "drop")
 DECIMALS = ("point", "comma")
+VARIANCES = ("linearized", "jackknife", "bootstrap", "replicates")
+"""How standard errors are found; see variance.py."""
+REPLICATE_TYPES = ("brr", "fay", "jk1", "acs")
+REPLICATE_FORMATS = ("parquet", "csv")
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,45 @@ class Require(Group):
 
 
 @dataclass(frozen=True)
+class Replicates(Group):
+    """Replicate weights: those that came with the file, and those that are written."""
+
+    columns: tuple[str, ...] | None = setting(
+        None, "variance=replicates: the columns of the replicate weights, instead of a pattern"
+    )
+    type: str | None = setting(
+        None, "how they were made, which says their scale: brr, fay, jk1 or acs", choices=REPLICATE_TYPES
+    )
+    fay: float = setting(0.5, "type=fay: by how much weights were changed", within("[0, 1)"))
+    scale: float | None = setting(
+        None, "instead of type: what the sum of squared differences is multiplied by; null: 1 / R", POSITIVE
+    )
+    format: str = setting("parquet", "of replicate_weights: parquet or csv", choices=REPLICATE_FORMATS)
+
+    def check(self) -> None:
+        """One thing says the scale."""
+        if self.scale is not None and self.type is not None:
+            raise Contradiction("{}scale and {}type contradict each other: give one of them")
+
+    def factor(self, num_replicates: int) -> float | None:
+        """What the sum of squared differences of so many replicates is multiplied by; None: 1 / R."""
+        n = num_replicates
+        known = {"brr": 1 / n, "fay": 1 / (n * (1 - self.fay) ** 2), "jk1": (n - 1) / n, "acs": 4 / n}
+        return self.scale if self.type is None else known[self.type]
+
+
+@dataclass(frozen=True)
+class Report(Group):
+    """What is told besides the targets."""
+
+    variables: tuple[str, ...] | str | None = setting(
+        None,
+        "columns whose totals and means are estimated, [income,rent], A/B for a ratio; or a table, V.csv"
+        " with name and optionally measure,where,of,of_where",
+    )
+
+
+@dataclass(frozen=True)
 class Problem(Group):
     """What is calibrated."""
 
@@ -334,6 +377,21 @@ class CalibrationRun(Settings):
         choices=MISSING_VALUES,
     )
     missing_in: Mapping[str, str] = setting(dict, "the same for single columns, e.g. +missing_in.income=zero")
+    variance: str | None = setting(
+        None,
+        "calibrate: standard errors by linearized, jackknife, bootstrap or replicates:PATTERN, where PATTERN"
+        " names the columns of replicate weights (wt* or a prefix)",
+    )
+    strata: str | None = setting(None, "variance: column of the strata of the sample")
+    psu: str | None = setting(
+        None, "variance: column of the primary sampling units; null: each household is one"
+    )
+    fpc: str | None = setting(
+        None, "variance: column of the size of each stratum's population in units, or the share in the sample"
+    )
+    num_replicates: int = setting(500, "variance=bootstrap: how many", count(2))
+    replicates: Replicates = setting(Replicates, "weights of replicates of the sample")
+    report: Report = setting(Report, "what is told besides the targets")
     ckpt_path: str | None = setting(None, "the checkpoint of an interrupted run, to continue it")
     checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", NOT_NEGATIVE)
     weights_format: str = setting("csv", "csv or parquet", choices=WEIGHT_FORMATS)
@@ -353,10 +411,46 @@ class CalibrationRun(Settings):
             raise Contradiction("{}missing needs {}problem=households: nothing is missing elsewhere")
         if self.require.held_out_error is not None and self.holdout.groups is None and not self.holdout.folds:
             raise Contradiction("{}require.held_out_error needs a hold-out: {}holdout.folds=5, for example")
+        self._check_variance()
         for name in ("bounds", "weight_bounds"):
             low, high = getattr(self, name) or (None, None)
             if isinstance(low, float) and isinstance(high, float) and low > high:
                 raise InputError(f"{name}=[{low:g}, {high:g}]: expected the smaller one first")
+
+    @property
+    def variance_method(self) -> str | None:
+        """How standard errors are found, without the columns of replicates:PATTERN."""
+        return None if self.variance is None else self.variance.partition(":")[0]
+
+    @property
+    def replicate_pattern(self) -> str | None:
+        """PATTERN of variance=replicates:PATTERN."""
+        return None if self.variance is None else self.variance.partition(":")[2] or None
+
+    def _check_variance(self) -> None:
+        """A sampling design belongs to a variance, and that to a calibration of everybody."""
+        method, pattern = self.variance_method, self.replicate_pattern
+        design = [n for n in ("strata", "psu", "fpc") if getattr(self, n) is not None]
+        own = [f"replicates.{n}" for n in ("columns", "type", "scale") if getattr(self.replicates, n)]
+        if method is None:
+            if design or own:
+                raise Contradiction(f"{{}}{(design + own)[0]} needs {{}}variance={'|'.join(VARIANCES)}")
+            return
+        one_of(method, "variance", VARIANCES)
+        if self.method != "calibrate":
+            raise Contradiction(
+                f"{{}}variance needs {{}}method=calibrate, got {{}}method={self.method}: households chosen for"
+                " their fit are no random sample; calibrate the whole file and take its standard errors"
+            )
+        if method != "replicates" and (pattern or own):
+            what = f"variance={self.variance}" if pattern else own[0]
+            raise Contradiction(f"{{}}{what}: columns of replicate weights need {{}}variance=replicates:PATTERN")
+        if method == "replicates" and design:
+            raise Contradiction(f"{{}}variance=replicates knows the design from its columns, {{}}{design[0]} not")
+        if method == "replicates" and (pattern is None) == (self.replicates.columns is None):
+            raise Contradiction(
+                "{}variance=replicates needs {}variance=replicates:PATTERN or {}replicates.columns=[...]"
+            )
 
     def solver(self, groups: Collection[str] | None = None) -> Settings:
         """Return the part that the solver needs.

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from sparsereg import interruption
 from sparsereg.calibration import holdout
+from sparsereg.calibration.command import estimates
 from sparsereg.calibration.command.checkpoint import Saver, fingerprint
 from sparsereg.calibration.command.provenance import Provenance
 from sparsereg.calibration.command.requirements import judged
@@ -21,6 +22,8 @@ from sparsereg.calibration.config import CalibrationRun, Settings
 from sparsereg.calibration.findings import KINDS, Finding, check, gave_way, in_order, set_aside, summary
 from sparsereg.calibration.measures import measure
 from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.reading.design import Variable, read_design, read_variables
+from sparsereg.calibration.reading.households import Source
 from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.reading.sources import read_problem, touchable
 from sparsereg.calibration.reporting import tables as report
@@ -28,6 +31,7 @@ from sparsereg.calibration.reporting.recorder import Recorder
 from sparsereg.calibration.solver.calibration import Calibration, CalibrationResult, calibrate
 from sparsereg.calibration.solver.refit import TOLERANCE
 from sparsereg.calibration.solver.selection import method_of
+from sparsereg.calibration.variance import Design
 from sparsereg.cli import wrong_input
 from sparsereg.errors import FellShort, InputError
 from sparsereg.files import new_version, write_json, write_table, write_text
@@ -49,12 +53,16 @@ class Task:
         findings: Of the checks.
         dropped: Names of the targets that are left out.
         columns: Columns of the households that settings name.
+        variables: What is estimated besides the targets.
+        design: How the sample was drawn; None: no standard errors are asked for.
     """
 
     problem: CalibrationProblem
     findings: list[Finding]
     dropped: list[str]
     columns: dict[str, np.ndarray]
+    variables: list[Variable]
+    design: Design | None
 
 
 def run(cfg: CalibrationRun) -> Path:
@@ -99,6 +107,8 @@ def run(cfg: CalibrationRun) -> Path:
                 TOLERANCE,
             )
         solved = time.perf_counter()
+        with wrong_input():  # a replicate may contradict hard targets
+            estimated = estimates.estimate(result, task.variables, task.design)
         recorder.finish(result.loss, result.weights)
     results = measure(task.problem, result.weights)
     results |= {"loss": result.loss, "optimality": result.optimality, "kkt_violation": result.optimality}
@@ -109,6 +119,7 @@ def run(cfg: CalibrationRun) -> Path:
     results |= _measure_findings(task)
     results["holdout"] = _hold_out(task, folds, cfg, folder) if folds else None
     results["worst_targets"] = _write_files(folder, result, recorder, cfg)
+    results |= estimated.write(folder, cfg)
     results["required"] = required = judged(cfg.require, results)
     results["provenance"] = provenance.to_dict()
     results["total_seconds"] = time.perf_counter() - start
@@ -128,7 +139,21 @@ def _read(cfg: CalibrationRun) -> Task:
     problem, hints, dropped = touchable(built, cfg.untouchable)
     _check_budget(problem, cfg.num_households)
     found = check(problem, cfg.num_households, cfg.max_weight_ratio, cfg.hold_total, hints)
-    return Task(problem, found, dropped, built.columns)
+    variables, design = _asked(cfg, built.source, problem.starting_weights)
+    return Task(problem, found, dropped, built.columns, variables, design)
+
+
+def _asked(
+    cfg: CalibrationRun, source: Source | None, initial: np.ndarray
+) -> tuple[list[Variable], Design | None]:
+    """Read what is to be estimated besides the targets, and how the sample was drawn."""
+    if cfg.report.variables is None and cfg.variance is None:
+        return [], None
+    if source is None:
+        key = "variance" if cfg.variance else "report.variables"
+        raise InputError(f"{key} needs the columns of problem.weights=W.csv, a table with a row per household")
+    design = None if cfg.variance is None else read_design(cfg, source, initial)
+    return read_variables(cfg, source, initial), design
 
 
 def _columns_named(cfg: CalibrationRun) -> list[str]:

@@ -98,6 +98,40 @@ class TargetTable:
         return f"{self.file} row {row(i)} (target {self.names[i]!r})"
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The tables that a problem was built from, to read more from them.
+
+    Args:
+        households: One row per household.
+        file: Where they came from, for messages.
+        used: Columns with a task of their own: ids, initial weights.
+        zero: Columns whose missing values add nothing to a total.
+    """
+
+    households: pd.DataFrame
+    file: str
+    used: tuple[str, ...] = ()
+    zero: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> list[str]:
+        """Names of all columns."""
+        return [str(c) for c in self.households.columns]
+
+    def totals(self, targets: TargetTable, zero: Sequence[str] = ()) -> sp.csr_array:
+        """Return what each household adds to the totals of a table, its values left aside.
+
+        Args:
+            targets: Their ``measures`` and ``wheres`` are used.
+            zero: More columns whose missing values add nothing.
+
+        Raises:
+            InputError: As ``build``.
+        """
+        return target_matrix(self.households, targets, self.file, zero=(*self.zero, *zero))[0]
+
+
 @dataclass(frozen=True)
 class BuiltProblem:
     """A problem, and for each target that touches no household the likely reason.
@@ -106,14 +140,18 @@ class BuiltProblem:
         problem: The problem.
         hints: By index of target.
         columns: Columns of the household table that settings name, float64.
+        source: The tables; None for a matrix without a table of weights.
     """
 
     problem: CalibrationProblem
     hints: dict[int, str] = field(default_factory=dict)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    source: Source | None = None
 
 
-def target_table(table: pd.DataFrame, file: str = "the target table") -> TargetTable:
+def target_table(
+    table: pd.DataFrame, file: str = "the target table", with_values: bool = True
+) -> TargetTable:
     """Check a table of targets.
 
     Args:
@@ -121,10 +159,13 @@ def target_table(table: pd.DataFrame, file: str = "the target table") -> TargetT
             target that this one is part of), scale, tolerance, hard, of, of_where. Other columns are left
             alone, unless their name looks like a misspelling.
         file: Where it came from, for messages.
+        with_values: False for a table of totals that are only estimated: they need no value.
 
     Raises:
         InputError: A column is missing or misspelt, a cell is wrong, or a name is there twice.
     """
+    if not with_values:
+        table = table.assign(value=0.0)
     for column in ("name", "value"):
         require_column(table, column, file, "every target needs a name and a value")
     others = [c for c in table.columns if c not in TARGET_COLUMNS]
@@ -201,7 +242,8 @@ def build(
         denominators=_denominators(households, targets, weights, file, filled),
         **targets.numbers(),
     )
-    return BuiltProblem(problem, hints, columns_of(households, columns, file))
+    source = Source(households, file, tuple(c for c in (weight, id) if c is not None), tuple(filled))
+    return BuiltProblem(problem, hints, columns_of(households, columns, file), source)
 
 
 def columns_of(households: pd.DataFrame, names: Sequence[str], file: str) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.reading.households import (
     TARGET_TEXTS,
     BuiltProblem,
+    Source,
     TargetTable,
     build,
     columns_of,
@@ -88,12 +89,12 @@ def _matrix(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing)
             )
 
     matrix = read_matrix(choice["matrix"], check_shape)
-    weights, ids, named = _matrix_weights(
+    weights, ids, named, source = _matrix_weights(
         choice["weights"], int(matrix.shape[1]), str(choice["matrix"]), columns, choice["decimal"]
     )
     problem = CalibrationProblem(matrix=matrix, initial_weights=weights, ids=ids, **targets.numbers())
     hints = {int(i): f"row {int(i) + 1} of the matrix is all zero" for i in empty_rows(problem.matrix)}
-    return BuiltProblem(problem, hints, named)
+    return BuiltProblem(problem, hints, named, source)
 
 
 KINDS: dict[str, Callable[[Mapping[str, Any], Sequence[str], Missing], BuiltProblem]] = {
@@ -109,18 +110,19 @@ def _read_targets(file: str, decimal: str) -> TargetTable:
 
 def _matrix_weights(
     file: str | None, num_households: int, matrix: str, columns: Sequence[str], decimal: str
-) -> tuple[np.ndarray | None, np.ndarray | None, dict[str, np.ndarray]]:
+) -> tuple[np.ndarray | None, np.ndarray | None, dict[str, np.ndarray], Source | None]:
     if file is None:
         if columns:
             raise InputError(f"the column {columns[0]!r} needs problem.weights=W.csv, a table that has it")
-        return None, None, {}
+        return None, None, {}, None
     table = read_table(file, id="id", decimal=decimal)
     if len(table) != num_households:
         raise InputError(
             f"{file} has {len(table):,} weights, but {matrix} has {num_households:,} columns (households)"
         )
     ids = unique_ids(table, "id" if "id" in table.columns else None, file)
-    return initial_weights(table, "weight", file), ids, columns_of(table, columns, file)
+    source = Source(table, str(file), ("weight", "id"))
+    return initial_weights(table, "weight", file), ids, columns_of(table, columns, file), source
 
 
 def touchable(built: BuiltProblem, policy: str) -> tuple[CalibrationProblem, dict[int, str], list[str]]:

@@ -104,11 +104,12 @@ class CalibrationResult:
             raise ValueError(f"method={self.method!r} has no multipliers: they are of method='calibrate'")
         return self.exact.multipliers
 
-    def replicates(self, design: Design) -> Replicates:
+    def replicates(self, design: Design, calibrated: bool = True) -> Replicates:
         """Calibrate replicates of the sample in the same way.
 
         Args:
             design: With the method "jackknife", "bootstrap" or "replicates".
+            calibrated: False leaves them as they are drawn.
 
         Raises:
             ValueError: the method was not "calibrate", or the design does not fit the households.
@@ -117,6 +118,8 @@ class CalibrationResult:
         settings = self.settings
 
         def recalibrate(initial: np.ndarray) -> np.ndarray:
+            if not calibrated:
+                return initial
             problem = replace(self.problem, initial_weights=initial)
             return Calibration(problem, settings=settings).exact().weights
 
@@ -129,6 +132,7 @@ class CalibrationResult:
         statistic: str = "total",
         of: Any = None,
         confidence: float = 0.95,
+        calibrated: bool = True,
     ) -> pd.DataFrame:
         """Estimates of columns with standard errors, confidence intervals and design effects.
 
@@ -139,6 +143,7 @@ class CalibrationResult:
             statistic: "total", "mean", or "ratio" of each column to the one of ``of``.
             of: Denominators, one for all columns or one for each.
             confidence: Of the intervals, in (0, 1).
+            calibrated: False for those of the initial weights, to see what the calibration gains.
 
         Returns:
             One row per column: name, statistic, estimate, se, lower, upper, cv (se over estimate) and
@@ -155,18 +160,21 @@ class CalibrationResult:
         names, values = as_columns(columns, num)
         below = None if of is None else np.broadcast_to(as_columns(of, num, "of")[1], values.shape)
         statistics = Statistics(names, values, statistic, below)
-        own = statistics.estimate(self.weights)
+        final = self.weights if calibrated else self.problem.starting_weights
+        own = statistics.estimate(final)
         if design is None or (isinstance(design, Design) and design.method == "linearized"):
             units = (design or Design()).units(num)
-            factors = self.settings.unit_factor if self.settings is not None else None
-            weights = self.problem.starting_weights * (1.0 if factors is None else factors)
-            left = residuals(statistics.linearized(self.weights), self._met_rows(), weights)
-            variances, freedom = units.variance(left * self.weights[:, None]), units.degrees_of_freedom
+            left = statistics.linearized(final)
+            if calibrated:
+                factors = self.settings.unit_factor if self.settings is not None else None
+                weights = self.problem.starting_weights * (1.0 if factors is None else factors)
+                left = residuals(left, self._met_rows(), weights)
+            variances, freedom = units.variance(left * final[:, None]), units.degrees_of_freedom
         else:
-            replicates = self.replicates(design) if isinstance(design, Design) else design
+            replicates = self.replicates(design, calibrated) if isinstance(design, Design) else design
             variances = replicates.variance(statistics.estimate(replicates.weights), own)
             freedom = replicates.degrees_of_freedom
-        simple = statistics.simple_variance(self.weights)
+        simple = statistics.simple_variance(final)
         return statistics_frame(names, statistic, own, variances, simple, freedom, confidence)
 
     def _check_variance(self) -> None:
