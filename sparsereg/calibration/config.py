@@ -439,14 +439,18 @@ class CalibrationRun(Settings):
         one_of(method, "variance", VARIANCES)
         if self.method != "calibrate":
             raise Contradiction(
-                f"{{}}variance needs {{}}method=calibrate, got {{}}method={self.method}: households chosen for"
-                " their fit are no random sample; calibrate the whole file and take its standard errors"
+                f"{{}}variance needs {{}}method=calibrate, got {{}}method={self.method}: households chosen"
+                " for their fit are no random sample; calibrate the whole file and take its standard errors"
             )
         if method != "replicates" and (pattern or own):
             what = f"variance={self.variance}" if pattern else own[0]
-            raise Contradiction(f"{{}}{what}: columns of replicate weights need {{}}variance=replicates:PATTERN")
+            raise Contradiction(
+                f"{{}}{what}: columns of replicate weights need {{}}variance=replicates:PATTERN"
+            )
         if method == "replicates" and design:
-            raise Contradiction(f"{{}}variance=replicates knows the design from its columns, {{}}{design[0]} not")
+            raise Contradiction(
+                f"{{}}variance=replicates knows the design from its columns: leave {{}}{design[0]} out"
+            )
         if method == "replicates" and (pattern is None) == (self.replicates.columns is None):
             raise Contradiction(
                 "{}variance=replicates needs {}variance=replicates:PATTERN or {}replicates.columns=[...]"

@@ -172,13 +172,12 @@ def r_script(replicates: Replicates, weights: str, file: str) -> str:
     same = bool(np.all(factors == factors[0]))
     rscales = f"rep(1, {len(factors)})" if same else "c({})".format(", ".join(map(repr, factors.tolist())))
     scale = repr(float(factors[0])) if same else "1"
-    return _SCRIPT.format(
-        weights=weights, file=file, scale=scale, rscales=rscales, mse="FALSE" if replicates.center else "TRUE",
-        degrees=replicates.degrees_of_freedom,
-    )  # fmt: skip
+    mse = "FALSE" if replicates.center else "TRUE"
+    degrees = replicates.degrees_of_freedom
+    return _SCRIPT.format(weights=weights, file=file, scale=scale, rscales=rscales, mse=mse, degrees=degrees)
 
 
-_SCRIPT = """# The calibrated weights and their replicates as a design of R's package survey. From this folder:
+_SCRIPT = """# The calibrated weights and their replicates as a design of R's package survey. In this folder:
 #   source("replicates.R"); d <- replicate_design(households, id = "id"); svymean(~income, d)
 # where households is the table that was calibrated. Parquet files need the package arrow or nanoparquet.
 library(survey)
@@ -186,7 +185,7 @@ library(survey)
 read_any <- function(file) {{
   if (!grepl("parquet$", file)) return(read.csv(file, colClasses = c(id = "character"), check.names = FALSE))
   reader <- Filter(function(p) requireNamespace(p, quietly = TRUE), c("arrow", "nanoparquet"))
-  if (length(reader) == 0) stop("install.packages('nanoparquet') to read ", file, ", or run with replicates.format=csv")
+  if (length(reader) == 0) stop("to read ", file, " install.packages('nanoparquet')")
   as.data.frame(getExportedValue(reader[1], "read_parquet")(file))
 }}
 
@@ -201,7 +200,8 @@ replicate_design <- function(households, id = "id", folder = ".") {{
   weight[is.na(weight)] <- 0
   svrepdesign(
     data = households, weights = weight, repweights = as.matrix(replicates[at, -1, drop = FALSE]),
-    type = "other", combined.weights = TRUE, scale = {scale}, rscales = {rscales}, mse = {mse}, degf = {degrees}
+    type = "other", combined.weights = TRUE, scale = {scale}, rscales = {rscales}, mse = {mse},
+    degf = {degrees}
   )
 }}
 """

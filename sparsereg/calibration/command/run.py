@@ -151,7 +151,7 @@ def _asked(
         return [], None
     if source is None:
         key = "variance" if cfg.variance else "report.variables"
-        raise InputError(f"{key} needs the columns of problem.weights=W.csv, a table with a row per household")
+        raise InputError(f"{key} needs problem.weights=W.csv, a table with its columns")
     design = None if cfg.variance is None else read_design(cfg, source, initial)
     return read_variables(cfg, source, initial), design
 

@@ -129,8 +129,9 @@ def _replicates(names: Sequence[str], source: Source, initial: np.ndarray) -> np
     share = float(sums.mean()) / whole
     if not _FACTORS[0] <= share <= _FACTORS[1]:
         raise InputError(
-            f"{source.file}: the replicate weights {names[0]} to {names[-1]} add up to {sums.mean():,.6g} each,"
-            f" the initial weights to {whole:,.6g}: they do not fit; factors are to be multiplied by the weight"
+            f"{source.file}: the replicate weights {names[0]} to {names[-1]} add up to {sums.mean():,.6g}"
+            f" each, the initial weights to {whole:,.6g}: they do not fit; factors are to be multiplied by"
+            " the weight"
         )
     return np.asarray(given)
 
