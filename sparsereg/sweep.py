@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 import sparsereg
 from sparsereg import interruption
 from sparsereg.errors import FellShort, InputError, interpolation_error
-from sparsereg.files import write_atomically, write_json, write_table
+from sparsereg.files import write_json, write_table
+from sparsereg.sweep_plot import draw
 
 
 def run_job(
@@ -133,12 +134,11 @@ class SweepReport(Callback):
 
     Args:
         x: key of results.json on the horizontal axis of the plot.
-        y: key of results.json on the vertical axis.
-        label: key whose value is written beside each point.
+        panels: keys of results.json on the vertical axis, a list for each panel beside the others.
     """
 
-    def __init__(self, x: str, y: str, label: str) -> None:
-        self.x, self.y, self.label = x, y, label
+    def __init__(self, x: str, panels: list[list[str]]) -> None:
+        self.x, self.panels = x, panels
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         """Add the job to table and plot: what has finished is there, however the sweep ends."""
@@ -151,7 +151,7 @@ class SweepReport(Callback):
         rows = [_row(job) for job in jobs]
         if rows:
             _write_csv(folder / "sweep.csv", rows)
-        return jobs, self._plot(folder / "sweep.png", rows)
+        return jobs, draw(folder / "sweep.png", rows, self.x, self.panels)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Say what became of the jobs."""
@@ -170,31 +170,6 @@ class SweepReport(Callback):
         print(f"results: {folder / 'sweep.csv'}", flush=True)
         if failed or short:
             sys.exit((failed or short)[0]["code"])
-
-    def _plot(self, path: Path, rows: list[dict[str, Any]]) -> bool:
-        points = [r for r in rows if r.get(self.x) is not None and r.get(self.y) is not None]
-        if not points:
-            return False
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        points.sort(key=lambda r: r[self.x])
-        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-        axes.plot([r[self.x] for r in points], [r[self.y] for r in points], "o-")
-        for r in points:
-            value = r.get(self.label)
-            text = f"{value:g}" if isinstance(value, float) else f"{value}"
-            axes.annotate(text, (r[self.x], r[self.y]), textcoords="offset points", xytext=(4, 4), fontsize=8)
-        axes.set_title(f"numbers at the points: {self.label}", fontsize=9)
-        axes.margins(0.1)
-        axes.set_xlabel(self.x)
-        axes.set_ylabel(self.y)
-        axes.grid(alpha=0.3)
-        write_atomically(path, lambda p: figure.savefig(p, dpi=150))
-        plt.close(figure)
-        return True
 
 
 def _row(job: dict[str, Any]) -> dict[str, Any]:

@@ -72,15 +72,18 @@ def hold_out(problem: CalibrationProblem, folds: Sequence[Sequence[str]], solve:
     Returns:
         One row per fold and group: fold, group, targets, initial_mean_are, mean_are, median_are (of the
         left-out targets), fitted_mean_are (of those that were calibrated to). Targets of 0 do not count.
+        ``attrs["errors"]`` has the absolute relative errors of the left-out targets, a list per fold.
     """
     import pandas as pd
 
     labels = _label_of_each(problem)
     initial = np.abs(relative_errors(problem.estimates(problem.starting_weights), problem.targets))
     rows: list[dict[str, Any]] = []
+    left_out: list[list[float]] = []
     for number, groups in enumerate(folds):
         out = np.isin(labels, list(groups))
         errors = np.abs(relative_errors(problem.estimates(solve(problem.subset(~out))), problem.targets))
+        left_out.append(errors[out].tolist())
         for group in groups:
             member = labels == group
             rows.append(
@@ -95,7 +98,9 @@ def hold_out(problem: CalibrationProblem, folds: Sequence[Sequence[str]], solve:
                 }
             )
         log.info("hold-out %d of %d: %s", number + 1, len(folds), ", ".join(groups))
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["errors"] = left_out
+    return table
 
 
 def summarise(table: pd.DataFrame) -> dict[str, Any]:
@@ -106,12 +111,15 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
     """
     known = table.dropna(subset=["mean_are"])
     share = known.targets / known.targets.sum()
+    errors = np.concatenate([np.empty(0), *table.attrs["errors"]])
+    errors = errors[~np.isnan(errors)]
     return {
         "groups": table.group.tolist(),
         "folds": int(table.fold.nunique()),
         "targets": int(table.targets.sum()),
         "initial_mean_are": float((share * known.initial_mean_are).sum()),
         "mean_are": float((share * known.mean_are).sum()),
+        "median_are": float(np.median(errors)) if len(errors) else None,
         "fitted_mean_are": float(table.groupby("fold").fitted_mean_are.first().mean()),
     }
 

@@ -117,7 +117,10 @@ def run(cfg: CalibrationRun) -> Path:
     results["missing_households"] = max(0, (cfg.num_households or 0) - results["kept"])
     results["zero_initial_weights"] = int((task.problem.starting_weights == 0).sum())
     results |= _measure_findings(task)
-    results["holdout"] = _hold_out(task, folds, cfg, folder) if folds else None
+    held_out = _hold_out(task, folds, cfg, folder) if folds else None
+    results["holdout"] = held_out
+    results["held_out_mean"] = None if held_out is None else held_out["mean_are"]
+    results["held_out_median"] = None if held_out is None else held_out["median_are"]
     results["worst_targets"] = _write_files(folder, result, recorder, cfg)
     results |= estimated.write(folder, cfg)
     results["required"] = required = judged(cfg.require, results)
