@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import EMAWeightAveraging
 
 from sparsereg.penalties import hard_concretes
+from sparsereg.training.lightning import Averaging
 
 
-class WeightAverage(EMAWeightAveraging):
+class WeightAverage(Averaging):
     """Lightning's average of the weights, put in place before anything else of a validation happens.
 
     BatchNorm statistics and exact counts, which other callbacks take when a validation starts, are then
@@ -26,26 +26,27 @@ class WeightAverage(EMAWeightAveraging):
     @contextmanager
     def in_place(self, pl_module: pl.LightningModule) -> Iterator[None]:
         """Exchange the weights of the network for their average for a while."""
-        self._swap_models(pl_module)
+        self.exchange_(pl_module)
         yield
-        self._swap_models(pl_module)
+        self.exchange_(pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the averaged gates the temperature of the epoch."""
-        assert self._average_model is not None
-        averaged = hard_concretes(self._average_model.module)
+        average = self.averaged()
+        assert average is not None
+        averaged = hard_concretes(average)
         for name, gate in hard_concretes(pl_module).items():
             averaged[name].temperature = gate.temperature
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the average in place."""
-        if self._average_model is not None and trainer.state.fn == "fit":
-            self._swap_models(pl_module)
+        if self.averaged() is not None and trainer.state.fn == "fit":
+            self.exchange_(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the current weights back."""
-        if self._average_model is not None and trainer.state.fn == "fit":
-            self._swap_models(pl_module)
+        if self.averaged() is not None and trainer.state.fn == "fit":
+            self.exchange_(pl_module)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from sparsereg.model.basic_l0_blocks import BatchNorm2d
+from sparsereg.training.lightning import with_own_workers
 
 SEED = 0
 """Of the order of the images that a foreign data module shuffles."""
@@ -52,8 +53,7 @@ def estimation_batches(
 def _first(loader: Iterable[object], num_images: int, module: pl.LightningModule) -> Iterator[Tensor]:
     """Yield the first images of a loader, the same each time; training's own noise stays as it is."""
     if isinstance(loader, DataLoader):
-        loader = copy.copy(loader)
-        loader._iterator = None  # type: ignore[attr-defined]  # workers that persist are in the middle of an epoch
+        loader = with_own_workers(loader)
     left = num_images
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)

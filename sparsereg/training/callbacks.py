@@ -21,6 +21,7 @@ from sparsereg.penalties import hard_concretes
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
 from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.batch_norm import estimate_batch_norm_, estimation_batches
+from sparsereg.training.lightning import logs_now
 
 
 class TrainingError(RuntimeError):
@@ -222,7 +223,7 @@ class FiniteLoss(Callback):
             return  # of a module that steps by itself
         now = torch.isfinite(loss.detach()).all()
         self._finite = now if self._finite is None else self._finite & now
-        if trainer._logger_connector.should_update_logs:
+        if logs_now(trainer):
             self._check(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

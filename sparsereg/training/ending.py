@@ -1,12 +1,12 @@
 """How training ends when the process is asked to: all processes of the run together, and how to continue."""
 
-import signal
 from pathlib import Path
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from sparsereg import interruption
+from sparsereg.training.lightning import kill_other_processes
 
 
 class EndsTogether(Callback):
@@ -31,13 +31,8 @@ class EndsTogether(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """End the other processes, which wait for this one and would not hear a milder signal."""
-        launcher = trainer.strategy.launcher
-        if launcher is None or not isinstance(exception, interruption.Interrupted):
-            return
-        launcher.kill(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
-        procs = getattr(launcher, "procs", None)
-        if isinstance(procs, list):
-            procs.clear()  # else a thread of Lightning's kills this process because they have ended
+        if isinstance(exception, interruption.Interrupted):
+            kill_other_processes(trainer)
 
 
 def continuation(last: Path, without_using_gate: bool) -> list[str] | None:

@@ -19,6 +19,7 @@ from sparsereg.penalties import expected_l0, expected_l2, hard_concretes, l_c0
 from sparsereg.training.config import Optimizer
 from sparsereg.training.constraint import Constraint
 from sparsereg.training.distillation import Distillation
+from sparsereg.training.lightning import logs_now, show_learning_rates_, steps_per_epoch
 from sparsereg.training.optimizers import build_optimizer, learning_rate
 
 
@@ -137,7 +138,7 @@ class Classifier(pl.LightningModule):
             scalars["expected_l2"] = norm.detach()
         self.train_acc.update(logits.detach(), labels)
         # Every self.log call costs about half a millisecond, whether or not anything is written.
-        if self.trainer._logger_connector.should_update_logs:
+        if logs_now(self.trainer):
             scalars["train_loss"] = loss.detach()
             self.log_dict(scalars, prog_bar=True, sync_dist=several_processes())
         return loss * _share(labels)
@@ -181,7 +182,7 @@ class Classifier(pl.LightningModule):
         """Build the optimizer and step its schedule after every batch."""
         optimizer = build_optimizer(self.net, self.optimizer_settings)
         factor = learning_rate(self.optimizer_settings)
-        steps = self._scheduled_steps = max(self._steps_per_epoch(), 1.0)
+        steps = self._scheduled_steps = max(steps_per_epoch(self.trainer), 1.0)
 
         def scheduled(step: int) -> float:
             return factor(step / steps)
@@ -216,11 +217,7 @@ class Classifier(pl.LightningModule):
         schedule.base_lrs = [group["lr"] for group in groups]
         for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
             group["lr"] = group["lr"] * factor(schedule.last_epoch)
-        schedule._last_lr = [group["lr"] for group in groups]
-
-    def _steps_per_epoch(self) -> float:
-        self.trainer.fit_loop.setup_data()
-        return self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        show_learning_rates_(schedule, [group["lr"] for group in groups])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what test.py needs."""
