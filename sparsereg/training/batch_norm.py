@@ -33,7 +33,7 @@ class EstimationData(Protocol):
 def estimation_batches(
     trainer: pl.Trainer, module: pl.LightningModule, num_images: int, batch_size: int
 ) -> Iterable[Tensor] | None:
-    """Return training images for :func:`estimate_batch_norm_`; None where there is no training data.
+    """Return training images for `estimate_batch_norm_`; None where there is no training data.
 
     Args:
         trainer: with the data.

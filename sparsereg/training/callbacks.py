@@ -73,7 +73,7 @@ class ScalesPenalty(Protocol):
 class PenaltyWarmUp(Callback):
     """Let the penalty grow linearly over the first epochs, so that the weights learn before gates close.
 
-    Needs a module whose loss multiplies its penalty by ``penalty_scale`` (:class:`ScalesPenalty`).
+    Needs a module whose loss multiplies its penalty by ``penalty_scale`` (`ScalesPenalty`).
 
     Args:
         epochs: > 0; from this epoch on the penalty has its full weight.

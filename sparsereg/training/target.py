@@ -88,7 +88,7 @@ class SparsityTarget(Callback):
     """Train under a target on the expected cost; meet it on the exact count at the end.
 
     Works in any LightningModule whose network has gates. One that takes a constraint adds its penalty to the
-    loss (:class:`sparsereg.training.constraint.TakesConstraint`); in any other one the penalty's gradient,
+    loss (`sparsereg.training.constraint.TakesConstraint`); in any other one the penalty's gradient,
     which is known, is added to that of the gates before each step of the optimizer.
 
     At the last epoch, before it is measured and saved, the few gates nearest to the boundary are opened

@@ -101,7 +101,7 @@ class Dual:
         return float(far + 0.5 * (self.slack.price[soft] * missed**2).sum())
 
     def value(self, multipliers: np.ndarray) -> float:
-        """The largest lower bound of :meth:`primal` that these multipliers prove."""
+        """The largest lower bound of `primal` that these multipliers prove."""
         return -_State(self, multipliers, self.rows.T @ multipliers).value
 
     def violation(self, weights: np.ndarray) -> float:
