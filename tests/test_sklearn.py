@@ -13,8 +13,13 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from sparsereg.sklearn import L0FeatureSelector
 
+CHECKS = parametrize_with_checks(
+    [L0FeatureSelector(epochs=20), L0FeatureSelector(epochs=20, max_features=1)]
+).mark
+"""A list in the end: scikit-learn before 1.8 gives a generator, which pytest 9 does not want."""
 
-@parametrize_with_checks([L0FeatureSelector(epochs=20), L0FeatureSelector(epochs=20, max_features=1)])
+
+@pytest.mark.parametrize(CHECKS.args[0], list(CHECKS.args[1]), **CHECKS.kwargs)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 def test_scikit_learn_checks(estimator, check):
     check(estimator)

@@ -228,8 +228,8 @@ def _from_torch(tensor: Tensor) -> Any:
 
 def _torch_csr(csr: Any, device: torch.device) -> Tensor:
     with warnings.catch_warnings():
-        # PyTorch calls its compressed sparse rows a beta feature on first use.
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        # PyTorch calls its compressed sparse rows a beta feature on first use, and some versions unchecked.
+        warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
         indptr, indices, data = (torch.from_numpy(part) for part in (csr.indptr, csr.indices, csr.data))
         return torch.sparse_csr_tensor(
             indptr, indices, data, size=csr.shape, device=device, check_invariants=True
