@@ -7,18 +7,28 @@ READY  := $(VENV)/.ready
 LOCK   := requirements.lock
 
 # TORCH=cpu (or cu128, ...): PyTorch's own builds of the locked versions, without the usual CUDA libraries.
+# .venv remembers it, so that the next make needs not say it again; another one makes .venv anew.
+INSTALLED_TORCH := $(shell cat $(VENV)/.torch 2>/dev/null)
+TORCH ?= $(INSTALLED_TORCH)
 TORCH_INDEX ?= https://download.pytorch.org/whl/$(TORCH)
+ifneq ($(TORCH),$(INSTALLED_TORCH))
+.PHONY: $(READY)
+ANEW := --clear
+endif
 ifneq ($(TORCH),)
+.DEFAULT_GOAL := install
 LOCK := $(VENV)/without-torch.lock
 TORCH_FIRST = sed -nE 's/^((torch|torchvision)==[^\\]*).*/\1/p' requirements.lock > $(VENV)/torch.txt && \
 	awk '/^[a-z]/ {ours = !/^(torch|torchvision|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==/} ours' requirements.lock > $(LOCK) && \
 	$$install $$compile --no-deps --index-url $(TORCH_INDEX) -r $(VENV)/torch.txt &&
 endif
 
-.PHONY: demo test quick lint docs configs results lock clean help
+.PHONY: install demo test quick lint docs configs results lock clean help
 
 help:
 	@grep -E '^# make|^[a-z]+:.*##' Makefile | sed 's/:.*##/  /'
+
+install: $(READY) ## .venv with everything; also what make TORCH=cpu alone does
 
 demo: $(READY) ## train, test and compact a gated GoogleNet, calibrate a survey; a table at the end
 	$(BIN)/python -m sparsereg demo
@@ -50,7 +60,8 @@ lock: $(READY) ## resolve requirements.lock anew, keeping versions that still fi
 # minute at every start where Python is not allowed to write it later.
 $(READY): requirements.lock pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sparsereg needs Python >= 3.10; set PYTHON=python3.X")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) $(ANEW)
+	echo "$(TORCH)" > $(VENV)/.torch
 	if $(BIN)/python -m pip install --quiet uv; then \
 	  install="$(BIN)/python -m uv pip install --python $(BIN)/python"; compile=--compile-bytecode; \
 	else \
