@@ -96,6 +96,7 @@ def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
         folder = _sweep_folder(given, made)
         OmegaConf.register_new_resolver("sweep_folder", folder, replace=True, use_cache=True)
         OmegaConf.register_new_resolver("settings_of", _settings_told, replace=True)
+        OmegaConf.register_new_resolver("command", command, replace=True)
         with _of_hydra():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
         if failed:
@@ -162,6 +163,16 @@ def _settings_told(name: str, *, _root_: DictConfig) -> str:
     return help_of(name, given, CONFIGS).replace("$", "$$")  # the help text is a template
 
 
+def command(name: str) -> str:
+    """Return how a user of this process types a command, ``python train.py``, say."""
+    program = Path(sys.argv[0])
+    if program.stem == "sparsereg":
+        return f"sparsereg {name}"
+    if program.name == "__main__.py" and program.parent.name == "sparsereg":
+        return f"python -m sparsereg {name}"
+    return f"python {name}.py"
+
+
 def _checkpoint_of_job(number: int) -> str:
     from sparsereg.sweep import checkpoint_of_job
 
@@ -173,6 +184,8 @@ def _of_hydra() -> Iterator[None]:
     """Within this context Hydra composes what the user gave: what it does not expect is wrong input."""
     try:
         yield
+    except HydraException:  # ``_config_message`` explains it, though some are an OSError, too
+        raise
     except (
         ValueError, TypeError, AttributeError, KeyError, AssertionError, RecursionError, YAMLError
     ) as error:  # fmt: skip
@@ -337,7 +350,7 @@ def _config_message(error: BaseException, name: str | None = None) -> str:
     unknown = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if unknown and name is not None and ("not in" in text or "To append" in text):
         key = unknown.group(1)
-        return f"unknown key {key!r}{nearest(key, known_keys(name))}; see python {name}.py --cfg job"
+        return f"unknown key {key!r}{nearest(key, known_keys(name))}; see {command(name)} --cfg job"
     ambiguous = re.search(r"Ambiguous value for argument '(.*)'", text)
     if ambiguous:
         key, _, values = ambiguous.group(1).partition("=")

@@ -9,6 +9,7 @@ a command can be ended from its first moment on.
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -199,6 +200,11 @@ def _tell(current: _Guard) -> None:
 def _command(given: list[str]) -> tuple[list[str], list[str]]:
     """Return how this process was started, as it was typed, and the arguments behind that."""
     typed: list[Any] = list(sys.orig_argv)
-    if typed[len(typed) - len(given) :] == given:
-        return typed[: len(typed) - len(given)], given
-    return ["python", *sys.argv[: len(sys.argv) - len(given)]], given
+    if typed[len(typed) - len(given) :] != given:
+        typed = ["python", *sys.argv]
+    start = typed[: len(typed) - len(given)]
+    program = sys.argv[0]
+    if os.path.basename(program) == "sparsereg" and program in start:
+        start = start[start.index(program) :]  # its first line names the interpreter
+        start[0] = "sparsereg" if shutil.which("sparsereg") == program else program
+    return start, given

@@ -1,9 +1,11 @@
 """What is installed: the command, the configurations, the extras; and what needs none of them."""
 
+import importlib
 import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +33,8 @@ def package_names(requirements: list[str]) -> set[str]:
 
 
 def project() -> dict:
-    if sys.version_info < (3, 11):
-        pytest.skip("tomllib comes with Python 3.11")
-    import tomllib
-
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest's
+    return toml.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def shell(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -96,6 +95,60 @@ def test_licence_and_citation():
     assert f"## [{sparsereg.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+# ---- make
+
+
+def makes(folder: Path, *arguments: str) -> str:
+    """Return the commands that make would run in a folder."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make here")
+    unset = {
+        key: value for key, value in os.environ.items() if key not in ("TORCH", "TORCH_INDEX", "MAKEFLAGS")
+    }
+    command = ["make", "-n", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=unset)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_make_takes_the_builds_of_torch_that_were_named_and_keeps_them(tmp_path):
+    for name in ("Makefile", "requirements.lock", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    usual, alone = makes(tmp_path, "test"), makes(tmp_path, "TORCH=cpu")
+    named = makes(tmp_path, "test", "TORCH=cpu")
+    assert "pytest" in usual
+    assert "--index-url" not in usual
+    assert named.startswith(alone)
+    assert "--index-url https://download.pytorch.org/whl/cpu " in alone
+
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".torch").write_text("cpu\n")
+    assert makes(tmp_path, "test") == named.replace(".venv --clear\n", ".venv \n")
+    (tmp_path / ".venv" / ".ready").touch()
+    assert "--clear" not in makes(tmp_path, "test")
+    assert makes(tmp_path, "TORCH=cpu") == makes(tmp_path, "install")
+    assert "--clear" in makes(tmp_path, "test", "TORCH=cu128")
+    assert "--index-url" not in makes(tmp_path, "test", "TORCH=")
+    assert "--clear" in makes(tmp_path, "test", "TORCH=")
+
+
+def test_make_without_the_usual_torch_installs_the_rest_of_the_lock(tmp_path):
+    """Split by the recipe itself: torch and its CUDA libraries on one side, nothing lost on the other."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    recipe = re.search(r"^(sed .*) && \$install", makes(tmp_path, "TORCH=cpu"), re.M).group(1)
+    subprocess.run(recipe, shell=True, cwd=tmp_path, check=True)
+    torch, rest = ((tmp_path / ".venv" / name).read_text() for name in ("torch.txt", "without-torch.lock"))
+    locked = (ROOT / "requirements.lock").read_text()
+    names = {text: set(re.findall(r"^([a-z][\w.-]*)==", text, re.M)) for text in (torch, rest, locked)}
+    assert names[torch] == {"torch", "torchvision"}
+    gone = names[locked] - names[rest] - names[torch]
+    assert "nvidia-cublas" in gone
+    assert all(name.startswith(("nvidia-", "cuda-", "triton")) for name in gone)
+    assert rest.count("--hash") < locked.count("--hash")
+
+
 # ---- the command
 
 
@@ -151,16 +204,53 @@ def test_started_processes_get_the_whole_command_line(monkeypatch):
     assert seen == [(3, ["/bin/sparsereg", "train", "seed=3"])]
 
 
-def test_a_command_that_is_ended_says_how_to_continue_it():
+def started(monkeypatch, *words: str) -> None:
+    """As if this process had been started with these words, the first of which is the interpreter."""
+    monkeypatch.setattr(sys, "orig_argv", list(words))
+    monkeypatch.setattr(sys, "argv", list(words[words[1] == "-m" and 2 or 1 :]))
+
+
+def test_a_command_that_is_ended_says_how_to_continue_it(monkeypatch, tmp_path):
     from sparsereg.interruption import _command
 
-    typed = ["/bin/python", "/bin/sparsereg", "train", "seed=3"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", typed[1:])
-        patch.setattr(sys, "orig_argv", typed)
-        assert _command(["seed=3"]) == (typed[:3], ["seed=3"])
-        patch.setattr(sys, "orig_argv", ["/bin/python", "-c", "..."])
-        assert _command(["seed=3"]) == (["python", "/bin/sparsereg", "train"], ["seed=3"])
+    started(monkeypatch, "/bin/python", "../train.py", "seed=3")
+    assert _command(["seed=3"]) == (["/bin/python", "../train.py"], ["seed=3"])
+    command = tmp_path / "sparsereg"
+    command.write_text("#!/bin/python\n")
+    command.chmod(0o755)
+    started(monkeypatch, "/bin/python", str(command), "train", "seed=3")
+    assert _command(["seed=3"]) == ([str(command), "train"], ["seed=3"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _command(["seed=3"]) == (["sparsereg", "train"], ["seed=3"])
+    assert _command([]) == (["sparsereg", "train", "seed=3"], [])
+    monkeypatch.setattr(sys, "orig_argv", ["/bin/python", "-c", "..."])
+    assert _command(["seed=3"]) == (["sparsereg", "train"], ["seed=3"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=3"])
+    assert _command(["seed=3"]) == (["python", "train.py"], ["seed=3"])
+
+
+@pytest.mark.parametrize("name", ["train", "test", "calibrate"])
+def test_help_and_errors_name_the_command_that_was_typed(tmp_path, name):
+    for start, typed in (
+        ([str(ROOT / f"{name}.py")], f"python {name}.py"),
+        (["-m", "sparsereg", name], f"python -m sparsereg {name}"),
+        ([str(installed_command(tmp_path)), name], f"sparsereg {name}"),
+    ):
+        told = shell(*start, "--help", cwd=tmp_path, PYTHONPATH=str(ROOT))
+        assert told.returncode == 0, told.stderr
+        assert f"usage: {typed} " in told.stdout
+        other = {"python", "sparsereg"} - {typed.split()[0]}
+        assert not re.search(rf"^\W*({'|'.join(other)}) ", told.stdout, re.M)
+        wrong = shell(*start, "sead=1", cwd=tmp_path, PYTHONPATH=str(ROOT))
+        assert wrong.stderr.endswith(f"; see {typed} --cfg job\n")
+
+
+def installed_command(folder: Path) -> Path:
+    """Write what an installation makes of ``sparsereg`` in [project.scripts]."""
+    command = folder / "bin" / "sparsereg"
+    command.parent.mkdir(exist_ok=True)
+    command.write_text(f"#!{sys.executable}\nfrom sparsereg.commands import main\nmain()\n")
+    return command
 
 
 def test_compare(tmp_path):
