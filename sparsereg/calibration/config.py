@@ -333,9 +333,29 @@ class HouseholdsProblem(Problem):
     kind: str = setting("households", "", choices=("households",))
     households: str | None = setting(None, "H.csv or H.parquet")
     targets: str | None = setting(None, "T.csv: name,value and optionally group,weight,measure,where,parent")
+    persons: str | None = setting(
+        None, "P.csv or P.parquet: persons in the households, whom targets with unit=person count and sum"
+    )
+    household_id: str | None = setting(
+        None, "column of the persons, and of the households, that says which household; null: as id"
+    )
+    person_id: str | None = setting(None, "column that names the persons; null: they have no names")
+    unit_names: tuple[str, str] = setting(
+        ("household", "person"), "what unit in T.csv calls rows of the two tables, e.g. [school,pupil]"
+    )
     weight: str | None = setting(None, "column of the initial weights; null: all ones")
     id: str | None = setting(None, "column that names the households; null: numbered from 0")
     decimal: str = setting("point", "the sign in numbers of CSV files, point or comma", choices=DECIMALS)
+
+    def check(self) -> None:
+        """Persons are in households."""
+        super().check()
+        if self.persons is None and (self.household_id or self.person_id):
+            raise Contradiction("{}household_id and {}person_id need {}persons=P.csv")
+        if self.persons is not None and self.household_id is None and self.id is None:
+            raise Contradiction("{}persons needs {}household_id=COLUMN: which household each is in")
+        if self.unit_names[0] == self.unit_names[1]:
+            raise InputError("unit_names: expected two different names")
 
 
 PROBLEMS: dict[str, type[Problem]] = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import decimal
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,9 +67,19 @@ class Columns:
         table: One row per household.
         file: Where it came from, for messages.
         zero: Columns whose missing values add nothing where they are measured.
+        unit: What a row is called.
+        elsewhere: Columns that the table does not have, and what to say about each.
     """
 
-    def __init__(self, table: pd.DataFrame, file: str, zero: Sequence[str] = ()):
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        file: str,
+        zero: Sequence[str] = (),
+        unit: str = "household",
+        elsewhere: Mapping[str, str] = MappingProxyType({}),
+    ):
+        self.unit, self.elsewhere = unit, elsewhere
         self.table, self.file, self.zero = table, file, frozenset(zero)
         self.num_rows = len(table)
         self.known = [str(c) for c in table.columns]
@@ -94,9 +105,12 @@ class Columns:
             return
         for name in columns_of(condition):
             if name not in self.known:
-                raise InputError(f"has the unknown column {shown(name)}{did_you_mean(name, self.known)}")
+                raise InputError(f"has the unknown column {shown(name)}{self._hint(name)}")
         self._check_kinds(condition)
         self._checked.add(condition)
+
+    def _hint(self, name: str) -> str:
+        return self.elsewhere.get(name) or did_you_mean(name, self.known)
 
     def _check_kinds(self, condition: Condition) -> None:
         match condition:
@@ -167,7 +181,7 @@ class Columns:
         """Return a column to sum, without missing values; as float32 where that holds every one exactly."""
         if name not in self._measures:
             if name not in self.known:
-                raise InputError(f"unknown column {shown(name)} as measure{did_you_mean(name, self.known)}")
+                raise InputError(f"unknown column {shown(name)} as measure{self._hint(name)}")
             table = self.table[[name]]
             if self.values(name).kind == "text":
                 wrong = next(v for v in table[name].dropna() if not np.isfinite(number(v)))
@@ -298,10 +312,10 @@ def why_empty(condition: Condition, columns: Columns, measure: str) -> str:
             name, value = found
             known = [str(v) for v in columns._coded(name)[1][:1000]]
             hint = did_you_mean(str(value.value), known) if value.kind == "text" else ""
-            return f"no household has {name} == {shown(value.value)}{hint}"
+            return f"no {columns.unit} has {name} == {shown(value.value)}{hint}"
     members = np.arange(columns.num_rows)
     for part in conjuncts(condition):
         members = members[columns._evaluate(part, members)]
     if len(members) == 0:
-        return "no household fulfils its condition"
-    return f"{measure} is 0 for all {len(members)} households that fulfil its condition"
+        return f"no {columns.unit} fulfils its condition"
+    return f"{measure} is 0 for all {len(members)} {columns.unit}s that fulfil its condition"

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.problem import exact_totals
 from sparsereg.calibration.reading.cells import numbers, row
-from sparsereg.calibration.reading.households import Source, TargetTable, target_table
+from sparsereg.calibration.reading.households import Source, TargetTable, denominator_table, target_table
 from sparsereg.calibration.reading.tables import read_table, require_column
 from sparsereg.calibration.variance import Design
 from sparsereg.errors import InputError, did_you_mean
@@ -159,18 +159,12 @@ def read_variables(cfg: CalibrationRun, source: Source, initial: np.ndarray) -> 
     """
     table = _variable_table(cfg, source)
     filled = [m for m in (*table.measures, *table.of) if m and cfg.missing_in.get(m, cfg.missing) == "zero"]
-    values = _dense(source.totals(table, filled))
+    values = _dense(source.totals(table, zero=filled)[0])
     ratio = table.is_ratio
-    measured = tuple("" if of == "1" else of for of in table.of or ("",) * len(ratio))
-    below = replace(
-        table,
-        measures=tuple(of if r else "" for of, r in zip(measured, ratio, strict=True)),
-        wheres=tuple(
-            of if r else w if m else ""
-            for of, w, m, r in zip(table.of_wheres, table.wheres, table.measures, ratio, strict=True)
-        ),
-    )
-    denominators = _dense(source.totals(below, filled))
+    below = denominator_table(table)
+    wheres = zip(below.wheres, table.wheres, table.measures, ratio, strict=True)
+    below = replace(below, wheres=tuple(of if r else w if m else "" for of, w, m, r in wheres))
+    denominators = _dense(source.totals(below, zero=filled)[0])
     zero = exact_totals(sp.csr_array(denominators), initial) == 0
     if zero.any():
         name = table.names[int(zero.argmax())]
@@ -208,7 +202,13 @@ def _entry(text: str, source: Source) -> dict[str, str]:
             raise InputError(
                 f"report.variables: {source.file} has no column {name!r}{did_you_mean(name, source.known)}"
             )
-    return {"name": text.strip(), "measure": above, "of": below, "where": "", "of_where": ""}
+    units = {"unit": _unit(above, source), "of_unit": _unit(below, source) if below else ""}
+    return {"name": text.strip(), "measure": above, "of": below, **units}
+
+
+def _unit(column: str, source: Source) -> str:
+    """Return whose column it is; of two of the same name that of the households."""
+    return source.units[0 if column in source.households.columns else 1]
 
 
 def _numeric_columns(cfg: CalibrationRun, source: Source) -> list[str]:
@@ -216,13 +216,16 @@ def _numeric_columns(cfg: CalibrationRun, source: Source) -> list[str]:
     used = {*source.used, cfg.strata, cfg.psu, cfg.fpc, cfg.unit_factor}
     if cfg.variance_method == "replicates":
         used |= set(_replicate_columns(cfg, source))
+    tables = [source.households, *([] if source.persons is None else [source.persons.table])]
+    used |= set(() if source.persons is None else source.persons.used)
     names = [
         name
-        for name, series in source.households.items()
+        for table in tables
+        for name, series in table.items()
         if name not in used and pd.api.types.is_numeric_dtype(series) and not series.isna().any()
     ]
     if not names:
         raise InputError(
             f"{source.file} has no column of numbers to estimate: name some by report.variables=[...]"
         )
-    return [str(name) for name in names[:_MOST_BY_DEFAULT]]
+    return [str(name) for name in dict.fromkeys(names)][:_MOST_BY_DEFAULT]

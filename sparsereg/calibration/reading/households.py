@@ -21,6 +21,8 @@ from sparsereg.calibration.problem import CalibrationProblem, exact_totals
 from sparsereg.calibration.reading.cells import numbers, row
 from sparsereg.calibration.reading.columns import Columns, why_empty
 from sparsereg.calibration.reading.conditions import Condition, conjuncts, equality, parse
+from sparsereg.calibration.reading.conditions import columns_of as names_in
+from sparsereg.calibration.reading.levels import UNITS, Persons
 from sparsereg.calibration.reading.missing import REFUSED, Missing
 from sparsereg.calibration.reading.tables import require_column
 from sparsereg.errors import InputError, did_you_mean
@@ -30,11 +32,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TARGET_TEXTS = ("name", "group", "measure", "where", "parent", "tolerance", "hard", "of", "of_where")
+TARGET_TEXTS = (
+    "name", "group", "measure", "where", "parent", "tolerance", "hard", "of", "of_where", "unit", "of_unit"
+)  # fmt: skip
 TARGET_COLUMNS = (*TARGET_TEXTS, "value", "weight", "scale")
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
 _SLIGHT = 1e-6
 """A tolerance of less than this share of the value was probably meant as a share."""
+ONE_BY_SIZE = "1/size"
+"""As ``unit_factor``: one over the number of persons."""
 _COUNT = "1"
 """As ``of``: the denominator counts households."""
 
@@ -57,6 +63,8 @@ class TargetTable:
         hard: Which ones must be met, or None for what their weights say.
         of: The column that the denominator of each sums; "" with an empty ``of_where`` is none.
         of_wheres: The condition of the denominator.
+        units: What each counts and sums, households or persons in them; "" is households.
+        of_units: The same for denominators; "" is as the target itself.
     """
 
     names: tuple[str, ...]
@@ -72,6 +80,8 @@ class TargetTable:
     hard: np.ndarray | None = None
     of: tuple[str, ...] = ()
     of_wheres: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
+    of_units: tuple[str, ...] = ()
 
     @property
     def is_ratio(self) -> np.ndarray:
@@ -107,29 +117,85 @@ class Source:
         file: Where they came from, for messages.
         used: Columns with a task of their own: ids, initial weights.
         zero: Columns whose missing values add nothing to a total.
+        persons: Of two levels, the lower one.
+        units: What a row of the households and of the persons is called.
     """
 
     households: pd.DataFrame
     file: str
     used: tuple[str, ...] = ()
     zero: tuple[str, ...] = ()
+    persons: Persons | None = None
+    units: tuple[str, str] = UNITS
 
     @property
     def known(self) -> list[str]:
-        """Names of all columns."""
-        return [str(c) for c in self.households.columns]
+        """Names of all columns, those of persons behind those of households."""
+        below = [] if self.persons is None else list(self.persons.table.columns)
+        return [str(c) for c in dict.fromkeys([*self.households.columns, *below])]
 
-    def totals(self, targets: TargetTable, zero: Sequence[str] = ()) -> sp.csr_array:
-        """Return what each household adds to the totals of a table, its values left aside.
+    def totals(
+        self, targets: TargetTable, only: np.ndarray | None = None, zero: Sequence[str] = ()
+    ) -> tuple[sp.csr_array, dict[int, str]]:
+        """Return what each household adds to totals, and the likely reason of each row without an entry.
 
         Args:
-            targets: Their ``measures`` and ``wheres`` are used.
+            targets: Their ``units``, ``measures`` and ``wheres`` are used.
+            only: A mask of the targets whose rows are wanted, the others stay empty; None: all.
             zero: More columns whose missing values add nothing.
 
         Raises:
             InputError: As ``build``.
         """
-        return target_matrix(self.households, targets, self.file, zero=(*self.zero, *zero))[0]
+        zero, wanted = (*self.zero, *zero), np.ones(len(targets.names), dtype=bool) if only is None else only
+        below = self.of_persons(targets)
+        columns = Columns(self.households, self.file, zero, self.units[0], self._of_persons_only())
+        matrix, hints = _matrix(columns, targets, wanted & ~below)
+        if self.persons is None or not (wanted & below).any():
+            return matrix, hints
+        lower, more = _matrix(
+            self._person_columns(self.persons, targets, below, zero), targets, wanted & below
+        )
+        return sp.csr_array(matrix + self.persons.by_household(lower)), hints | more
+
+    def of_persons(self, targets: TargetTable) -> np.ndarray:
+        """Which targets count or sum persons, shape (targets,).
+
+        Raises:
+            InputError: a unit is unknown, or there are no persons.
+        """
+        below = np.zeros(len(targets.names), dtype=bool)
+        for i, unit in enumerate(targets.units):
+            if unit not in ("", *self.units):
+                hint = did_you_mean(unit, list(self.units))
+                raise InputError(f"{targets.place(i)}: unknown unit {unit!r}{hint}")
+            below[i] = unit == self.units[1]
+            if below[i] and self.persons is None:
+                raise InputError(f"{targets.place(i)}: unit {unit!r} needs problem.persons=P.csv")
+        return below
+
+    def _of_persons_only(self) -> dict[str, str]:
+        """Columns that only persons have, with what to do about them in a condition on households."""
+        if self.persons is None:
+            return {}
+        said = f": it is a column of {self.persons.file}, for targets with unit={self.units[1]}"
+        return {c: said for c in self.persons.table.columns if c not in self.households.columns}
+
+    def _person_columns(
+        self, persons: Persons, targets: TargetTable, below: np.ndarray, zero: Sequence[str]
+    ) -> Columns:
+        """The persons with the columns of their households that targets name."""
+        named = set(targets.measures)
+        for i in np.flatnonzero(below).tolist():
+            try:
+                named |= set(names_in(_parse_once(targets.wheres[i])))
+            except InputError as error:
+                raise InputError(f"{targets.place(i)}: where {error}") from None
+        table = persons.joined(self.households, named)
+        file = persons.file if table is persons.table else f"{persons.file} with {self.file}"
+        columns = Columns(table, file, zero, self.units[1])
+        columns.known += [c for c in self.known if c not in columns.known and c not in named]
+        return columns
 
 
 @dataclass(frozen=True)
@@ -156,8 +222,8 @@ def target_table(
 
     Args:
         table: Columns name and value; optionally group, weight, measure, where, parent (the name of the
-            target that this one is part of), scale, tolerance, hard, of, of_where. Other columns are left
-            alone, unless their name looks like a misspelling.
+            target that this one is part of), scale, tolerance, hard, of, of_where, unit, of_unit. Other
+            columns are left alone, unless their name looks like a misspelling.
         file: Where it came from, for messages.
         with_values: False for a table of totals that are only estimated: they need no value.
 
@@ -201,6 +267,8 @@ def target_table(
         hard=_hard(table, weights, file) if "hard" in table.columns else None,
         of=_texts(table, "of"),
         of_wheres=_texts(table, "of_where"),
+        units=_texts(table, "unit"),
+        of_units=_texts(table, "of_unit"),
     )
 
 
@@ -212,6 +280,8 @@ def build(
     file: str = "the household table",
     columns: Sequence[str] = (),
     missing: Missing = REFUSED,
+    persons: Persons | None = None,
+    units: tuple[str, str] = UNITS,
 ) -> BuiltProblem:
     """Build the problem: one row per target, one column per household, never dense.
 
@@ -223,6 +293,8 @@ def build(
         file: Where the households came from, for messages.
         columns: Columns of numbers that are wanted besides.
         missing: What becomes of missing values in measures.
+        persons: Those in the households, of whom targets with a ``unit`` speak; see ``in_households``.
+        units: What a row of the households and of the persons is called.
 
     Raises:
         InputError: An unknown column, a condition that is none, a measure that is not numeric, a missing
@@ -230,20 +302,46 @@ def build(
     """
     measures = [m for m in (*targets.measures, *targets.of) if m and m != _COUNT]
     missing.check(measures)
-    stay = missing.staying(households, measures, file)
     filled = [*missing.columns("zero", measures), *missing.columns("drop", measures)]
-    matrix, hints = target_matrix(households, targets, file, zero=filled)
+    used = tuple(c for c in (weight, id) if c is not None)
+    source = Source(households, file, used, tuple(filled), persons, units)
+    stay = _staying(source, targets, missing)
+    matrix, hints = source.totals(targets)
     weights = initial_weights(households, weight, file)
     weights = np.where(stay, 1.0 if weights is None else weights, 0.0)  # of weight 0: not in the survey
     problem = CalibrationProblem(
         matrix=matrix,
         initial_weights=weights,
         ids=unique_ids(households, id, file),
-        denominators=_denominators(households, targets, weights, file, filled),
+        denominators=_denominators(source, targets, weights),
         **targets.numbers(),
     )
-    source = Source(households, file, tuple(c for c in (weight, id) if c is not None), tuple(filled))
-    return BuiltProblem(problem, hints, columns_of(households, columns, file), source)
+    return BuiltProblem(problem, hints, _columns_and_factors(source, columns), source)
+
+
+def _staying(source: Source, targets: TargetTable, missing: Missing) -> np.ndarray:
+    """Return a mask of the households that stay: with a missing value of a person its household leaves."""
+    measures: dict[bool, list[str]] = {False: [], True: []}
+    for table in (targets, denominator_table(targets)):
+        for name, of_person in zip(table.measures, source.of_persons(table), strict=True):
+            persons = source.persons if of_person else None
+            measures[persons is not None and name in persons.table.columns].append(name)
+    stay = missing.staying(source.households, measures[False], source.file, source.units[0])
+    if source.persons is not None:
+        p = source.persons
+        gone = ~missing.staying(p.table, measures[True], p.file, source.units[1])
+        stay &= np.bincount(p.household[gone], minlength=p.num_households) == 0
+    return stay
+
+
+def _columns_and_factors(source: Source, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return columns of numbers that settings name; 1/size is made from the number of persons."""
+    made = {}
+    if ONE_BY_SIZE in names and ONE_BY_SIZE not in source.households.columns:
+        if source.persons is None:
+            raise InputError(f"unit_factor={ONE_BY_SIZE} needs problem.persons=P.csv: whose number is it?")
+        made[ONE_BY_SIZE] = 1.0 / source.persons.sizes
+    return columns_of(source.households, [n for n in names if n not in made], source.file) | made
 
 
 def columns_of(households: pd.DataFrame, names: Sequence[str], file: str) -> dict[str, np.ndarray]:
@@ -257,21 +355,22 @@ def columns_of(households: pd.DataFrame, names: Sequence[str], file: str) -> dic
     return {name: numbers(households, name, file) for name in names}
 
 
-def _denominators(
-    households: pd.DataFrame,
-    targets: TargetTable,
-    weights: np.ndarray | None,
-    file: str,
-    zero: Sequence[str],
-) -> sp.csr_array | None:
+def denominator_table(targets: TargetTable) -> TargetTable:
+    """Return denominators as if they were targets."""
+    none = ("",) * len(targets.names)
+    own = targets.units or none
+    units = tuple(of or unit for of, unit in zip(targets.of_units or none, own, strict=True))
+    measures = tuple("" if of == _COUNT else of for of in targets.of or none)
+    return replace(targets, measures=measures, wheres=targets.of_wheres or none, units=units)
+
+
+def _denominators(source: Source, targets: TargetTable, weights: np.ndarray) -> sp.csr_array | None:
     """Build the denominators of the ratios, targets x households; None without ratios."""
     ratio = targets.is_ratio
     if not ratio.any():
         return None
-    measures = tuple("" if of == _COUNT else of for of in targets.of)
-    below = replace(targets, measures=measures, wheres=targets.of_wheres)
-    matrix, hints = target_matrix(households, below, file, ratio, zero)
-    totals = exact_totals(matrix, np.ones(len(households)) if weights is None else weights)
+    matrix, hints = source.totals(denominator_table(targets), ratio)
+    totals = exact_totals(matrix, weights)
     for i in np.flatnonzero(ratio & (totals == 0)):
         reason = hints.get(int(i), "it adds up to 0 with the initial weights")
         raise InputError(f"{targets.place(int(i))}: its denominator (of, of_where) is zero: {reason}")
@@ -297,8 +396,13 @@ def target_matrix(
     Raises:
         InputError: As ``build``.
     """
-    columns = Columns(households, file, zero)
-    wanted = range(len(targets.names)) if only is None else np.flatnonzero(only).tolist()
+    everything = np.ones(len(targets.names), dtype=bool)
+    return _matrix(Columns(households, file, zero), targets, everything if only is None else only)
+
+
+def _matrix(columns: Columns, targets: TargetTable, only: np.ndarray) -> tuple[sp.csr_array, dict[int, str]]:
+    """Build rows over the units of some columns, and the likely reason of each one without an entry."""
+    wanted = np.flatnonzero(only).tolist()
     conditions = {i: _parsed(targets, i, columns) for i in wanted}
     plans = {i: _plan(c, columns) for i, c in conditions.items()}
     columns.count_uses(rest for plan in plans.values() for rest in plan.rest)
@@ -310,7 +414,7 @@ def target_matrix(
         index = _EqualityIndex(names, columns)
         for i in members:
             rows[i] = _row(index, plans[i], targets, i, columns)
-    matrix = _stack(rows, len(households))
+    matrix = _stack(rows, columns.num_rows)
     empty = [i for i in wanted if matrix.indptr[i] == matrix.indptr[i + 1]]
     return matrix, {int(i): why_empty(conditions[i], columns, targets.measures[i]) for i in empty}
 

@@ -45,8 +45,10 @@ class Missing:
                 hint = did_you_mean(column, list(dict.fromkeys(measures)))
                 raise InputError(f"missing_in.{column}: no target measures the column {column!r}{hint}")
 
-    def staying(self, households: pd.DataFrame, measures: Collection[str], file: str) -> np.ndarray:
-        """Return a mask of the households that stay in the survey."""
+    def staying(
+        self, households: pd.DataFrame, measures: Collection[str], file: str, unit: str = "household"
+    ) -> np.ndarray:
+        """Return a mask of the households, or other units, that stay in the survey."""
         known = [m for m in self.columns("drop", measures) if m in households.columns]
         absent = households[known].isna()
         gone: np.ndarray = absent.any(axis=1).to_numpy(dtype=bool)
@@ -54,10 +56,10 @@ class Missing:
             return ~gone
         named = ", ".join(f"{m} ({int(n)})" for m, n in absent.sum().items() if n)
         if gone.all():
-            raise InputError(f"{file}: every household has a missing value: {named}")
+            raise InputError(f"{file}: every {unit} has a missing value: {named}")
         log.warning(
-            "%s: %s of %s households are left out for missing values in %s; the first is in row %d",
-            *(file, f"{int(gone.sum()):,}", f"{len(gone):,}", named, row(int(gone.argmax()))),
+            "%s: %s of %s %ss are left out for missing values in %s; the first is in row %d",
+            *(file, f"{int(gone.sum()):,}", f"{len(gone):,}", unit, named, row(int(gone.argmax()))),
         )
         return ~gone
 

@@ -21,6 +21,7 @@ from sparsereg.calibration.reading.households import (
     target_table,
     unique_ids,
 )
+from sparsereg.calibration.reading.levels import in_households
 from sparsereg.calibration.reading.matrix_file import read_matrix
 from sparsereg.calibration.reading.missing import REFUSED, Missing
 from sparsereg.calibration.reading.synthetic import synthetic_tables
@@ -66,16 +67,36 @@ def _synthetic(choice: Mapping[str, Any], columns: Sequence[str], missing: Missi
 
 def _households(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing) -> BuiltProblem:
     targets = _read_targets(choice["targets"], choice["decimal"])
-    file = choice["households"]
-    households = read_table(file, id=choice["id"], decimal=choice["decimal"])
-    return build(households, targets, choice["weight"], choice["id"], str(file), columns, missing)
+    file, id = choice["households"], choice["id"]
+    above, below = (str(name) for name in choice["unit_names"])
+    if choice["persons"] is None:
+        households = read_table(file, id=id, decimal=choice["decimal"])
+        return build(
+            households, targets, choice["weight"], id, str(file), columns, missing, units=(above, below)
+        )
+    key = choice["household_id"] or id
+    texts = [key] if id and key != id else False  # an id of its own beside the one that is given back
+    households = read_table(file, texts, id or key, choice["decimal"])
+    persons = in_households(
+        read_table(choice["persons"], id=key, decimal=choice["decimal"]),
+        households,
+        key,
+        id,
+        choice["person_id"],
+        (str(file), str(choice["persons"])),
+        (above, below),
+    )
+    id = id or key
+    return build(
+        households, targets, choice["weight"], id, str(file), columns, missing, persons, persons.units
+    )
 
 
 def _matrix(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing) -> BuiltProblem:
     targets = _read_targets(choice["targets"], choice["decimal"])
-    if any(targets.measures) or any(targets.wheres) or targets.is_ratio.any():
+    if any(targets.measures) or any(targets.wheres) or any(targets.units) or targets.is_ratio.any():
         raise InputError(
-            f"{targets.file} has measure, where or of, which only problem=households uses;"
+            f"{targets.file} has measure, where, of or unit, which only problem=households uses;"
             " with a matrix it needs name,value"
         )
 
