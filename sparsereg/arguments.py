@@ -52,6 +52,16 @@ def named_keys(texts: Iterable[str]) -> frozenset[str]:
     return frozenset(key for text in texts for key in _keys(_parsed(text)))
 
 
+def swept_keys(job: Iterable[str], given: Sequence[str]) -> list[str]:
+    """Return the keys that a job has another way than the command gave them: what the sweep goes over.
+
+    Args:
+        job: overrides of one job.
+        given: arguments of the command.
+    """
+    return [text.lstrip("+").partition("=")[0] for text in job if text not in given]
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line and leaves nothing."""
 

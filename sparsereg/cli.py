@@ -27,7 +27,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from yaml import YAMLError
 
 from sparsereg import interruption
-from sparsereg.arguments import check, named_keys
+from sparsereg.arguments import check, named_keys, swept_keys
 from sparsereg.errors import FellShort, InputError, OutputError, interpolation_error, nearest
 from sparsereg.extras import advice
 from sparsereg.files import new_folder, no_room, write_text
@@ -227,6 +227,12 @@ def named() -> frozenset[str]:
     for choice in _implied:
         overrides.remove(choice)
     return named_keys(overrides)
+
+
+def first_keys() -> list[str]:
+    """Return the dotted keys that the user named, those that this sweep goes over in front."""
+    swept = swept_keys(HydraConfig.get().overrides.task, sys.argv[1:])
+    return list(dict.fromkeys([*swept, *sorted(named())]))
 
 
 def finish(results: Path) -> None:

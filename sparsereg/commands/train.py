@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from sparsereg import interruption
-from sparsereg.cli import named, script, settings_of, wrong_input
+from sparsereg.cli import first_keys, named, script, settings_of, wrong_input
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.training import build, stages
     from sparsereg.training.ending import continuation
     from sparsereg.training.results import headline
+    from sparsereg.training.tensorboard import name_by_overrides
     from sparsereg.training.terminal import start_line
 
     hydra = HydraConfig.get()
@@ -39,11 +40,12 @@ def run(composed: DictConfig) -> Path:
     if stage.trainer.is_global_zero:
         device = stage.trainer.strategy.root_device
         log.info(start_line(cfg.model.group, stage.net, data, device, stage.folder))
+        name_by_overrides(stage.folder, hydra.overrides.task)
         write_text(stage.folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
         data.save_split(stage.folder / "split.npz")
     last = stage.folder / "checkpoints" / "last.ckpt"
     interruption.continue_with(lambda given: continuation(last, cfg.without_using_gate))
-    results = stages.carry_out(cfg, stage)
+    results = stages.carry_out(cfg, stage, first_keys())
     if stage.trainer.is_global_zero:
         write_json(stage.folder / "results.json", results)
         print(headline(results))

@@ -45,6 +45,7 @@ from sparsereg.training.ending import EndsTogether
 from sparsereg.training.module import Classifier, Provenance
 from sparsereg.training.results import metric
 from sparsereg.training.target import SparsityTarget, TargetSettings, asked_for
+from sparsereg.training.tensorboard import TensorBoard
 from sparsereg.training.terminal import ProgressBar
 from sparsereg.zoo import networks
 from sparsereg.zoo.config import Network, weights_file
@@ -480,7 +481,7 @@ def build_logger(name: str, folder: Path | None) -> TensorBoardLogger | Literal[
     """Build the logger that writes into the run's folder."""
     if name == "none" or folder is None:
         return False
-    return TensorBoardLogger(str(folder.parent.parent), name=folder.parent.name, version=folder.name)
+    return TensorBoard(str(folder.parent.parent), name=folder.parent.name, version=folder.name)
 
 
 def check_trainer(cfg: Training, multirun: bool) -> None:

@@ -22,6 +22,7 @@ from sparsereg.temperature import TemperatureScheduler, update_temperatures
 from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.batch_norm import estimate_batch_norm_, estimation_batches
 from sparsereg.training.lightning import logs_now
+from sparsereg.training.tensorboard import show_gates
 
 
 class TrainingError(RuntimeError):
@@ -169,7 +170,7 @@ class SparsityMonitor(Callback):
 
     Args:
         accountant: counts the parameters of the network as it would be compacted now.
-        histogram_every_n_epochs: how often TensorBoard gets histograms of the gates; 0 for never.
+        histogram_every_n_epochs: how often TensorBoard gets histograms and maps of the gates; 0 for never.
     """
 
     def __init__(self, accountant: Accountant, histogram_every_n_epochs: int = 1) -> None:
@@ -177,7 +178,7 @@ class SparsityMonitor(Callback):
         self.every = histogram_every_n_epochs
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count, and draw histograms."""
+        """Count, and show the gates."""
         gates = hard_concretes(self.accountant.network.model)
         if not gates:
             return
@@ -194,9 +195,7 @@ class SparsityMonitor(Callback):
             return
         step = trainer.global_step
         for logger in (one for one in trainer.loggers if isinstance(one, TensorBoardLogger)):
-            for name, gate in gates.items():
-                logger.experiment.add_histogram(f"p_active/{_short(name)}", active[name], step)
-                logger.experiment.add_histogram(f"log_alpha/{_short(name)}", gate.log_alpha.detach(), step)
+            show_gates(logger.experiment, {_short(name): gate for name, gate in gates.items()}, step)
 
 
 def _short(name: str) -> str:

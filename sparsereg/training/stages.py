@@ -10,7 +10,7 @@ the run and what the gated network reached, so that a run that was cut off anywh
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sparsereg.training.config import Training
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.module import Classifier
 from sparsereg.training.results import count_summary, gate_summary, metric, target_summary
+from sparsereg.training.tensorboard import METRICS, in_order
 from sparsereg.zoo.config import CompactedModel
 
 UNDER_GATES = {"last.ckpt": "gated.ckpt", "best.ckpt": "gated_best.ckpt"}
@@ -131,12 +132,13 @@ def begin(cfg: Training, data: ImageDataModule, checkpoint: Checkpoint | None, o
     return stage
 
 
-def carry_out(cfg: Training, stage: Stage) -> dict[str, Any]:
+def carry_out(cfg: Training, stage: Stage, named: Sequence[str] = ()) -> dict[str, Any]:
     """Train, test and fine-tune; return what goes into results.json.
 
     Args:
         cfg: the configuration of the run.
         stage: that it begins with.
+        named: dotted keys that the user named, what was swept first; TensorBoard shows them in this order.
     """
     resumed, logger = stage.resumed, stage.logger
     stage.fit()
@@ -152,7 +154,7 @@ def carry_out(cfg: Training, stage: Stage) -> dict[str, Any]:
     if resumed is not None:
         changed = {key: list(pair) for key, pair in resumed.changed.items()}
         results["resumed"] = {"checkpoint": str(resumed.path), "epoch": resumed.epoch, "changed": changed}
-    log_results(cfg, logger, results)
+    log_results(cfg, logger, results, named)
     return results
 
 
@@ -236,13 +238,15 @@ def finetuning_config(cfg: Training) -> Training:
     )
 
 
-def log_results(cfg: Training, logger: TensorBoardLogger | Any, results: dict[str, Any]) -> None:
+def log_results(
+    cfg: Training, logger: TensorBoardLogger | Any, results: dict[str, Any], named: Sequence[str]
+) -> None:
     """Write settings and results into TensorBoard's HParams tab, once, at the end."""
     if isinstance(logger, bool):
         return
-    metrics = {k: results[k] for k in ("val_acc", "test_acc", "expected_sparsity", "exact_sparsity")}
+    metrics = {k: results[k] for k in METRICS}
     metrics = {f"final/{k}": v for k, v in metrics.items() if v is not None}
-    logger.log_hyperparams(build.hyperparameters(plain(cfg)), metrics)
+    logger.log_hyperparams(in_order(build.hyperparameters(plain(cfg)), named), metrics)
     logger.finalize("success")
 
 

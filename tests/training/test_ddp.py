@@ -31,7 +31,8 @@ def scalars(folder: Path, name: str) -> list[float]:
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
     events = EventAccumulator(str(folder))
     events.Reload()
-    return [s.value for s in events.Scalars(name)]
+    (tag,) = [tag for tag in events.Tags()["scalars"] if tag.endswith(f"/{name}") and "final" not in tag]
+    return [s.value for s in events.Scalars(tag)]
 
 
 @pytest.mark.slow

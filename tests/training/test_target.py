@@ -270,6 +270,6 @@ def test_scalars_of_the_constraint_are_logged(run, tiny):
     done = run("train", *tiny, *RECIPE, "target_sparsity=0.9")
     events = EventAccumulator(str(done.folder)).Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"lambda_target", "target_kept", "expected_kept"} <= tags
-    assert events.Scalars("target_kept")[-1].value == pytest.approx(0.1)
+    assert {"target/lambda_target", "target/target_kept", "target/expected_kept"} <= tags
+    assert events.Scalars("target/target_kept")[-1].value == pytest.approx(0.1)
     assert json.loads((done.path).read_text())["lambda_target"] is not None
