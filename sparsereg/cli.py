@@ -44,6 +44,7 @@ Run = Callable[[DictConfig], Path]
 Choices = Callable[[list[str]], list[str]]
 """From the user's arguments to the choices of configuration groups that they imply, e.g. ``data=npz``."""
 _implied: list[str] = []
+_given: list[str] = []
 
 
 def script(
@@ -87,6 +88,7 @@ def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
         except Exception as error:  # Hydra would print a line of its own
             failed.append(error)
 
+    _given[:] = given
     try:
         check(given, CONFIGS, known_keys(name))
         named = {argument.partition("=")[0] for argument in given}
@@ -231,7 +233,7 @@ def named() -> frozenset[str]:
 
 def first_keys() -> list[str]:
     """Return the dotted keys that the user named, those that this sweep goes over in front."""
-    swept = swept_keys(HydraConfig.get().overrides.task, sys.argv[1:])
+    swept = swept_keys(HydraConfig.get().overrides.task, [*_implied, *_given])
     return list(dict.fromkeys([*swept, *sorted(named())]))
 
 
