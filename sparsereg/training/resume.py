@@ -372,6 +372,8 @@ def _optimizer_misfit(states: list[dict[str, Any]], optimizer: torch.optim.Optim
         lacking = [k for k in group if not isinstance(found, dict) or k not in found]
         if lacking or not isinstance(found["params"], list) or len(found["params"]) != len(group["params"]):
             return f"{where}.param_groups in it are not those of this network"
+        if not isinstance(found.get("name", ""), str):
+            return f"{where}.param_groups in it has a name that is no text"
         numbers += found["params"]
     parameters = [p for group in own for p in group["params"]]
     if numbers != list(range(len(parameters))) or not set(state) <= set(numbers):

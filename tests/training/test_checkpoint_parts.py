@@ -120,3 +120,13 @@ def check(run, trained, tmp_path, change, some) -> None:
         torch.save(changed(content, place, CHANGES[change]), path)
         outcome = run("train", f"ckpt_path={path}", *COMMANDS[2][1:])
         assert outcome.code == 0 or refused(outcome), (place, outcome.err[-600:])
+
+
+@pytest.mark.parametrize("name", [{}, [], None, torch.tensor(1.0)])
+def test_groups_of_parameters_have_names(run, trained, tmp_path, name):
+    content = torch.load(trained.last, weights_only=True)
+    content["optimizer_states"][0]["param_groups"][-1]["name"] = name
+    torch.save(content, tmp_path / "changed.ckpt")
+    outcome = run("train", f"ckpt_path={tmp_path / 'changed.ckpt'}", *COMMANDS[2][1:])
+    assert refused(outcome), outcome.err
+    assert "param_groups" in outcome.err
