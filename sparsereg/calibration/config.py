@@ -43,6 +43,7 @@ CAP = 1.0
 """Largest contribution of one target to the capped loss: being wrong by 100 % (and all beyond)."""
 WEIGHT_FORMATS = ("csv", "parquet")
 UNTOUCHABLE = ("error", "drop", "keep")
+PSEUDO_TARGETS = ("none", "own_columns")
 MISSING_VALUES = ("error", "zero", "drop")
 DECIMALS = ("point", "comma")
 VARIANCES = ("linearized", "jackknife", "bootstrap", "replicates")
@@ -386,6 +387,11 @@ class CalibrationRun(Settings):
         "how many to keep, exactly; null: all, or as many as lambda_l0 leaves",
         count(),
     )
+    pseudo_targets: str = setting(
+        "none",
+        "own_columns: totals of the household table's own columns, of the whole file, as soft targets",
+        choices=PSEUDO_TARGETS,
+    )
     untouchable: str = setting(
         "error",
         "targets that no household touches: error, drop (calibrate without) or keep",
@@ -432,6 +438,11 @@ class CalibrationRun(Settings):
         if self.require.held_out_error is not None and self.holdout.groups is None and not self.holdout.folds:
             raise Contradiction("{}require.held_out_error needs a hold-out: {}holdout.folds=5, for example")
         self._check_variance()
+        if self.pseudo_targets != "none":
+            if isinstance(self.problem, MatrixProblem):
+                raise Contradiction("{}pseudo_targets needs the households' columns: {}problem=households")
+            if self.num_households is None:
+                raise Contradiction("{}pseudo_targets needs {}num_households=K: it is for a selection")
         for name in ("bounds", "weight_bounds"):
             low, high = getattr(self, name) or (None, None)
             if isinstance(low, float) and isinstance(high, float) and low > high:

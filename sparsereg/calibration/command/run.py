@@ -22,6 +22,7 @@ from sparsereg.calibration.config import CalibrationRun, Settings
 from sparsereg.calibration.findings import KINDS, Finding, check, gave_way, in_order, set_aside, summary
 from sparsereg.calibration.measures import measure
 from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.pseudo_targets import PULL, OwnColumns, extended, own_columns, selecting
 from sparsereg.calibration.reading.design import Variable, read_design, read_variables
 from sparsereg.calibration.reading.households import Source
 from sparsereg.calibration.reading.missing import Missing
@@ -55,6 +56,7 @@ class Task:
         columns: Columns of the households that settings name.
         variables: What is estimated besides the targets.
         design: How the sample was drawn; None: no standard errors are asked for.
+        own: Totals of the household table's own columns, which a selection should keep, too.
     """
 
     problem: CalibrationProblem
@@ -63,6 +65,7 @@ class Task:
     columns: dict[str, np.ndarray]
     variables: list[Variable]
     design: Design | None
+    own: OwnColumns | None = None
 
 
 def run(cfg: CalibrationRun) -> Path:
@@ -83,8 +86,10 @@ def run(cfg: CalibrationRun) -> Path:
         folds = _folds(task.problem, cfg)
         read = time.perf_counter()
         solver = _with_columns(replace(cfg.solver(), device=device_of(cfg.device)), task.columns)
-        calibration = Calibration(task.problem, cfg.num_households, solver)
-        more = set_aside(task.problem, calibration.set_aside)
+        fitted, solver = _with_pseudo_targets(task, solver, cfg.num_households)
+        calibration = Calibration(fitted, cfg.num_households, solver)
+        aside = calibration.set_aside
+        more = set_aside(task.problem, aside[aside < task.problem.num_targets])
         if calibration.is_exact:
             more += gave_way(task.problem, calibration.exact())
         task = replace(task, findings=in_order([*task.findings, *more]))
@@ -99,7 +104,7 @@ def run(cfg: CalibrationRun) -> Path:
     with Recorder(task.problem, events, cfg.log_moments, calibration.history, moments) as recorder:
         _drive(calibration, recorder, saver, folder / "checkpoint.pt")
         with wrong_input():  # the penalty shut every household, or the bounds cannot hold the total
-            result = calibration.result()
+            result = calibration.result().of(task.problem)
         if not calibration.is_exact and result.optimality is not None and result.optimality > TOLERANCE:
             log.info(
                 "refit: optimality %.1e (%g is exact); more rounds gained little",
@@ -117,6 +122,8 @@ def run(cfg: CalibrationRun) -> Path:
     results["missing_households"] = max(0, (cfg.num_households or 0) - results["kept"])
     results["zero_initial_weights"] = int((task.problem.starting_weights == 0).sum())
     results |= _measure_findings(task)
+    if task.own is not None:
+        results["pseudo_targets"] = _write_pseudo_targets(fitted, task.problem, result.weights, folder)
     held_out = _hold_out(task, folds, cfg, folder) if folds else None
     results["holdout"] = held_out
     results["held_out_mean"] = None if held_out is None else held_out["mean_are"]
@@ -143,7 +150,10 @@ def _read(cfg: CalibrationRun) -> Task:
     _check_budget(problem, cfg.num_households)
     found = check(problem, cfg.num_households, cfg.max_weight_ratio, cfg.hold_total, hints)
     variables, design = _asked(cfg, built.source, problem.starting_weights)
-    return Task(problem, found, dropped, built.columns, variables, design)
+    own = None
+    if cfg.pseudo_targets != "none" and built.source is not None:
+        own = own_columns(built.source.households, built.source.used)
+    return Task(problem, found, dropped, built.columns, variables, design, own)
 
 
 def _asked(
@@ -157,6 +167,27 @@ def _asked(
         raise InputError(f"{key} needs problem.weights=W.csv, a table with its columns")
     design = None if cfg.variance is None else read_design(cfg, source, initial)
     return read_variables(cfg, source, initial), design
+
+
+def _with_pseudo_targets(
+    task: Task, solver: Settings, num_households: int | None
+) -> tuple[CalibrationProblem, Settings]:
+    """Add what the whole file says of its own columns to what is fitted."""
+    if task.own is None or num_households is None:
+        return task.problem, solver
+    full = calibrate(task.problem, **vars(replace(solver, method="all", chi2=PULL))).weights
+    share = num_households / task.problem.num_households
+    return extended(task.problem, task.own, full), replace(solver, **selecting(vars(solver), share))
+
+
+def _write_pseudo_targets(
+    fitted: CalibrationProblem, problem: CalibrationProblem, weights: np.ndarray, folder: Path
+) -> dict[str, Any]:
+    """Write what the totals of the file's own columns came to, and return their errors."""
+    table = report.target_frame(fitted, weights).iloc[problem.num_targets :]
+    write_table(folder / "pseudo_targets.csv", table)
+    errors = table.relative_error.abs()
+    return {"targets": len(table), "mean_are": float(errors.mean()), "median_are": float(errors.median())}
 
 
 def _columns_named(cfg: CalibrationRun) -> list[str]:
@@ -255,7 +286,9 @@ def _hold_out(task: Task, folds: list[tuple[str, ...]], cfg: CalibrationRun, fol
         return _with_columns(replace(cfg.solver(groups), device=device_of(cfg.device)), task.columns)
 
     def solve(part: CalibrationProblem) -> np.ndarray:
-        return calibrate(part, cfg.num_households, **vars(settings(part))).weights
+        here = replace(task, problem=part)
+        fitted, solver = _with_pseudo_targets(here, settings(part), cfg.num_households)
+        return calibrate(fitted, cfg.num_households, **vars(solver)).weights
 
     table = holdout.hold_out(task.problem, folds, solve)
     write_table(folder / "holdout.csv", table)

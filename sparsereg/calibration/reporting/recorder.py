@@ -78,8 +78,9 @@ class Recorder:
             epochs: Passes planned.
             loss: The solver's loss.
             kept: Households with a positive weight.
-            totals: Weighted totals, shape (targets,).
+            totals: Weighted totals, shape (targets,); those of pseudo-targets behind them are left out.
         """
+        totals = totals[: self.problem.num_targets]
         errors = np.abs(relative_errors(np.asarray(totals, dtype=np.float64), self.problem.targets))
         mean = float(np.nanmean(errors)) if not np.isnan(errors).all() else math.nan
         row = {"epoch": epoch, "loss": float(loss), "mean_are": mean, "kept": int(kept)}

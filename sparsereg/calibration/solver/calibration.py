@@ -93,6 +93,15 @@ class CalibrationResult:
     exact: Exact | None = None
     settings: Settings | None = None
 
+    def of(self, problem: CalibrationProblem) -> CalibrationResult:
+        """The same weights as a result of another problem: the one without pseudo-targets.
+
+        Args:
+            problem: Its households are this one's, its targets the first ones of this one's.
+        """
+        own = self.set_aside[self.set_aside < problem.num_targets]
+        return replace(self, problem=problem, estimates=problem.estimates(self.weights), set_aside=own)
+
     @property
     def multipliers(self) -> np.ndarray:
         """What each target costs, shape (targets,), see ``exact.Exact``.

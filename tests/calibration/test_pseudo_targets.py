@@ -1,0 +1,97 @@
+"""Totals of the file's own columns as soft targets: what they are, and that a small file keeps them."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sparsereg.calibration import CalibrationProblem, calibrate
+from sparsereg.calibration.pseudo_targets import (
+    GROUP,
+    PULL,
+    SHARE,
+    SMALLEST_CELL,
+    extended,
+    own_columns,
+    selecting,
+)
+
+
+def survey(n=600, seed=0):
+    generator = np.random.default_rng(seed)
+    return pd.DataFrame(
+        {
+            "id": np.arange(n),
+            "region": generator.choice(["north", "south", "west"], n),
+            "owner": generator.random(n) < 0.4,
+            "size": generator.integers(1, 5, n),
+            "income": generator.gamma(2.0, 10.0, n),
+            "note": [f"text {i}" for i in range(n)],
+            "same": 1,
+        }
+    )
+
+
+def test_totals_are_those_of_a_group_by():
+    table = survey()
+    own = own_columns(table, ["id"])
+    w = np.random.default_rng(1).random(len(table))
+    found = dict(zip(own.names, own.values(w), strict=True))
+    counts = table.assign(w=w).groupby(["region", "owner"]).w.sum()
+    assert found["region north, owner True"] == pytest.approx(counts["north", True], rel=1e-12)
+    sums = (table.income * w).groupby(table["size"]).sum()
+    assert found["income of size 3"] == pytest.approx(sums[3], rel=1e-12)
+    assert not any(word in name for name in own.names for word in ("id", "note", "same"))
+    assert (own.cells >= SMALLEST_CELL).all()
+    assert len(own.names) == 3 * 2 + 3 * 4 + 2 * 4 + (3 + 2 + 4)
+
+
+def test_small_cells_missing_values_and_ids_are_left_alone():
+    table = survey(80)
+    table.loc[0, "region"] = "island"
+    table.loc[1:30, "income"] = np.nan
+    table["owner"] = table.owner.astype(object).where(~table.index.isin(range(31, 61)), None)
+    own = own_columns(table)
+    assert not any("island" in name for name in own.names)
+    assert np.isfinite(own.rows.data).all()
+    assert any("owner missing" in name for name in own.names)
+    assert own_columns(pd.DataFrame({"a": [1, 2, 3]})).names == ()
+
+
+def problem_of(table, weights):
+    rows = np.stack([np.ones(len(table)), table.region == "north", table.income]).astype(float)
+    names = ["all", "north", "income"]
+    return CalibrationProblem(rows, rows @ weights * [1, 1.1, 0.95], np.ones(len(table)), names)
+
+
+def test_the_users_targets_stay_first_and_the_others_count_a_share():
+    table = survey()
+    problem = problem_of(table, np.ones(len(table)))
+    full = calibrate(problem, method="all", chi2=PULL).weights
+    longer = extended(problem, own_columns(table, ["id"]), full)
+    assert longer.names[:3] == problem.names
+    assert np.array_equal(longer.targets[:3], problem.targets)
+    assert all(name.startswith(GROUP) for name in longer.names[3:])
+    assert longer.target_shares[3:].sum() == pytest.approx(SHARE * longer.target_shares[:3].sum())
+    assert longer.estimates(full)[3:] == pytest.approx(longer.targets[3:], rel=1e-6)
+    result = calibrate(longer, num_households=100).of(problem)
+    assert result.problem is problem
+    assert result.estimates == pytest.approx(problem.estimates(result.weights))
+
+
+def test_a_small_file_is_better_on_what_it_was_not_fitted_to():
+    """Over seeds: totals that only the file's columns know, with and without pseudo-targets."""
+    with_, without = [], []
+    for seed in range(4):
+        table = survey(1200, seed)
+        problem = problem_of(table, np.ones(len(table)))
+        own = own_columns(table, ["id"])
+        full = calibrate(problem, method="all", chi2=PULL).weights
+        held_out = np.stack([(table.region == "south") & table.owner, table.income * (table["size"] == 2)])
+        wanted = held_out.astype(float) @ full
+        settings = selecting({"chi2": None, "max_weight_ratio": None}, 0.1)
+        for errors, weights in (
+            (with_, calibrate(extended(problem, own, full), num_households=120, **settings).weights),
+            (without, calibrate(problem, num_households=120).weights),
+        ):
+            errors.append(np.abs(held_out.astype(float) @ weights / wanted - 1).mean())
+    assert np.mean(with_) < 0.5 * np.mean(without)
