@@ -63,7 +63,7 @@ def own_columns(table: pd.DataFrame, leave_out: Collection[str] = ()) -> OwnColu
     """Find the totals of a table's own columns.
 
     Args:
-        table: One row per household. Columns of texts, of true and false, and of numbers with at most
+        table: One row per household. Columns of texts, of true and false, and of whole numbers with at most
             ``MOST_VALUES`` different values are groups; other columns of numbers are summed. Columns of texts
             with more different values, of one value, and of whole numbers that are all different, as ids,
             are left alone. Missing values are a value
@@ -113,7 +113,7 @@ def _kinds(table: pd.DataFrame) -> tuple[dict[str, _Groups], dict[str, np.ndarra
     for name in table.columns:
         column = table[name]
         codes, values = pd.factorize(column, sort=False, use_na_sentinel=False)
-        if 1 < len(values) <= MOST_VALUES:
+        if 1 < len(values) <= MOST_VALUES and not _has_fractions(column):
             labels = ["missing" if pd.isna(v) else str(v) for v in values]
             groups[str(name)] = _Groups(np.asarray(codes), labels)
         elif len(values) > 1 and pd.api.types.is_numeric_dtype(column) and not _is_id(column, len(values)):
@@ -121,6 +121,16 @@ def _kinds(table: pd.DataFrame) -> tuple[dict[str, _Groups], dict[str, np.ndarra
             if np.isfinite(found).all():
                 numbers[str(name)] = found
     return groups, numbers
+
+
+def _has_fractions(column: pd.Series) -> bool:
+    import pandas as pd
+
+    if not pd.api.types.is_float_dtype(column):
+        return False
+    found = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    found = found[np.isfinite(found)]
+    return bool((found != np.round(found)).any())
 
 
 def _is_id(column: pd.Series, num_values: int) -> bool:
