@@ -235,8 +235,14 @@ def test_equal_to_aggregate_stage_of_survey_in_r(tmp_path, monkeypatch):
         f"problem.targets={REFERENCE / 'persons_targets.csv.gz'}", "problem.household_id=db030",
         "problem.person_id=rb030", "problem.weight=weight", "method=calibrate", "distance=raking",
         "bounds=[0.5,2]", "unit_factor=1/size", "plots=false", "tensorboard=false",
+        "variance=linearized", "report.variables=[age,child,child/age]",
     )  # fmt: skip
     found = pd.read_csv(folder / "weights.csv")
     assert found.id.tolist() == wanted.db030.tolist()
     assert found.weight.to_numpy() == pytest.approx(wanted.calibrated.to_numpy(), rel=1e-9)
     assert results["max_abs_scaled_error"] < 1e-12
+    of_r = pd.read_csv(REFERENCE / "persons_errors.csv.gz")
+    ours = pd.read_csv(folder / "standard_errors.csv")
+    assert ours[["name", "statistic"]].equals(of_r[["name", "statistic"]])
+    assert ours.estimate.to_numpy() == pytest.approx(of_r.estimate.to_numpy(), rel=1e-9)
+    assert ours.se.to_numpy() == pytest.approx(of_r.se.to_numpy(), rel=1e-8)
