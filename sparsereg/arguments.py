@@ -53,13 +53,14 @@ def named_keys(texts: Iterable[str]) -> frozenset[str]:
 
 
 def swept_keys(job: Iterable[str], given: Sequence[str]) -> list[str]:
-    """Return the keys that a job has another way than the command gave them: what the sweep goes over.
+    """Return the keys of a job that the command gave several values, or a file did: what the sweep goes over.
 
     Args:
         job: overrides of one job.
-        given: arguments of the command.
+        given: overrides and flags of the command.
     """
-    return [text.lstrip("+").partition("=")[0] for text in job if text not in given]
+    once = [o.key_or_group for text in given if "=" in text and not (o := _parsed(text)).is_sweep_override()]
+    return [o.key_or_group for text in job if (o := _parsed(text)).key_or_group not in once]
 
 
 class _Parser(argparse.ArgumentParser):

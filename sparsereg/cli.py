@@ -237,6 +237,13 @@ def first_keys() -> list[str]:
     return list(dict.fromkeys([*swept, *sorted(named())]))
 
 
+def first_overrides() -> list[str]:
+    """Return the overrides of this job, those of the keys that the sweep goes over in front."""
+    job = list(HydraConfig.get().overrides.task)
+    swept = set(swept_keys(job, [*_implied, *_given]))
+    return sorted(job, key=lambda text: text.lstrip("+").partition("=")[0] not in swept)
+
+
 def finish(results: Path) -> None:
     """Print the last line of a run; only the first of several processes prints it."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sparsereg import cli
+from sparsereg.arguments import swept_keys
 from sparsereg.commands import calibrate, test, train
 
 RUNS = {"train": train.run, "test": test.run, "calibrate": calibrate.run}
@@ -232,3 +233,9 @@ def test_an_experiment_that_is_no_yaml_is_one_line(run, tmp_path, text):
     code, err = run("train", "--config-dir", "mine", "experiment=own")
     assert (code, len(err)) == (2, 1), err
     assert err[0].startswith("error: ")
+
+
+def test_keys_of_a_sweep():
+    job = ["seed=1", "trainer.fast=False", "lambda_l0=0.5", "row=a"]
+    assert swept_keys(job, ["-m", "trainer.fast=false", "seed=1", "lambda_l0=0.5,1"]) == ["lambda_l0", "row"]
+    assert swept_keys(["seed=1"], ["-m", "seed=range(3)"]) == ["seed"]

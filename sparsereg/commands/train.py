@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from sparsereg import interruption
-from sparsereg.cli import first_keys, named, script, settings_of, wrong_input
+from sparsereg.cli import first_keys, first_overrides, named, script, settings_of, wrong_input
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def run(composed: DictConfig) -> Path:
     if stage.trainer.is_global_zero:
         device = stage.trainer.strategy.root_device
         log.info(start_line(cfg.model.group, stage.net, data, device, stage.folder))
-        name_by_overrides(stage.folder, hydra.overrides.task)
+        name_by_overrides(stage.folder, first_overrides())
         write_text(stage.folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
         data.save_split(stage.folder / "split.npz")
     last = stage.folder / "checkpoints" / "last.ckpt"
