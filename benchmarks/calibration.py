@@ -7,6 +7,7 @@
     python benchmarks/calibration.py stress             l0-python's stress test: all at random
     python benchmarks/calibration.py lambda             how many households a price keeps, two sizes
     python benchmarks/calibration.py huge               one million households, sixty million entries
+    python benchmarks/calibration.py exact              280,000 households x 520 targets, targets met exactly
 
 l0-python (``pip install l0-python==0.6.2``, in an environment of its own put on PYTHONPATH) is left out
 where it is missing. ``OMP_NUM_THREADS=1`` measures one core. Problems are the built-in synthetic survey.
@@ -259,12 +260,28 @@ def bench_huge() -> None:
     report("huge pruning", result, result.seconds)
 
 
+def bench_exact(repeats: int) -> None:
+    """``method="calibrate"`` by distance: processor seconds, worst error over the scale, Newton's steps."""
+    problem = synthetic_problem(280_000, 520, disagreement=0.0)
+    calibrate(synthetic_problem(500, 50, disagreement=0.0), method="calibrate")  # compile
+    _ = problem.matrix_t, problem.scale
+    for distance, bounds in (("linear", None), ("raking", None), ("logit", (0.05, 10.0))):
+        times = []
+        for _ in range(repeats):
+            start = time.process_time()
+            result = calibrate(problem, method="calibrate", distance=distance, bounds=bounds)
+            times.append(time.process_time() - start)
+        assert result.exact is not None
+        error, steps = result.exact.error, result.exact.steps
+        print(f"{distance}: {statistics.median(times):.2f} s, error {error:.1e}, {steps} steps", flush=True)
+
+
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["epoch", "calls", "quality", "stress", "lambda", "huge"])
+    parser.add_argument("what", choices=["epoch", "calls", "quality", "stress", "lambda", "huge", "exact"])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
@@ -272,7 +289,9 @@ def main() -> None:
     parser.add_argument("--lambdas", nargs="+", type=float, default=list(LAMBDAS))
     args = parser.parse_args()
     print(f"torch {torch.__version__}, numpy {np.__version__}, {torch.get_num_threads()} threads", flush=True)
-    if args.what == "epoch":
+    if args.what == "exact":
+        bench_exact(args.repeats)
+    elif args.what == "epoch":
         bench_epoch(args.sizes, args.repeats)
     elif args.what == "calls":
         bench_calls(args.sizes, args.repeats)

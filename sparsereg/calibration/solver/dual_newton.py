@@ -10,7 +10,9 @@ Source: Deville and Sarndal, Calibration estimators in survey sampling, JASA 87 
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import scipy.linalg as sl
@@ -112,8 +114,18 @@ class Dual:
 
     def diagonal(self) -> np.ndarray:
         """Slope of each total by its own multiplier where no bound holds, > 0."""
-        diagonal = self.rows.power(2) @ (self.weights * self.factors)
+        diagonal = self.squares(self.weights * self.factors)
         return np.where(diagonal > 0, diagonal, 1.0)
+
+    def squares(self, weights: np.ndarray) -> np.ndarray:
+        """Sum of the squared entries of each target, households weighted."""
+        squares = (np.square(self.rows.data), self.rows.indices, self.rows.indptr)
+        return np.asarray(sp.csr_array(squares, shape=self.rows.shape) @ weights)
+
+    @cached_property
+    def columns(self) -> sp.csr_array:
+        """The rows by household, canonical."""
+        return sp.csr_array(self.rows.T.tocsr())
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +193,7 @@ def _independent(dual: Dual) -> np.ndarray:
     hard = np.flatnonzero(np.isinf(dual.slack.price) & (dual.slack.band == 0))
     if num_targets > _MOST_DENSE or len(hard) < 2:
         return np.arange(num_targets)
-    rows = dual.rows[hard]
-    spread = sp.csr_array(rows @ sp.diags_array(np.sqrt(dual.weights * dual.factors)))
-    square = np.asarray((spread @ spread.T).toarray())
+    square = _gram(dual.columns, dual.weights * dual.factors)[np.ix_(hard, hard)]
     root = np.sqrt(np.maximum(square.diagonal(), np.finfo(np.float64).tiny))
     _, order, rank, _ = sl.lapack.dpstrf(square / root[:, None] / root, tol=_DEPENDENT, lower=1)
     left_out = hard[order[rank:] - 1]
@@ -248,7 +258,7 @@ class _Newton:
     """Solves (A D A' + diag) p = -gradient for the changing diagonals of one problem."""
 
     def __init__(self, dual: Dual) -> None:
-        self.rows, self.columns = dual.rows, sp.csr_array(dual.rows.T)
+        self._dual, self.rows, self.columns = dual, dual.rows, dual.columns
         self._diagonal = dual.diagonal()
         num_targets, num_households = dual.rows.shape
         self._dense: np.ndarray | None = None
@@ -280,20 +290,12 @@ class _Newton:
             free = np.flatnonzero(slope)
             part = self._dense if len(free) > 0.7 * len(slope) else self._dense[:, free]
             return np.asarray((part * (slope if part is self._dense else slope[free])) @ part.T)
-        scaled = sp.csr_array(
-            (
-                self.columns.data * np.repeat(slope, np.diff(self.columns.indptr)),
-                self.columns.indices,
-                self.columns.indptr,
-            ),
-            shape=self.columns.shape,
-        )
-        return np.asarray((self.rows @ scaled).toarray())
+        return _gram(self.columns, slope)
 
     def _by_gradients(self, state: _State, damping: float) -> np.ndarray:
         """Conjugate gradients, preconditioned by the diagonal, to a share of the error."""
-        diagonal = self.rows.power(2) @ state.slope + state.slack_slope + damping * self._diagonal
         extra = state.slack_slope + damping * self._diagonal
+        diagonal = self._dual.squares(state.slope) + extra
         solution, residual = np.zeros(len(diagonal)), -state.gradient
         conditioned = residual / diagonal
         direction, old = conditioned, float(residual @ conditioned)
@@ -309,3 +311,21 @@ class _Newton:
             new = float(residual @ conditioned)
             direction, old = conditioned + (new / old) * direction, new
         return solution
+
+
+def _gram(columns: sp.csr_array, weights: np.ndarray) -> np.ndarray:
+    """Products of targets' rows with each other, households weighted; at least the lower triangle.
+
+    Args:
+        columns: Households x targets, canonical CSR, float64.
+        weights: One per household; those of weight zero cost nothing.
+    """
+    if importlib.util.find_spec("numba") is not None:
+        from sparsereg.calibration.solver import kernels
+
+        out = np.zeros((columns.shape[1], columns.shape[1]))
+        kernels.gram(columns.indptr, columns.indices, columns.data, weights, out)
+        return out
+    weighted = columns.data * np.repeat(weights, np.diff(columns.indptr))
+    scaled = sp.csr_array((weighted, columns.indices, columns.indptr), shape=columns.shape)
+    return np.asarray((columns.T @ scaled).toarray())

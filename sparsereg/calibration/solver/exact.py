@@ -277,7 +277,7 @@ def _domains(
     total = float(initial.sum())
     natural = np.where(near_zero(linear), scale / np.maximum(scale, linear.gross), 1.0)
     for targets, households, rows in blocks(linear.matrix, initial > 0):
-        rows = sp.csr_array(sp.diags_array(1.0 / scale[targets]) @ rows)
+        rows = over_scales(rows, scale[targets])
         own = distance_of(distance, low[households], high[households])
         dual = Dual(
             rows, linear.targets[targets] / scale[targets], initial[households], factors[households], own,
@@ -295,15 +295,16 @@ def _domains(
 def blocks(matrix: sp.csr_array, there: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, sp.csr_array]]:
     """Targets, households and rows of each connected part of a matrix with an entry."""
     columns = np.flatnonzero(there)
-    matrix = sp.csr_array(matrix[:, columns].astype(np.float64))
+    if len(columns) < len(there):
+        matrix = sp.csr_array(matrix[:, columns])
     num_targets = matrix.shape[0]
-    shape = (num_targets + len(columns),) * 2
-    entries = matrix.tocoo()
-    edges = sp.coo_array(
-        (np.ones(entries.nnz, np.int8), (entries.row, entries.col + num_targets)), shape=shape
-    )
-    count, label = connected_components(edges, directed=False)
+    label = _connected(matrix)
     of_target, of_column = label[:num_targets], label[num_targets:]
+    filled = np.flatnonzero(np.diff(matrix.indptr))
+    if len(filled) == num_targets and (label == label[0]).all():
+        yield filled, columns, matrix
+        return
+    count = int(label.max()) + 1
     by_target, by_column = np.argsort(of_target, kind="stable"), np.argsort(of_column, kind="stable")
     place = np.empty(len(columns), dtype=np.int64)
     place[by_column] = np.arange(len(columns))
@@ -325,6 +326,23 @@ def blocks(matrix: sp.csr_array, there: np.ndarray) -> Iterator[tuple[np.ndarray
         )
         rows.sort_indices()
         yield by_target[first:last], columns[by_column[left:right]], rows
+
+
+def _connected(matrix: sp.csr_array) -> np.ndarray:
+    """Number of the part that each target, then each household, belongs to."""
+    num_targets, households = matrix.shape
+    indptr = np.concatenate([matrix.indptr, np.full(households, matrix.nnz, dtype=matrix.indptr.dtype)])
+    edges = sp.csr_array(
+        (np.ones(matrix.nnz, np.int8), matrix.indices + num_targets, indptr),
+        shape=(num_targets + households,) * 2,
+    )
+    return np.asarray(connected_components(edges, directed=False)[1])
+
+
+def over_scales(rows: sp.csr_array, scales: np.ndarray) -> sp.csr_array:
+    """Rows divided by their scales, float64."""
+    data = rows.data / np.repeat(scales, np.diff(rows.indptr))
+    return sp.csr_array((data, rows.indices, rows.indptr), shape=rows.shape)
 
 
 def _solve(domain: _Domain) -> tuple[Solution, dict[str, Any] | None]:

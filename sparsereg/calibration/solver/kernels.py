@@ -50,6 +50,20 @@ def scatter(indptr, indices, data, weights, totals):  # type: ignore[no-untyped-
 
 
 @_compile
+def gram(indptr, indices, data, weights, out):  # type: ignore[no-untyped-def]
+    """out[i, k] += weights[j] * data_i * data_k over the entries of every household, for k <= i."""
+    for j in range(weights.shape[0]):
+        weight = weights[j]
+        if weight != 0:
+            start, end = np.uint64(indptr[j]), np.uint64(indptr[j + 1])
+            for p in range(start, end):
+                value = weight * data[p]
+                row = out[indices[p]]
+                for q in range(start, p + 1):
+                    row[indices[q]] += value * data[q]
+
+
+@_compile
 def squared_norms(indptr, indices, data, row_weights, out):  # type: ignore[no-untyped-def]
     """out[j] = sum over the entries of household j of row_weights[target] * data^2."""
     for j in range(out.shape[0]):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsereg.calibration.solver.distances import Linear
 from sparsereg.calibration.solver.dual_newton import Dual, Slack, solve
-from sparsereg.calibration.solver.exact import blocks
+from sparsereg.calibration.solver.exact import blocks, over_scales
 from sparsereg.calibration.solver.least_squares import LeastSquares, System
 from sparsereg.calibration.solver.losses import TargetLoss
 
@@ -129,7 +129,7 @@ def by_dual(
     weights, primal, dual_value, error = np.clip(center, low * center, high * center), 0.0, 0.0, 0.0
     for members, households, part in parts:
         own = Dual(
-            sp.csr_array(sp.diags_array(1.0 / scales[members]) @ part),
+            over_scales(part, scales[members]),
             targets[members] / scales[members],
             center[households],
             np.ones(len(households)),
