@@ -30,7 +30,8 @@ def measure(problem: CalibrationProblem, weights: np.ndarray) -> dict[str, Any]:
     Returns:
         The keys of results.json that follow from the weights; absolute relative errors are called ``are``,
         ``within_10pct`` is a share in [0, 1], ``ess`` is Kish's effective sample size (sum w)^2 / sum w^2,
-        ``design_effect`` is kept / ess, ``untouched_targets`` counts those that no kept household touches.
+        ``weighting_effect`` is kept / ess, Kish's factor by which unequal weights raise a variance (also
+        under its old name ``design_effect``), ``untouched_targets`` counts those that no kept household touches.
         ``max_abs_scaled_error`` is the largest error beyond the tolerance over its scale, targets of 0
         included.
     """
@@ -42,6 +43,7 @@ def measure(problem: CalibrationProblem, weights: np.ndarray) -> dict[str, Any]:
     initial = problem.starting_weights
     ratio = w[kept & (initial > 0)] / initial[kept & (initial > 0)]
     ess = float(w.sum() ** 2 / (w @ w)) if kept.any() else 0.0
+    weighting_effect = int(kept.sum()) / ess if ess else None
     return {
         "households": problem.num_households,
         "kept": int(kept.sum()),
@@ -51,7 +53,8 @@ def measure(problem: CalibrationProblem, weights: np.ndarray) -> dict[str, Any]:
         "zero_targets": int((problem.targets == 0).sum()),
         "untouched_targets": int((touched == 0).sum()) if touched is not None else _untouched(problem, kept),
         "ess": ess,
-        "design_effect": int(kept.sum()) / ess if ess else None,
+        "weighting_effect": weighting_effect,
+        "design_effect": weighting_effect,
         "total_weight": float(w.sum()),
         "initial_total_weight": float(initial.sum()),
         "max_weight": float(w.max()),

@@ -12,13 +12,14 @@ import numpy as np
 import scipy.sparse as sp
 
 from sparsereg.linalg.checked import as_csr, smallest_exact
+from sparsereg.summary import in_html, in_lines
 
 _INT32_MAX = np.iinfo(np.int32).max
 _NET_SHARE = 1e-3
 """Share of what goes into a total, signs left aside, that its error is at least compared with."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CalibrationProblem:
     """Find weights w >= 0, one per household, such that ``matrix @ w`` comes out at ``targets``.
 
@@ -65,6 +66,23 @@ class CalibrationProblem:
     target_tolerances: np.ndarray | None = None
     target_hard: np.ndarray | None = None
     denominators: sp.csr_array | None = None
+
+    def __repr__(self) -> str:
+        return in_lines(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return in_html(*self._shown())
+
+    def _shown(self) -> tuple[str, dict[str, str]]:
+        groups = "none" if self.target_groups is None else f"{len(np.unique(self.target_groups)):,}"
+        weights = "ones" if self.initial_weights is None else f"sum {self.starting_weights.sum():,.6g}"
+        cells = self.num_targets * self.num_households
+        return "CalibrationProblem", {
+            "targets": f"{self.num_targets:,}, groups: {groups}",
+            "households": f"{self.num_households:,}",
+            "non-zeros": f"{self.matrix.nnz:,} ({self.matrix.nnz / max(cells, 1):.2%})",
+            "initial weights": weights,
+        }
 
     def __post_init__(self) -> None:
         matrix = _canonical_csr("matrix", self.matrix)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsereg.compression.expected import expected_costs
 from sparsereg.compression.graph import Analysis, Example, Network, trace
 from sparsereg.compression.ops import Mask, Op
+from sparsereg.summary import in_html, in_lines
 
 if TYPE_CHECKING:
     import pandas
@@ -40,7 +41,7 @@ class LayerCount:
     kept_macs: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Count:
     """What a network costs now, and what is left of it after compaction.
 
@@ -73,6 +74,20 @@ class Count:
     gates: int
     open_gates: int
     layers: tuple[LayerCount, ...]
+
+    def __repr__(self) -> str:
+        return in_lines(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return in_html(*self._shown())
+
+    def _shown(self) -> tuple[str, dict[str, str]]:
+        return f"Count of {len(self.layers)} layers with weights", {
+            "parameters": f"{self.parameters:,} -> {self.compacted_parameters:,}",
+            "multiply-accumulates": f"{self.macs:,} -> {self.compacted_macs:,} for one example",
+            "exact sparsity": f"{self.exact_sparsity:.2%}",
+            "gates": f"{self.gates:,}, {self.open_gates:,} of them open",
+        }
 
     def to_frame(self) -> "pandas.DataFrame":
         """The layers as a pandas data frame."""

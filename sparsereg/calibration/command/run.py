@@ -325,7 +325,7 @@ def _told(r: dict[str, Any], folder: Path) -> list[str]:
         f"error           mean {share(r['mean_are'])}, median {share(r['median_are'])},"
         f" largest {share(r['max_are'])}",
         f"targets         {share(r['within_1pct'])} within 1 %, {share(r['within_10pct'])} within 10 %",
-        f"sample size     effective {r['ess']:,.0f}, design effect {r['design_effect']:.3f}",
+        f"sample size     effective {r['ess']:,.0f}, weighting effect {r['weighting_effect']:.3f}",
         f"weights         median {r['median_weight']:,.6g}, largest {r['max_weight']:,.6g},"
         f" sum {r['total_weight']:,.6g} (initially {r['initial_total_weight']:,.6g})",
     ]

@@ -36,6 +36,7 @@ from sparsereg.calibration.variance import (
     statistics_frame,
 )
 from sparsereg.checks import check_probability
+from sparsereg.summary import in_html, in_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +60,7 @@ _BLOCK = 256
 """Households that stay neighbours in memory."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CalibrationResult:
     """Weights and what they reach.
 
@@ -101,6 +102,29 @@ class CalibrationResult:
         """
         own = self.set_aside[self.set_aside < problem.num_targets]
         return replace(self, problem=problem, estimates=problem.estimates(self.weights), set_aside=own)
+
+    def __repr__(self) -> str:
+        return in_lines(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return in_html(*self._shown())
+
+    def _shown(self) -> tuple[str, dict[str, str]]:
+        told = self.diagnostics
+        errors = [(name, told[f"{name}_are"]) for name in ("mean", "median", "max")]
+        sizes = ", ".join(f"{name} {error:.2%}" for name, error in errors if error is not None)
+        return f"CalibrationResult by {self.method} in {self.seconds:.1f} s", {
+            "kept": f"{self.num_kept:,} of {self.problem.num_households:,} households",
+            "relative error": sizes or "none: all targets are 0",
+            "sample size": f"effective {told['ess']:,.0f}, weighting effect {_told(told['weighting_effect'])}",
+            "weights": f"median {told['median_weight']:,.6g}, largest {told['max_weight']:,.6g},"
+            f" sum {told['total_weight']:,.6g}",
+        }
+
+    @property
+    def kkt_violation(self) -> float | None:
+        """What ``optimality`` is: the largest violation of the conditions of Karush, Kuhn and Tucker."""
+        return self.optimality
 
     @property
     def multipliers(self) -> np.ndarray:
@@ -700,3 +724,7 @@ def _swaps_only(goal: Goal, kept: Tensor) -> Selection:
     start = goal.starting_weights()
     share = start.sum() / start[kept].sum().clamp(min=1e-300)
     return Pruning(goal.system, start * share, len(kept), goal.schedule, kept)
+
+
+def _told(number: float | None) -> str:
+    return "-" if number is None else f"{number:.3g}"

@@ -16,6 +16,7 @@ from sparsereg.compression.units.program import module_of, name_of, place_of, tr
 from sparsereg.compression.units.rules import RULES
 from sparsereg.compression.units.rules.table import Labeller
 from sparsereg.compression.units.solve import Units, solve
+from sparsereg.summary import in_html, in_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +55,7 @@ class Row:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """What of a network can go. Print it, or look at ``rows``.
 
@@ -78,6 +79,25 @@ class Explanation:
 
         columns = ["parameter", "axis", "size", "family", "state", "reason"]
         return pd.DataFrame([[getattr(row, c) for c in columns] for row in self.rows], columns=columns)
+
+    def __repr__(self) -> str:
+        return in_lines(*self._shown())
+
+    def _repr_html_(self) -> str:
+        return in_html(*self._shown())
+
+    def _shown(self) -> tuple[str, dict[str, str]]:
+        share = self.removable / self.parameters if self.parameters else 0.0
+        free = Counter[str]()
+        for row in self.rows:
+            free[row.family] += row.size if row.state == "can go" else 0
+        kept = sum(row.state == "kept" for row in self.rows)
+        return f"Explanation of {self.network}: print it for a line on each axis", {
+            "parameters": f"{self.parameters:,}, {self.removable:,} ({share:.0%}) can go",
+            "can go": ", ".join(f"{n:,} {family}" for family, n in free.items() if n) or "nothing",
+            "kept": f"{kept:,} axes",
+            "without a rule": ", ".join(self.unknown) or "no operation",
+        }
 
     def __str__(self) -> str:
         share = self.removable / self.parameters if self.parameters else 0.0
