@@ -108,7 +108,8 @@ def foreign(file: Path, ours: set[str]) -> dict[str, int]:
         if name.startswith("_") or name in SEMI_PUBLIC:
             found[name] = getattr(node, "lineno", 0)
         module = getattr(node, "module", None) or ""
-        assert not ("connectors" in module or "._" in module), (file, module)
+        assert "connectors" not in module, (file, module)
+        assert "._" not in module, (file, module)
     return found
 
 
