@@ -5,5 +5,9 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["sparsereg", "sparsereg.*"]), "sparsereg.configs"],
     package_dir={"sparsereg.configs": "configs"},
-    package_data={"sparsereg": ["py.typed"], "sparsereg.configs": ["**/*.yaml"]},
+    package_data={
+        "sparsereg": ["py.typed"],
+        "sparsereg.calibration.reporting.page": ["report.*"],
+        "sparsereg.configs": ["**/*.yaml"],
+    },
 )

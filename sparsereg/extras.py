@@ -12,6 +12,7 @@ MODULES = {
     ),
     "calibrate": (
         *("numba", "pandas", "pyarrow", "hydra", "omegaconf", "matplotlib", "tensorboard", "tqdm"),
+        "jinja2",
     ),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "track": ("wandb", "mlflow"),

@@ -214,6 +214,9 @@ class Require(Group):
     held_out_error: float | None = setting(
         None, "mean absolute relative error of the targets that are held out", NOT_NEGATIVE
     )
+    max_cv: float | None = setting(
+        None, "largest standard error over its estimate, of report.variables: 0.05 is 5 %", NOT_NEGATIVE
+    )
     ess: float | None = setting(None, "least effective sample size", NOT_NEGATIVE)
     design_effect: float | None = setting(None, "largest kept / ess", NOT_NEGATIVE)
     max_ratio: float | None = setting(None, "largest weight over initial weight", NOT_NEGATIVE)
@@ -435,6 +438,8 @@ class CalibrationRun(Settings):
         one_of(self.device.partition(":")[0], "device", DEVICES)
         if (self.missing != "error" or self.missing_in) and not isinstance(self.problem, HouseholdsProblem):
             raise Contradiction("{}missing needs {}problem=households: nothing is missing elsewhere")
+        if self.require.max_cv is not None and (self.variance is None or self.report.variables is None):
+            raise Contradiction("{}require.max_cv needs {}variance=linearized and {}report.variables=[...]")
         if self.require.held_out_error is not None and self.holdout.groups is None and not self.holdout.folds:
             raise Contradiction("{}require.held_out_error needs a hold-out: {}holdout.folds=5, for example")
         self._check_variance()

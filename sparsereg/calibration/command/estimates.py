@@ -49,6 +49,7 @@ class Estimates:
             return {}
         write_table(folder / "standard_errors.csv", self.standard_errors)
         told: dict[str, Any] = {"variance": cfg.variance_method, "replicates": None}
+        told["max_cv"] = float(self.standard_errors.cv.abs().max(skipna=False))
         if self.replicates is not None:
             file = f"replicate_weights.{cfg.replicates.format}"
             write_table(folder / file, replicate_frame(self.problem, self.replicates))

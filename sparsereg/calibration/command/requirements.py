@@ -33,6 +33,7 @@ REQUIREMENTS = {
     "within_1pct": Requirement("within_1pct", least=True),
     "within_10pct": Requirement("within_10pct", least=True),
     "held_out_error": Requirement("holdout.mean_are"),
+    "max_cv": Requirement("max_cv"),
     "ess": Requirement("ess", least=True),
     "design_effect": Requirement("design_effect"),
     "max_ratio": Requirement("max_ratio"),

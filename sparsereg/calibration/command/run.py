@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from sparsereg.calibration.reading.households import Source
 from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.reading.sources import read_problem, touchable
 from sparsereg.calibration.reporting import tables as report
+from sparsereg.calibration.reporting.page.page import Contents, write_page
 from sparsereg.calibration.reporting.recorder import Recorder
 from sparsereg.calibration.solver.calibration import Calibration, CalibrationResult, calibrate
 from sparsereg.calibration.solver.refit import TOLERANCE
@@ -37,6 +38,9 @@ from sparsereg.cli import wrong_input
 from sparsereg.errors import FellShort, InputError
 from sparsereg.files import new_version, write_json, write_table, write_text
 from sparsereg.settings import plain
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -124,15 +128,22 @@ def run(cfg: CalibrationRun) -> Path:
     results |= _measure_findings(task)
     if task.own is not None:
         results["pseudo_targets"] = _write_pseudo_targets(fitted, task.problem, result.weights, folder)
-    held_out = _hold_out(task, folds, cfg, folder) if folds else None
-    results["holdout"] = held_out
+    left_out = _hold_out(task, folds, cfg, folder) if folds else None
+    results["holdout"] = held_out = None if left_out is None else holdout.summarise(left_out)
     results["held_out_mean"] = None if held_out is None else held_out["mean_are"]
     results["held_out_median"] = None if held_out is None else held_out["median_are"]
-    results["worst_targets"] = _write_files(folder, result, recorder, cfg)
+    targets, groups = _write_files(folder, result, recorder, cfg)
+    results["worst_targets"] = report.worst_targets(targets)
     results |= estimated.write(folder, cfg)
     results["required"] = required = judged(cfg.require, results)
     results["provenance"] = provenance.to_dict()
     results["total_seconds"] = time.perf_counter() - start
+    kept = report.weight_frame(task.problem, result.weights)
+    contents = Contents(
+        results, plain(cfg), targets, groups, kept, task.problem.starting_weights, task.findings, left_out,
+        estimated.variables, estimated.standard_errors,
+    )  # fmt: skip
+    write_page(folder / "report.html", contents)
     write_json(folder / "results.json", results)
     (folder / "checkpoint.pt").unlink(missing_ok=True)  # there is nothing left to continue
     for line in _told(results, folder):
@@ -280,7 +291,7 @@ def _bounds_told(result: CalibrationResult, cfg: CalibrationRun) -> dict[str, An
     return {"bounds_hit": exact.bounds_hit, "gave_way": len(exact.gave_way), "certificate": proofs or None}
 
 
-def _hold_out(task: Task, folds: list[tuple[str, ...]], cfg: CalibrationRun, folder: Path) -> dict[str, Any]:
+def _hold_out(task: Task, folds: list[tuple[str, ...]], cfg: CalibrationRun, folder: Path) -> pd.DataFrame:
     def settings(part: CalibrationProblem) -> Settings:
         groups = None if part.target_groups is None else set(part.target_groups)
         return _with_columns(replace(cfg.solver(groups), device=device_of(cfg.device)), task.columns)
@@ -292,26 +303,29 @@ def _hold_out(task: Task, folds: list[tuple[str, ...]], cfg: CalibrationRun, fol
 
     table = holdout.hold_out(task.problem, folds, solve)
     write_table(folder / "holdout.csv", table)
-    return holdout.summarise(table)
+    return table
 
 
 def _write_files(
     folder: Path, result: CalibrationResult, recorder: Recorder, cfg: CalibrationRun
-) -> list[dict[str, Any]]:
-    """Write the tables and pictures and return the worst targets."""
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Write the tables and pictures and return those of the targets and of their groups."""
     problem, weights = result.problem, result.weights
     multipliers = None if result.exact is None else result.exact.multipliers
     targets = report.target_frame(problem, weights, multipliers)
     kept = report.weight_frame(problem, weights)
     write_table(folder / f"weights.{cfg.weights_format}", kept)
     write_table(folder / "targets.csv", targets)
-    write_table(folder / "groups.csv", report.group_frame(targets))
+    groups = report.group_frame(targets, problem, weights)
+    write_table(folder / "groups.csv", groups)
     write_table(folder / "calibration_log.csv", report.log_frame(problem, recorder.totals))
     if cfg.plots:
         from sparsereg.calibration.reporting.plots import plot_all
 
         plot_all(folder / "plots", targets, kept, recorder.history)
-    return report.worst_targets(targets)
+    if multipliers is not None:
+        targets["price"] = multipliers * targets.scale / 100
+    return targets, groups
 
 
 def _told(r: dict[str, Any], folder: Path) -> list[str]:

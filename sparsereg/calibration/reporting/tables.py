@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from sparsereg.calibration.findings import Finding
 from sparsereg.calibration.measures import relative_errors
-from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.problem import CalibrationProblem, exact_totals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,9 +44,20 @@ def target_frame(
             "error": estimates - problem.targets,
             "scale": problem.scale,
             "scaled_error": problem.scaled_errors(estimates),
+            **_reach(problem, weights),
         }
     )
     return frame if multipliers is None else frame.assign(multiplier=multipliers)
+
+
+def _reach(problem: CalibrationProblem, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Return how many kept households each target counts, and how many of equal weight they are worth."""
+    m = problem.matrix
+    counted = sp.csr_array((np.ones(m.nnz, dtype=np.float32), m.indices, m.indptr), shape=m.shape)
+    w = np.asarray(weights, dtype=np.float64)
+    sums, squares = exact_totals(counted, w), exact_totals(counted, w**2)
+    ess = np.divide(sums**2, squares, out=np.zeros(len(sums)), where=squares > 0)
+    return {"households": exact_totals(counted, (w != 0).astype(np.float64)).astype(np.int64), "ess": ess}
 
 
 def weight_frame(problem: CalibrationProblem, weights: np.ndarray) -> pd.DataFrame:
@@ -121,11 +133,16 @@ def worst_targets(targets: pd.DataFrame, most: int = 5) -> list[dict[str, Any]]:
     return [{str(k): v for k, v in row.items()} for row in rows.to_dict("records")]
 
 
-def group_frame(targets: pd.DataFrame) -> pd.DataFrame:
+def group_frame(
+    targets: pd.DataFrame, problem: CalibrationProblem | None = None, weights: np.ndarray | None = None
+) -> pd.DataFrame:
     """Return one row per group: targets, mean absolute relative error at first and now, the worst target.
 
     Args:
         targets: As ``target_frame`` returns it.
+        problem: For ``households``, how many different kept ones the targets of the group count, and
+            ``ess``, how many of equal weight they are worth.
+        weights: Likewise, shape (households,).
     """
     import pandas as pd
 
@@ -138,7 +155,7 @@ def group_frame(targets: pd.DataFrame) -> pd.DataFrame:
         }
     )
     by = frame.groupby("group", sort=True)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "targets": by.size(),
             "initial_mean_are": by.before.mean(),
@@ -146,3 +163,14 @@ def group_frame(targets: pd.DataFrame) -> pd.DataFrame:
             "max_are": by.after.max(),
         }
     ).reset_index()
+    if problem is None or weights is None:
+        return table
+    reached = [_distinct(problem, weights, np.asarray(by.indices[group])) for group in table.group]
+    return table.assign(households=[n for n, _ in reached], ess=[ess for _, ess in reached])
+
+
+def _distinct(problem: CalibrationProblem, weights: np.ndarray, rows: np.ndarray) -> tuple[int, float]:
+    """Return how many different kept households some targets count, and their effective sample size."""
+    w = np.asarray(weights, dtype=np.float64)[np.unique(problem.matrix[rows].indices)]
+    squares = float(w @ w)
+    return int((w != 0).sum()), float(w.sum() ** 2 / squares) if squares else 0.0

@@ -27,7 +27,9 @@ def _own_folder(tmp_path, monkeypatch):
 def test_every_requirement_is_a_setting_and_a_figure_of_the_results():
     assert set(REQUIREMENTS) == set(declared(Require))
     _, results = run(*SMALL)
-    _, exact = run(*SMALL, "num_households=null", "method=calibrate")
+    _, exact = run(
+        *tables(), "num_households=null", "method=calibrate", "variance=linearized", "report.variables=[x]"
+    )
     for wanted in REQUIREMENTS.values():
         assert value_at(results | exact, wanted.figure) is not None, wanted
 
@@ -62,6 +64,10 @@ def test_a_run_that_falls_short_has_its_files_and_says_what_is_missing():
         ({"require": {"eses": 3}}, "unknown key 'require.eses': did you mean 'require.ess'?"),
         ({"require": {"ess": -1}}, "require.ess=-1: expected a number >= 0"),
         ({"require": {"within_10pct": 90}}, "require.within_10pct=90: expected a share in [0, 1]"),
+        (
+            {"require": {"max_cv": 0.1}},
+            "require.max_cv needs variance=linearized and report.variables=[...]",
+        ),
         (
             {"require": {"held_out_error": 0.1}, "holdout": {"groups": None}},
             "require.held_out_error needs a hold-out: holdout.folds=5, for example",

@@ -67,6 +67,7 @@ def test_tables_read_back_exactly(tmp_path):
     back = pd.read_csv(tmp_path / "t.csv")
     assert back.columns.tolist() == [
         "name", "group", "target", "initial", "estimate", "relative_error", "error", "scale", "scaled_error",
+        "households", "ess",
     ]  # fmt: skip
     np.testing.assert_array_equal(back.estimate, p.estimates(w))
     assert math.isnan(back.relative_error[3])  # an empty cell
