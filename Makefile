@@ -44,7 +44,7 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/mypy
 
 docs: $(READY) ## the documentation as HTML, in site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 configs: $(READY) ## configs/*.yaml anew from the settings, after one was added or changed
 	$(BIN)/python -m sparsereg.reference

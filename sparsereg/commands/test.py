@@ -15,9 +15,10 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.training.config import Evaluation
 
     given = settings_of(Evaluation, composed)
+    from sparsereg.commands import handover
     from sparsereg.compression import Accountant
     from sparsereg.files import new_version, write_json
-    from sparsereg.training import build, handover
+    from sparsereg.training import build
     from sparsereg.training.results import block_table, count_summary, gate_summary, headline, metric
     from sparsereg.training.terminal import start_line
 

@@ -383,8 +383,8 @@ def _optimizer_misfit(states: list[dict[str, Any]], optimizer: torch.optim.Optim
         return f"{where}.state in it lacks a part"
     for number, parts in state.items():
         for key, value in parts.items():
-            if value is None:
-                continue
+            if value is None and key == "momentum_buffer":
+                continue  # of SGD without momentum
             shaped = isinstance(value, Tensor) and value.shape in ((), parameters[number].shape)
             if not shaped or not bool(torch.isfinite(value).all()):
                 return f"{where}.state.{number}.{key} in it does not fit its parameter, or is not finite"

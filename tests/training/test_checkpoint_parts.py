@@ -130,3 +130,12 @@ def test_groups_of_parameters_have_names(run, trained, tmp_path, name):
     outcome = run("train", f"ckpt_path={tmp_path / 'changed.ckpt'}", *COMMANDS[2][1:])
     assert refused(outcome), outcome.err
     assert "param_groups" in outcome.err
+
+
+def test_no_moment_of_an_optimizer_is_null(run, trained, tmp_path):
+    content = torch.load(trained.last, weights_only=True)
+    content["optimizer_states"][0]["state"][0]["exp_avg"] = None
+    torch.save(content, tmp_path / "changed.ckpt")
+    outcome = run("train", f"ckpt_path={tmp_path / 'changed.ckpt'}", *COMMANDS[2][1:])
+    assert refused(outcome), outcome.err
+    assert "exp_avg" in outcome.err
