@@ -139,14 +139,19 @@ def _check_choice(override: Override, known: list[str]) -> None:
 def _check_once(overrides: list[Override]) -> None:
     """Refuse a key that is given twice: nobody knows which of the values is meant."""
     seen: dict[str, str] = {}
+    in_parts: dict[str, str] = {}
     for override in overrides:
-        for key in _keys(override):
-            before = seen.get(key)
+        keys = _keys(override)
+        whole = override.key_or_group
+        for key in keys:
+            before = seen.get(key) or (in_parts.get(key) if keys == [whole] else seen.get(whole))
             if before is not None:
                 raise InputError(
                     f"{key} is given twice, {shown(before)} and {shown(override.input_line)}: give one"
                 )
             seen[key] = str(override.input_line)
+        if keys != [whole]:  # KEY={PART: VALUE}
+            in_parts[whole] = str(override.input_line)
 
 
 def _keys(override: Override) -> list[str]:

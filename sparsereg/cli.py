@@ -294,7 +294,7 @@ def report(name: str, error: BaseException) -> int:
         return 3
     message = _input_message(name, error)
     if message is not None:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {_readable(message)}", file=sys.stderr, flush=True)
         return 2
     log = _write_traceback(name, error)
     text = one_line(f"{type(error).__name__}: {error}")
@@ -321,6 +321,18 @@ def lacks_memory(error: BaseException) -> bool:
             return True
         chain = chain.__cause__ or chain.__context__
     return False
+
+
+_READABLE = 2000
+"""Characters of an error that somebody reads; the rest is what was given, again."""
+
+
+def _readable(message: str) -> str:
+    """Leave out the middle of a message that is longer than anybody reads."""
+    if len(message) <= _READABLE:
+        return message
+    half = _READABLE // 2
+    return f"{message[:half]} ... {message[-half:]}"
 
 
 def one_line(text: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsereg.checks import check_count, check_positive
-from sparsereg.settings import POSITIVE, Settings, count, setting
+from sparsereg.settings import Settings, at_least, count, setting
 
 if TYPE_CHECKING:  # the schedules are numbers only, and settings are read before PyTorch is loaded
     from torch import nn
@@ -18,6 +18,10 @@ SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
     "cosine": lambda initial, final, t: final + (initial - final) * (1 + math.cos(math.pi * t)) / 2,
 }
 """Temperature from (initial, final, progress); progress runs from 0 to 1 over the annealing epochs."""
+
+
+COLDEST = at_least(1e-6)
+"""Below, log_alpha over beta leaves the range of float32."""
 
 
 class TemperatureScheduler:
@@ -64,8 +68,8 @@ class Temperature(Settings):
     """beta of the Hard Concrete distribution over the epochs."""
 
     schedule: str = setting("constant", "how it goes from initial to final", choices=tuple(SCHEDULES))
-    initial: float = setting(2 / 3, "at the start", POSITIVE)
-    final: float = setting(0.1, "at the end; not used by constant", POSITIVE)
+    initial: float = setting(2 / 3, "at the start", COLDEST)
+    final: float = setting(0.1, "at the end; not used by constant", COLDEST)
     anneal_epochs: int = setting(10, "epochs from initial to final; not used by constant", count())
 
     def scheduler(self) -> TemperatureScheduler:

@@ -541,7 +541,7 @@ def build_trainer(
             plugins=plugins,
             default_root_dir=None if folder is None else str(folder),
         )
-    except (MisconfigurationException, TypeError, RuntimeError, ValueError) as error:
+    except (MisconfigurationException, TypeError, RuntimeError, ValueError, ImportError) as error:
         raise InputError(f"trainer: {error}") from error
 
 

@@ -386,6 +386,7 @@ def _optimizer_misfit(states: list[dict[str, Any]], optimizer: torch.optim.Optim
             if value is None and key == "momentum_buffer":
                 continue  # of SGD without momentum
             shaped = isinstance(value, Tensor) and value.shape in ((), parameters[number].shape)
+            shaped = shaped and value.layout == torch.strided and not value.is_meta
             if not shaped or not bool(torch.isfinite(value).all()):
                 return f"{where}.state.{number}.{key} in it does not fit its parameter, or is not finite"
     return ""

@@ -357,7 +357,6 @@ CONTRADICTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("train", ("data.augment.crop_scale=[-1,0.5]",)),
     ("train", ("data.augment.crop_ratio=[2,1]",)),
     ("train", ("data.batch_size=0",)),
-    ("train", ("data.val_size=2",)),
     ("train", ("data.val_size=-0.5",)),
     ("train", ("callbacks.histogram_every_n_epochs=-1",)),
     ("train", ("callbacks.compact_every_n_epochs=-1",)),

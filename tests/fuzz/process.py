@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import faulthandler
 import fcntl
 import importlib
 import os
@@ -70,6 +71,7 @@ class Running:
     started: float = field(default_factory=time.monotonic)
     asked: bool = False
     pipes: tuple[int, ...] = ()
+    real: bool = False
 
     def poll(self) -> Outcome | None:
         """Return the outcome once the process has ended; end it when its time is over."""
@@ -80,6 +82,9 @@ class Running:
                 self.signal_all(signal.SIGKILL)
             elif seconds > self.limit and not self.asked:
                 self.asked = True
+                if not self.real:
+                    self.signal(signal.SIGUSR2)  # say where it stands
+                    time.sleep(0.2)
                 self.signal_all(signal.SIGTERM)
             return None
         left = self.signal_all(signal.SIGKILL)
@@ -170,7 +175,7 @@ def start(
             os.close(write)
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)  # here, too: a signal may come before the child gets there
-        return Running(pid, folder, limit, pipes=tuple(read for read, _ in pipes))
+        return Running(pid, folder, limit, pipes=tuple(read for read, _ in pipes), real=real)
     code = 70
     try:
         os.setpgid(0, 0)
@@ -209,6 +214,7 @@ def _run(path: str, arguments: list[str]) -> int:
     """Do what ``python PATH ARGUMENTS`` does and return its exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    faulthandler.register(signal.SIGUSR2, sys.__stderr__ or 2, all_threads=True)
     atexit._clear()
     _no_network()
     sys.argv[:] = [path, *arguments]

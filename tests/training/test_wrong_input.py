@@ -35,7 +35,7 @@ from .conftest import write_images
         ("droprate_init=0", "droprate_init=0: expected a rate in (0, 1)"),
         ("droprate_init=1", "expected a rate in (0, 1)"),
         ("droprate_init=1.5", "expected a rate in (0, 1)"),
-        ("temperature.final=0", "temperature.final=0: expected a number > 0"),
+        ("temperature.final=0", "temperature.final=0: expected a number >= 1e-06"),
         ("seed=-1", "seed=-1"),
         ("optimizer.lr=0", "optimizer.lr"),
         ("model.gate=some", "model.gate=some: expected one of branches, all, none"),
