@@ -58,3 +58,13 @@ def test_docstrings_name_things_plainly():
     roles = re.compile(r":(?:class|func|meth|mod|attr|data|obj|exc|const):`")  # of another documentation tool
     files = [path for path in ROOT.glob("sparsereg/**/*.py") if roles.search(path.read_text())]
     assert not files
+
+
+@pytest.mark.parametrize("page", ["two-frames.md", "own-network.md"])
+def test_the_code_of_a_guide_runs(page, tmp_path):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.S))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "->" in done.stdout or "CalibrationResult" in done.stdout

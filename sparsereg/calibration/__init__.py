@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sparsereg.calibration.config import Settings
     from sparsereg.calibration.findings import Finding, check
     from sparsereg.calibration.problem import CalibrationProblem
+    from sparsereg.calibration.reading.frames import problem_from_frames
     from sparsereg.calibration.reading.households import build, target_table
     from sparsereg.calibration.reading.synthetic import synthetic_problem
     from sparsereg.calibration.solver.calibration import (
@@ -33,6 +34,7 @@ _HOMES = {
     "calibrate": "solver.calibration",
     "check": "findings",
     "polish": "solver.calibration",
+    "problem_from_frames": "reading.frames",
     "synthetic_problem": "reading.synthetic",
     "target_table": "reading.households",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "calibrate",
     "check",
     "polish",
+    "problem_from_frames",
     "synthetic_problem",
     "target_table",
 ]

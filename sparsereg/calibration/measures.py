@@ -31,7 +31,8 @@ def measure(problem: CalibrationProblem, weights: np.ndarray) -> dict[str, Any]:
         The keys of results.json that follow from the weights; absolute relative errors are called ``are``,
         ``within_10pct`` is a share in [0, 1], ``ess`` is Kish's effective sample size (sum w)^2 / sum w^2,
         ``weighting_effect`` is kept / ess, Kish's factor by which unequal weights raise a variance (also
-        under its old name ``design_effect``), ``untouched_targets`` counts those that no kept household touches.
+        under its old name ``design_effect``), ``untouched_targets`` counts those that no kept
+        household touches.
         ``max_abs_scaled_error`` is the largest error beyond the tolerance over its scale, targets of 0
         included.
     """

@@ -113,10 +113,11 @@ class CalibrationResult:
         told = self.diagnostics
         errors = [(name, told[f"{name}_are"]) for name in ("mean", "median", "max")]
         sizes = ", ".join(f"{name} {error:.2%}" for name, error in errors if error is not None)
+        unequal = _told(told["weighting_effect"])
         return f"CalibrationResult by {self.method} in {self.seconds:.1f} s", {
             "kept": f"{self.num_kept:,} of {self.problem.num_households:,} households",
             "relative error": sizes or "none: all targets are 0",
-            "sample size": f"effective {told['ess']:,.0f}, weighting effect {_told(told['weighting_effect'])}",
+            "sample size": f"effective {told['ess']:,.0f}, weighting effect {unequal}",
             "weights": f"median {told['median_weight']:,.6g}, largest {told['max_weight']:,.6g},"
             f" sum {told['total_weight']:,.6g}",
         }
