@@ -55,7 +55,7 @@ class Estimates:
             write_table(folder / file, replicate_frame(self.problem, self.replicates))
             script = r_script(self.replicates, f"weights.{cfg.weights_format}", file)
             write_text(folder / "replicates.R", script)
-            told["replicates"] = self.replicates.weights.shape[1]
+            told |= {"replicates": self.replicates.weights.shape[1], "replicates_missed": self.gave_way}
         return told
 
 
