@@ -1,6 +1,7 @@
 """The documentation names files, commands and keys that exist."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -68,3 +69,14 @@ def test_the_code_of_a_guide_runs(page, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "->" in done.stdout or "CalibrationResult" in done.stdout
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebooks_run_from_top_to_bottom(notebook, tmp_path):
+    cells = json.loads(notebook.read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert any(cell.get("outputs") for cell in cells)
