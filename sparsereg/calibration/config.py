@@ -421,6 +421,9 @@ class CalibrationRun(Settings):
     num_replicates: int = setting(500, "variance=bootstrap: how many", count(2))
     replicates: Replicates = setting(Replicates, "weights of replicates of the sample")
     report: Report = setting(Report, "what is told besides the targets")
+    compare: tuple[str, ...] | None = setting(
+        None, "instead of a calibration: the folders of two runs, compare=RUN1,RUN2"
+    )
     ckpt_path: str | None = setting(None, "the checkpoint of an interrupted run, to continue it")
     checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", NOT_NEGATIVE)
     weights_format: str = setting("csv", "csv or parquet", choices=WEIGHT_FORMATS)
@@ -438,6 +441,8 @@ class CalibrationRun(Settings):
         one_of(self.device.partition(":")[0], "device", DEVICES)
         if (self.missing != "error" or self.missing_in) and not isinstance(self.problem, HouseholdsProblem):
             raise Contradiction("{}missing needs {}problem=households: nothing is missing elsewhere")
+        if self.compare is not None and len(self.compare) != 2:
+            raise Contradiction(f"{{}}compare needs the folders of two runs, got {len(self.compare)}")
         if self.require.max_cv is not None and (self.variance is None or self.report.variables is None):
             raise Contradiction("{}require.max_cv needs {}variance=linearized and {}report.variables=[...]")
         if self.require.held_out_error is not None and self.holdout.groups is None and not self.holdout.folds:

@@ -14,13 +14,21 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.calibration.config import CalibrationRun
 
     settings = settings_of(CalibrationRun, composed)
+    if settings.compare is not None:
+        from sparsereg.calibration.command.compare import compare
+
+        return compare(*map(Path, settings.compare))
     from sparsereg.calibration.command import run  # slow to load: NumPy, pandas, PyTorch
 
     return run.run(settings)
 
 
 def spelt_out(argument: str) -> str:
-    """Write ``temperature=NUMBER`` in full: temperature is a group, and Hydra takes no number for a group."""
+    """Write ``temperature=NUMBER`` and ``compare=A,B`` as Hydra has them: a key of a group, and a list."""
+    key, _, value = argument.partition("=")
+    if key == "compare" and not value.startswith("["):
+        runs = (run.replace("\\", "\\\\").replace("'", "\\'") for run in value.split(","))
+        return "compare=[" + ",".join(f"'{run}'" for run in runs) + "]"
     return re.sub(r"^(\+*temperature)=(?=[-+.\d])", r"\1.initial=", argument)
 
 

@@ -12,7 +12,9 @@ HELP = """The figures of several runs side by side.
 usage: sparsereg compare RUN [RUN ...] [keys=KEY,KEY]
 
 RUN is the folder of a run of train, test or calibrate, or its results.json. Without keys all figures are
-shown that are single numbers or words; a dash stands for one that a run does not have."""
+shown that are single numbers or words; a dash stands for one that a run does not have. Of two runs of
+calibrate it also says which targets moved and which households came and went; as tables these are written by
+sparsereg calibrate compare=RUN1,RUN2."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,6 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(0 if given else 2)
     try:
         print(compare(given))
+        for line in calibrations(given):
+            print(line)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -48,6 +52,16 @@ def compare(arguments: list[str]) -> str:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     )
+
+
+def calibrations(arguments: list[str]) -> list[str]:
+    """Return which targets moved and which households came and went, if these are two runs of calibrate."""
+    runs = [Path(a) for a in arguments if not a.startswith("keys=")]
+    if len(runs) != 2 or not all((run / "targets.csv").is_file() for run in runs):
+        return []
+    from sparsereg.calibration.reporting.comparison import compare_runs
+
+    return ["", *compare_runs(*runs).lines()]
 
 
 def _read(run: Path) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from sparsereg.settings import plain
 
 Moments = list[tuple[int, float, np.ndarray]]
 _NOT_OF_THE_RUN = {
-    "ckpt_path", "checkpoint_seconds", "device", "fpc", "holdout", "log_moments", "num_replicates", "plots",
-    "problem", "psu", "replicates", "report", "require", "rerun", "strata", "tensorboard", "untouchable",
-    "variance", "weights_format",
+    "checkpoint_seconds", "ckpt_path", "compare", "device", "fpc", "holdout", "log_moments",
+    "num_replicates", "plots", "problem", "psu", "replicates", "report", "require", "rerun", "strata",
+    "tensorboard", "untouchable", "variance", "weights_format",
 }  # fmt: skip
 
 

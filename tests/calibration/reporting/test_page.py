@@ -83,7 +83,9 @@ def evil():
             [{"fold": 0, "group": EVIL, "targets": 1, "initial_mean_are": 0.1, "mean_are": 0.2,
               "median_are": 0.2, "fitted_mean_are": 0.0}]
         ),
-        bystanders=pd.DataFrame({"name": [EVIL], "statistic": ["total"], "initial": [1.0], "estimate": [2.0]}),
+        bystanders=pd.DataFrame(
+            {"name": [EVIL], "statistic": ["total"], "initial": [1.0], "estimate": [2.0]}
+        ),
         estimates=pd.DataFrame({"name": [EVIL], "se": [1.0]}),
     )  # fmt: skip
 

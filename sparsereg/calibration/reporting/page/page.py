@@ -63,7 +63,7 @@ class Contents:
         initial_weights: Of all households, shape (households,).
         findings: Of the checks.
         holdout: As ``holdout.hold_out`` returns it, if something was left out.
-        bystanders: name, statistic, initial and estimate of figures that nobody targeted, if any were asked for.
+        bystanders: name, statistic, initial and estimate of what nobody targeted, if that was asked for.
         estimates: A table of estimates with standard errors, if there are any.
     """
 
