@@ -312,6 +312,11 @@ class HardConcrete(nn.Module):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> gates = HardConcrete(4, temperature=0.5).eval()
+        >>> gates().shape
+        torch.Size([4])
     """
 
     gamma: float

@@ -161,6 +161,11 @@ def compute_l0_penalty(model: nn.Module) -> Tensor:
 
     Returns:
         A scalar on the device of the gates; 0 on the device of the parameters without gates.
+
+    Example:
+        >>> from sparsereg import L0Linear
+        >>> compute_l0_penalty(L0Linear(6, 4)).item() > 0
+        True
     """
     active = _all_active(hard_concretes(model).values())
     return _zero(model) if active is None else active.sum()
@@ -174,6 +179,11 @@ def compute_l2_penalty(model: nn.Module) -> Tensor:
 
     Returns:
         A scalar on the device of the weights.
+
+    Example:
+        >>> from sparsereg import L0Linear
+        >>> compute_l2_penalty(L0Linear(6, 4, use_l2=True)).item() >= 0
+        True
     """
     return _sum((w.float().square().sum() for w in _weights(model)), model)
 
@@ -188,6 +198,11 @@ def compute_l0l2_penalty(model: nn.Module, l0_lambda: float = 1e-3, l2_lambda: f
 
     Raises:
         ValueError: a price is negative or not finite.
+
+    Example:
+        >>> from sparsereg import L0Linear
+        >>> compute_l0l2_penalty(L0Linear(6, 4), l0_lambda=0.1, l2_lambda=0.0).item() > 0
+        True
     """
     for name, value in (("l0_lambda", l0_lambda), ("l2_lambda", l2_lambda)):
         check_not_negative(name, value)
@@ -260,6 +275,11 @@ def get_sparsity_stats(model: nn.Module) -> dict[str, dict[str, Any]]:
         ``exact_sparsity`` (share of its weights that a closed gate or pruning holds at zero),
         ``active_params`` (expected number of weights in use), ``total_params``, ``num_gates`` and
         ``num_open_gates`` (P(z > 0) > 1/2). Plain Python numbers, summed in float64.
+
+    Example:
+        >>> from sparsereg import SparseMLP
+        >>> len(get_sparsity_stats(SparseMLP(6, 8, 3))) > 0
+        True
     """
     stats: dict[str, dict[str, Any]] = {}
     counted: set[int] = set()
@@ -328,6 +348,11 @@ def get_active_parameter_count(model: nn.Module, example_input: Any = None) -> i
 
     Returns:
         The count at test time, when a gate is closed if P(z > 0) <= 1/2.
+
+    Example:
+        >>> from sparsereg import L0Linear
+        >>> 0 <= get_active_parameter_count(L0Linear(6, 4)) <= 28
+        True
     """
     if example_input is not None:
         from sparsereg.compression import compact
@@ -386,7 +411,14 @@ def _zero(model: nn.Module) -> Tensor:
 
 
 class PenaltyTracker(History):
-    """Histories of named numbers, and of the penalties of a network, during training."""
+    """Histories of named numbers, and of the penalties of a network, during training.
+
+    Example:
+        >>> tracker = PenaltyTracker()
+        >>> tracker.log("l0", 0.5)
+        >>> tracker.get_history("l0")
+        [0.5]
+    """
 
     def log_model(self, model: nn.Module) -> None:
         """Append ``l0_penalty``, ``expected_sparsity`` and ``active_parameters`` of a network."""

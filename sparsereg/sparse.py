@@ -52,6 +52,10 @@ class SparseL0Linear(nn.Module):
 
     Raises:
         ValueError: an argument is outside its range, or both ``init_keep_prob`` and ``init_mean`` are given.
+
+    Example:
+        >>> SparseL0Linear(n_features=5, seed=0).get_sparsity() >= 0
+        True
     """
 
     _first_log_alpha: Tensor

@@ -36,6 +36,11 @@ class TemperatureScheduler:
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> schedule = TemperatureScheduler(initial_temp=1.0, final_temp=0.5, 10, "linear")
+        >>> schedule.get_temperature(5)
+        0.75
     """
 
     def __init__(
@@ -86,6 +91,13 @@ def update_temperatures(model: "nn.Module", temperature: float) -> None:
 
     Raises:
         ValueError: the temperature is not a number > 0.
+
+    Example:
+        >>> from sparsereg import L0Linear
+        >>> layer = L0Linear(6, 4)
+        >>> update_temperatures(layer, 0.25)
+        >>> [gate.temperature for gate in layer.modules() if hasattr(gate, "log_alpha")]
+        [0.25]
     """
     from sparsereg.distributions import HardConcrete
 

@@ -76,7 +76,12 @@ class PruningSchedule(Group):
 
 @dataclass(frozen=True)
 class Settings(Group):
-    """How to calibrate."""
+    """How to calibrate.
+
+    Example:
+        >>> Settings(epochs=50).epochs
+        50
+    """
 
     lambda_l0: float | None = setting(
         None, "price of keeping one household; decides where num_households does not", NOT_NEGATIVE

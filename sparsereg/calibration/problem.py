@@ -52,6 +52,11 @@ class CalibrationProblem:
 
     Raises:
         ValueError: A value does not have the shape, type or range above; the message names it.
+
+    Example:
+        >>> problem = CalibrationProblem(sp.csr_array([[1.0, 1.0], [1.0, 0.0]]), np.array([8.0, 3.0]))
+        >>> problem.num_households, problem.num_targets
+        (2, 2)
     """
 
     matrix: sp.csr_array

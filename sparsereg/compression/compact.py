@@ -68,6 +68,13 @@ def compact(
         InputError: the network cannot be traced.
         ValueError: ``round_to`` is less than 1.
         RuntimeError: the compacted network gives other answers.
+
+    Example:
+        >>> from sparsereg import SparseMLP
+        >>> net = SparseMLP(6, 8, 3).eval()
+        >>> x = torch.ones(1, 6)
+        >>> torch.allclose(compact(net, x)(x), net(x), atol=1e-5)
+        True
     """
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f"round_to must be an integer >= 1, got {round_to!r}")

@@ -181,6 +181,12 @@ def count(model: nn.Module, example_input: Example) -> Count:
 
     Raises:
         InputError: the network cannot be traced.
+
+    Example:
+        >>> from sparsereg import SparseMLP
+        >>> sizes = count(SparseMLP(6, 8, 3), torch.ones(1, 6))
+        >>> sizes.compacted_parameters <= sizes.parameters
+        True
     """
     return Accountant(model, example_input).count()
 

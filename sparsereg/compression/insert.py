@@ -98,6 +98,12 @@ def gate(
     Raises:
         InputError: the network cannot be traced.
         ValueError: no layer has that name, or none can be gated.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+        >>> gate(net, torch.ones(1, 3, 6, 6))(torch.ones(1, 3, 6, 6)).shape
+        torch.Size([1, 2, 2, 2])
     """
     network = trace(model, example_input)
     if network.gates:

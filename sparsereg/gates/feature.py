@@ -26,6 +26,11 @@ class FeatureGate(Selector):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> gate = FeatureGate(n_features=10, max_features=3)
+        >>> gate.select_features(torch.randn(4, 10))[0].shape[0]
+        4
     """
 
     def __init__(self, n_features: int, max_features: int, temperature: float = 0.1) -> None:

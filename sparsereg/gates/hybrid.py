@@ -32,6 +32,10 @@ class HybridGate(nn.Module):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> len(HybridGate(n_items=20, target_items=8).select(torch.randn(20, 4))) > 0
+        True
     """
 
     def __init__(

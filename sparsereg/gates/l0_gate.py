@@ -21,6 +21,11 @@ class L0Gate(nn.Module):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> gate = L0Gate(5)
+        >>> gate.apply_gates(torch.ones(5, 2)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(self, size: int, temperature: float = 0.5, init_mean: float = 0.5) -> None:

@@ -25,6 +25,11 @@ class SampleGate(Selector):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> gate = SampleGate(n_samples=10, target_samples=3)
+        >>> gate.select_samples(torch.randn(10, 4))[0].shape[1]
+        4
     """
 
     def __init__(self, n_samples: int, target_samples: int, temperature: float = 0.25) -> None:

@@ -31,6 +31,10 @@ class L0Conv2d(GatedLayer):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> L0Conv2d(3, 8, kernel_size=3, padding=1)(torch.ones(2, 3, 6, 6)).shape
+        torch.Size([2, 8, 6, 6])
     """
 
     weight_gates: HardConcrete
@@ -110,6 +114,10 @@ class L0DepthwiseConv2d(GatedLayer):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> L0DepthwiseConv2d(3, kernel_size=3, padding=1)(torch.ones(2, 3, 6, 6)).shape
+        torch.Size([2, 3, 6, 6])
     """
 
     channel_gates: HardConcrete

@@ -23,6 +23,10 @@ class L0Linear(GatedLayer):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> L0Linear(6, 4)(torch.ones(2, 6)).shape
+        torch.Size([2, 4])
     """
 
     weight_gates: HardConcrete

@@ -24,6 +24,10 @@ class SparseMLP(nn.Module):
 
     Raises:
         ValueError: an argument is outside its range.
+
+    Example:
+        >>> SparseMLP(input_dim=6, hidden_dim=8, output_dim=3)(torch.ones(2, 6)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(

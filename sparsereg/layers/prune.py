@@ -29,6 +29,11 @@ def prune_model(model: nn.Module, threshold: float = 0.05) -> nn.Module:
 
     Raises:
         ValueError: the threshold is outside its range, or a gate cannot be multiplied into anything.
+
+    Example:
+        >>> from sparsereg import L0Linear
+        >>> prune_model(L0Linear(6, 4))(torch.ones(2, 6)).shape
+        torch.Size([2, 4])
     """
     check_below_one("threshold", threshold)
     rows = all_gated_tensors(model)

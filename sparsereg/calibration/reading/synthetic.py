@@ -61,6 +61,10 @@ def synthetic_problem(
 
     Raises:
         ValueError: Fewer than ``targets`` totals are touched by enough households.
+
+    Example:
+        >>> synthetic_problem(households=300, targets=40).num_households
+        300
     """
     return _built(*synthetic_tables(households, targets, seed, disagreement, min_households)).problem
 

@@ -548,6 +548,13 @@ def calibrate(
 
     Raises:
         ValueError: a setting is wrong or does not fit the problem.
+
+    Example:
+        >>> import scipy.sparse as sp
+        >>> matrix = sp.csr_array([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0]])
+        >>> problem = CalibrationProblem(matrix, np.array([8.0, 3.0]), np.full(4, 1.5))
+        >>> calibrate(problem).estimates.round(3).tolist()
+        [8.0, 3.0]
     """
     run = Calibration(problem, num_households, Settings(**settings))
     return _drive(run, callback, progress)

@@ -43,6 +43,10 @@ class SparseCalibrationWeights(nn.Module):
 
     Raises:
         ValueError: An argument is outside its range.
+
+    Example:
+        >>> SparseCalibrationWeights(n_features=6, seed=0).get_weights().shape
+        torch.Size([6])
     """
 
     def __init__(

@@ -133,6 +133,11 @@ def explain(model: nn.Module, example: Any) -> Explanation:
 
     Raises:
         InputError: the network fails on the example, or its path depends on the data.
+
+    Example:
+        >>> from torch import nn, ones
+        >>> str(explain(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), ones(1, 6))) != ""
+        True
     """
     args, kwargs = inputs_of(example)
     labeller = Labeller(trace(model, *args, **kwargs))
