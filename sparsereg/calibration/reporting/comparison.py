@@ -68,7 +68,7 @@ def compare_runs(first: Path, second: Path) -> Comparison:
     Raises:
         InputError: One is no folder of a run that has finished.
     """
-    targets = _joined(*(_table(run, "targets", "name") for run in (first, second)), "name")
+    targets = _joined(_table(first, "targets", "name"), _table(second, "targets", "name"), "name")
     columns = ["target", "estimate"]
     change = (targets.estimate_2 - targets.estimate_1) / targets.estimate_1.abs().where(
         targets.estimate_1 != 0
@@ -82,7 +82,7 @@ def compare_runs(first: Path, second: Path) -> Comparison:
     kept = [f"{c}_{run}" for c in columns for run in (1, 2)]
     targets = targets[["name", *kept]].assign(change=change, fate=targets.fate.where(~moved, "moved"))
     targets = targets.loc[change.abs().sort_values(ascending=False, kind="stable").index]
-    households = _joined(*(_table(run, "weights", "id") for run in (first, second)), "id")
+    households = _joined(_table(first, "weights", "id"), _table(second, "weights", "id"), "id")
     return Comparison(targets, households[["id", "weight_1", "weight_2", "fate"]])
 
 
