@@ -41,6 +41,7 @@ quick: $(READY) ## the tests that are not slow
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 docs: $(READY) ## the documentation as HTML, in site/
