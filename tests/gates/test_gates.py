@@ -185,9 +185,7 @@ def test_selected_rows_are_the_rows_and_carry_the_gates_gradient():
     selected, indices = gate.select_samples(data, seeded())
     assert torch.equal(selected, data[indices])
     (grad,) = torch.autograd.grad(selected.sum(), gate.gates.log_alpha)
-    (want,) = torch.autograd.grad(
-        (data * gate.get_gates(seeded()).view(-1, 1)).sum(), gate.gates.log_alpha
-    )
+    (want,) = torch.autograd.grad((data * gate.get_gates(seeded()).view(-1, 1)).sum(), gate.gates.log_alpha)
     torch.testing.assert_close(grad, want)
     assert grad.abs().sum() > 0
 

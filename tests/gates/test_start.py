@@ -15,9 +15,7 @@ from sparsereg.sparse import SparseL0Linear
 ROOT = Path(__file__).parents[2]
 BETA = 2 / 3
 STARTS = {
-    "droprate_init": (
-        lambda v: L0Gate(3, droprate_init=v, temperature=BETA, jitter=0.0),
-    ),
+    "droprate_init": (lambda v: L0Gate(3, droprate_init=v, temperature=BETA, jitter=0.0),),
     "init_keep_prob": (
         lambda v: SparseL0Linear(3, init_keep_prob=v, seed=0),
         lambda v: SparseCalibrationWeights(3, init_keep_prob=v, log_alpha_jitter_sd=0.0),

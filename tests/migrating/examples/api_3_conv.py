@@ -7,7 +7,7 @@ conv = L0Conv2d(
     out_channels=128,
     kernel_size=3,
     structured=True,  # Prune entire channels
-    init_sparsity=0.7
+    init_sparsity=0.7,
 )
 
 x = torch.randn(8, 64, 32, 32)

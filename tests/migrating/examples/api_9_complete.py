@@ -2,11 +2,7 @@
 import torch
 import torch.nn.functional as F
 from sparsereg.layers import SparseMLP
-from sparsereg.penalties import (
-    TemperatureScheduler,
-    update_temperatures,
-    PenaltyTracker
-)
+from sparsereg.penalties import TemperatureScheduler, update_temperatures, PenaltyTracker
 
 # Initialize model and training
 model = SparseMLP(784, 256, 10, init_sparsity=0.9, use_l2=True)
@@ -48,10 +44,10 @@ for epoch in range(100):
     stats = model.get_sparsity_stats()
     print(f"Epoch {epoch}: Temp={temp:.3f}")
     for name, layer_stats in stats.items():
-        print(f"  {name}: {layer_stats['sparsity']:.1%} sparse, "
-              f"{layer_stats['active_params']:.0f} active")
+        print(f"  {name}: {layer_stats['sparsity']:.1%} sparse, {layer_stats['active_params']:.0f} active")
 
 # After training, prune the model
 from sparsereg.layers import prune_model
+
 pruned = prune_model(model, threshold=0.05)
 print(f"Final model has {get_active_parameter_count(pruned)} active parameters")

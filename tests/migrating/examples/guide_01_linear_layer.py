@@ -7,7 +7,7 @@ layer = L0Linear(
     in_features=100,
     out_features=50,
     temperature=0.5,
-    init_sparsity=0.8  # Start with 80% sparsity
+    init_sparsity=0.8,  # Start with 80% sparsity
 )
 
 # Forward pass

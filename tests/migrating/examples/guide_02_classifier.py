@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from sparsereg.layers import L0Linear
 
+
 class SparseClassifier(nn.Module):
     def __init__(self, input_dim, hidden_dim, num_classes, sparsity=0.9):
         super().__init__()
@@ -20,9 +21,10 @@ class SparseClassifier(nn.Module):
     def get_l0_loss(self):
         l0_loss = 0
         for module in self.modules():
-            if hasattr(module, 'get_l0_penalty'):
+            if hasattr(module, "get_l0_penalty"):
                 l0_loss += module.get_l0_penalty()
         return l0_loss
+
 
 # Create model and optimizer
 model = SparseClassifier(784, 256, 10, sparsity=0.95)

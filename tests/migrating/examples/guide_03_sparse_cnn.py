@@ -4,6 +4,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from sparsereg.layers import L0Conv2d, L0Linear
 
+
 class SparseCNN(nn.Module):
     def __init__(self, num_classes=10, init_sparsity=0.8):
         super().__init__()
@@ -43,15 +44,16 @@ class SparseCNN(nn.Module):
         active_params = 0
 
         for module in self.modules():
-            if hasattr(module, 'get_l0_penalty'):
+            if hasattr(module, "get_l0_penalty"):
                 penalty = module.get_l0_penalty().item()
                 active_params += penalty
 
                 # Calculate total parameters
-                if hasattr(module, 'weight'):
+                if hasattr(module, "weight"):
                     total_params += module.weight.numel()
 
         return 1 - (active_params / total_params)
+
 
 # Example usage
 model = SparseCNN(num_classes=10, init_sparsity=0.9)

@@ -4,7 +4,7 @@ import pandas as pd
 import torch
 
 # Load tabular data
-df = pd.read_csv('data.csv')
+df = pd.read_csv("data.csv")
 feature_names = df.columns[:-1].tolist()
 X = torch.tensor(df.iloc[:, :-1].values, dtype=torch.float32)
 y = torch.tensor(df.iloc[:, -1].values, dtype=torch.long)
@@ -13,7 +13,7 @@ y = torch.tensor(df.iloc[:, -1].values, dtype=torch.long)
 feature_gate = FeatureGate(
     n_features=len(feature_names),
     max_features=10,  # Select at most 10 features
-    temperature=0.2
+    temperature=0.2,
 )
 
 # Train feature selection
@@ -21,9 +21,7 @@ optimizer = torch.optim.Adam(feature_gate.parameters(), lr=0.01)
 
 for epoch in range(100):
     # Select features
-    selected_X, selected_names = feature_gate.select_features_with_names(
-        X, feature_names
-    )
+    selected_X, selected_names = feature_gate.select_features_with_names(X, feature_names)
 
     # Use selected features for downstream task
     # ... (train classifier on selected_X)

@@ -2,13 +2,10 @@
 from sparsereg.gates import SampleGate
 import torch
 
+
 class ActiveLearner:
     def __init__(self, n_samples, n_select, model):
-        self.sample_gate = SampleGate(
-            n_samples=n_samples,
-            target_samples=n_select,
-            temperature=0.3
-        )
+        self.sample_gate = SampleGate(n_samples=n_samples, target_samples=n_select, temperature=0.3)
         self.model = model
 
     def select_samples(self, X, y=None):
@@ -22,8 +19,7 @@ class ActiveLearner:
             entropy = -(probs * probs.log()).sum(dim=-1)
 
         # Weight samples by uncertainty
-        selected_X, selected_entropy, indices = \
-            self.sample_gate.select_weighted_samples(X, entropy)
+        selected_X, selected_entropy, indices = self.sample_gate.select_weighted_samples(X, entropy)
 
         return selected_X, indices
 
@@ -44,6 +40,7 @@ class ActiveLearner:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
 
 # Example usage
 n_samples = 10000

@@ -4,8 +4,8 @@ from sparsereg.penalties import TemperatureScheduler, update_temperatures
 # Create temperature scheduler
 scheduler = TemperatureScheduler(
     initial_temp=2.0,  # Start with soft gates
-    final_temp=0.1,    # End with hard gates
-    anneal_epochs=50   # Anneal over 50 epochs
+    final_temp=0.1,  # End with hard gates
+    anneal_epochs=50,  # Anneal over 50 epochs
 )
 
 # Training with temperature annealing

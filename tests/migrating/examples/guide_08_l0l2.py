@@ -2,6 +2,7 @@
 from sparsereg.layers import L0Linear
 from sparsereg.penalties import compute_l0l2_penalty
 
+
 class L0L2Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -14,6 +15,7 @@ class L0L2Model(nn.Module):
         x = F.relu(self.fc1(x))
         x = F.relu(self.fc2(x))
         return self.fc3(x)
+
 
 model = L0L2Model()
 optimizer = torch.optim.Adam(model.parameters())
@@ -29,7 +31,7 @@ for x, y in train_loader:
     penalty = compute_l0l2_penalty(
         model,
         l0_lambda=1e-3,  # L0 weight
-        l2_lambda=1e-4   # L2 weight
+        l2_lambda=1e-4,  # L2 weight
     )
 
     total_loss = task_loss + penalty

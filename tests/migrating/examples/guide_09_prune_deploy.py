@@ -20,17 +20,20 @@ pruned_model = prune_model(model, threshold=0.05)
 total_params = sum(p.numel() for p in model.parameters())
 active_params = sum((p != 0).sum().item() for p in pruned_model.parameters())
 
-print(f"Compression ratio: {total_params/active_params:.1f}x")
-print(f"Model size reduction: {(1 - active_params/total_params):.1%}")
+print(f"Compression ratio: {total_params / active_params:.1f}x")
+print(f"Model size reduction: {(1 - active_params / total_params):.1%}")
 
 # Save pruned model
-torch.save({
-    'model_state_dict': pruned_model.state_dict(),
-    'sparsity_stats': stats,
-}, 'pruned_model.pt')
+torch.save(
+    {
+        "model_state_dict": pruned_model.state_dict(),
+        "sparsity_stats": stats,
+    },
+    "pruned_model.pt",
+)
 
 # Load for inference
-checkpoint = torch.load('pruned_model.pt')
+checkpoint = torch.load("pruned_model.pt")
 inference_model = SparseCNN(num_classes=10)
-inference_model.load_state_dict(checkpoint['model_state_dict'])
+inference_model.load_state_dict(checkpoint["model_state_dict"])
 inference_model.eval()

@@ -2,6 +2,7 @@
 from sparsereg.gates import HybridGate
 import torch
 
+
 class HouseholdCalibrator:
     """
     Use L0 regularization for household weight calibration
@@ -12,10 +13,10 @@ class HouseholdCalibrator:
         # Hybrid selection: some via L0, some random
         self.selector = HybridGate(
             n_items=n_households,
-            l0_fraction=0.25,      # 25% selected by importance
+            l0_fraction=0.25,  # 25% selected by importance
             random_fraction=0.75,  # 75% random for diversity
             target_items=target_households,
-            temperature=0.25       # PolicyEngine default
+            temperature=0.25,  # PolicyEngine default
         )
 
     def calibrate_weights(self, household_data, population_targets):
@@ -23,9 +24,7 @@ class HouseholdCalibrator:
         Select and reweight households to match population targets.
         """
         # Select households
-        selected_data, indices, selection_type = self.selector.select(
-            household_data
-        )
+        selected_data, indices, selection_type = self.selector.select(household_data)
 
         # Separate L0 and random selections
         l0_mask = selection_type == "l0"
@@ -33,7 +32,7 @@ class HouseholdCalibrator:
 
         # Apply different weight adjustments
         weights = torch.ones(len(indices))
-        weights[l0_mask] *= 1.2   # Higher weight for L0-selected
+        weights[l0_mask] *= 1.2  # Higher weight for L0-selected
         weights[random_mask] *= 0.9  # Lower weight for random
 
         # Normalize to match targets
@@ -61,6 +60,7 @@ class HouseholdCalibrator:
             total_loss.backward()
             optimizer.step()
 
+
 # Usage in PolicyEngine context
 n_households = 200000  # Full CPS
 target_households = 50000  # Enhanced subset
@@ -72,9 +72,7 @@ household_data = torch.randn(n_households, 100)  # Features
 population_targets = torch.tensor([1e8])  # US population
 
 # Calibrate
-selected, weights, indices = calibrator.calibrate_weights(
-    household_data, population_targets
-)
+selected, weights, indices = calibrator.calibrate_weights(household_data, population_targets)
 
 print(f"Selected {len(indices)} households")
 print(f"Average weight: {weights.mean():.2f}")

@@ -1,6 +1,6 @@
 # ruff: noqa
 # Check CUDA availability
-device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Move model to GPU
 model = SparseMLP(784, 256, 10).to(device)

@@ -6,10 +6,8 @@ def batch_feature_selection(X, feature_names, batch_size=10000):
 
     selected_features = []
     for i in range(0, len(X), batch_size):
-        batch = X[i:i+batch_size]
-        selected, names = feature_gate.select_features_with_names(
-            batch, feature_names
-        )
+        batch = X[i : i + batch_size]
+        selected, names = feature_gate.select_features_with_names(batch, feature_names)
         selected_features.append(selected)
 
     return torch.cat(selected_features, dim=0)

@@ -1,5 +1,6 @@
 # ruff: noqa
 from sparsereg import SampleGate
+
 # Select 1,000 households from 10,000
 gate = SampleGate(n_samples=10000, target_samples=1000)
 selected_data, indices = gate.select_samples(data)

@@ -2,9 +2,9 @@
 from sparsereg import TemperatureScheduler, update_temperatures
 
 scheduler = TemperatureScheduler(
-    initial_temp=1.0, # Start relaxed
-    final_temp=0.1, # End sparse
-    total_epochs=100
+    initial_temp=1.0,  # Start relaxed
+    final_temp=0.1,  # End sparse
+    total_epochs=100,
 )
 
 for epoch in range(100):

@@ -1,5 +1,6 @@
 # ruff: noqa
 from sparsereg import FeatureGate
+
 # Select top features
 gate = FeatureGate(n_features=1000, max_features=50)
 selected_data, feature_indices = gate.select_features(data)

@@ -1,14 +1,19 @@
 # ruff: noqa
 import torch
 from sparsereg import L0Linear, compute_l0l2_penalty, TemperatureScheduler, update_temperatures
+
+
 class SparseModel(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.fc1 = L0Linear(784, 256, init_sparsity=0.5)
         self.fc2 = L0Linear(256, 10, init_sparsity=0.7)
+
     def forward(self, x):
         x = torch.relu(self.fc1(x))
         return self.fc2(x)
+
+
 model = SparseModel()
 optimizer = torch.optim.Adam(model.parameters())
 scheduler = TemperatureScheduler(initial_temp=1.0, final_temp=0.1)
