@@ -32,7 +32,13 @@ def spelt_out(argument: str) -> str:
     return re.sub(r"^(\+*temperature)=(?=[-+.\d])", r"\1.initial=", argument)
 
 
+def choices(arguments: list[str]) -> list[str]:
+    """A method that keeps everybody takes no number, also where the problem brings one."""
+    everybody = {"method=all", "method=calibrate"}.intersection(arguments)
+    return ["num_households=null"] if everybody else []
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command with these arguments, or those of the process, and leave the process."""
     given = sys.argv[1:] if arguments is None else arguments
-    script("calibrate", run, arguments=[spelt_out(argument) for argument in given])
+    script("calibrate", run, choices, arguments=[spelt_out(argument) for argument in given])

@@ -78,3 +78,11 @@ def test_a_sweep_ends_with_a_table_and_a_plot(tmp_path):
     code, out, err = script(tmp_path, "-m", "num_households=20,40", *small)
     assert code == 0
     assert sum("finished before" in line for line in out) == 2
+
+
+def test_a_method_that_keeps_everybody_takes_no_number():
+    from sparsereg.commands.calibrate import choices
+
+    assert choices(["method=calibrate"]) == ["num_households=null"]
+    assert choices(["method=all", "seed=1"]) == ["num_households=null"]
+    assert choices(["method=pruning"]) == []
