@@ -54,7 +54,9 @@ def numbers(table: pd.DataFrame, column: str, file: object, allow_missing: bool 
     if np.isfinite(values).all():
         return values
     missing = (series.isna() | series.astype(str).str.strip().eq("")).to_numpy(dtype=bool)
-    wrong = ~np.isfinite(values) & ~(missing if allow_missing else False)
+    wrong = ~np.isfinite(values)
+    if allow_missing:
+        wrong &= ~missing
     if wrong.any():
         at = int(np.flatnonzero(wrong)[0])
         cell = "is missing" if missing[at] else f"is {shown(series.iloc[at])}"
