@@ -63,6 +63,33 @@ def swept_keys(job: Iterable[str], given: Sequence[str]) -> list[str]:
     return [o.key_or_group for text in job if (o := _parsed(text)).key_or_group not in once]
 
 
+LISTS = ("logger",)
+"""Groups of which several choices can be taken together: ``logger=[csv,tensorboard]``."""
+OWN_GROUPS = ("model", "data", "optimizer", "logger")
+"""Groups of configurations with a choice ``own``, for code of the user's."""
+
+
+def opened(arguments: Sequence[str]) -> list[str]:
+    """Let the keys beside a ``_target_`` be any: ``model._target_=M.Net model.width=3`` as Hydra's ``++``."""
+    own = [path for a in arguments if (path := _own_path(a))]
+    return [
+        f"++{a.lstrip('+')}" if any(a.lstrip("+").startswith(f"{path}.") for path in own) else a
+        for a in arguments
+    ]
+
+
+def own_choices(arguments: Sequence[str]) -> list[str]:
+    """Return the choices ``model=own`` and so on that targets among the arguments imply."""
+    own = {_own_path(a) for a in arguments}
+    return [f"{group}=own" for group in OWN_GROUPS if group in own]
+
+
+def _own_path(argument: str) -> str:
+    """Return what ``PATH._target_=NAME`` gives a target; "" for another argument."""
+    key, found, _ = argument.lstrip("+").partition("=")
+    return key.removesuffix("._target_") if found and key.endswith("._target_") else ""
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line and leaves nothing."""
 
@@ -124,7 +151,8 @@ def _choices(folders: Sequence[Path], key: str) -> list[str]:
 def _check_choice(override: Override, known: list[str]) -> None:
     """A group takes the name of a choice and nothing else."""
     value = override.value()
-    for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
+    several = value if isinstance(value, list) and override.key_or_group in LISTS else [value]
+    for choice in value.list if isinstance(value, ChoiceSweep) else several:
         name = choice.text if isinstance(choice, QuotedString) else choice
         if override.is_sweep_override() and not isinstance(value, ChoiceSweep):
             continue  # a glob

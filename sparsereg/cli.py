@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -27,12 +28,13 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from yaml import YAMLError
 
 from sparsereg import interruption
-from sparsereg.arguments import check, named_keys, swept_keys
+from sparsereg.arguments import OWN_GROUPS, check, named_keys, opened, own_choices, swept_keys
 from sparsereg.errors import FellShort, InputError, OutputError, interpolation_error, nearest
 from sparsereg.extras import advice
 from sparsereg.files import new_folder, no_room, write_text
 from sparsereg.reference import declared_by, help_of
 from sparsereg.settings import Settings, all_keys, read
+from sparsereg.targets import is_own
 
 _HERE = Path(__file__).resolve().parent
 CONFIGS = next((path for path in (_HERE / "configs", _HERE.parent / "configs") if path.is_dir()), _HERE)
@@ -60,7 +62,7 @@ def script(
     """
     given = sys.argv[1:] if arguments is None else arguments
     with interruption.guard(given):
-        _script(name, run, choices, _overrides_first(given))
+        _script(name, run, choices, opened(_overrides_first(given)))
 
 
 def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
@@ -91,8 +93,9 @@ def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
     _given[:] = given
     try:
         check(given, CONFIGS, known_keys(name))
-        named = {argument.partition("=")[0] for argument in given}
-        _implied[:] = [c for c in choices(given) if c.partition("=")[0] not in named]
+        named = {argument.lstrip("+").partition("=")[0] for argument in given}
+        implied = {c.partition("=")[0]: c for c in [*choices(given), *own_choices(given)]}
+        _implied[:] = [choice for group, choice in implied.items() if group not in named]
         sys.argv[1:] = [*_implied, *given]
         OmegaConf.register_new_resolver("checkpoint_of_job", _checkpoint_of_job, replace=True)
         folder = _sweep_folder(given, made)
@@ -217,10 +220,41 @@ def settings_of(cls: type[S], composed: DictConfig) -> S:
         InputError: an interpolation leads nowhere, a key is unknown or missing, or a value does not fit.
     """
     try:
-        given = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        whole = _own_alone(composed)
+        given = OmegaConf.to_container(whole, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise InputError(_config_message(error)) from error
     return read(cls, given)
+
+
+def _own_alone(composed: DictConfig) -> DictConfig:
+    """Compose anew where a file gives a group a ``_target_``: nothing of the usual choice is an argument.
+
+    The keys of ``model=googlenet``, say, which stands in the defaults, are none of the user's network.
+    """
+    choices = HydraConfig.get().runtime.choices
+    mixed = [
+        group
+        for group in OWN_GROUPS
+        if is_own(composed.get(group))
+        and choices.get(group) != "own"
+        and (CONFIGS / group / f"{choices.get(group)}.yaml").is_file()
+    ]
+    if not mixed:
+        return composed
+    overrides = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0] not in mixed]
+    whole = (
+        GlobalHydra.instance()
+        .config_loader()
+        .load_configuration(
+            config_name=HydraConfig.get().job.config_name,
+            overrides=[*overrides, *(f"{group}=own" for group in mixed)],
+            run_mode=RunMode.RUN,
+        )
+    )
+    OmegaConf.set_struct(whole, False)
+    whole.pop("hydra")
+    return whole
 
 
 def named() -> frozenset[str]:

@@ -30,9 +30,9 @@ GROUPS = {
     "problem": ("sparsereg.calibration.config", "PROBLEMS"),
     "temperature/constant": ("sparsereg.temperature", "Temperature"),
     "optimizer/adamw_cosine": ("sparsereg.training.config", "Optimizer"),
+    "optimizer/own": ("sparsereg.training.config", "OwnOptimizer"),
     "trainer/auto": ("sparsereg.training.config", "Trainer"),
     "callbacks/default": ("sparsereg.training.config", "Callbacks"),
-    "logger/tensorboard": ("sparsereg.training.config", "Logger"),
 }
 """Where the settings of each group are declared: a class for a file, or a table of classes for a folder."""
 _BODY = re.compile(r"(?<=plain\n\n).*?(?=\nhydra:\n)", re.S)

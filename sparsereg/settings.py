@@ -154,7 +154,7 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-def again(cls: "type[Settings]", name: str, default: Any, help: str = "") -> Any:
+def again(cls: "type[Settings]", name: str, default: Any, help: str = "", *, key: bool = True) -> Any:
     """Declare a setting of a parent class again, with another default.
 
     Args:
@@ -162,6 +162,7 @@ def again(cls: "type[Settings]", name: str, default: Any, help: str = "") -> Any
         name: of the setting.
         default: as for ``setting``.
         help: what it means here; "": the same.
+        key: False where it is no key of the configuration here.
     """
     before = declared(cls)[name]
     return setting(
@@ -170,7 +171,7 @@ def again(cls: "type[Settings]", name: str, default: Any, help: str = "") -> Any
         before.rule,
         choices=before.choices,
         empty=before.empty,
-        key=before.key,
+        key=key and before.key,
     )
 
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import sparsereg
-from sparsereg import interruption
+from sparsereg import interruption, targets
 from sparsereg.errors import FellShort, InputError, interpolation_error
 from sparsereg.files import write_json, write_table
 from sparsereg.sweep_plot import draw
@@ -91,12 +91,14 @@ def checkpoint_of_job(number: int) -> str:
 def digest(name: str, cfg: DictConfig) -> str:
     """Return a digest of what determines a run: script, version, resolved configuration, its input files.
 
-    Input files are known by size and time of change, so that an edited table is calibrated again.
+    Input files, and those of the user's own code, are known by size and time of change, so that an edited
+    table is calibrated again.
     """
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     plain.pop("rerun", None)
-    text = json.dumps([name, sparsereg.__version__, plain, _files(plain)], sort_keys=True)
+    code = [file for path in targets.source_files(plain) for file in _files(path)]
+    text = json.dumps([name, sparsereg.__version__, plain, _files(plain), code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsereg.compression import benchmark, compact, export, fuse, load_compacted, save_compacted
-from sparsereg.data import ImageDataModule
+from sparsereg.data.own import RunData
 from sparsereg.files import write_new
 from sparsereg.layers import GatedLayer, save_csr
 from sparsereg.layers.storage import Storage
 from sparsereg.training.checkpoint import Checkpoint
 from sparsereg.training.config import Evaluation, Training
 from sparsereg.zoo import networks
+from sparsereg.zoo.config import OwnNetwork
 
 
 def run(
@@ -25,7 +26,7 @@ def run(
     checkpoint: Checkpoint,
     net: nn.Module,
     example: Tensor,
-    data: ImageDataModule,
+    data: RunData,
     device: torch.device,
     folder: Path,
 ) -> dict[str, Any]:
@@ -96,11 +97,12 @@ def accuracy(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
 
     Args:
         net: in eval mode.
-        batches: (images, labels), on the device of the network.
+        batches: (images, labels), on any device.
     """
     right = total = 0
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
     for images, labels in batches:
-        right += int((net(images).argmax(1) == labels).sum())
+        right += int((net(images.to(device)).argmax(1) == labels.to(device)).sum())
         total += len(labels)
     return right / total
 
@@ -117,7 +119,7 @@ def time_networks(
         One row for each network, runtime and batch size.
     """
     networks_by_name: dict[str, nn.Module] = {"gated": net, "compacted": fuse(compact(net, example))}
-    if checkpoint.gated:
+    if checkpoint.gated and not isinstance(cfg.model, OwnNetwork):  # which may have no form without gates
         task = networks.Task(checkpoint.num_classes, checkpoint.image_shape)
         dense = networks.build(cfg.model, task, gated=False).eval()
         networks_by_name = {"dense": dense, **networks_by_name}

@@ -32,7 +32,7 @@ def run(composed: DictConfig) -> Path:
         net = build.rebuild_network(cfg, checkpoint, data)
         module = build.build_module(cfg, net, data, checkpoint.structure)
         module.batch_norm_is_current = checkpoint.batch_norm_is_current
-        trainer = build.build_trainer(cfg, [build.batch_norm_estimation(cfg)])
+        trainer = build.build_trainer(cfg, [build.batch_norm_estimation(cfg), *build.own(cfg.callbacks)])
         folder = new_version(Path("outputs") / "test")
         log.info(start_line(cfg.model.group, net, data, trainer.strategy.root_device, folder))
 

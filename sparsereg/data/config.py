@@ -5,7 +5,7 @@ Nothing here imports PyTorch: the command line is checked before anything slow i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from sparsereg.errors import InputError
 from sparsereg.settings import (
@@ -21,6 +21,7 @@ from sparsereg.settings import (
     setting,
     within,
 )
+from sparsereg.targets import TARGET, is_own
 
 VAL_SIZE = Rule(
     "a count >= 0, or a fraction in (0, 1)",
@@ -93,7 +94,9 @@ class Data(Settings):
 
     @classmethod
     def kind_of(cls, given: Mapping[str, Any], where: str) -> type[Settings]:
-        """The source that ``name`` names."""
+        """The source that ``name`` names; your own with ``_target_``."""
+        if is_own(given):
+            return OwnData
         if "name" not in given:
             raise InputError(f"{where}.name is missing: expected one of {', '.join(CONFIGS)}")
         one_of(given["name"], f"{where}.name", list(CONFIGS))
@@ -165,11 +168,43 @@ class ImageFolderData(Data):
     augment: Augment | None = again(Data, "augment", _colour_photographs)
 
 
+@dataclass(frozen=True)
+class OwnData(Data):
+    """Data of yours: data._target_=my_module.Data data.KEY=VALUE; docs/extending.md.
+
+    A LightningDataModule whose batches are (images, labels). All keys are its arguments.
+    """
+
+    OTHERS: ClassVar[str | None] = "arguments"
+
+    name: str = again(Data, "name", "own", key=False)
+    batch_size: int = again(Data, "batch_size", 128, key=False)
+    eval_batch_size: int = again(Data, "eval_batch_size", 250, key=False)
+    val_size: int | float = again(Data, "val_size", 0.1, key=False)
+    split_seed: int = again(Data, "split_seed", 42, key=False)
+    limit_train_images: int | None = again(Data, "limit_train_images", None, key=False)
+    device_resident: bool | str = again(Data, "device_resident", "auto", key=False)
+    augment: Augment | None = again(Data, "augment", None, key=False)
+    _target_: str | None = setting(None, "package.module.Class, of a LightningDataModule")
+    arguments: Mapping[str, Any] = setting(dict, "of that class")
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What is called, with its arguments."""
+        return {TARGET: self._target_, **self.arguments}
+
+
 CONFIGS: dict[str, type[Data]] = {
     "cifar10": Cifar10Data,
     "mnist": MnistData,
     "digits": DigitsData,
     "npz": NpzData,
     "image_folder": ImageFolderData,
+    "own": OwnData,
 }
 """Settings of each ``data=NAME``."""
+
+
+def source_of(given: Mapping[str, Any]) -> str:
+    """Return the choice of the configuration group ``data`` that has these keys."""
+    return "own" if is_own(given) else str(given.get("name"))

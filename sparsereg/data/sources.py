@@ -6,12 +6,15 @@ from typing import Any
 
 from sparsereg.data.augment import Augmentation
 from sparsereg.data.cifar10 import Cifar10
-from sparsereg.data.config import Data
+from sparsereg.data.config import Data, OwnData
 from sparsereg.data.digits import Digits
 from sparsereg.data.image_folder import ImageFolder
 from sparsereg.data.mnist import Mnist
 from sparsereg.data.module import ImageDataModule, Source
 from sparsereg.data.npz import Npz
+from sparsereg.data.own import RunData
+from sparsereg.data.own import build as build_own
+from sparsereg.errors import InputError
 from sparsereg.settings import keys, read
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -28,7 +31,7 @@ _COMMON = {f.name for f in fields(Data)} - {"name", "augment"}
 
 def build(
     given: Data | Mapping[str, Any], device: str = "cpu", *, seed: int = 0, channels_last: bool = True
-) -> ImageDataModule:
+) -> RunData:
     """Build the data module that the keys of ``data`` describe.
 
     Args:
@@ -41,6 +44,10 @@ def build(
         InputError: an unknown source or key, or a value that cannot be.
     """
     settings = given if isinstance(given, Data) else read(Data, given, "data")
+    if isinstance(settings, OwnData):
+        if settings is not given:
+            raise InputError(f"data._target_={settings._target_} comes from a file, which is data")
+        return build_own(settings, seed, channels_last)
     values = {name: getattr(settings, name) for name in keys(type(settings))}
     augment, name = values.pop("augment"), values.pop("name")
     common = {key: values.pop(key) for key in _COMMON}

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from sparsereg.data.own import first_images
 from sparsereg.model.basic_l0_blocks import BatchNorm2d
 from sparsereg.training.lightning import with_own_workers
-
-SEED = 0
-"""Of the order of the images that a foreign data module shuffles."""
 
 
 @runtime_checkable
@@ -47,30 +45,9 @@ def estimation_batches(
     if trainer.state.fn != "fit":  # a foreign data module is set up for the stage at hand only
         return None
     loader = trainer.train_dataloader if data is None else data.train_dataloader()
-    return None if loader is None else _first(loader, num_images, module)
-
-
-def _first(loader: Iterable[object], num_images: int, module: pl.LightningModule) -> Iterator[Tensor]:
-    """Yield the first images of a loader, the same each time; training's own noise stays as it is."""
     if isinstance(loader, DataLoader):
         loader = with_own_workers(loader)
-    left = num_images
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        for batch in loader:
-            images = batch[0] if isinstance(batch, list | tuple) else batch
-            if not isinstance(images, Tensor):
-                raise TypeError(
-                    "BatchNorm statistics are taken from batches (images, labels) or images, got "
-                    f"{type(batch).__name__}: give the data module a method estimation_batches(num_images, "
-                    "batch_size) that yields images"
-                )
-            if left < num_images and len(images) < 2:
-                return
-            yield images.to(module.device)
-            left -= len(images)
-            if left <= 0:
-                return
+    return None if loader is None else first_images(loader, num_images, module.device)
 
 
 @torch.no_grad()

@@ -6,25 +6,27 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import LearningRateMonitor
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import Logger
 from torch import nn
 
 import sparsereg
 from sparsereg import data as data_sources
+from sparsereg import targets
 from sparsereg.compression import Accountant, storage
 from sparsereg.data import ImageDataModule
 from sparsereg.data.cifar10 import Cifar10
 from sparsereg.data.mnist import Mnist
+from sparsereg.data.own import RunData
 from sparsereg.errors import InputError, nearest
 from sparsereg.files import new_version
 from sparsereg.model.basic_l0_blocks import synchronise_batch_norm
@@ -45,7 +47,6 @@ from sparsereg.training.ending import EndsTogether
 from sparsereg.training.module import Classifier, Provenance
 from sparsereg.training.results import metric
 from sparsereg.training.target import SparsityTarget, TargetSettings, asked_for
-from sparsereg.training.tensorboard import TensorBoard
 from sparsereg.training.terminal import ProgressBar
 from sparsereg.zoo import networks
 from sparsereg.zoo.config import Network, weights_file
@@ -109,15 +110,22 @@ def inherit(given: Training, settings: dict[str, Any], named: Set[str], source: 
     for path in named:
         if path.partition(".")[0] in settings and "." in path:
             merged = with_value(merged, path, value_at(own, path))
+    targets.check_repeated(_strange(merged, own), {}, source)
     try:
         return read(Training, merged)
     except InputError as error:
         raise InputError(f"with what {source} holds: {error}") from error
 
 
+def _strange(merged: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return the names of code, by dotted key, that are not those which the user gave."""
+    given = targets.code_in(own)
+    return {key: code for key, code in targets.code_in(merged).items() if given.get(key) != code}
+
+
 def _same_choice(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
     """Whether two groups are the same choice of ``model`` or ``data``."""
-    return all(mine.get(k) == theirs.get(k) for k in ("source", "name"))
+    return all(mine.get(k) == theirs.get(k) for k in ("source", "name", targets.TARGET))
 
 
 def resumed_settings(given: Training, config: dict[str, Any], named: Set[str]) -> dict[str, Any]:
@@ -210,11 +218,16 @@ def check_stored(checkpoint: Checkpoint) -> None:
     for config in (checkpoint.config, checkpoint.run_config):
         try:
             checkpoints.check_values(config)
-            own = {"callbacks": own_callbacks(config), "ckpt_path": None, "resume_training": False}
+            own = {
+                "callbacks": own_callbacks(config),
+                "ckpt_path": None,
+                "resume_training": False,
+                "logger": {},
+            }
             complete = flat(plain(read(Training, {**config, **own})))
         except InputError as error:
             raise InputError(f"{checkpoint.named}: the settings in it cannot be used: {error}") from error
-        lacking = [k for k in complete if k not in flat(config)]
+        lacking = [k for k in complete if k not in flat(config) and not k.startswith("logger.")]
         if lacking and checkpoint.version == sparsereg.__version__:
             raise InputError(f"{checkpoint.named}: not a whole checkpoint, its settings lack {lacking[0]}")
 
@@ -281,14 +294,14 @@ def _check_same_model(cfg: Training, checkpoint: Checkpoint) -> None:
         )
 
 
-def build_data(cfg: Training, checkpoint: Checkpoint | None = None) -> ImageDataModule:
+def build_data(cfg: Training, checkpoint: Checkpoint | None = None) -> RunData:
     """Build the data module and load the data, so that everything wrong with it shows before training.
 
     A place that a checkpoint names is only read: nothing is fetched into it.
     """
     module = data_sources.build(cfg.data, seed=cfg.seed, channels_last=cfg.trainer.channels_last)
     said = _place_named_by(cfg, checkpoint)
-    if said and isinstance(module.source, Cifar10 | Mnist):
+    if said and isinstance(module, ImageDataModule) and isinstance(module.source, Cifar10 | Mnist):
         module.source = replace(module.source, fetch=False)
     try:
         module.prepare_data()
@@ -304,7 +317,7 @@ def _place_named_by(cfg: Training, checkpoint: Checkpoint | None) -> str:
         return ""
     mine, theirs, settings = plain(cfg.data), checkpoint.run_config["data"], declared(type(cfg.data))
     for key in ("path", "root"):
-        value = mine.get(key)
+        value = mine.get(key) if key in settings else None
         if value is not None and value == theirs.get(key) and value != settings[key].default:
             return f" (named by {checkpoint.named}); where the data are elsewhere, name them with data.{key}"
     return ""
@@ -326,7 +339,7 @@ def _made_from(checkpoint: Checkpoint | None) -> Iterator[None]:
         raise InputError(f"{checkpoint.named}: its network cannot be read: {said}") from error
 
 
-def build_network(cfg: Training, data: ImageDataModule, checkpoint: Checkpoint | None = None) -> nn.Module:
+def build_network(cfg: Training, data: RunData, checkpoint: Checkpoint | None = None) -> nn.Module:
     """Build the network with gates at ``droprate_init``, or without any.
 
     Args:
@@ -358,7 +371,7 @@ def in_memory_format(cfg: Training, net: nn.Module) -> nn.Module:
     return net.to(memory_format=torch.channels_last) if cfg.trainer.channels_last else net
 
 
-def _check_data(checkpoint: Checkpoint, data: ImageDataModule) -> None:
+def _check_data(checkpoint: Checkpoint, data: RunData) -> None:
     """Raise an InputError unless the data have the classes and the shape that the network was made for."""
     if (data.num_classes, tuple(data.image_shape)) != (checkpoint.num_classes, checkpoint.image_shape):
         raise InputError(
@@ -371,7 +384,7 @@ def _check_data(checkpoint: Checkpoint, data: ImageDataModule) -> None:
 def build_module(
     cfg: Training,
     net: nn.Module,
-    data: ImageDataModule,
+    data: RunData,
     structure: str | None = None,
     distillation: Distillation | None = None,
     before: FirstStage | None = None,
@@ -413,7 +426,7 @@ def build_module(
     return module
 
 
-def build_teacher(cfg: Training, data: ImageDataModule) -> Distillation | None:
+def build_teacher(cfg: Training, data: RunData) -> Distillation | None:
     """Build the network that ``distill.ckpt_path`` names, if it names one.
 
     Raises:
@@ -424,12 +437,29 @@ def build_teacher(cfg: Training, data: ImageDataModule) -> Distillation | None:
         return None
     checkpoint = checkpoints.read(d.ckpt_path, "distill.ckpt_path")
     _check_data(checkpoint, data)
-    teacher = in_memory_format(cfg, restore(checkpoint))
+    teacher = in_memory_format(cfg, restore(checkpoint, _teacher_of_own_code(cfg, checkpoint)))
     if not checkpoint.batch_norm_is_current:  # it teaches as the network that test.py would test
         settings = checkpoint.config.get("callbacks", {}).get("batch_norm", plain(cfg.callbacks.batch_norm))
         if settings["num_images"]:
             estimate_batch_norm_(teacher, data.estimation_batches(**settings))
     return Distillation(teacher, d.weight, d.temperature)
+
+
+def _teacher_of_own_code(cfg: Training, checkpoint: Checkpoint) -> Network | None:
+    """Return the settings of a teacher of the user's code, whose class is the pupil's; None for other ones.
+
+    Raises:
+        InputError: its class is another one, which nobody but a file has named.
+    """
+    stored = checkpoint.config["model"]
+    if checkpoint.structure is not None or not targets.is_own(stored):
+        return None
+    if targets.code_in(stored) != targets.code_in(plain(cfg.model)):
+        raise InputError(
+            f"{checkpoint.named} is a network of your own code, model._target_={stored[targets.TARGET]}, and "
+            "not of the class that is trained: give the compacted.pt that test.py compact=true makes of it"
+        )
+    return read(Network, stored, "model")
 
 
 def restore(checkpoint: Checkpoint, settings: Network | None = None) -> nn.Module:
@@ -477,13 +507,6 @@ def claim_run_folder(outputs: Path) -> Path:
     return Path(folder)
 
 
-def build_logger(name: str, folder: Path | None) -> TensorBoardLogger | Literal[False]:
-    """Build the logger that writes into the run's folder."""
-    if name == "none" or folder is None:
-        return False
-    return TensorBoard(str(folder.parent.parent), name=folder.parent.name, version=folder.name)
-
-
 def check_trainer(cfg: Training, multirun: bool) -> None:
     """Refuse what cannot work before anything is loaded.
 
@@ -511,7 +534,7 @@ def check_trainer(cfg: Training, multirun: bool) -> None:
 def build_trainer(
     cfg: Training,
     callbacks: list[pl.Callback],
-    logger: TensorBoardLogger | Literal[False] = False,
+    loggers: Sequence[Logger] = (),
     folder: Path | None = None,
     num_batches: int | None = None,
     without_validation: bool = False,
@@ -521,7 +544,7 @@ def build_trainer(
     Args:
         cfg: the configuration.
         callbacks: besides the progress bar.
-        logger: or False.
+        loggers: none switch logging off.
         folder: the run's.
         num_batches: training batches of an epoch; logs are written at least once in each.
         without_validation: there are no validation images.
@@ -536,7 +559,7 @@ def build_trainer(
     try:
         return pl.Trainer(
             **keys,
-            logger=logger,
+            logger=list(loggers) or False,
             callbacks=[*callbacks, *bar, EndsTogether()],
             plugins=plugins,
             default_root_dir=None if folder is None else str(folder),
@@ -545,7 +568,7 @@ def build_trainer(
         raise InputError(f"trainer: {error}") from error
 
 
-def check_shares(cfg: Training, data: ImageDataModule) -> None:
+def check_shares(cfg: Training, data: RunData) -> None:
     """Refuse shares of the batches that are less than one batch, and a validation that never comes.
 
     Raises:
@@ -569,7 +592,7 @@ def check_shares(cfg: Training, data: ImageDataModule) -> None:
         )
 
 
-def batches_per_epoch(cfg: Training, data: ImageDataModule) -> int:
+def batches_per_epoch(cfg: Training, data: RunData) -> int:
     """Return the number of training batches of an epoch, at most ``trainer.limit_train_batches``."""
     batches = len(data.train_dataloader())
     limit = cfg.trainer.limit_train_batches
@@ -580,7 +603,7 @@ def batches_per_epoch(cfg: Training, data: ImageDataModule) -> int:
 
 def build_callbacks(
     cfg: Training,
-    data: ImageDataModule,
+    data: RunData,
     accountant: Accountant,
     folder: Path,
     logging_on: bool,
@@ -622,6 +645,7 @@ def build_callbacks(
         ]
         if cfg.callbacks.penalty_warmup_epochs > 0:
             callbacks.append(ours.PenaltyWarmUp(cfg.callbacks.penalty_warmup_epochs))
+    callbacks += own(cfg.callbacks)
     if logging_on:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if cfg.trainer.enable_checkpointing:
@@ -629,6 +653,22 @@ def build_callbacks(
             callbacks.append(ours.BestCheckpoint(folder / "checkpoints", resumed))
         callbacks.append(ours.LastCheckpoint(folder / "checkpoints"))
     return callbacks, timer
+
+
+def own(settings: Callbacks) -> list[pl.Callback]:
+    """Make the callbacks that the user added.
+
+    Raises:
+        InputError: one of them is none.
+    """
+    made = {name: targets.call(spec, f"callbacks.{name}") for name, spec in settings.others.items()}
+    for name, callback in made.items():
+        if not isinstance(callback, pl.Callback):
+            raise InputError(
+                f"callbacks.{name}._target_={settings.others[name][targets.TARGET]}: expected a Lightning "
+                f"Callback, it makes a {type(callback).__name__}"
+            )
+    return list(made.values())
 
 
 def target_settings(cfg: Training, cost: str, kept: float) -> TargetSettings:
@@ -683,10 +723,12 @@ def rebuild(given: Evaluation, named: Set[str]) -> tuple[Training, Checkpoint]:
     left_out = ("trainer", "logger", *NEVER_INHERITED)
     settings = {k: v for k, v in checkpoint.config.items() if k not in left_out}
     settings["callbacks"] = own_callbacks(checkpoint.config)
+    if targets.is_own(settings.get("optimizer")):
+        del settings["optimizer"]  # nothing is trained here
     return inherit(read(Training, shared), settings, named, checkpoint.named), checkpoint
 
 
-def rebuild_network(cfg: Training, checkpoint: Checkpoint, data: ImageDataModule) -> nn.Module:
+def rebuild_network(cfg: Training, checkpoint: Checkpoint, data: RunData) -> nn.Module:
     """Build the network of a checkpoint with its weights, gates and temperatures.
 
     Raises:
@@ -701,7 +743,7 @@ def synchronise(cfg: Training, net: nn.Module) -> nn.Module:
     return synchronise_batch_norm(net) if cfg.trainer.sync_batchnorm else net
 
 
-def example_input(data: ImageDataModule, net: nn.Module) -> torch.Tensor:
+def example_input(data: RunData, net: nn.Module) -> torch.Tensor:
     """Return one image of zeros where a network is and of its type, for tracing."""
     like = next(p for p in net.parameters() if p.is_floating_point())
     return torch.zeros(1, *data.image_shape, device=like.device, dtype=like.dtype)

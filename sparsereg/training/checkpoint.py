@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsereg import targets
 from sparsereg.archives import load_torch
 from sparsereg.compression import storage
 from sparsereg.data.config import CONFIGS as SOURCES
+from sparsereg.data.config import source_of
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import DamagedFile, InputError
 from sparsereg.zoo.config import CONFIGS as NETWORKS
@@ -66,7 +68,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     config: dict[str, Any]
     num_classes: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     gated: bool
     epoch: int
     content: dict[str, Any]
@@ -116,15 +118,18 @@ class Part:
         fits: whether a value is that.
         expected: the same in words.
         optional: may be missing or null.
+        unless: may be missing beside this key.
     """
 
     fits: Callable[[Any], bool]
     expected: str
     optional: bool = False
+    unless: str = ""
 
 
 _MAPPING = Part(_is_mapping, "settings by name")
 _TEXT = Part(lambda v: isinstance(v, str), "a name")
+_NAME = Part(_TEXT.fits, "a name", unless=targets.TARGET)
 _SWITCH = Part(lambda v: isinstance(v, bool), "true or false")
 _WEIGHTS = Part(_are_weights, "tensors by name, without NaN and infinity")
 _COUNT = Part(_is_count, "an integer >= 0")
@@ -137,14 +142,14 @@ PARTS: dict[str, Part] = {
     "sparsereg": _MAPPING,
     "sparsereg.config": _MAPPING,
     "sparsereg.config.model": _MAPPING,
-    "sparsereg.config.model.name": _TEXT,
+    "sparsereg.config.model.name": _NAME,
     "sparsereg.config.data": _MAPPING,
-    "sparsereg.config.data.name": _TEXT,
+    "sparsereg.config.data.name": _NAME,
     **{f"sparsereg.config.{group}": _MAPPING for group in ("trainer", "optimizer", "callbacks")},
     "sparsereg.num_classes": Part(lambda v: _is_count(v, 1), "an integer >= 1"),
     "sparsereg.image_shape": Part(
-        lambda v: isinstance(v, list) and len(v) == 3 and all(_is_count(n, 1) for n in v),
-        "three integers >= 1",
+        lambda v: isinstance(v, list) and 1 <= len(v) <= 3 and all(_is_count(n, 1) for n in v),
+        "one to three integers >= 1",
     ),
     "sparsereg.gated": _SWITCH,
     "sparsereg.batch_norm_is_current": _SWITCH,
@@ -157,9 +162,9 @@ PARTS: dict[str, Part] = {
 BEFORE: dict[str, Part] = {
     "config": _MAPPING,
     "config.model": _MAPPING,
-    "config.model.name": _TEXT,
+    "config.model.name": _NAME,
     "config.data": _MAPPING,
-    "config.data.name": _TEXT,
+    "config.data.name": _NAME,
     "results": _MAPPING,
     "results.checkpoint": Part(_TEXT.fits, "a file", optional=True),
     **{f"results.{key}": _SHARE for key in ("val_acc", "test_acc", "L_C0")},
@@ -211,7 +216,7 @@ def check_parts(content: dict[str, Any], parts: dict[str, Part], named: str, wit
         holder: Any = content
         for name in above:
             holder = holder[name]
-        if part.optional and holder.get(key) is None:
+        if (part.optional and holder.get(key) is None) or (part.unless and part.unless in holder):
             continue
         if key not in holder:
             raise InputError(f"{named}: not a whole checkpoint, {within}{path} is missing from it")
@@ -292,14 +297,13 @@ def read(path: str | Path, key: str = "ckpt_path", resume: bool = False) -> Chec
         check_parts(ours["before"], BEFORE, named, "sparsereg.before.")
         before = FirstStage(ours["before"]["config"], ours["before"]["results"])
     prefix = "net."
-    channels, height, width = ours["image_shape"]
     return Checkpoint(
         named=named,
         path=path,
         weights={k[len(prefix) :]: v for k, v in content["state_dict"].items() if k.startswith(prefix)},
         config=ours["config"],
         num_classes=ours["num_classes"],
-        image_shape=(channels, height, width),
+        image_shape=tuple(ours["image_shape"]),
         gated=ours["gated"],
         epoch=int(content["epoch"]) + 1,
         content=content,
@@ -320,14 +324,13 @@ def _compacted(path: Path, named: str) -> Checkpoint:
     parts = {k: p for k, p in PARTS.items() if k.startswith("sparsereg.")}
     ours = {"gated": False, "batch_norm_is_current": True, **notes}
     check_parts({"sparsereg": ours}, parts, named)
-    channels, height, width = notes["image_shape"]
     return Checkpoint(
         named=named,
         path=path,
         weights=net.state_dict(),
         config={**notes["config"], "model": {"name": COMPACTED}},
         num_classes=notes["num_classes"],
-        image_shape=(channels, height, width),
+        image_shape=tuple(notes["image_shape"]),
         gated=False,
         epoch=0,
         content={},
@@ -352,7 +355,15 @@ def group_choices(arguments: list[str]) -> list[str]:
     resume = [a.partition("=")[2].lower() for a in arguments if a.startswith("resume_training=")]
     checkpoint = read(paths[-1], resume=resume[-1:] == ["true"])
     config = checkpoint.run_config if resume[-1:] == ["true"] else checkpoint.config
-    chosen = {"model": group_of(config["model"]), "data": config["data"]["name"]}
+    chosen = {"model": group_of(config["model"]), "data": source_of(config["data"])}
+    given = {a.lstrip("+").partition("=")[0] for a in arguments}
+    stored = {
+        f"{key}.{name}": value
+        for key in chosen
+        if key not in given
+        for name, value in targets.code_in(config[key]).items()
+    }
+    targets.check_repeated(stored, dict.fromkeys(given), checkpoint.named)
     for key, known in (("model", NETWORKS), ("data", SOURCES)):
         if chosen[key] not in known:
             raise InputError(

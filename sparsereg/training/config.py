@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsereg.data.config import Cifar10Data, Data
-from sparsereg.errors import InputError
+from sparsereg.errors import InputError, nearest
 from sparsereg.settings import (
     NOT_NEGATIVE,
     POSITIVE,
@@ -18,16 +18,19 @@ from sparsereg.settings import (
     Contradiction,
     Rule,
     Settings,
+    again,
     at_least,
     count,
     declared,
+    keys,
     setting,
     shown,
     within,
 )
+from sparsereg.targets import TARGET, is_own
 from sparsereg.temperature import Temperature
 from sparsereg.training.schedules import SCHEDULES
-from sparsereg.zoo.config import GoogleNetModel, Network, TorchvisionModel
+from sparsereg.zoo.config import GoogleNetModel, Network, OwnNetwork, TorchvisionModel
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,40 @@ class Optimizer(Settings):
     milestones: tuple[float, ...] = setting((), "epochs, used by multistep", NOT_NEGATIVE, empty=True)
     gamma: float = setting(0.1, "factor at each of them", POSITIVE)
 
+    @classmethod
+    def kind_of(cls, given: Mapping[str, Any], where: str) -> type[Settings]:
+        """Your own with ``_target_``."""
+        return OwnOptimizer if is_own(given) else cls
+
     def check(self) -> None:
         """A schedule of steps has some."""
         if self.schedule == "multistep" and not self.milestones:
             raise Contradiction("{}schedule=multistep needs the epochs of its steps: give {}milestones=[...]")
+
+
+@dataclass(frozen=True)
+class OwnOptimizer(Optimizer):
+    """An optimizer of yours or any of PyTorch's: optimizer._target_=torch.optim.RMSprop optimizer.KEY=VALUE.
+
+    Its first argument is the list of groups of parameters, each with its lr and weight_decay; the gates are
+    one of them. All other keys are its arguments.
+    """
+
+    OTHERS: ClassVar[str | None] = "arguments"
+
+    name: str = again(Optimizer, "name", "adamw", key=False)
+    lr: float = again(Optimizer, "lr", 0.001)
+    weight_decay: float = again(Optimizer, "weight_decay", 0.0, "of the weights")
+    betas: tuple[float, float] = again(Optimizer, "betas", (0.9, 0.999), key=False)
+    momentum: float = again(Optimizer, "momentum", 0.9, key=False)
+    schedule: str = again(Optimizer, "schedule", "constant")
+    _target_: str | None = setting(None, "package.module.Class, of a torch.optim.Optimizer")
+    arguments: Mapping[str, Any] = setting(dict, "of that class")
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What is called, with its arguments."""
+        return {TARGET: self._target_, **self.arguments}
 
 
 @dataclass(frozen=True)
@@ -73,7 +106,9 @@ class BatchNorm(Settings):
 
 @dataclass(frozen=True)
 class Callbacks(Settings):
-    """What happens beside the steps of training."""
+    """What happens beside the steps of training; +callbacks.NAME._target_=my.Callback adds your own."""
+
+    OTHERS: ClassVar[str | None] = "others"
 
     batch_norm: BatchNorm = setting(BatchNorm, "statistics for the test-time gates")
     histogram_every_n_epochs: int = setting(1, "of log_alpha and P(z > 0) in TensorBoard; 0: never", count(0))
@@ -84,6 +119,11 @@ class Callbacks(Settings):
     compact_below: float = setting(
         0.02, "a gate with P(z > 0) below this is shut for good", within("(0, 0.5)", "a probability")
     )
+    others: Mapping[str, Any] = setting(dict, "callbacks of yours, by any name")
+
+    def check(self) -> None:
+        """What is no key of ours is a callback of the user's."""
+        _check_own(self.others, "callbacks", list(keys(Callbacks)))
 
 
 @dataclass(frozen=True)
@@ -119,9 +159,36 @@ class Distill(Settings):
 
 @dataclass(frozen=True)
 class Logger(Settings):
-    """Where scalars go."""
+    """Where scalars go: logger=tensorboard, csv, wandb, mlflow, none, or several of them, logger=[csv,wandb].
 
-    name: str = setting("tensorboard", "tensorboard or none", choices=("tensorboard", "none"))
+    logger._target_=my_module.Logger takes your own.
+    """
+
+    OTHERS: ClassVar[str | None] = "others"
+
+    tensorboard: Mapping[str, Any] | None = setting(
+        None, "TensorBoard events: arguments of Lightning's logger"
+    )
+    csv: Mapping[str, Any] | None = setting(None, "csv/metrics.csv in the run's folder: likewise")
+    wandb: Mapping[str, Any] | None = setting(None, "Weights & Biases: likewise")
+    mlflow: Mapping[str, Any] | None = setting(None, "MLflow: likewise")
+    others: Mapping[str, Any] = setting(dict, "your own")
+
+    def check(self) -> None:
+        """What is no key of ours is a logger of the user's."""
+        _check_own({} if is_own(self.others) else self.others, "logger", list(keys(Logger)))
+
+
+LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
+
+
+def _check_own(given: Mapping[str, Any], group: str, known: list[str]) -> None:
+    for name, value in given.items():
+        if not is_own(value):
+            hint = nearest(f"{group}.{name}", [f"{group}.{k}" for k in known])
+            raise InputError(
+                f"unknown key '{group}.{name}'{hint or f'; one of your own is {group}.{name}._target_=CLASS'}"
+            )
 
 
 _LIMIT = Rule(
@@ -257,9 +324,10 @@ class Training(Settings):
             raise InputError(
                 "resume_training=true needs a checkpoint: give ckpt_path=RUN/checkpoints/last.ckpt"
             )
-        if self.penalty == "weights" and isinstance(self.model, TorchvisionModel):
+        if self.penalty == "weights" and isinstance(self.model, TorchvisionModel | OwnNetwork):
+            whose = "torchvision network" if isinstance(self.model, TorchvisionModel) else "network of yours"
             raise InputError(
-                "penalty=weights does not know which weights the gates of a torchvision network stand for: "
+                f"penalty=weights does not know which weights the gates of a {whose} stand for: "
                 "give penalty=gates, or a target"
             )
         if self.finetune.epochs and self.without_using_gate:

@@ -41,7 +41,7 @@ class Provenance:
 
     config: dict[str, Any]
     num_classes: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     gated: bool
     structure: str | None = None
     before: dict[str, Any] | None = None

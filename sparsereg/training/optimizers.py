@@ -1,12 +1,15 @@
 """Optimizers with a parameter group of their own for the gates."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
+from sparsereg import targets
+from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
-from sparsereg.training.config import Optimizer
+from sparsereg.training.config import Optimizer, OwnOptimizer
 from sparsereg.training.schedules import learning_rate_factor
 
 
@@ -41,8 +44,21 @@ def build_optimizer(net: nn.Module, settings: Optimizer) -> torch.optim.Optimize
         {"name": "gates", "params": gates, "weight_decay": 0.0, "lr": settings.lr * settings.gate_lr_ratio},
     ]
     groups = [g for g in groups if g["params"]]
+    if isinstance(settings, OwnOptimizer):
+        return _own(groups, settings)
     if settings.name == "sgd":
         return torch.optim.SGD(
             groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0
         )
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+
+
+def _own(groups: list[dict[str, Any]], settings: OwnOptimizer) -> torch.optim.Optimizer:
+    """Make the optimizer that the user named."""
+    made = targets.call(settings.spec, "optimizer", (groups,), lr=settings.lr)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise InputError(
+            f"optimizer._target_={settings._target_}: expected a torch.optim.Optimizer, it makes a "
+            f"{type(made).__name__}"
+        )
+    return made

@@ -99,8 +99,10 @@ CHANGES: dict[str, Rule] = {
     "model.dropout": TOLD,
     "model.droprate_init": GATES,
     "model.sampling": GATES,
+    "model._target_": TOLD,
     "model.*": NETWORK,
     "data.name": DATA,
+    "data._target_": TOLD,
     "data.path": TOLD,
     "data.root": TOLD,
     "data.image_size": DATA,
@@ -117,6 +119,7 @@ CHANGES: dict[str, Rule] = {
     "data.augment.*": TOLD,
     "data.*": DATA,
     "optimizer.name": STATE,
+    "optimizer._target_": STATE,
     "optimizer.decay_all": STATE,
     "optimizer.*": TOLD,
     **{f"trainer.{key}": TOLD for key in NUMBERS},
@@ -293,9 +296,9 @@ def check_same_data(was: dict[str, Any], now: dict[str, Any], named: str) -> Non
         named: the checkpoint, for messages.
     """
     for key in DATA_IDENTITY:
-        if key in was and was[key] != now[key]:
+        if key in was and was[key] != now.get(key):
             raise InputError(
-                f"{named} cannot be resumed with other images: {key} was {was[key]}, is {now[key]}"
+                f"{named} cannot be resumed with other images: {key} was {was[key]}, is {now.get(key)}"
             )
 
 
@@ -360,6 +363,10 @@ def _other(found: Any, expected: Any, where: str) -> str:
     return "" if found == expected else f"{where} in it is {found}, which is not its epoch {expected}"
 
 
+OURS = (torch.optim.AdamW, torch.optim.SGD)
+"""Optimizers whose state is known: tensors of the parameters' shapes."""
+
+
 def _optimizer_misfit(states: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> str:
     where = "optimizer_states"
     if len(states) != 1 or not {"state", "param_groups"} <= states[0].keys():
@@ -385,6 +392,8 @@ def _optimizer_misfit(states: list[dict[str, Any]], optimizer: torch.optim.Optim
         for key, value in parts.items():
             if value is None and key == "momentum_buffer":
                 continue  # of SGD without momentum
+            if type(optimizer) not in OURS and not isinstance(value, Tensor):
+                continue  # of the user's, which knows what its state is
             shaped = isinstance(value, Tensor) and value.shape in ((), parameters[number].shape)
             shaped = shaped and value.layout == torch.strided and not value.is_meta
             if not shaped or not bool(torch.isfinite(value).all()):
@@ -413,6 +422,8 @@ def _callbacks_misfit(states: dict[str, Any], callbacks: Sequence[pl.Callback]) 
     for callback in callbacks:
         expected, where = callback.state_dict(), f"callbacks.{type(callback).__name__}"
         found = states.get(callback.state_key)
+        if not type(callback).__module__.startswith(("sparsereg.", "pytorch_lightning.")):
+            continue  # of the user's, who knows what its state is
         if not expected or (found is None and isinstance(callback, ModelCheckpoint)):
             continue
         problem = _misfit(found, dict.fromkeys(expected), where)

@@ -9,6 +9,7 @@ epoch of fine-tuning on it is the fine-tuned network. The gated one before has i
 the run and what the gated network reached, so that a run that was cut off anywhere can be finished.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import nn
 
 from sparsereg.compression import Accountant, compact, storage
-from sparsereg.data import ImageDataModule
+from sparsereg.data.own import RunData
+from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
 from sparsereg.settings import plain
 from sparsereg.training import build, resume
@@ -28,7 +30,9 @@ from sparsereg.training import callbacks as ours
 from sparsereg.training.checkpoint import Checkpoint, FirstStage, load_all_weights_
 from sparsereg.training.config import Training
 from sparsereg.training.distillation import Distillation
+from sparsereg.training.loggers import build_loggers
 from sparsereg.training.module import Classifier
+from sparsereg.training.optimizers import build_optimizer
 from sparsereg.training.results import count_summary, gate_summary, metric, target_summary
 from sparsereg.training.tensorboard import METRICS, in_order
 from sparsereg.zoo.config import CompactedModel
@@ -49,7 +53,7 @@ class Stage:
         module: trains it.
         trainer: drives that.
         timer: takes the time of the epochs.
-        logger: writes TensorBoard events, or False.
+        loggers: take the scalars.
         folder: of the run.
         teacher: for distillation.
         resumed: what this stage goes on from; None if it starts.
@@ -57,13 +61,13 @@ class Stage:
     """
 
     cfg: Training
-    data: ImageDataModule
+    data: RunData
     net: nn.Module
     accountant: Accountant
     module: Classifier
     trainer: pl.Trainer
     timer: ours.EpochTimer
-    logger: TensorBoardLogger | Any
+    loggers: list[Logger]
     folder: Path
     teacher: Distillation | None
     resumed: Checkpoint | None = None
@@ -98,7 +102,7 @@ class Stage:
         return {"val_acc": val_acc, "test_acc": test_acc, "checkpoint": tested}
 
 
-def begin(cfg: Training, data: ImageDataModule, checkpoint: Checkpoint | None, outputs: Path) -> Stage:
+def begin(cfg: Training, data: RunData, checkpoint: Checkpoint | None, outputs: Path) -> Stage:
     """Build the stage that a run starts with, or that the checkpoint to resume was cut off in.
 
     Args:
@@ -140,7 +144,7 @@ def carry_out(cfg: Training, stage: Stage, named: Sequence[str] = ()) -> dict[st
         stage: that it begins with.
         named: dotted keys that the user named, what was swept first; TensorBoard shows them in this order.
     """
-    resumed, logger = stage.resumed, stage.logger
+    resumed, loggers = stage.resumed, stage.loggers
     stage.fit()
     if stage.before is None:
         results = _first_results(stage)
@@ -149,12 +153,12 @@ def carry_out(cfg: Training, stage: Stage, named: Sequence[str] = ()) -> dict[st
             stage.fit()
             results = _second_results(stage)
     else:
-        logger = build.build_logger(cfg.logger.name, stage.folder)
+        loggers = build_loggers(cfg.logger, stage.folder)
         results = _second_results(stage)
     if resumed is not None:
         changed = {key: list(pair) for key, pair in resumed.changed.items()}
         results["resumed"] = {"checkpoint": str(resumed.path), "epoch": resumed.epoch, "changed": changed}
-    log_results(cfg, logger, results, named)
+    log_results(cfg, loggers, results, named)
     return results
 
 
@@ -239,20 +243,23 @@ def finetuning_config(cfg: Training) -> Training:
 
 
 def log_results(
-    cfg: Training, logger: TensorBoardLogger | Any, results: dict[str, Any], named: Sequence[str]
+    cfg: Training, loggers: Sequence[Logger], results: dict[str, Any], named: Sequence[str]
 ) -> None:
-    """Write settings and results into TensorBoard's HParams tab, once, at the end."""
-    if isinstance(logger, bool):
-        return
-    metrics = {k: results[k] for k in METRICS}
-    metrics = {f"final/{k}": v for k, v in metrics.items() if v is not None}
-    logger.log_hyperparams(in_order(build.hyperparameters(plain(cfg)), named), metrics)
-    logger.finalize("success")
+    """Write settings and results into every logger (TensorBoard's HParams tab), once, at the end."""
+    metrics = {f"final/{k}": results[k] for k in METRICS if results[k] is not None}
+    settings = in_order(build.hyperparameters(plain(cfg)), named)
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(settings, metrics)
+        else:
+            logger.log_hyperparams(settings)
+            logger.log_metrics(metrics)
+        logger.finalize("success")
 
 
 def _assemble(
     cfg: Training,
-    data: ImageDataModule,
+    data: RunData,
     net: nn.Module,
     structure: str | None,
     teacher: Distillation | None,
@@ -267,9 +274,17 @@ def _assemble(
         callbacks, _ = build.build_callbacks(cfg, data, accountant, Path("unused"), False, path)
         resume.check_state(resumed, net, cfg.optimizer, build.build_trainer(cfg, []), callbacks)
     module = build.build_module(cfg, net, data, structure, teacher, before)
+    build_optimizer(net, cfg.optimizer)  # what is wrong with the user's shows before anything is trained
     folder = make_folder()  # last of what can fail, so that a wrong input leaves none
-    logger = build.build_logger(cfg.logger.name, folder if before is None else folder / "finetune")
-    num_batches = build.batches_per_epoch(cfg, data)
-    callbacks, timer = build.build_callbacks(cfg, data, accountant, folder, bool(logger), path)
-    trainer = build.build_trainer(cfg, callbacks, logger, folder, num_batches, data.num_val == 0)
-    return Stage(cfg, data, net, accountant, module, trainer, timer, logger, folder, teacher, resumed, before)
+    try:
+        loggers = build_loggers(cfg.logger, folder if before is None else folder / "finetune")
+        num_batches = build.batches_per_epoch(cfg, data)
+        callbacks, timer = build.build_callbacks(cfg, data, accountant, folder, bool(loggers), path)
+        trainer = build.build_trainer(cfg, callbacks, loggers, folder, num_batches, data.num_val == 0)
+    except InputError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing is in it
+        raise
+    return Stage(
+        cfg, data, net, accountant, module, trainer, timer, loggers, folder, teacher, resumed, before
+    )

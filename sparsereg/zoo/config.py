@@ -5,10 +5,11 @@ Nothing here imports PyTorch: the command line is checked before anything slow i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from sparsereg.errors import InputError
 from sparsereg.settings import RATE, Settings, count, one_of, setting, within
+from sparsereg.targets import TARGET, is_own
 
 _DROPOUT = within("[0, 1)", "a rate")
 
@@ -21,7 +22,9 @@ class Network(Settings):
 
     @classmethod
     def kind_of(cls, given: Mapping[str, Any], where: str) -> type[Settings]:
-        """The kind that ``source`` names, or ``name`` where there is no source."""
+        """The kind that ``source`` names, or ``name`` without a source; your own with ``_target_``."""
+        if is_own(given):
+            return OwnNetwork
         key = "source" if "source" in given else "name"
         if key not in given:
             raise InputError(f"{where}.name is missing: expected one of {', '.join(CONFIGS)}")
@@ -123,6 +126,26 @@ class CompactedModel(Network):
     name: str = setting("compacted", "", choices=("compacted",))
 
 
+@dataclass(frozen=True)
+class OwnNetwork(Network):
+    """A network of yours: model._target_=my_module.Net model.KEY=VALUE; docs/extending.md.
+
+    All keys are arguments of that class or function. num_classes, image_shape, in_channels, droprate_init,
+    temperature and gated are given, too, where its signature has them. One without gates gets some.
+    """
+
+    OTHERS: ClassVar[str | None] = "arguments"
+
+    name: str = setting("own", "", key=False)
+    _target_: str | None = setting(None, "package.module.Class, of an nn.Module from images to logits")
+    arguments: Mapping[str, Any] = setting(dict, "of that class")
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What is called, with its arguments."""
+        return {TARGET: self._target_, **self.arguments}
+
+
 CONFIGS: dict[str, type[Network]] = {
     "googlenet": GoogleNetModel,
     "lenet300": LeNet300Model,
@@ -130,13 +153,14 @@ CONFIGS: dict[str, type[Network]] = {
     "sparse_mlp": SparseMlpModel,
     "torchvision": TorchvisionModel,
     "compacted": CompactedModel,
+    "own": OwnNetwork,
 }
 """Settings of each ``model=NAME``."""
 
 
 def group_of(given: Mapping[str, Any]) -> str:
     """Return the choice of the configuration group ``model`` that has these keys."""
-    return str(given.get("source", given.get("name")))
+    return "own" if is_own(given) else str(given.get("source", given.get("name")))
 
 
 def weights_file(network: Network) -> str | None:

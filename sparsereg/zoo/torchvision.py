@@ -26,7 +26,7 @@ STEM_POOLS = ("maxpool", "maxpool1", "features.pool0")
 def torchvision_network(
     name: str,
     num_classes: int,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     *,
     gated: bool = True,
     small_images: bool = False,
@@ -113,7 +113,7 @@ def _like(conv: nn.Conv2d, **changes: Any) -> nn.Conv2d:
     return made
 
 
-def _check_runs(net: nn.Module, name: str, image_shape: tuple[int, int, int]) -> None:
+def _check_runs(net: nn.Module, name: str, image_shape: tuple[int, ...]) -> None:
     """Say in one line that a network cannot read images of this size."""
     training = net.training
     try:
