@@ -15,8 +15,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -30,7 +31,7 @@ from yaml import YAMLError
 from sparsereg import interruption
 from sparsereg.arguments import OWN_GROUPS, check, named_keys, opened, own_choices, swept_keys
 from sparsereg.errors import FellShort, InputError, OutputError, interpolation_error, nearest
-from sparsereg.extras import advice
+from sparsereg.extras import advice, plugin_advice
 from sparsereg.files import new_folder, no_room, write_text
 from sparsereg.reference import declared_by, help_of
 from sparsereg.settings import Settings, all_keys, read
@@ -65,31 +66,66 @@ def script(
         _script(name, run, choices, opened(_overrides_first(given)))
 
 
+@dataclass
+class _Task:
+    """What Hydra calls for each job, here or in a worker process of a launcher, which gets a copy.
+
+    Attributes:
+        name: of the script.
+        run: does the work.
+        command_line: of the user.
+        given: arguments of the user.
+        made: folders of the sweep by the folder above.
+        implied: choices that the arguments imply.
+        failed: what went wrong in a single run.
+    """
+
+    name: str
+    run: Run
+    command_line: list[str]
+    given: list[str]
+    made: dict[str, str]
+    implied: list[str]
+    failed: list[Exception] = field(default_factory=list)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.register()
+        _implied[:], _given[:] = self.implied, self.given
+
+    def register(self) -> None:
+        """Let the configuration files ask for what only this program knows."""
+        folder = _sweep_folder(self.given, self.made)
+        OmegaConf.register_new_resolver("checkpoint_of_job", _checkpoint_of_job, replace=True)
+        OmegaConf.register_new_resolver("sweep_folder", folder, replace=True, use_cache=True)
+        OmegaConf.register_new_resolver("settings_of", _settings_told, replace=True)
+        OmegaConf.register_new_resolver("command", command, replace=True)
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        """Run a job; return the objective of one of a sweep."""
+        sys.argv[:] = self.command_line  # processes that Lightning starts get the user's arguments
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            from sparsereg.sweep import run_job
+
+            return run_job(self.name, self.run, cfg, code_of=lambda error: report(self.name, error))
+        try:
+            finish(self.run(cfg))
+        except FellShort as error:
+            finish(error.results)
+            self.failed.append(error)
+        except Exception as error:  # Hydra would print a line of its own
+            self.failed.append(error)
+        return None
+
+
 def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with 1
     # Threads that spin while they wait make a shared machine several times slower. To be set before
     # PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    command_line = sys.argv[:]
-    failed: list[Exception] = []
     made: dict[str, str] = {}
+    task = _Task(name, run, sys.argv[:], given, made, _implied)
     threading.excepthook = _quiet_about_no_room
-
-    def task(cfg: DictConfig) -> None:
-        sys.argv[:] = command_line  # processes that Lightning starts get the user's arguments
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            from sparsereg.sweep import run_job
-
-            run_job(name, run, cfg, code_of=lambda error: report(name, error))
-            return
-        try:
-            finish(run(cfg))
-        except FellShort as error:
-            finish(error.results)
-            failed.append(error)
-        except Exception as error:  # Hydra would print a line of its own
-            failed.append(error)
-
     _given[:] = given
     try:
         check(given, CONFIGS, known_keys(name))
@@ -97,15 +133,11 @@ def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
         implied = {c.partition("=")[0]: c for c in [*choices(given), *own_choices(given)]}
         _implied[:] = [choice for group, choice in implied.items() if group not in named]
         sys.argv[1:] = [*_implied, *given]
-        OmegaConf.register_new_resolver("checkpoint_of_job", _checkpoint_of_job, replace=True)
-        folder = _sweep_folder(given, made)
-        OmegaConf.register_new_resolver("sweep_folder", folder, replace=True, use_cache=True)
-        OmegaConf.register_new_resolver("settings_of", _settings_told, replace=True)
-        OmegaConf.register_new_resolver("command", command, replace=True)
+        task.register()
         with _of_hydra():
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
-        if failed:
-            raise failed[0]
+        if task.failed:
+            raise task.failed[0]
     except SystemExit:
         raise
     except BrokenPipeError:  # whoever read the output, `head` say, has left
@@ -419,6 +451,8 @@ def _config_message(error: BaseException, name: str | None = None) -> str:
     group = re.search(r"Could not find '([^']+)'", text)
     if group and "Available options" in text:
         kind, _, choice = group.group(1).rpartition("/")
+        if (install := plugin_advice(kind, choice)) is not None:
+            return install
         listed = text.partition("':\n")[2].partition("\nConfig search path")[0]
         known = [line.strip() for line in listed.splitlines() if line.strip()]
         return f"unknown choice {kind}={choice}{nearest(choice, known)}; choose one of {', '.join(known)}"

@@ -24,6 +24,23 @@ class MissingExtra(ModuleNotFoundError):
     """Something that an extra of this package would install is not there."""
 
 
+PLUGINS = {
+    "hydra/launcher": {
+        "joblib": "hydra-joblib-launcher",
+        "submitit_local": "hydra-submitit-launcher",
+        "submitit_slurm": "hydra-submitit-launcher",
+    },
+    "hydra/sweeper": {"optuna": "hydra-optuna-sweeper"},
+}
+"""The package of each plugin of Hydra, by group and choice."""
+
+
+def plugin_advice(group: str, choice: str) -> str | None:
+    """Return how to install a plugin of Hydra that is not there; None if it is none that we know."""
+    package = PLUGINS.get(group, {}).get(choice)
+    return None if package is None else f"{group}={choice} needs a plugin of Hydra: pip install {package}"
+
+
 def need(extra: str, *modules: str) -> None:
     """Check that what an extra installs is there.
 

@@ -345,6 +345,12 @@ def refused(key: str, value: Any, expected: str) -> InputError:
     return InputError(f"{key}={shown(value)}: expected {expected}")
 
 
+def check_objective(given: str | tuple[str, ...], known: Sequence[str]) -> None:
+    """Raise an InputError unless ``objective`` names numbers that the results of a script have."""
+    for name in (given,) if isinstance(given, str) else given:
+        one_of(name, "objective", known)
+
+
 def one_of(value: str, key: str, known: Sequence[str]) -> None:
     """Raise an InputError that names the key and the nearest known choice unless the value is known."""
     if value not in known:

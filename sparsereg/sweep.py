@@ -29,14 +29,20 @@ def run_job(
     run: Callable[[DictConfig], Path],
     cfg: DictConfig,
     code_of: Callable[[BaseException], int],
-) -> None:
+) -> "float | list[float]":
     """Run one job of a sweep; a failure is written down and does not stop the sweep.
+
+    A job that was cut off and is started again by its launcher (by SLURM, say) goes on from its last
+    checkpoint.
 
     Args:
         name: the script.
         run: does the work and returns the path of its results.json.
         cfg: the job's configuration.
         code_of: tells an error to the user and returns its exit code.
+
+    Returns:
+        What ``objective`` names of its results, for the sweeper; NaN where there is none.
     """
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.sweep.dir) / str(hydra_cfg.job.num)
@@ -53,15 +59,18 @@ def run_job(
         refused = InputError(interpolation_error(str(error)) or str(error))
         code = code_of(refused)
         write_json(folder / "job.json", {**job, "status": "failed", "error": str(refused), "code": code})
-        return
+        return _objective(cfg, None)
     done = None if cfg.get("rerun") else _finished(folder.parent.parent, job["digest"])
     if done is not None:
         print(f"job {job['job']} ({' '.join(job['overrides'])}): finished before, in {done}", flush=True)
         write_json(folder / "job.json", {**job, "status": "skipped", "results": str(done)})
-        return
+        return _objective(cfg, done)
+    results: Path | None = None
     try:
+        _go_on(cfg, folder)
         results = run(cfg)
     except FellShort as error:
+        results = error.results
         told = {"error": str(error), "code": code_of(error), "results": str(error.results)}
         write_json(folder / "job.json", {**job, "status": "short", **told})
     except Exception as error:
@@ -72,6 +81,40 @@ def run_job(
         write_json(folder / "job.json", {**job, "status": "finished", "results": str(results)})
     finally:
         interruption.continue_with(lambda given: None)  # the sweep, which takes over what has finished
+    return _objective(cfg, results)
+
+
+def _objective(cfg: DictConfig, results: Path | None) -> "float | list[float]":
+    """Return the numbers that ``objective`` names, for Hydra's sweeper; NaN where there are none."""
+    asked = cfg.get("objective")
+    found = {} if results is None else _read(results)
+    names = [asked] if asked is None or isinstance(asked, str) else list(asked)
+    values = [found.get(str(name)) for name in names]
+    numbers = [float("nan") if v is None else float(v) for v in values]
+    return numbers[0] if asked is None or isinstance(asked, str) else numbers
+
+
+BEGUN = "begun.json"
+"""In the folder of a job: the checkpoints that its runs write."""
+
+
+def note_checkpoint(checkpoint: Path) -> None:
+    """Note in the folder of a job of a sweep where the run that has begun keeps its last checkpoint."""
+    hydra_cfg = HydraConfig.get()
+    if hydra_cfg.mode != RunMode.MULTIRUN:
+        return
+    file = Path(hydra_cfg.sweep.dir) / str(hydra_cfg.job.num) / BEGUN
+    write_json(file, {"checkpoints": [*_read(file).get("checkpoints", []), str(checkpoint.absolute())]})
+
+
+def _go_on(cfg: DictConfig, folder: Path) -> None:
+    """Let a job that was cut off, and is started again in the same folder, resume its run."""
+    left = [path for path in _read(folder / BEGUN).get("checkpoints", []) if Path(path).is_file()]
+    if left:
+        print(f"goes on from {left[-1]}", flush=True)
+        OmegaConf.update(cfg, "ckpt_path", left[-1])
+        if "resume_training" in cfg:
+            OmegaConf.update(cfg, "resume_training", True)
 
 
 def checkpoint_of_job(number: int) -> str:
@@ -96,7 +139,8 @@ def digest(name: str, cfg: DictConfig) -> str:
     """
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    plain.pop("rerun", None)
+    for key in ("rerun", "objective"):
+        plain.pop(key, None)
     code = [file for path in targets.source_files(plain) for file in _files(path)]
     text = json.dumps([name, sparsereg.__version__, plain, _files(plain), code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

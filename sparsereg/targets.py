@@ -2,7 +2,7 @@
 
 A name is looked up only where the user gave it, on the command line or in a file of configurations of theirs.
 What a checkpoint holds is data: a ``_target_`` in it is shown to the user, who has to repeat it
-(:func:`check_repeated`), and never looked up.
+(``check_repeated``), and never looked up.
 """
 
 import functools
@@ -173,7 +173,7 @@ def check_repeated(stored: Mapping[str, Any], given: Mapping[str, Any], source: 
     """Check that every name of code that would be looked up was given by the user.
 
     Args:
-        stored: code by dotted key that settings from a file would name, see :func:`code_in`.
+        stored: code by dotted key that settings from a file would name, see ``code_in``.
         given: the same of what the user gave.
         source: the file, for messages.
 

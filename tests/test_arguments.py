@@ -116,7 +116,7 @@ BY_SCRIPT = {
         ("target_sparsity=0.5 trainer.max_epochs=-1", "give trainer.max_epochs"),
         ("lambda_l0=null", "lambda_l0=null leaves open"),
         ("resume_training=true", "resume_training=true needs a checkpoint"),
-        ("logger.name=x", "logger.name=x: expected one of tensorboard, none"),
+        ("logger.name=x", "unknown key 'logger.name'"),
         ("callbacks.histogram_every_n_epochs=-3", "callbacks.histogram_every_n_epochs=-3: expected"),
         ("callbacks.compact_every_n_epochs=-1", "callbacks.compact_every_n_epochs=-1: expected"),
         *NETWORKS,

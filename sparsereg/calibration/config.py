@@ -19,6 +19,7 @@ from sparsereg.settings import (
     Contradiction,
     above,
     again,
+    check_objective,
     count,
     declared,
     one_of,
@@ -378,6 +379,13 @@ Bounds: TypeAlias = tuple[float | str | None, float | str | None] | None
 """Lowest and highest: a number, a column of the households, or null for no limit."""
 
 
+OBJECTIVES = (
+    *("mean_are", "median_are", "max_are", "within_10pct", "loss", "kept", "ess", "max_weight", "seconds"),
+    *("held_out_mean", "held_out_median", "max_abs_scaled_error"),
+)
+"""Numbers of results.json that a sweeper can be given."""
+
+
 @dataclass(frozen=True)
 class CalibrationRun(Settings):
     """Choose few survey households and weights so that totals meet targets. `python calibrate.py --help`."""
@@ -435,6 +443,10 @@ class CalibrationRun(Settings):
     plots: bool = setting(True, "draw them")
     tensorboard: bool = setting(True, "write its events")
     log_moments: int = setting(10, "how many moments of the run calibration_log.csv shows", count(2))
+    objective: str | tuple[str, ...] = setting(
+        "mean_are",
+        "in a sweep: the number of results.json that Hydra's sweeper gets, or a list of them",
+    )
     rerun: bool = setting(False, "in a sweep (-m): do jobs again that finished in an earlier sweep")
     holdout: Holdout = setting(Holdout, "left out to see how the weights do on other targets")
     require: Require = setting(Require, "what must be reached: a run that falls short ends with exit code 3")
@@ -444,6 +456,7 @@ class CalibrationRun(Settings):
         """A place to compute, and something that decides how many households stay."""
         super().check()
         one_of(self.device.partition(":")[0], "device", DEVICES)
+        check_objective(self.objective, OBJECTIVES)
         if (self.missing != "error" or self.missing_in) and not isinstance(self.problem, HouseholdsProblem):
             raise Contradiction("{}missing needs {}problem=households: nothing is missing elsewhere")
         if self.compare is not None and len(self.compare) != 2:

@@ -21,6 +21,7 @@ def run(composed: DictConfig) -> Path:
 
     from sparsereg.files import write_json, write_text
     from sparsereg.settings import plain
+    from sparsereg.sweep import note_checkpoint
     from sparsereg.training import build, stages
     from sparsereg.training.ending import continuation
     from sparsereg.training.results import headline
@@ -44,6 +45,8 @@ def run(composed: DictConfig) -> Path:
         write_text(stage.folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
         data.save_split(stage.folder / "split.npz")
     last = stage.folder / "checkpoints" / "last.ckpt"
+    if stage.trainer.is_global_zero:
+        note_checkpoint(last)
     interruption.continue_with(lambda given: continuation(last, cfg.without_using_gate))
     results = stages.carry_out(cfg, stage, first_keys())
     if stage.trainer.is_global_zero:

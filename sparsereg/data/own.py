@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from sparsereg import targets
@@ -41,7 +41,7 @@ class OwnDataModule(pl.LightningDataModule):
         self.said = said
         self._ready = False
 
-    @property  # type: ignore[override]
+    @property
     def trainer(self) -> pl.Trainer | None:
         """The Trainer, which the user's module knows, too."""
         return self.inner.trainer
@@ -163,7 +163,7 @@ class OwnDataModule(pl.LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """What the data are, in plain numbers, strings and lists."""
         return {
-            "source": "own",
+            "source": type(self.inner).__name__,
             "name": type(self.inner).__name__,
             "num_train": self.num_train,
             "num_val": self.num_val,

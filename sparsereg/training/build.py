@@ -58,7 +58,7 @@ RUN_FOLDER = "SPARSEREG_RUN_FOLDER"
 """Environment variable by which the first process tells the others of a DDP run its folder."""
 OWN_TRAINER_KEYS = ("compile", "channels_last", "sync_batchnorm")
 INHERITED = ("model", "data")
-NEVER_INHERITED = ("ckpt_path", "resume_training", "without_using_gate", "rerun")
+NEVER_INHERITED = ("ckpt_path", "resume_training", "without_using_gate", "rerun", "objective")
 
 
 def tune_process() -> None:
@@ -762,6 +762,7 @@ def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:
             elif isinstance(value, int | float):
                 flat[f"{prefix}{key}"] = value
 
-    walk({k: config[k] for k in config if k not in ("callbacks", "logger", "trainer", "rerun")}, "")
+    left_out = ("callbacks", "logger", "trainer", "rerun", "objective")
+    walk({k: config[k] for k in config if k not in left_out}, "")
     flat["max_epochs"] = config["trainer"]["max_epochs"]
     return flat

@@ -20,6 +20,7 @@ from sparsereg.settings import (
     Settings,
     again,
     at_least,
+    check_objective,
     count,
     declared,
     keys,
@@ -83,6 +84,7 @@ class OwnOptimizer(Optimizer):
     betas: tuple[float, float] = again(Optimizer, "betas", (0.9, 0.999), key=False)
     momentum: float = again(Optimizer, "momentum", 0.9, key=False)
     schedule: str = again(Optimizer, "schedule", "constant")
+    warmup_epochs: float = again(Optimizer, "warmup_epochs", 0.0)
     _target_: str | None = setting(None, "package.module.Class, of a torch.optim.Optimizer")
     arguments: Mapping[str, Any] = setting(dict, "of that class")
 
@@ -257,6 +259,13 @@ PENALTIES = ("gates", "weights")
 """What lambda_l0 is the price of: L_C0, or the share of the weights with an open gate."""
 
 
+OBJECTIVES = (
+    *("val_acc", "test_acc", "L_C0", "expected_sparsity", "exact_sparsity", "parameters", "macs"),
+    *("compacted_parameters", "compacted_macs", "gates", "open_gates", "seconds_per_epoch"),
+)
+"""Numbers of results.json that a sweeper can be given."""
+
+
 @dataclass(frozen=True)
 class Training(Settings):
     """Train or fine-tune a network with L0 gates. `python train.py --help` explains the keys."""
@@ -299,6 +308,11 @@ class Training(Settings):
         Finetune, "then the gates are folded and the compacted network is trained further"
     )
     distill: Distill = setting(Distill, "learn from a trained network, too")
+    objective: str | tuple[str, ...] = setting(
+        "val_acc",
+        "in a sweep: the number of results.json that Hydra's sweeper gets, or a list of them",
+        empty=False,
+    )
     rerun: bool = setting(False, "in a sweep (-m): do jobs again that finished in an earlier sweep")
     model: Network = setting(GoogleNetModel, "the network")
     data: Data = setting(Cifar10Data, "the images")
@@ -324,6 +338,7 @@ class Training(Settings):
             raise InputError(
                 "resume_training=true needs a checkpoint: give ckpt_path=RUN/checkpoints/last.ckpt"
             )
+        check_objective(self.objective, OBJECTIVES)
         if self.penalty == "weights" and isinstance(self.model, TorchvisionModel | OwnNetwork):
             whose = "torchvision network" if isinstance(self.model, TorchvisionModel) else "network of yours"
             raise InputError(

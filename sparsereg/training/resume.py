@@ -82,6 +82,7 @@ CHANGES: dict[str, Rule] = {
     "resume_training": COMMAND,
     "without_using_gate": COMMAND,
     "rerun": COMMAND,
+    "objective": COMMAND,
     "lambda_l0": TOLD,
     "lambda_l2": TOLD,
     "droprate_init": GATES,

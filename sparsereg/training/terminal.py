@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import ProgressBar as LightningBar
 from torch import nn
 from tqdm import tqdm
 
-from sparsereg.data import ImageDataModule
+from sparsereg.data.own import RunData
 from sparsereg.penalties import hard_concretes
 
 WIDTH = 80
@@ -23,7 +23,7 @@ FIGURES = {
 """What the bar shows, and the metrics that it is taken from: the first that was logged."""
 
 
-def start_line(name: str, net: nn.Module, data: ImageDataModule, device: torch.device, folder: Any) -> str:
+def start_line(name: str, net: nn.Module, data: RunData, device: torch.device, folder: Any) -> str:
     """Say in one line what is about to happen: network, parameters, gates, data, device, folder.
 
     Args:
@@ -41,7 +41,8 @@ def start_line(name: str, net: nn.Module, data: ImageDataModule, device: torch.d
         at = f"{device} ({torch.cuda.get_device_name(device)})"
     else:
         at = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-    return f"{name}: {parameters:,} parameters, {where}; data {data.source.name}; on {at}; files in {folder}"
+    source = data.describe()["source"]
+    return f"{name}: {parameters:,} parameters, {where}; data {source}; on {at}; files in {folder}"
 
 
 def figures(metrics: dict[str, Any]) -> str:

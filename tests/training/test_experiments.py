@@ -82,3 +82,13 @@ def test_row_without_its_first_row_is_refused_in_one_line(run, tmp_path):
     assert alone.code == 2
     assert alone.err == "error: this run starts from job 0 of a sweep: give -m\n"
     assert not Path("outputs/train/tblog").exists()
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs" / "debug").glob("*.yaml")))
+def test_debug_runs(run, tiny, name):
+    short = ["trainer.max_epochs=1"] if name == "overfit" else []
+    outcome = run("train", *tiny, f"debug={name}", *short)
+    assert outcome.code == 0, outcome.err
+    assert outcome.results["epochs"] == (2 if name == "limit" else 1)
+    assert ("Profiler Report" in outcome.out + outcome.err) == (name == "profiler")
+    assert bool(list(outcome.folder.glob("events.out.*"))) == (name != "one_batch")

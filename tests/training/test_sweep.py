@@ -87,3 +87,71 @@ def test_a_sweep_that_finds_no_room_leaves_no_half_file(run, tiny, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert refused.code == 2
     assert list((tmp_path / "outputs" / "train" / "multirun").iterdir()) == []
+
+
+class Sweeps:
+    """What a sweeper was given by each job."""
+
+    def __init__(self, monkeypatch):
+        import hydra._internal.core_plugins.basic_sweeper as sweepers
+
+        self.values = []
+        sweep = sweepers.BasicSweeper.sweep
+
+        def recorded(sweeper, arguments):
+            returned = sweep(sweeper, arguments)
+            self.values += [job.return_value for batch in returned for job in batch]
+            return returned
+
+        monkeypatch.setattr(sweepers.BasicSweeper, "sweep", recorded)
+
+
+def test_a_sweeper_gets_the_objective(run, tiny, monkeypatch):
+    sweeps = Sweeps(monkeypatch)
+    sweep = ["-m", *tiny, "trainer.max_epochs=1", "logger=none"]
+    table = pd.read_csv(run("train", *sweep, "lambda_l0=0.5,-1").path)
+    assert sweeps.values[0] == table["val_acc"][0]
+    assert sweeps.values[1] != sweeps.values[1]  # NaN: that job has failed
+    run("train", *sweep, "lambda_l0=0.5", "objective=[test_acc,parameters]")  # finished before
+    assert sweeps.values[2] == [table["test_acc"][0], table["parameters"][0]]
+    refused = run("train", *tiny, "objective=accuracy")
+    assert refused.code == 2
+    assert "objective=accuracy: expected one of val_acc, test_acc" in refused.err
+    small = ["problem.households=300", "problem.targets=60", "plots=false", "tensorboard=false"]
+    calibrated = run("calibrate", "-m", *small, "num_households=40", "seed=0", "objective=max_are")
+    assert sweeps.values[3] == pd.read_csv(calibrated.path)["max_are"][0]
+
+
+def test_a_job_that_is_started_again_goes_on(run, tiny, tmp_path, monkeypatch):
+    """As SLURM does with a job that it has taken the machine from: the same job in the same folder."""
+    started = run("train", *tiny, "trainer.max_epochs=1", "lambda_l0=2")
+    job = tmp_path / "sweep" / "0"
+    job.mkdir(parents=True)
+    lost = str(tmp_path / "lost.ckpt")  # of a second start that came to no checkpoint
+    (job / "begun.json").write_text(json.dumps({"checkpoints": [str(started.last.absolute()), lost]}))
+    sweep = ["-m", *tiny, "trainer.max_epochs=2", "hydra.sweep.dir=sweep", "lambda_l0=2"]
+    again = run("train", *sweep)
+    assert again.code == 0, again.err
+    results = json.loads(Path(json.loads((job / "job.json").read_text())["results"]).read_text())
+    assert results["epochs"] == 2
+    assert results["resumed"]["epoch"] == 1
+    assert len(json.loads((job / "begun.json").read_text())["checkpoints"]) == 3
+
+
+def test_a_launcher_that_is_not_installed_is_named(run, tiny):
+    if importlib.util.find_spec("hydra_plugins") is not None:
+        pytest.skip("there are plugins here")
+    outcome = run("train", "-m", *tiny, "hydra/launcher=joblib", "lambda_l0=1,2")
+    assert outcome.code == 2
+    assert "hydra/launcher=joblib needs a plugin of Hydra: pip install hydra-joblib-launcher" in outcome.err
+
+
+def test_a_job_is_what_a_worker_process_can_be_sent(tmp_path, monkeypatch):
+    """Launchers pickle it; the copy knows the folder of the sweep and what the arguments imply."""
+    made, given = {"outputs": "outputs/of/this/sweep"}, ["-m", "lambda_l0=1,2"]
+    task = cli._Task("train", cli.settings_of, ["train.py"], given, made, ["model=own"])
+    monkeypatch.setattr(cli, "_implied", [])
+    OmegaConf.clear_resolver("sweep_folder")
+    pickle.loads(pickle.dumps(task))
+    assert OmegaConf.create({"dir": "${sweep_folder:outputs}"}).dir == "outputs/of/this/sweep"
+    assert cli._implied == ["model=own"]
