@@ -1,11 +1,20 @@
 """Sweeps go on past a failed job, name it, do not repeat finished jobs, and end with a table and a plot."""
 
+import importlib.util
+import json
 import os
+import pickle
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from sparsereg import cli
+from sparsereg.sweep import SweepReport
 
 from .conftest import ROOT
 
@@ -93,17 +102,14 @@ class Sweeps:
     """What a sweeper was given by each job."""
 
     def __init__(self, monkeypatch):
-        import hydra._internal.core_plugins.basic_sweeper as sweepers
-
         self.values = []
-        sweep = sweepers.BasicSweeper.sweep
+        ended = SweepReport.on_job_end
 
-        def recorded(sweeper, arguments):
-            returned = sweep(sweeper, arguments)
-            self.values += [job.return_value for batch in returned for job in batch]
-            return returned
+        def recorded(report, config, job_return, **kwargs):
+            self.values.append(job_return.return_value)
+            ended(report, config, job_return, **kwargs)
 
-        monkeypatch.setattr(sweepers.BasicSweeper, "sweep", recorded)
+        monkeypatch.setattr(SweepReport, "on_job_end", recorded)
 
 
 def test_a_sweeper_gets_the_objective(run, tiny, monkeypatch):
