@@ -23,8 +23,8 @@ from sparsereg.settings import plain
 Moments = list[tuple[int, float, np.ndarray]]
 _NOT_OF_THE_RUN = {
     "checkpoint_seconds", "ckpt_path", "compare", "device", "fpc", "holdout", "log_moments",
-    "num_replicates", "objective", "plots", "problem", "psu", "replicates", "report", "require", "rerun", "strata",
-    "tensorboard", "untouchable", "variance", "weights_format",
+    "num_replicates", "objective", "plots", "problem", "psu", "replicates", "report", "require", "rerun",
+    "strata", "tensorboard", "untouchable", "variance", "weights_format",
 }  # fmt: skip
 
 
