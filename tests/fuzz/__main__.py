@@ -8,6 +8,9 @@ from pathlib import Path
 
 from . import process
 
+SHARES = {"commands": 1.0, "files": 1.0, "flips": 0.3, "kills": 0.1, "disk": 0.1}
+"""How many cases of each kind ``--kind all`` tries, over ``--cases``: some take longer than others."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run attacks; return 1 if any of them found something."""
@@ -18,9 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     from . import campaign, files, flips, kills
 
     def numbers(start: int) -> range:
-        return range(start, start + options.cases)
+        share = SHARES[kind] if options.kind == "all" else 1.0
+        return range(start, start + max(1, round(options.cases * share)))
 
-    kinds = ("commands", "files", "flips", "kills", "disk") if options.kind == "all" else (options.kind,)
+    kinds = tuple(SHARES) if options.kind == "all" else (options.kind,)
     if options.replay:
         kind, seed, number = options.replay.split("-")
         kinds, options.seed, options.start, options.cases = (kind,), int(seed), int(number), 1
@@ -69,7 +73,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kind", default="all", choices=["all", "commands", "files", "flips", "kills", "disk"]
     )
-    parser.add_argument("--cases", type=int, default=200, help="of each kind")
+    parser.add_argument("--cases", type=int, default=200, help="of each kind; of all kinds, so many commands")
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
