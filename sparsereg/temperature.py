@@ -38,7 +38,7 @@ class TemperatureScheduler:
         ValueError: an argument is outside its range.
 
     Example:
-        >>> schedule = TemperatureScheduler(initial_temp=1.0, final_temp=0.5, 10, "linear")
+        >>> schedule = TemperatureScheduler(1.0, 0.5, anneal_epochs=10, schedule="linear")
         >>> schedule.get_temperature(5)
         0.75
     """

@@ -69,9 +69,7 @@ class OwnDataModule(pl.LightningDataModule):
         shape = getattr(self.inner, "image_shape", None)
         self.image_shape = tuple(int(n) for n in (images.shape[1:] if shape is None else shape))
         if not 1 <= len(self.image_shape) <= 3:
-            raise InputError(
-                f"{self.said}: expected images of at most 3 dimensions, got {self.image_shape}"
-            )
+            raise InputError(f"{self.said}: expected images of at most 3 dimensions, got {self.image_shape}")
         self.num_classes = self._count_classes()
         self._ready = True
 

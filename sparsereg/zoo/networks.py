@@ -151,9 +151,7 @@ def build(settings: Network | Mapping[str, Any], task: Task, gated: bool, **gate
     chosen = settings if isinstance(settings, Network) else read(Network, settings, "model")
     if isinstance(chosen, OwnNetwork):
         if chosen is not settings:
-            raise InputError(
-                f"model._target_={chosen._target_} comes from a file, which is data"
-            )
+            raise InputError(f"model._target_={chosen._target_} comes from a file, which is data")
         return _own(chosen, task, gated, gates)
     values = {name: getattr(chosen, name) for name in keys(type(chosen))}
     values.pop("source" if "source" in values else "name")
