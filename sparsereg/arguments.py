@@ -59,7 +59,8 @@ def swept_keys(job: Iterable[str], given: Sequence[str]) -> list[str]:
         job: overrides of one job.
         given: overrides and flags of the command.
     """
-    once = [o.key_or_group for text in given if "=" in text and not (o := _parsed(text)).is_sweep_override()]
+    overrides = [_parsed(text) for text in given if "=" in text and not text.startswith("-")]
+    once = [o.key_or_group for o in overrides if not o.is_sweep_override()]
     return [o.key_or_group for text in job if (o := _parsed(text)).key_or_group not in once]
 
 
