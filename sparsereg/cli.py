@@ -264,12 +264,14 @@ def _own_alone(composed: DictConfig) -> DictConfig:
 
     The keys of ``model=googlenet``, say, which stands in the defaults, are none of the user's network.
     """
+    own = [group for group in OWN_GROUPS if is_own(composed.get(group))]
+    if not own:
+        return composed
     choices = HydraConfig.get().runtime.choices
     mixed = [
         group
-        for group in OWN_GROUPS
-        if is_own(composed.get(group))
-        and choices.get(group) != "own"
+        for group in own
+        if choices.get(group) != "own"
         and (CONFIGS / group / f"{choices.get(group)}.yaml").is_file()
     ]
     if not mixed:
