@@ -271,8 +271,7 @@ def _own_alone(composed: DictConfig) -> DictConfig:
     mixed = [
         group
         for group in own
-        if choices.get(group) != "own"
-        and (CONFIGS / group / f"{choices.get(group)}.yaml").is_file()
+        if choices.get(group) != "own" and (CONFIGS / group / f"{choices.get(group)}.yaml").is_file()
     ]
     if not mixed:
         return composed
