@@ -83,7 +83,8 @@ def quieten_lightning() -> None:
     """
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="pytorch_lightning")
-    for said in ("Checkpoint directory .* exists and is not empty", "Be aware that when using `ckpt_path`"):
+    overfit = "You requested to overfit but enabled train dataloader shuffling"  # ours has left it out
+    for said in ("Checkpoint directory .* exists and is not empty", "Be aware that when using `ckpt_path`", overfit):
         warnings.filterwarnings("ignore", message=said)
 
 
