@@ -381,7 +381,9 @@ _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|
 def lacks_memory(error: BaseException) -> bool:
     """Whether memory was not enough; what somebody made of that failure counts, too."""
     chain: BaseException | None = error
-    while chain is not None:
+    seen: set[int] = set()  # a writer that raises one error again and again makes a circle
+    while chain is not None and id(chain) not in seen:
+        seen.add(id(chain))
         if isinstance(chain, MemoryError):
             return True
         if isinstance(chain, RuntimeError | OSError) and _NO_MEMORY.search(str(chain)):

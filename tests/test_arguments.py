@@ -1,5 +1,6 @@
 """A wrong command line ends in exactly one line that starts with ``error:``, and exit code 2."""
 
+import errno
 import sys
 from pathlib import Path
 
@@ -243,3 +244,14 @@ def test_keys_of_a_sweep():
     job = ["seed=1", "trainer.fast=False", "lambda_l0=0.5", "row=a"]
     assert swept_keys(job, ["-m", "trainer.fast=false", "seed=1", "lambda_l0=0.5,1"]) == ["lambda_l0", "row"]
     assert swept_keys(["seed=1"], ["-m", "seed=range(3)"]) == ["seed"]
+
+
+def test_errors_in_a_circle_are_told(run):
+    def work(composed):
+        full, other = OSError(errno.ENOSPC, "No space left on device"), RuntimeError("while flushing")
+        full.__context__, other.__context__ = other, full
+        raise full
+
+    code, err = run("train", work=work)
+    assert code == 2
+    assert "the disk is full" in err[0]
