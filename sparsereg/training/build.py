@@ -83,8 +83,11 @@ def quieten_lightning() -> None:
     """
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="pytorch_lightning")
-    overfit = "You requested to overfit but enabled train dataloader shuffling"  # ours has left it out
-    for said in ("Checkpoint directory .* exists and is not empty", "Be aware that when using `ckpt_path`", overfit):
+    for said in (
+        "Checkpoint directory .* exists and is not empty",
+        "Be aware that when using `ckpt_path`",
+        "You requested to overfit but enabled .* dataloader shuffling",  # ours have a fixed order then
+    ):
         warnings.filterwarnings("ignore", message=said)
 
 
