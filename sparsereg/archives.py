@@ -13,6 +13,7 @@ import pickle
 import re
 import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -62,7 +63,9 @@ def load_torch(path: str | os.PathLike[str], map_location: Any = "cpu", mmap: bo
 
     check(path)
     try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():  # of sparse tensors, which whoever reads them refuses
+            warnings.filterwarnings("ignore", message=".*sparse tensor", category=UserWarning)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (*BROKEN, pickle.UnpicklingError) as error:
         raise DamagedFile(f"it holds something else than data of torch.save ({_short(error)})") from error
 

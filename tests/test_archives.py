@@ -158,3 +158,8 @@ def test_an_array_whose_header_cannot_be_is_refused(tmp_path, shape):
         archives.load_npz(tmp_path / "a.npz")
     with pytest.raises(InputError, match=r"not a readable \.npz archive"):
         Npz(str(tmp_path / "a.npz")).load()
+
+
+def test_a_sparse_tensor_is_read_without_a_word(tmp_path):
+    archives.save_torch(tmp_path / "a.pt", {"x": torch.eye(3).to_sparse()})
+    assert archives.load_torch(tmp_path / "a.pt")["x"].is_sparse

@@ -656,7 +656,7 @@ CHECKPOINT_EDITS: dict[str, tuple[Edit, str]] = {
     "evil settings": (tree_edit(_evil_config), "any"),
     "evil settings again": (tree_edit(_evil_config), "any"),
     "evil pickle": (evil_pickle, "refuse"),
-    "evil member": (evil_member, "refuse"),
+    "evil member": (evil_member, "same"),
     "evil description": (tree_edit(_json_inside), "any"),
     "a member twice": (member_twice, "refuse"),
 }
