@@ -171,8 +171,8 @@ class Units:
     def removable(self) -> list[int]:
         """All choices that can go, in the order in which they were made."""
         used: set[int] = set()
-        for first, node, _ in self.labeller.axes.owner:
-            size = _size_of_owner(self.labeller, node, _)
+        for first, node, axis in self.labeller.axes.owner:
+            size = _size_of_owner(self.labeller, node, axis)
             for unit in range(first, first + size):
                 used |= self.of(unit)
         return sorted(c for c in used if c not in self.fixed)

@@ -85,6 +85,21 @@ def test_dictionaries_are_inputs_by_name():
     assert isinstance(explanation.to_frame(), pd.DataFrame)
 
 
+def test_a_power_of_a_number_keeps_the_units_of_its_exponent():
+    class Power(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.b(2 ** self.a(x))
+
+    table = sparsereg.explain(Power(), torch.randn(3, 4)).to_frame().set_index(["parameter", "axis"])
+    kept = table.loc[("a.weight", 0)]  # 2 ** 0 is 1, which the next layer sums
+    assert (kept["size"], kept["state"]) == (6, "kept")
+    assert kept["reason"].startswith("linear sums over values that are not zero when it is gone")
+
+
 def test_wrong_use_is_one_line():
     class Branch(nn.Module):
         def forward(self, x):

@@ -26,7 +26,7 @@ _ZERO_MOVES = """
 """Functions whose value at 0 may be another constant."""
 _SUMS = ("add", "sub", "rsub", "maximum", "minimum", "__and__", "__or__", "bitwise_and", "bitwise_or")
 _PRODUCTS = ("mul", "multiply")
-_QUOTIENTS = ("div", "true_divide", "divide", "floor_divide", "remainder", "fmod", "atan2", "pow.Tensor")
+_QUOTIENTS = ("div", "true_divide", "divide", "floor_divide", "remainder", "fmod", "atan2")
 
 
 @rule(*_ZERO_STAYS)
@@ -54,13 +54,12 @@ def _prelu_weight(x: Labeller, node: fx.Node, labels: Labels) -> Labels:
 @rule(*_ZERO_MOVES)
 def zero_moves(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """What is gone becomes some constant."""
-    labels = x.labels(node.args[0])
     if not _keeps_zero(node, a):
         x.dead[node] = max(x.dead[node], Dead.CONSTANT)
-    tensors = [n for n in node.all_input_nodes if isinstance(x.program.values[n], Tensor)]
-    if name_of(node).startswith(("cum", "log_cum")):
+    labels = _together(x, node, list(node.all_input_nodes))  # the tensor need not come first: 2 ** x
+    if name_of(node).startswith("cum"):
         _keep_along(x, node, labels, a)
-    return labels if len(tensors) < 2 else _together(x, node, tensors)
+    return labels
 
 
 def _keeps_zero(node: fx.Node, a: dict[str, Any]) -> bool:

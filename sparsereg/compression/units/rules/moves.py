@@ -64,7 +64,7 @@ def _resized(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) 
     """View or expand to the sizes that are left."""
     labels = cut.labels[node]
     size = [cut.left(labels, axis) for axis in range(labels.dim())]
-    if name_of(node).rstrip("_") == "expand":
+    if name_of(node) in ("expand", "expand_as"):
         return v["self"].expand(size)
     return v["self"].reshape(size)
 
