@@ -197,6 +197,8 @@ def _entry(text: str, source: Source) -> dict[str, str]:
     above, slash, below = (part.strip() for part in text.partition("/"))
     if text in source.known or not slash:
         above, below = text.strip(), ""
+    elif not (above and below):
+        raise InputError(f"report.variables: a ratio is of two columns, as in income/rent, got {text!r}")
     for name in (above, below):
         if name and name not in source.known:
             raise InputError(
