@@ -159,7 +159,7 @@ def test_variables_are_told_of_chosen_households_too(schools):
         (["variance=bootstrap", "replicates.type=brr"], "need variance=replicates:PATTERN"),
         (["variance=linearized", "report.variables=[ap00]"], "no column 'ap00'; did you mean 'api00'"),
         (["variance=linearized", "report.variables=[api00/enrol]"], "column 'enrol'; did you mean 'enroll'"),
-        (["variance=linearized", "report.variables=[api00/]"], "two columns .*'api00/'"),
+        (["variance=linearized", "report.variables=[api00/]"], "two columns, .*'api00/'"),
         (["variance=linearized", "report.variables=[other]"], "finite number, but it is missing"),
     ],
 )  # fmt: skip
