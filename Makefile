@@ -23,7 +23,7 @@ TORCH_FIRST = sed -nE 's/^((torch|torchvision)==[^\\]*).*/\1/p' requirements.loc
 	$$install $$compile --no-deps --index-url $(TORCH_INDEX) -r $(VENV)/torch.txt &&
 endif
 
-.PHONY: install demo test quick lint docs configs results lock clean help
+.PHONY: install demo test slow lint docs configs results lock clean help
 
 help:
 	@grep -E '^# make|^[a-z]+:.*##' Makefile | sed 's/:.*##/  /'
@@ -33,11 +33,11 @@ install: $(READY) ## .venv with everything; also what make TORCH=cpu alone does
 demo: $(READY) ## train, test and compact a gated GoogleNet, calibrate a survey; a table at the end
 	$(BIN)/python -m sparsereg demo
 
-test: $(READY) ## the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
-
-quick: $(READY) ## the tests that are not slow
+test: $(READY) ## the tests, but for whole pipelines of a minute and more
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+
+slow: $(READY) ## the tests of whole pipelines: interrupted runs, several processes, exports, attacks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
