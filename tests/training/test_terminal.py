@@ -21,7 +21,9 @@ def at_a_terminal(command, folder, columns=80):
     """Run a script at a pseudo-terminal and return all that was on a line of it."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    told_otherwise = ("COLUMNS", "LINES")  # what workers of the tests are told of their own terminal
+    environment = {name: value for name, value in os.environ.items() if name not in told_otherwise}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script, *arguments = command
     process = subprocess.Popen(
         [sys.executable, str(ROOT / script), *arguments],
