@@ -34,6 +34,8 @@ PULL = 0.01
 """``chi2`` of the full calibration, of the selection and of its refit."""
 ROOM = 4.0
 """Largest weight, as a multiple of the initial weight over the share of households that is kept."""
+MOST_ENTRIES = 200_000_000
+"""Entries of the totals' rows, 12 bytes each, beyond which a table has too many columns."""
 GROUP = "own columns"
 
 
@@ -72,8 +74,17 @@ def own_columns(table: pd.DataFrame, leave_out: Collection[str] = ()) -> OwnColu
 
     Returns:
         Totals of cells of at least ``SMALLEST_CELL`` households.
+
+    Raises:
+        ValueError: The totals would not fit into memory.
     """
     groups, numbers = _kinds(table.drop(columns=[c for c in leave_out if c in table.columns]))
+    combined = len(groups) * (len(groups) - 1) // 2 + len(groups) * len(numbers)
+    if combined * len(table) > MOST_ENTRIES:
+        raise ValueError(
+            f"pseudo_targets=own_columns: {combined:,} combinations of {len(groups) + len(numbers)} columns"
+            f" for {len(table):,} households are more than fit into memory: leave columns out of the table"
+        )
     names: list[str] = []
     parts: list[sp.csr_array] = []
 

@@ -432,7 +432,9 @@ def _labels(name: str, values: Any, length: int, default: np.ndarray) -> np.ndar
     array = np.asarray(values)
     if array.shape != (length,):
         raise ValueError(f"{name} must have one label per household, {length}, got shape {array.shape}")
-    missing = np.array([value is None or value != value for value in array.tolist()])
+    import pandas as pd
+
+    missing = np.asarray(pd.isna(array))
     if missing.any():
         raise ValueError(f"{name} is missing for household {int(np.flatnonzero(missing)[0])}")
     return array if array.dtype.kind in "iufU" else array.astype(str)

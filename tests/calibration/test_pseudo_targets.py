@@ -95,3 +95,9 @@ def test_a_small_file_is_better_on_what_it_was_not_fitted_to():
         ):
             errors.append(np.abs(held_out.astype(float) @ weights / wanted - 1).mean())
     assert np.mean(with_) < 0.5 * np.mean(without)
+
+
+def test_a_table_of_too_many_columns_is_refused_before_it_fills_the_memory(monkeypatch):
+    monkeypatch.setattr("sparsereg.calibration.pseudo_targets.MOST_ENTRIES", 1000)
+    with pytest.raises(ValueError, match="leave columns out of the table"):
+        own_columns(survey())

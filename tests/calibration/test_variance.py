@@ -118,6 +118,7 @@ def test_intervals_cover_as_often_as_they_say():
         ({"fpc": [9.0, 9, 8, 9]}, "fpc must be one positive number per stratum"),
         ({"strata": [0, 0, 1]}, "strata must have one label per household, 4"),
         ({"strata": ["a", None, "a", "a"]}, "strata is missing for household 1"),
+        ({"strata": pd.array(["a", pd.NA, "a", "a"])}, "strata is missing for household 1"),
         ({"method": "brr"}, "variance must be one of linearized"),
         ({"method": "replicates"}, "replicate weights belong to"),
         ({"method": "replicates", "replicates": np.ones((3, 2))}, "must have 4 rows"),

@@ -121,13 +121,14 @@ def run(cfg: CalibrationRun) -> Path:
         recorder.finish(result.loss, result.weights)
     results = measure(task.problem, result.weights)
     results |= {"loss": result.loss, "optimality": result.optimality, "kkt_violation": result.optimality}
-    results |= {"seconds": solved - read} | _bounds_told(result, cfg)
+    results |= {"seconds": solved - read} | _bounds_told(result, solver)
     results |= _settings_told(cfg)
     results["missing_households"] = max(0, (cfg.num_households or 0) - results["kept"])
     results["zero_initial_weights"] = int((task.problem.starting_weights == 0).sum())
     results |= _measure_findings(task)
     if task.own is not None:
         results["pseudo_targets"] = _write_pseudo_targets(fitted, task.problem, result.weights, folder)
+        results["pseudo_targets"] |= {"chi2": solver.chi2, "max_weight_ratio": solver.max_weight_ratio}
     left_out = _hold_out(task, folds, cfg, folder) if folds else None
     results["holdout"] = held_out = None if left_out is None else holdout.summarise(left_out)
     results["held_out_mean"] = None if held_out is None else held_out["mean_are"]
@@ -278,13 +279,13 @@ def _measure_findings(task: Task) -> dict[str, Any]:
     return {"findings": {kind: n for kind, n in counts.items() if n}, "dropped_targets": len(task.dropped)}
 
 
-def _bounds_told(result: CalibrationResult, cfg: CalibrationRun) -> dict[str, Any]:
+def _bounds_told(result: CalibrationResult, solver: Settings) -> dict[str, Any]:
     """Return how many weights are at a bound, and what an exact calibration could not meet."""
     exact = result.exact
     if exact is None:
-        if cfg.max_weight_ratio is None:
+        if solver.max_weight_ratio is None:
             return {"bounds_hit": 0}
-        at = result.weights >= cfg.max_weight_ratio * result.problem.starting_weights * (1 - 1e-9)
+        at = result.weights >= solver.max_weight_ratio * result.problem.starting_weights * (1 - 1e-9)
         return {"bounds_hit": int((at & result.selected).sum())}
     names = result.problem.names
     proofs = [{**c, "targets": [names[i] for i in c["targets"]]} for c in exact.certificate]

@@ -73,6 +73,11 @@ class Explanation:
     removable: int
     unknown: Mapping[str, str]
 
+    @property
+    def share(self) -> float:
+        """Share of the parameters that go with some unit that can go, in [0, 1]."""
+        return self.removable / self.parameters if self.parameters else 0.0
+
     def to_frame(self) -> pd.DataFrame:
         """A table with a row for each of ``rows``: parameter, axis, size, family, state, reason."""
         import pandas as pd
@@ -87,21 +92,21 @@ class Explanation:
         return in_html(*self._shown())
 
     def _shown(self) -> tuple[str, dict[str, str]]:
-        share = self.removable / self.parameters if self.parameters else 0.0
         free = Counter[str]()
         for row in self.rows:
             free[row.family] += row.size if row.state == "can go" else 0
         kept = sum(row.state == "kept" for row in self.rows)
         return f"Explanation of {self.network}: print it for a line on each axis", {
-            "parameters": f"{self.parameters:,}, {self.removable:,} ({share:.0%}) can go",
+            "parameters": f"{self.parameters:,}, {self.removable:,} ({self.share:.0%}) can go",
             "can go": ", ".join(f"{n:,} {family}" for family, n in free.items() if n) or "nothing",
             "kept": f"{kept:,} axes",
             "without a rule": ", ".join(self.unknown) or "no operation",
         }
 
     def __str__(self) -> str:
-        share = self.removable / self.parameters if self.parameters else 0.0
-        lines = [f"{self.network}: {self.parameters:,} parameters, {self.removable:,} ({share:.0%}) can go"]
+        lines = [
+            f"{self.network}: {self.parameters:,} parameters, {self.removable:,} ({self.share:.0%}) can go"
+        ]
         free = [row for row in self.rows if row.state == "can go"]
         counts = Counter[str]()
         for row in free:
@@ -162,6 +167,7 @@ def _explanation(network: str, units: Units) -> Explanation:
     family = families(units)
     rows: list[Row] = []
     first: dict[frozenset[int], str] = {}
+    able = _able(units)
     removable = total = 0
     for node in program.weights:
         if node not in program.parameters:
@@ -173,7 +179,7 @@ def _explanation(network: str, units: Units) -> Explanation:
         if not lines:
             rows.append(Row(name, 0, value.numel(), "", "kept", _untouched(units, node)))
         total += value.numel()
-        removable += _removable(units, node, value)
+        removable += _removable(units, node, value, able)
     unknown = {op: _place(node) for op, node in units.labeller.unknown.items()}
     return Explanation(network, tuple(rows), total, removable, unknown)
 
@@ -244,11 +250,10 @@ def _untouched(units: Units, node: fx.Node) -> str:
     return f"it has no axis along which anything could go{_where(user)}"
 
 
-def _removable(units: Units, node: fx.Node, value: Tensor) -> int:
-    """Elements of a parameter that go with some unit that can go."""
+def _removable(units: Units, node: fx.Node, value: Tensor, able: Tensor) -> int:
+    """Elements of a parameter that go with some unit that can go, ``able`` as `_able` returns it."""
     goes = torch.zeros(value.shape, dtype=torch.bool)
     raw = units.labeller.axes.of.get(node)
-    able = _able(units)
     if isinstance(raw, Tensor):
         goes |= able[raw.long()]
     for axis, line in enumerate(units.labeller.axes.weight_axes.get(node, [])):
