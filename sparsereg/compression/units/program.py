@@ -5,7 +5,6 @@ Every tensor of the graph is computed once, so that its shape, and the numbers o
 
 from __future__ import annotations
 
-import contextlib
 import re
 import traceback
 import warnings
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsereg.compression.graph import evaluating
 from sparsereg.errors import InputError
 
 _TORCH = Path(torch.__file__).parent
@@ -136,18 +136,6 @@ def module_of(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return str(paths[-1]) if paths else ""
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this context a network is in eval mode; every module has its own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from sparsereg.compression.units.labels import FIRST, LIVE, Grid, Ints, Labels, varying
+from sparsereg.compression.units.labels import FIRST, Grid, Ints, Labels, live, varying
 from sparsereg.compression.units.program import name_of, plain_call
 from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, rule
 
@@ -65,21 +65,14 @@ def contract(x: Labeller, node: fx.Node, left: Operand, right: Operand, out: str
         out: letters of the result.
     """
     shape = x.program.values[node].shape
-    size = _sizes(x, left) | _sizes(x, right)
     sides = [_side(x, source, letters, node) for source, letters in (left, right)]
     varied = [{letters[i] for i in varying(labels)} for labels, letters in sides]
     summed = (varied[0] | varied[1]) - set(out)
     if summed:
-        return _summed(x, node, sides, varied, summed, out, shape, size)
+        return _summed(x, node, sides, varied, summed, out, shape)
     states = [x.dead.get(s, Dead.ZERO) for (s, _), v in zip((left, right), varied, strict=True) if v]
     x.dead[node] = min(states, default=Dead.ZERO)
     return _passed(x, node, sides, varied, out, shape)
-
-
-def _sizes(x: Labeller, operand: Operand) -> dict[str, int]:
-    source, letters = operand
-    sizes = zip(letters, x.program.values[source].shape, strict=True)
-    return {letter: n for letter, n in sizes if n > 1}
 
 
 def _side(x: Labeller, source: Any, letters: str, node: fx.Node) -> tuple[Labels, str]:
@@ -107,14 +100,11 @@ def _summed(
     summed: set[str],
     out: str,
     shape: torch.Size,
-    size: dict[str, int],
 ) -> Labels:
     """Units lie along the sum: those of both factors go together."""
     own = [v & (set(out) - set(other)) for v, (_, other) in zip(varied, reversed(sides), strict=True)]
     if any(own):
-        for labels, _ in sides:
-            x.axes.fix(labels, f"{name_of(node)} has units along two of its axes", node)
-        return torch.full((), LIVE, dtype=torch.int32).expand(shape)
+        return _whole(x, node, sides, shape)
     batch = "".join(sorted((varied[0] | varied[1]) - summed))
     inner = "".join(sorted(summed))
     arrays = [_as(x, node, side, batch + inner) for side in sides]
@@ -122,12 +112,19 @@ def _summed(
     x.axes.equal(one, two, f"{name_of(node)} sums over it with what cannot go", node)
     x.dead[node] = Dead.ZERO if not batch else x.dead[node]
     if not batch:
-        return torch.full((), LIVE, dtype=torch.int32).expand(shape)
+        return live(shape)
     rows = x.axes.sets.new(int(np.prod(one.shape[: len(batch)])))
     x.axes.grids.append(Grid(one.reshape(len(rows), -1), rows))
     shared = any(len(np.unique(units.reshape(len(rows), -1)[:, 0])) < len(rows) for units in (one, two))
     x.axes.heads.append((rows, shared))
     return _spread(rows, batch, out, shape, one.shape[: len(batch)])
+
+
+def _whole(x: Labeller, node: fx.Node, sides: list[tuple[Labels, str]], shape: torch.Size) -> Labels:
+    """Nothing of either factor goes: units along two axes of the result have no label there."""
+    for labels, _ in sides:
+        x.axes.fix(labels, f"{name_of(node)} has units along two of its axes", node)
+    return live(shape)
 
 
 def _spread(rows: Ints, batch: str, out: str, shape: torch.Size, sizes: tuple[int, ...]) -> Labels:
@@ -149,14 +146,12 @@ def _passed(
     if varied[0] and varied[1]:
         small, large = (0, 1) if varied[0] <= varied[1] else (1, 0)
         if not varied[small] <= varied[large]:
-            for labels, _ in sides:
-                x.axes.fix(labels, f"{name_of(node)} has units along two of its axes", node)
-            return torch.full((), LIVE, dtype=torch.int32).expand(shape)
+            return _whole(x, node, sides, shape)
         _tie_rows(x, node, sides, varied, small, large)
     else:
         large = 0 if varied[0] else 1
     if not varied[large]:
-        return torch.full((), LIVE, dtype=torch.int32).expand(shape)
+        return live(shape)
     order = "".join(letter for letter in out if letter in varied[large])
     units = _as(x, node, sides[large], order)
     return _spread(np.ravel(units), order, out, shape, units.shape)

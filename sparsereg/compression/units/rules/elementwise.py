@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.units.labels import FIRST, LIVE, Grid, Labels, varying
+from sparsereg.compression.units.labels import FIRST, Grid, Labels, live, varying
 from sparsereg.compression.units.program import name_of
 from sparsereg.compression.units.rules.table import Dead, Labeller, rule
 
@@ -43,7 +43,7 @@ def _prelu_weight(x: Labeller, node: fx.Node, labels: Labels) -> Labels:
     assert isinstance(weight, fx.Node)
     size = x.program.values[weight].numel()
     if size == 1:
-        return torch.full((), LIVE, dtype=torch.int32)
+        return live(())
     units = x.axes.reduce(labels, (1,), "prelu", node)
     found = x.weight(weight, 0, units, node)
     view = [1] * labels.dim()

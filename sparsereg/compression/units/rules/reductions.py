@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.units.labels import LIVE, Grid, Labels, varying
+from sparsereg.compression.units.labels import Grid, Labels, live, varying
 from sparsereg.compression.units.program import name_of
 from sparsereg.compression.units.rules.table import Dead, Labeller, rule
 
@@ -90,7 +90,7 @@ def rows_of(
     kept = tuple(d for d in rest if d in varying(labels))
     shape = [labels.shape[d] for d in rest]
     if not kept:
-        return torch.full((), LIVE, dtype=torch.int32).expand(shape)
+        return live(tuple(shape))
     inner = tuple(d for d in over if d in varying(labels))
     units = x.axes.reduce(labels, (*kept, *inner), name_of(node), node)
     outer = units.shape[: len(kept)]
