@@ -1,9 +1,24 @@
 """What holds for all tests."""
 
+import logging
 import signal
+from collections.abc import Iterator
+
+import pytest
 
 # A shell that starts the tests in the background, or nohup, ignores these signals for them and for all that
 # they start: what the tests start is to meet them as at a terminal.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _no_logger_writes_to_the_stream_of_an_earlier_test() -> Iterator[None]:
+    """Take away what a command, run within a test, has put on the root logger: its stream is closed then."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler and handler not in before:
+            root.removeHandler(handler)
