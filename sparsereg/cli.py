@@ -6,6 +6,7 @@ traceback is in a log file that the message names. The last line on stdout is ``
 """
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -20,13 +21,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
 
 from sparsereg import interruption
 from sparsereg.arguments import OWN_GROUPS, check, named_keys, opened, own_choices, swept_keys
@@ -34,7 +35,7 @@ from sparsereg.errors import FellShort, InputError, OutputError, interpolation_e
 from sparsereg.extras import advice, plugin_advice
 from sparsereg.files import new_folder, no_room, write_text
 from sparsereg.reference import declared_by, help_of
-from sparsereg.settings import Settings, all_keys, read
+from sparsereg.settings import Settings, all_keys, flat, read, shown
 from sparsereg.targets import is_own
 
 _HERE = Path(__file__).resolve().parent
@@ -224,7 +225,7 @@ def _of_hydra() -> Iterator[None]:
     except HydraException:  # ``_config_message`` explains it, though some are an OSError, too
         raise
     except (
-        ValueError, TypeError, AttributeError, KeyError, AssertionError, RecursionError, YAMLError
+        ValueError, TypeError, AttributeError, KeyError, AssertionError, RecursionError, yaml.YAMLError
     ) as error:  # fmt: skip
         said = str(error) or type(error).__name__
         raise InputError(f"the configuration cannot be composed: {said}") from error
@@ -329,7 +330,7 @@ def wrong_input() -> Iterator[None]:
     root.handlers[:] = [waiting]
     try:
         yield
-    except InputError:
+    except (InputError, OSError):
         waiting.records.clear()
         raise
     except ValueError as error:
@@ -423,7 +424,17 @@ def _input_message(name: str, error: BaseException) -> str | None:
         return _config_message(error, name)
     if isinstance(error, OSError) and _is_about_outputs(error):
         return f"cannot write {error.filename}: {error.strerror}; make the folder writable or run elsewhere"
+    if isinstance(error, OSError) and error.errno in _CLOSED:
+        named = f"{shown(error.filename)}: " if error.filename is not None else ""
+        return f"{named}{error.strerror}; expected the path of a file or folder that can be read"
     return None
+
+
+_CLOSED = (
+    errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO, errno.ENXIO, errno.ENODEV,
+    errno.ESTALE,
+)  # fmt: skip
+"""What the system says of a path that it does not open for us, whoever asked: none is a mistake of ours."""
 
 
 def _is_about_outputs(error: OSError) -> bool:
@@ -445,8 +456,7 @@ def _config_message(error: BaseException, name: str | None = None) -> str:
         return one_line(f"{key}: {text.partition(chr(10))[0]}")
     unknown = re.search(r"(?:Could not override|Key) '([^']+)'", text)
     if unknown and name is not None and ("not in" in text or "To append" in text):
-        key = unknown.group(1)
-        return f"unknown key {key!r}{nearest(key, known_keys(name))}; see {command(name)} --cfg job"
+        return _unknown(unknown.group(1), name)
     ambiguous = re.search(r"Ambiguous value for argument '(.*)'", text)
     if ambiguous:
         key, _, values = ambiguous.group(1).partition("=")
@@ -460,6 +470,16 @@ def _config_message(error: BaseException, name: str | None = None) -> str:
         known = [line.strip() for line in listed.splitlines() if line.strip()]
         return f"unknown choice {kind}={choice}{nearest(choice, known)}; choose one of {', '.join(known)}"
     return one_line(text.partition("\nSet the environment")[0])
+
+
+def _unknown(key: str, name: str) -> str:
+    """Say that this run has no such key: it is that of another choice, or close to one that there is."""
+    group, _, below = key.partition(".")
+    files = sorted((CONFIGS / group).glob("*.yaml")) if group.isidentifier() else []
+    chosen = [f.stem for f in files if not {key, below}.isdisjoint(flat(yaml.safe_load(f.read_text()) or {}))]
+    if chosen:
+        return f"unknown key {key!r} here: it belongs to {group}={' or '.join(chosen)}"
+    return f"unknown key {key!r}{nearest(key, known_keys(name))}; see {command(name)} --cfg job"
 
 
 def known_keys(name: str) -> list[str]:

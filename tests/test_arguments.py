@@ -87,6 +87,8 @@ NETWORKS = [
     ("+data.augment.zom=0.1", "unknown key 'data.augment.zom': did you mean 'data.augment.zoom'?"),
     ("data.augment.crop_ratio=[1.2,0.9]", "data.augment.crop_ratio=[1.2, 0.9]: expected two numbers"),
     ("model.sampling=0.5", "model.sampling=0.5: expected one of batch, example"),
+    ("model.weights=F.pth", "unknown key 'model.weights' here: it belongs to model=torchvision"),
+    ("data.path=F.npz", "unknown key 'data.path' here: it belongs to data=npz"),
     ("+model.gates=1", "unknown key 'model.gates': did you mean 'model.gate'?"),
     ("trainer.max_epochs=-2", "trainer.max_epochs=-2: expected"),
     ("trainer.limit_train_batches=1.5", "trainer.limit_train_batches=1.5: expected"),
@@ -137,7 +139,7 @@ BY_SCRIPT = {
         ("problem.disagreement=nan", "problem.disagreement=nan: expected a number in [0, 0.5)"),
         ("problem.seed=-1", "problem.seed=-1: expected"),
         ("problem.kind=matrx", "problem.kind=matrx: expected one of synthetic, matrix, households"),
-        ("+problem.matrix=M.npz", "unknown key 'problem.matrix'"),
+        ("problem.matrix=M.npz", "unknown key 'problem.matrix' here: it belongs to problem=matrix"),
         ("problem=matrix", "problem=matrix needs problem.matrix=FILE"),
         ("problem=matrix problem.matrix={a:1}", "problem.matrix={a: 1}: expected a text or null"),
         ("problem=households problem.weight=[w]", "problem.weight=[w]: expected a text or null"),
@@ -173,6 +175,40 @@ def test_a_wrong_command_line_is_one_line(run, name, line, said):
     if not (name == "test" and line in ("seed=1,2",)):
         assert said in err[0]
     assert not [*Path("outputs").glob("**/version_*"), *Path("outputs").glob("failures")]
+
+
+LONG = "x" * 300
+NAMED = [
+    ("train", f"ckpt_path={LONG}"),
+    ("train", f"ckpt_path={LONG} resume_training=true"),
+    ("train", f"distill.ckpt_path={LONG} model=lenet300 data=digits data.image_size=8"),
+    ("train", f"--config-dir={LONG}"),
+    ("train", f"data=npz data.path={LONG}"),
+    ("train", f"data=image_folder data.root={LONG}"),
+    ("train", f"model=torchvision model.weights={LONG} data=digits"),
+    ("test", f"ckpt_path={LONG}"),
+    ("calibrate", f"ckpt_path={LONG}"),
+    ("calibrate", f"problem.tables={LONG}"),
+    ("calibrate", f"problem=matrix problem.matrix=M.npz problem.targets={LONG}.csv"),
+    ("calibrate", f"problem=households problem.households=H.csv problem.targets={LONG}.csv"),
+]
+
+
+@pytest.mark.parametrize(("name", "line"), NAMED, ids=[f"{n} {line[:24]}" for n, line in NAMED])
+def test_a_name_that_no_file_can_have_is_one_line(run, name, line):
+    code, err = run(name, *line.split())
+    assert (code, len(err)) == (2, 1), err
+    assert err[0].startswith(f"error: {'x' * 60}"), err
+    assert "File name too long; expected the path of a file or folder" in err[0]
+
+
+def test_a_file_that_may_not_be_read_is_one_line(run):
+    def work(composed):
+        with cli.wrong_input():
+            raise PermissionError(errno.EACCES, "Permission denied", "mine/H.csv")
+
+    said = "error: mine/H.csv: Permission denied; expected the path of a file or folder that can be read"
+    assert run("calibrate", work=work) == (2, [said])
 
 
 def test_messages_do_not_stand_before_an_error(run):
