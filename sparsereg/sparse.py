@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,7 +18,9 @@ from sparsereg.checks import (
 )
 from sparsereg.device import usable_device
 from sparsereg.distributions import HardConcrete
+from sparsereg.linalg.adam import adam_step
 from sparsereg.linalg.csr import CsrMatrix, Matrix, TorchMatrix, mean_squared_error, multiply
+from sparsereg.linalg.threads import quiet_threads
 
 logger = logging.getLogger(__name__)
 
@@ -244,20 +245,24 @@ class SparseL0Linear(nn.Module):
         generator = self._seeded(self.device)
         if not warm_start:
             self._start(target)
-        optimizer = _Adam(self.parameters(), lr)
-        for epoch in range(1, epochs + 1):
-            z = self.gates.sample(generator=generator)
-            error = mean_squared_error(self.weight * z, self.bias, matrix, target)
-            penalty = self.get_l0_penalty()
-            self.zero_grad(set_to_none=True)
-            (error + price * penalty).backward()
-            optimizer.step()
-            if verbose and epoch % verbose_freq == 0:
-                num_open = self.gates.get_num_active()
-                logger.info(
-                    "epoch %d: mse %.4g, L0 %.2f, open %d", epoch, error.item(), penalty.item(), num_open
-                )
+        moments = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters()]
+        with quiet_threads():
+            for epoch in range(1, epochs + 1):
+                z = self.gates.sample(generator=generator)
+                error = mean_squared_error(self.weight * z, self.bias, matrix, target)
+                penalty = self.get_l0_penalty()
+                self.zero_grad(set_to_none=True)
+                (error + price * penalty).backward()
+                for p, first, second in moments:
+                    assert p.grad is not None
+                    adam_step(p, p.grad, first, second, epoch, lr)
+                if verbose and epoch % verbose_freq == 0:
+                    self._tell(epoch, error, penalty)
         return self
+
+    def _tell(self, epoch: int, error: Tensor, penalty: Tensor) -> None:
+        num_open = self.gates.get_num_active()
+        logger.info("epoch %d: mse %.4g, L0 %.2f, open %d", epoch, error.item(), penalty.item(), num_open)
 
     def _target(self, y: Any, rows: int) -> Tensor:
         target = torch.as_tensor(y).detach().to(self.device, self.weight.dtype)
@@ -302,29 +307,3 @@ class SparseL0Linear(nn.Module):
             state_dict[prefix + "gates.log_alpha"] = state_dict.pop(prefix + "log_alpha")
             state_dict.setdefault(prefix + "gates._extra_state", self.gates.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class _Adam:
-    """Adam with the settings of torch.optim.Adam, for vectors next to threads of our own.
-
-    PyTorch splits a square root of some thousand elements over its threads, which then go on waiting
-    for more work and take the processors from those that read the matrix; it does not split a power.
-
-    Source: Kingma, Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, algorithm 1.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
-        self.lr = lr
-        self.state = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-        self.num_steps = 0
-
-    @torch.no_grad()
-    def step(self, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
-        """Move every parameter by its gradient."""
-        self.num_steps += 1
-        unbias1, unbias2 = 1 - beta1**self.num_steps, 1 - beta2**self.num_steps
-        for p, mean, square in self.state:
-            assert p.grad is not None
-            mean.lerp_(p.grad, 1 - beta1)
-            square.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-            p.addcmul_(mean, (square / unbias2 + eps**2).pow(-0.5), value=-self.lr / unbias1)

@@ -14,7 +14,7 @@ from sparsereg.linalg.csr import (
     multiply,
     to_csr,
 )
-from sparsereg.sparse import SparseL0Linear, _Adam
+from sparsereg.sparse import SparseL0Linear
 
 
 def random_matrix(rows: int, columns: int, density: float = 0.3, seed: int = 0, **kwargs):
@@ -197,19 +197,6 @@ def test_warm_start_goes_on():
     before = model.weight.detach().clone()
     model.fit(x, y, epochs=1, lr=1e-9, warm_start=True)
     torch.testing.assert_close(model.weight, before)
-
-
-def test_steps_are_those_of_adam():
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(50, generator=generator)
-    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    adam, reference = _Adam([ours], 0.05), torch.optim.Adam([theirs], 0.05)
-    for _ in range(30):
-        gradient = torch.randn(50, generator=generator)
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        adam.step()
-        reference.step()
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to use")

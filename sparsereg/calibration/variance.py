@@ -14,15 +14,15 @@ conventions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from scipy.stats import t as student
+
+from sparsereg.linalg.threads import in_turns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -229,9 +229,7 @@ def replicate(design: Design, initial: np.ndarray, recalibrate: Recalibrate) -> 
         recalibrate: From a replicate's initial weights to calibrated ones.
     """
     changed, factors, center, freedom = _changed(design, initial)
-    columns = list(changed.T)
-    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(columns)))) as pool:
-        weights = np.stack(list(pool.map(recalibrate, columns)), axis=1)
+    weights = np.stack(in_turns(recalibrate, [(column,) for column in changed.T]), axis=1)
     return Replicates(weights, factors, center, freedom)
 
 

@@ -4,12 +4,9 @@ A scipy matrix in compressed sparse rows is used where it lies. Both products an
 it in one pass, in threads over ranges of rows; the transposed matrix is never made.
 """
 
-import functools
 import itertools
-import os
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from sparsereg.linalg.checked import check_indices
+from sparsereg.linalg.threads import in_turns
 
 MAX_PARTS = 16
 """Ranges of rows. Their number depends on the matrix alone, so that sums do not depend on the threads."""
@@ -52,22 +50,7 @@ class CsrMatrix:
     def _each(self, work: Callable[[int, int, int], Any]) -> list[Any]:
         """Run work(part, first, last) for every range of rows."""
         bounds = itertools.pairwise(self._bounds.tolist())
-        ranges = [(part, first, last) for part, (first, last) in enumerate(bounds)]
-        results: list[Any] = [None] * len(ranges)
-        todo = iter(ranges)
-
-        def take_turns() -> None:
-            for part, first, last in todo:
-                results[part] = work(part, first, last)
-
-        helpers = min(torch.get_num_threads(), len(ranges)) - 1
-        futures = [_pool(os.getpid(), helpers).submit(take_turns) for _ in range(helpers)]
-        take_turns()
-        for future in futures:
-            # On a busy machine a helper may not have had its turn; then there is nothing to wait for.
-            if not future.cancel():
-                future.result()
-        return results
+        return in_turns(work, ((part, first, last) for part, (first, last) in enumerate(bounds)))
 
     def product(self, w: Tensor) -> Tensor:
         """X w, (rows,), in the dtype of ``w`` (columns,)."""
@@ -234,9 +217,3 @@ def _torch_csr(csr: Any, device: torch.device) -> Tensor:
         return torch.sparse_csr_tensor(
             indptr, indices, data, size=csr.shape, device=device, check_invariants=True
         )
-
-
-@functools.lru_cache(maxsize=4)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process (a forked child must not wait for its parent's)."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="sparsereg")

@@ -22,7 +22,7 @@ from sparsereg.calibration.solver.exact import GAVE_WAY, Exact, calibrate_exactl
 from sparsereg.calibration.solver.hard_concrete import GateSettings
 from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import Quadratic, TargetLoss, group_shares
-from sparsereg.calibration.solver.matrix import household_matrix, quiet_threads
+from sparsereg.calibration.solver.matrix import household_matrix
 from sparsereg.calibration.solver.pruning import Pruning, fill
 from sparsereg.calibration.solver.refit import SMALLEST_OF_ALL, SMALLEST_RATIO, TOLERANCE, refit
 from sparsereg.calibration.solver.selection import METHODS, Goal, Selection, method_of
@@ -36,6 +36,7 @@ from sparsereg.calibration.variance import (
     statistics_frame,
 )
 from sparsereg.checks import check_probability
+from sparsereg.linalg.threads import quiet_threads
 from sparsereg.summary import in_html, in_lines
 
 if TYPE_CHECKING:

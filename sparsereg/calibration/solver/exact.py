@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from scipy.optimize import linprog
 from scipy.sparse.csgraph import connected_components
 
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.solver.distances import distance_of
 from sparsereg.calibration.solver.dual_newton import ROUNDED, Dual, Slack, Solution, solve
+from sparsereg.linalg.threads import in_turns
 
 _log = logging.getLogger(__name__)
 
@@ -109,8 +108,7 @@ def calibrate_exactly(
     prices = np.where(is_hard(problem), np.inf, problem.target_shares if shares is None else shares)
     weights, multipliers = initial.copy(), np.zeros(linear.num_targets)
     domains = list(_domains(linear, distance, low, high, factors, prices))
-    with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(domains)))) as pool:
-        ends = list(pool.map(_solve, domains))
+    ends = in_turns(_solve, [(domain,) for domain in domains])
     certificates, steps = [], 0
     for domain, (end, certificate) in zip(domains, ends, strict=True):
         weights[domain.households] = end.weights

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sparsereg.calibration.solver.losses import TargetLoss
-from sparsereg.calibration.solver.matrix import HouseholdMatrix, quiet_threads
+from sparsereg.calibration.solver.matrix import HouseholdMatrix
 from sparsereg.distributions import GAMMA, ZETA, gate_median, p_active
+from sparsereg.linalg.adam import adam_step
+from sparsereg.linalg.threads import quiet_threads
 
-_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
-"""Constants of Adam (Kingma and Ba, 2015)."""
 _TIDY_EVERY = 50
 """Epochs between two removals of moments so small that the processor would treat them slowly, and between
 two arrangements of the matrix."""
@@ -131,11 +131,11 @@ class GateSolver:
         down_weight = torch.mul(gradient, self._weight, out=self._buffers[4])
         if self.settings.lambda_l2 > 0:
             down_weight.addcmul_(self._positive, self._positive, value=2.0 * self.settings.lambda_l2)
-        self._adam(self.log_weight, down_weight, self._moments[0], self._moments[1])
+        self._adam(self.log_weight, down_weight, self._moments[:2])
         if self.settings.use_gates:
             down_alpha = gradient.mul_(self._positive).mul_(self._slope)
             self._add_penalty(down_alpha)
-            self._adam(self.log_alpha, down_alpha, self._moments[2], self._moments[3])
+            self._adam(self.log_alpha, down_alpha, self._moments[2:])
 
     def _draw(self) -> Tensor:
         """Draw gates; keep the weights and the slope of the gates by location; return the totals."""
@@ -163,14 +163,9 @@ class GateSolver:
     def _p_active(self) -> Tensor:
         return p_active(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
 
-    def _adam(self, value: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
-        """One step of Adam, in place (the form of torch.optim.Adam)."""
-        step = self.epoch + 1
-        first.lerp_(gradient, 1.0 - _BETA1)
-        second.mul_(_BETA2).addcmul_(gradient, gradient, value=1.0 - _BETA2)
-        root = torch.sqrt(second, out=self._buffers[5])
-        root.div_(math.sqrt(1.0 - _BETA2**step)).add_(_EPSILON)
-        value.addcdiv_(first, root, value=-self.settings.lr / (1.0 - _BETA1**step))
+    def _adam(self, value: Tensor, gradient: Tensor, moments: Tensor) -> None:
+        first, second = moments
+        adam_step(value, gradient, first, second, self.epoch + 1, self.settings.lr, self._buffers[5])
 
     def _tidy(self) -> None:
         """Forget moments too small to matter, and store together the households that are often open.

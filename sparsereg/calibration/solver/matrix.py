@@ -10,17 +10,14 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
+
+from sparsereg.linalg.threads import in_turns
 
 _ENTRIES_PER_LANE = 250_000
 """Fewer entries than this are not worth handing to a second thread (about 0.2 ms of work)."""
@@ -83,32 +80,6 @@ def household_matrix(
     return CompiledMatrix(by_household)
 
 
-_threads: ContextVar[int | None] = ContextVar("threads", default=None)
-
-
-@contextmanager
-def quiet_threads() -> Iterator[None]:
-    """Give torch's threads to the compiled loops for a while; torch itself computes in one.
-
-    Torch's threads spin while they wait for each other, which on a machine with other work costs many times
-    what they save on vectors of this size.
-    """
-    number = torch.get_num_threads()
-    token = _threads.set(_threads.get() or number)
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(number)
-        _threads.reset(token)
-
-
-@lru_cache(maxsize=4)
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    """Threads that sleep while there is nothing to do (OpenMP's would spin)."""
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="calibration")
-
-
 class CompiledMatrix:
     """The matrix on the CPU, with numba's loops.
 
@@ -145,18 +116,11 @@ class CompiledMatrix:
         """Call a kernel for every lane, in threads if torch may use several."""
         from sparsereg.calibration.solver import kernels
 
-        kernel = getattr(kernels, name)
         calls = [
             (self._indptr[lane.start : lane.stop + 1], self._indices, self._data, *arguments)
             for lane, arguments in zip(self._lanes, per_lane, strict=True)
         ]
-        num_threads = min(_threads.get() or torch.get_num_threads(), len(calls))
-        if num_threads == 1:
-            for call in calls:
-                kernel(*call)
-        else:
-            for done in [_pool(num_threads).submit(kernel, *call) for call in calls]:
-                done.result()
+        in_turns(getattr(kernels, name), calls)
 
     def totals(self, weights: Tensor) -> Tensor:
         """See ``HouseholdMatrix``."""

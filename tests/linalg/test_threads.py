@@ -1,0 +1,60 @@
+"""Calls in threads: order, errors, calls within calls, forks, and what quiet_threads leaves behind."""
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+
+from sparsereg.linalg.threads import in_turns, num_threads, quiet_threads
+
+
+@pytest.fixture(autouse=True)
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def squares(numbers):
+    return in_turns(lambda n: n * n, [(n,) for n in numbers])
+
+
+def test_results_come_in_order():
+    assert squares(range(100)) == [n * n for n in range(100)]
+    assert squares([]) == []
+
+
+def test_several_threads_work_at_once():
+    meeting = threading.Barrier(3, timeout=30)
+    in_turns(meeting.wait, [()] * 3)
+
+
+def test_calls_within_calls_do_not_wait_for_each_other():
+    assert in_turns(lambda n: sum(squares(range(n))), [(n,) for n in range(30)]) == [
+        sum(k * k for k in range(n)) for n in range(30)
+    ]
+
+
+def test_an_error_of_any_call_is_told():
+    for wrong in (0, 57, 99):
+        with pytest.raises(ZeroDivisionError):
+            in_turns(lambda n, wrong=wrong: 1 / (n - wrong), [(n,) for n in range(100)])
+    assert squares(range(5)) == [0, 1, 4, 9, 16]
+
+
+def test_quiet_threads_leaves_the_number_to_loops_and_gives_it_back():
+    with quiet_threads():
+        assert (torch.get_num_threads(), num_threads()) == (1, 4)
+        with quiet_threads():
+            assert (torch.get_num_threads(), num_threads()) == (1, 4)
+        assert (torch.get_num_threads(), num_threads()) == (1, 4)
+    assert (torch.get_num_threads(), num_threads()) == (4, 4)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own():
+    assert squares(range(20)) == [n * n for n in range(20)]
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(squares, (range(20),)).get(timeout=60) == [n * n for n in range(20)]
