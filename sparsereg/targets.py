@@ -61,7 +61,7 @@ def call(spec: Mapping[str, Any], key: str, first: tuple[Any, ...] = (), **offer
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{said}: {type(error).__name__}: {error}{_place(error)}") from error
+        raise InputError(f"{said}: {type(error).__name__}: {error}{place(error)}") from error
 
 
 def locate(target: Any, key: str) -> Callable[..., Any]:
@@ -109,7 +109,7 @@ def _module(path: list[str], said: str) -> tuple[ModuleType, list[str]]:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name != name:
-                raise InputError(f"{said}: {name} cannot be imported: {error}{_place(error)}") from error
+                raise InputError(f"{said}: {name} cannot be imported: {error}{place(error)}") from error
             if module is None:
                 raise InputError(
                     f"{said}: there is no module {name!r} in {os.getcwd()} or among what is installed; run"
@@ -118,7 +118,7 @@ def _module(path: list[str], said: str) -> tuple[ModuleType, list[str]]:
             return module, path[i - 1 :]
         except Exception as error:
             raise InputError(
-                f"{said}: {name} cannot be imported: {type(error).__name__}: {error}{_place(error)}"
+                f"{said}: {name} cannot be imported: {type(error).__name__}: {error}{place(error)}"
             ) from error
     assert module is not None
     return module, path[-1:]
@@ -202,8 +202,8 @@ def _signature(target: Callable[..., Any]) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _place(error: BaseException) -> str:
-    """Say where an error was raised: the last line of the user's own file."""
+def place(error: BaseException) -> str:
+    """Say, in brackets, where an error was raised: the last line of the user's own file; "" if in none."""
     if isinstance(error, SyntaxError):
         return ""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(".py")]

@@ -727,7 +727,7 @@ def rebuild(given: Evaluation, named: Set[str]) -> tuple[Training, Checkpoint]:
     left_out = ("trainer", "logger", *NEVER_INHERITED)
     settings = {k: v for k, v in checkpoint.config.items() if k not in left_out}
     settings["callbacks"] = own_callbacks(checkpoint.config)
-    if targets.is_own(settings.get("optimizer")):
+    if targets.code_in(settings.get("optimizer")):
         del settings["optimizer"]  # nothing is trained here
     return inherit(read(Training, shared), settings, named, checkpoint.named), checkpoint
 

@@ -50,9 +50,14 @@ class Optimizer(Settings):
     )
     betas: tuple[float, float] = setting((0.9, 0.999), "used by adamw", within("[0, 1)"))
     momentum: float = setting(0.9, "used by sgd", within("[0, 1)"))
-    schedule: str = setting("cosine", "of the learning rate over the epochs", choices=SCHEDULES)
+    schedule: str | Mapping[str, Any] = setting(
+        "cosine", "of the learning rate over the epochs, or schedule._target_=your own", choices=SCHEDULES
+    )
     schedule_epochs: int = setting(30, "length of the schedule", count())
-    warmup_epochs: float = setting(1.0, "epochs of linear increase", NOT_NEGATIVE)
+    schedule_interval: str = setting(
+        "epoch", "what a schedule of torch.optim.lr_scheduler counts", choices=("epoch", "step")
+    )
+    warmup_epochs: float = setting(1.0, "epochs of linear increase; not with your own", NOT_NEGATIVE)
     final_lr_ratio: float = setting(0.0, "learning rate at the end over the peak", NOT_NEGATIVE)
     milestones: tuple[float, ...] = setting((), "epochs, used by multistep", NOT_NEGATIVE, empty=True)
     gamma: float = setting(0.1, "factor at each of them", POSITIVE)
@@ -63,7 +68,12 @@ class Optimizer(Settings):
         return OwnOptimizer if is_own(given) else cls
 
     def check(self) -> None:
-        """A schedule of steps has some."""
+        """A schedule of steps has some, and one that is no name is code of the user's."""
+        if not isinstance(self.schedule, str) and not is_own(self.schedule):
+            raise Contradiction(
+                f"{{}}schedule={shown(self.schedule)}: expected one of {', '.join(SCHEDULES)}, or your own as"
+                " {}schedule._target_=my_module.my_schedule"
+            )
         if self.schedule == "multistep" and not self.milestones:
             raise Contradiction("{}schedule=multistep needs the epochs of its steps: give {}milestones=[...]")
 
@@ -83,7 +93,7 @@ class OwnOptimizer(Optimizer):
     weight_decay: float = again(Optimizer, "weight_decay", 0.0, "of the weights")
     betas: tuple[float, float] = again(Optimizer, "betas", (0.9, 0.999), key=False)
     momentum: float = again(Optimizer, "momentum", 0.9, key=False)
-    schedule: str = again(Optimizer, "schedule", "constant")
+    schedule: str | Mapping[str, Any] = again(Optimizer, "schedule", "constant")
     warmup_epochs: float = again(Optimizer, "warmup_epochs", 0.0)
     _target_: str | None = setting(None, "package.module.Class, of a torch.optim.Optimizer")
     arguments: Mapping[str, Any] = setting(dict, "of that class")

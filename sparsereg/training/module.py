@@ -181,8 +181,8 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimizer and step its schedule after every batch."""
         optimizer = build_optimizer(self.net, self.optimizer_settings)
-        factor = learning_rate(self.optimizer_settings)
         steps = self._scheduled_steps = max(steps_per_epoch(self.trainer), 1.0)
+        factor = learning_rate(self.optimizer_settings, steps)
 
         def scheduled(step: int) -> float:
             return factor(step / steps)

@@ -10,11 +10,19 @@ from sparsereg import targets
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 from sparsereg.training.config import Optimizer, OwnOptimizer
+from sparsereg.training.own_schedule import own_learning_rate
 from sparsereg.training.schedules import learning_rate_factor
 
 
-def learning_rate(settings: Optimizer) -> Callable[[float], float]:
-    """Return the learning rate over its peak as a function of the epoch."""
+def learning_rate(settings: Optimizer, steps_per_epoch: float) -> Callable[[float], float]:
+    """Return the learning rate over its peak as a function of the epoch, which may be a fraction.
+
+    Args:
+        settings: the configuration group ``optimizer``.
+        steps_per_epoch: > 0; for a schedule of the user's that counts steps.
+    """
+    if not isinstance(settings.schedule, str):
+        return own_learning_rate(settings.schedule, settings, steps_per_epoch)
     return learning_rate_factor(
         settings.schedule,
         epochs=settings.schedule_epochs,
@@ -23,6 +31,24 @@ def learning_rate(settings: Optimizer) -> Callable[[float], float]:
         milestones=settings.milestones,
         gamma=settings.gamma,
     )
+
+
+def check_own_code(net: nn.Module, settings: Optimizer, epochs: int | None, steps_per_epoch: float) -> None:
+    """Make the optimizer and ask for the learning rate of each epoch, so that errors show before training.
+
+    Args:
+        net: the network.
+        settings: the configuration group ``optimizer``.
+        epochs: of the run; None or -1: there is no limit, and only the first is asked for.
+        steps_per_epoch: > 0.
+
+    Raises:
+        InputError: code of the user's cannot be used.
+    """
+    build_optimizer(net, settings)
+    factor = learning_rate(settings, steps_per_epoch)
+    for epoch in range(1 if epochs is None or epochs < 0 else epochs):
+        factor(float(epoch))
 
 
 def build_optimizer(net: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:

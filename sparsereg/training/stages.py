@@ -32,7 +32,7 @@ from sparsereg.training.config import Training
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.loggers import build_loggers
 from sparsereg.training.module import Classifier
-from sparsereg.training.optimizers import build_optimizer
+from sparsereg.training.optimizers import check_own_code
 from sparsereg.training.results import count_summary, gate_summary, metric, target_summary
 from sparsereg.training.tensorboard import METRICS, in_order
 from sparsereg.zoo.config import CompactedModel
@@ -274,11 +274,12 @@ def _assemble(
         callbacks, _ = build.build_callbacks(cfg, data, accountant, Path("unused"), False, path)
         resume.check_state(resumed, net, cfg.optimizer, build.build_trainer(cfg, []), callbacks)
     module = build.build_module(cfg, net, data, structure, teacher, before)
-    build_optimizer(net, cfg.optimizer)  # what is wrong with the user's shows before anything is trained
+    num_batches = build.batches_per_epoch(cfg, data)
+    steps = max(num_batches / cfg.trainer.accumulate_grad_batches, 1.0)
+    check_own_code(net, cfg.optimizer, cfg.trainer.max_epochs, steps)
     folder = make_folder()  # last of what can fail, so that a wrong input leaves none
     try:
         loggers = build_loggers(cfg.logger, folder if before is None else folder / "finetune")
-        num_batches = build.batches_per_epoch(cfg, data)
         callbacks, timer = build.build_callbacks(cfg, data, accountant, folder, bool(loggers), path)
         trainer = build.build_trainer(cfg, callbacks, loggers, folder, num_batches, data.num_val == 0)
     except InputError:

@@ -223,3 +223,158 @@ def test_sweep_knows_when_own_code_has_changed(run, own):
     (own / "own_nets.py").write_text((own / "own_nets.py").read_text() + "\n# changed\n")
     assert "finished before" not in run(*sweep).out
     assert json.loads((run(*sweep).path.parent / "0" / "job.json").read_text())["status"] == "skipped"
+
+
+# ---- a schedule of the learning rate
+
+SCHEDULE = "optimizer.schedule._target_=own_schedules.Triangle"
+BATCHES = 2  # of an epoch: 200 images, 100 at a time
+
+
+@pytest.fixture
+def schedules(own):
+    (own / "own_schedules.py").write_text(
+        textwrap.dedent("""
+        class Triangle:
+            def __init__(self, period=2.0, epochs=None):
+                self.period, self.epochs = period, epochs
+
+            def __call__(self, epoch):
+                return abs(epoch / self.period % 2 - 1)
+
+        def halves(optimizer, every):
+            from torch.optim import lr_scheduler
+            return lr_scheduler.StepLR(optimizer, every, 0.5)
+
+        def text():
+            return "no schedule"
+
+        def negative():
+            return lambda epoch: 1 - epoch
+
+        def breaks():
+            return lambda epoch: 1 / (2 - epoch)
+
+        def another():
+            import torch
+            model = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+            return torch.optim.lr_scheduler.StepLR(model, 1)
+        """)
+    )
+    yield own
+    __import__("sys").modules.pop("own_schedules", None)
+
+
+def rates(run, folder) -> list[float]:
+    """Learning rate of the weights in each step of a run, from its metrics.csv."""
+    lines = [line.split(",") for line in (folder / "csv" / "metrics.csv").read_text().splitlines()]
+    column = next(i for i, name in enumerate(lines[0]) if name.startswith("lr-") and name.endswith("weights"))
+    return [float(line[column]) for line in lines[1:] if line[column]]
+
+
+STEPS = ["data=digits", "data.image_size=8", "data.limit_train_images=200", "data.batch_size=100"]
+STEPS += ["model=lenet300", "trainer=cpu", "trainer.enable_progress_bar=false", "logger=csv"]
+STEPS += ["trainer.log_every_n_steps=1", "optimizer.lr=0.004"]
+ONE_CYCLE = "optimizer.schedule._target_=torch.optim.lr_scheduler.OneCycleLR"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (SCHEDULE, [1, 0.75, 0.5, 0.25, 0, 0.25]),
+        (f"{SCHEDULE} optimizer.schedule.period=1", [1, 0.5, 0, 0.5, 1, 0.5]),
+        (
+            "optimizer.schedule._target_=own_schedules.halves optimizer.schedule.every=2",
+            [1, 1, 1, 1, 0.5, 0.5],
+        ),
+        (
+            "optimizer.schedule._target_=torch.optim.lr_scheduler.ExponentialLR optimizer.schedule.gamma=0.5"
+            " optimizer.schedule_interval=step",
+            [1, 0.5, 0.25, 0.125, 0.0625, 0.03125],
+        ),
+    ],
+)
+def test_own_schedules(run, schedules, given, expected):
+    trained = run("train", *STEPS, "trainer.max_epochs=3", *given.split())
+    assert trained.code == 0, trained.err
+    assert rates(run, trained.folder) == pytest.approx([0.004 * f for f in expected], rel=1e-6)
+
+
+def test_one_cycle_knows_how_long_it_is(run, schedules):
+    cycle = [ONE_CYCLE, "optimizer.schedule.max_lr=0.01", "optimizer.schedule.cycle_momentum=false"]
+    cycle += ["optimizer.schedule_interval=step", "optimizer.schedule_epochs=3"]
+    trained = run("train", *STEPS, "trainer.max_epochs=3", *cycle)
+    assert trained.code == 0, trained.err
+    model = torch.optim.SGD([torch.zeros(1)], lr=0.004)
+    ours = torch.optim.lr_scheduler.OneCycleLR(model, 0.01, 3 * BATCHES, cycle_momentum=False)
+    expected = []
+    for _ in range(3 * BATCHES):
+        expected.append(ours.get_last_lr()[0])
+        model.step()
+        ours.step()
+    assert rates(run, trained.folder) == pytest.approx(expected, rel=1e-6)
+    longer = run("train", *STEPS, "trainer.max_epochs=5", *cycle)
+    assert longer.code == 2
+    assert "Tried to step 7 times" in longer.err
+    momentum = run("train", *STEPS, "trainer.max_epochs=3", *cycle[:2], *cycle[3:])
+    assert "it moves the momentum, too" in momentum.err
+
+
+@pytest.mark.parametrize("optimizer", [[], ["optimizer._target_=torch.optim.NAdam"]])
+def test_a_run_with_its_own_schedule_is_resumed(run, schedules, optimizer):
+    """2 + 2 epochs are 4, with the schedule named again; no checkpoint names it."""
+    own = [*optimizer, SCHEDULE, "optimizer.schedule.period=4"]
+    whole = run("train", *STEPS, "trainer.max_epochs=4", *own)
+    half = run("train", *STEPS, "trainer.max_epochs=2", *own)
+    assert half.code == 0, half.err
+    stored = torch.load(half.last, weights_only=True)["sparsereg"]["config"]["optimizer"]
+    assert stored["schedule"] == {"_target_": "own_schedules.Triangle", "period": 4}
+    resume = [f"ckpt_path={half.last}", "resume_training=true", "trainer.max_epochs=4", "logger=csv"]
+    resume += ["trainer.enable_progress_bar=false", *optimizer]
+    refused = run("train", *resume)
+    assert refused.code == 2
+    assert "add optimizer.schedule._target_=own_schedules.Triangle to the command line" in refused.err
+    resumed = run("train", *resume, SCHEDULE)
+    assert resumed.code == 0, resumed.err
+    one, other = (torch.load(r.last, weights_only=True)["state_dict"] for r in (whole, resumed))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    changed = run("train", *resume, SCHEDULE, "optimizer.schedule.period=8")
+    assert changed.code == 0, changed.err
+    assert "optimizer.schedule.period was 4, is 8 from here on" in changed.err + changed.out
+    usual = run("train", *resume, "optimizer.schedule=constant")
+    assert usual.code == 0, usual.err
+    tested = run("test", f"ckpt_path={half.last}", "trainer=cpu")  # nothing is trained: no schedule is needed
+    assert tested.code == 0, tested.err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "own_schedules.text",
+            "own_schedules.text: expected a function of the epoch, or a torch.optim.lr_sch",
+        ),
+        ("own_schedules.negative", "own_schedules.negative at epoch 2: expected a number >= 0"),
+        ("own_schedules.breaks", "own_schedules.breaks at epoch 2: ZeroDivisionError: "),
+        ("own_schedules.another", "expected a scheduler of the argument 'optimizer' that it is given"),
+        ("own_schedules.no", "has no 'no'"),
+        ("torch.optim.lr_scheduler.ReduceLROnPlateau", "it waits for a metric"),
+        ("torch.optim.lr_scheduler.StepLR", "missing a required argument: 'step_size'"),
+        ("null", "optimizer.schedule._target_=null: expected the name of a class"),
+    ],
+)
+def test_wrong_schedules_are_one_line(run, schedules, given, message):
+    outcome = run("train", *STEPS, "trainer.max_epochs=3", f"optimizer.schedule._target_={given}")
+    assert outcome.code == 2, outcome.err
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not list(schedules.glob("outputs/train/tblog/*/version_*"))
+
+
+def test_a_schedule_without_a_name_is_refused(run, schedules):
+    refused = run("train", *STEPS, "optimizer.schedule={period: 3}")
+    assert refused.code == 2
+    assert (
+        "optimizer.schedule={period: 3}: expected one of constant, cosine, multistep, or your own"
+        in refused.err
+    )
