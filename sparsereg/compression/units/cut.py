@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import BLANK, Labels
-from sparsereg.compression.units.program import Program, bound, name_of, plain_call
+from sparsereg.compression.units.program import Call, Program, bound, name_of, plain_call
 from sparsereg.compression.units.rules.table import rule_of
 from sparsereg.compression.units.solve import Units
 
@@ -29,21 +30,20 @@ class Cut:
         self.stays = torch.from_numpy(units.alive(set(gone)))
         self.labels: dict[Any, Any] = {n: v for n, v in units.labeller.axes.of.items() if v is not None}
         self.weights = {node: self._weight(node, value) for node, value in self.program.weights.items()}
-        self.arguments: tuple[Any, dict[str, Any]] = ((), {})
 
     def run(self, *inputs: Any) -> Any:
         """What the smaller network gives."""
-        return self.program.run(self.weights, *inputs, call=self._call)
+        return self.program.run(self.weights, *inputs, calls=self.calls)
 
-    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        rule = rule_of(node)
-        if rule is None or rule.call is None or node not in self.labels:
-            return plain_call(node, args, kwargs)
-        self.arguments = (args, kwargs)
-        schema = node.target._schema  # type: ignore[union-attr]
-        values = {**bound(node), **kwargs}
-        values.update({schema.arguments[i].name: value for i, value in enumerate(args)})
-        return rule.call(self, node, bound(node), values)
+    @cached_property
+    def calls(self) -> dict[fx.Node, Call]:
+        """How each operation is called that has to be called in another way."""
+        found = {}
+        for node in self.program.calls:
+            rule = rule_of(node)
+            if rule is not None and rule.call is not None and node in self.labels:
+                found[node] = rule.call(self, node, self.program.arguments(node))
+        return found
 
     def alive_along(self, labels: Labels, axis: int) -> Tensor:
         """Which positions along an axis are left, (size,)."""

@@ -65,43 +65,105 @@ class Program:
         last: fx.Node = next(node for node in reversed(self.graph.nodes) if node.op == "output")
         return last
 
-    def run(self, weights: Mapping[fx.Node, Tensor], *inputs: Any, call: Any = None) -> Any:
+    def run(
+        self,
+        weights: Mapping[fx.Node, Tensor],
+        *inputs: Any,
+        call: Any = None,
+        calls: Mapping[fx.Node, Call] | None = None,
+    ) -> Any:
         """Run the graph with other weights.
 
         Args:
             weights: for every placeholder that is not an input.
             inputs: as the network takes them, flat.
             call: computes a node from its arguments; the node's own function if None.
+            calls: other functions and arguments for some of the nodes.
         """
         env: dict[fx.Node, Any] = {}
         given = iter(inputs)
+
+        def value(leaf: Any) -> Any:
+            if isinstance(leaf, Scaled):
+                return env[leaf.node] * leaf.left // leaf.whole
+            return env[leaf] if isinstance(leaf, fx.Node) else leaf
+
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 env[node] = weights[node] if node in weights else next(given)
             elif node.op == "call_function":
-                args = fx.node.map_arg(node.args, lambda n: env[n])
-                kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
-                env[node] = (call or plain_call)(node, args, kwargs)
+                own = (calls or {}).get(node) or Call(node.target, node.args, node.kwargs)
+                args, kwargs = (fx.node.map_aggregate(part, value) for part in (own.args, own.kwargs))
+                env[node] = call(node, args, kwargs) if call else called(own.target, args, kwargs)
             elif node.op == "output":
-                return fx.node.map_arg(node.args[0], lambda n: env[n])
+                return fx.node.map_aggregate(node.args[0], value)
         raise AssertionError("a graph without output")
+
+    def arguments(self, node: fx.Node) -> dict[str, Any]:
+        """Arguments of a node by name; sizes that are computed are those of the example."""
+
+        def value(leaf: Any) -> Any:
+            number = self.values.get(leaf) if isinstance(leaf, fx.Node) else None
+            return number if isinstance(number, int | float) else leaf
+
+        return {name: fx.node.map_aggregate(v, value) for name, v in bound(node).items()}
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A size that is known only when the network runs, times a fraction: of what is left of an axis.
+
+    Attributes:
+        node: the size of the whole axis.
+        left: positions that are left on the example.
+        whole: positions that there were.
+    """
+
+    node: fx.Node
+    left: int
+    whole: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """How an operation is called on what is left.
+
+    Attributes:
+        target: the function.
+        args: nodes of the whole network stand for what is left of their tensors; tensors are constants.
+        kwargs: the same by name.
+    """
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def plain_call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """Call a node's function; one that writes in place writes into a copy."""
-    target: Any = node.target
-    if name_of(node).endswith("_") and args and isinstance(args[0], Tensor):
+    return called(node.target, args, kwargs)
+
+
+def called(target: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function of the graph; one that writes in place writes into a copy."""
+    name = op_name(target)
+    if name.endswith("_") and args and isinstance(args[0], Tensor):
         args = (args[0].clone(), *args[1:])
-    if name_of(node) == "view":  # labels and cut tensors need not lie as the original did
+    if name == "view":  # labels and cut tensors need not lie as the original did
         return torch.reshape(args[0], args[1])
     return target(*args, **kwargs)
 
 
 def name_of(node: fx.Node) -> str:
     """Name of a node's operation without namespace and overload: ``conv2d``, ``add``, ``getitem``."""
-    schema = getattr(node.target, "_schema", None)
+    return op_name(node.target)
+
+
+def op_name(target: Any) -> str:
+    """Name of an operation without namespace and overload."""
+    schema = getattr(target, "_schema", None)
     if schema is None:
-        return str(getattr(node.target, "__name__", node.target))
+        return str(getattr(target, "__name__", target))
     return str(schema.name).partition("::")[2]
 
 
@@ -151,12 +213,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     """
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            exported = torch.export.export(model, args, kwargs or None, strict=False)
-            if any(name_of(n) in _MUTATING for n in exported.graph.nodes if n.op == "call_function"):
-                exported = exported.run_decompositions({})
-        except Exception as error:
-            raise InputError(_why(model, error)) from error
+        exported, args, kwargs = _export(model, args, kwargs)
     signature = exported.graph_signature
     named = {
         **signature.inputs_to_parameters,
@@ -187,6 +244,40 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     program.values.update(weights)
     program.values.update(zip(inputs, flat, strict=True))
     return program
+
+
+def _export(model: nn.Module, args: Any, kwargs: Any) -> tuple[torch.export.ExportedProgram, Any, Any]:
+    """Export a network for any batch size and length of sequences, or else for those of the example."""
+    pair = torch.utils._pytree.tree_map(_two, (args, kwargs))  # a size of one cannot be told from no size
+    try:
+        exported = torch.export.export(
+            model, pair[0], pair[1] or None, dynamic_shapes=_any_size(pair), strict=False
+        )
+    except Exception:
+        pair = (args, kwargs)
+        try:
+            exported = torch.export.export(model, args, kwargs or None, strict=False)
+        except Exception as error:
+            raise InputError(_why(model, error)) from error
+    if any(name_of(n) in _MUTATING for n in exported.graph.nodes if n.op == "call_function"):
+        exported = exported.run_decompositions({})
+    return exported, *pair
+
+
+def _two(x: Any) -> Any:
+    """Two examples in place of one."""
+    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
+
+
+def _any_size(example: Any) -> torch.export.ShapesCollection:
+    """The sizes that may differ from call to call: of the batch, and the length of sequences."""
+    sizes = torch.export.ShapesCollection()
+    for x in torch.utils._pytree.tree_leaves(example):
+        if isinstance(x, Tensor) and x.dim():
+            tokens = x.dim() == 2 and not x.is_floating_point()
+            dims = (0, 1) if tokens or x.dim() == 3 else (0,)
+            sizes[x] = dict.fromkeys(dims, torch.export.Dim.AUTO)
+    return sizes
 
 
 def _why(model: nn.Module, error: Exception) -> str:

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from sparsereg.compression.units.labels import FIRST, Grid, Ints, Labels, live, varying
-from sparsereg.compression.units.program import name_of, plain_call
-from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, rule
+from sparsereg.compression.units.program import Call, name_of
+from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
 
 BATCH = "ABCDEFGH"
 
@@ -176,11 +176,9 @@ def _tie_rows(
         x.axes.equal(rows, np.ravel(units), name_of(node), node)
 
 
-def _attention_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _attention_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     """The scale is that of the original size of a head."""
-    args, kwargs = cut.arguments
-    scale = a["scale"] or 1 / math.sqrt(cut.program.values[a["query"]].shape[-1])
-    return plain_call(node, args, {**kwargs, "scale": scale})
+    return replaced(node, scale=a["scale"] or 1 / math.sqrt(cut.program.values[a["query"]].shape[-1]))
 
 
 @rule("scaled_dot_product_attention", call=_attention_call)

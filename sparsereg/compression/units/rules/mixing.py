@@ -8,8 +8,8 @@ import numpy as np
 from torch import fx
 
 from sparsereg.compression.units.labels import LIVE, Grid, Ints, Labels, along
-from sparsereg.compression.units.program import name_of, plain_call
-from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, rule
+from sparsereg.compression.units.program import Call, name_of
+from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
 
 
 @rule("linear")
@@ -36,24 +36,18 @@ def _dense(x: Labeller, node: fx.Node, source: Any, weight: Any, bias: Any, out:
     return along(units, len(shape) - 1, shape)
 
 
-def _conv_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _conv_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     """A grouped convolution has as many groups as are left."""
     groups = _groups(a)
     if groups == 1:
-        return plain_call(node, *cut.arguments)
-    args, kwargs = cut.arguments
-    whole = cut.program.values[a["weight"]]
+        return replaced(node)
+    whole, left = cut.program.values[a["weight"]], cut.weights[a["weight"]].shape
     if _transposed(node, a):
-        left = v["weight"].shape[0] * groups // whole.shape[0]
-    else:
-        left = v["input"].shape[1] // v["weight"].shape[1]
-    names = [s.name for s in node.target._schema.arguments]  # type: ignore[union-attr]
-    position = names.index("groups")
-    if position < len(args):
-        args = (*args[:position], left, *args[position + 1 :])
-    else:
-        kwargs = {**kwargs, "groups": left}
-    return plain_call(node, args, kwargs)
+        return replaced(node, groups=left[0] * groups // whole.shape[0])
+    labels = cut.labels.get(a["input"])
+    axis = cut.program.values[a["input"]].dim() - whole.dim() + 1
+    come = cut.left(labels, axis) if labels is not None else cut.program.values[a["input"]].shape[axis]
+    return replaced(node, groups=come // left[1])
 
 
 def _groups(a: dict[str, Any]) -> int:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import Labels
-from sparsereg.compression.units.program import name_of, plain_call
-from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, rule
+from sparsereg.compression.units.program import Call, Scaled, bound, name_of, plain_call
+from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
 
 _ON_FLOATS = """
     pad upsample_nearest1d upsample_nearest2d upsample_nearest3d unfold im2col pixel_shuffle pixel_unshuffle
@@ -60,59 +60,74 @@ def _moved(x: Labeller, node: fx.Node, floats: bool = False) -> Any:
     return tuple(r.round().int() if floats else r for r in result)
 
 
-def _resized(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _resized(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     """View or expand to the sizes that are left."""
+    if name_of(node) not in ("view", "reshape", "_unsafe_view", "expand", "unflatten"):
+        return replaced(node)
+    key = "sizes" if name_of(node) == "unflatten" else "shape" if name_of(node) == "reshape" else "size"
     labels = cut.labels[node]
-    size = [cut.left(labels, axis) for axis in range(labels.dim())]
-    if name_of(node) in ("expand", "expand_as"):
-        return v["self"].expand(size)
-    return v["self"].reshape(size)
+    asked = list(bound(node)[key])
+    first = a["dim"] % cut.program.values[a["self"]].dim() if key == "sizes" else labels.dim() - len(asked)
+    sizes = [left_of(cut, labels, first + i, size) for i, size in enumerate(asked)]
+    return replaced(node, **{key: sizes})
 
 
-def _split_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def left_of(cut: Smaller, labels: Labels, axis: int, size: Any) -> Any:
+    """A size that an operation is given, for what is left along an axis."""
+    left, whole = cut.left(labels, axis), labels.shape[axis]
+    if left == whole or size == -1:
+        return size
+    return Scaled(size, left, whole) if isinstance(size, fx.Node) else left
+
+
+def _split_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     parts = cut.labels[node]
-    source = cut.labels.get(a["self"])
-    rank = (source if source is not None else cut.program.values[a["self"]]).dim()
-    axis = (a.get("dim") or 0) % rank
-    return torch.split(v["self"], [cut.left(part, axis) for part in parts], axis)
+    axis = (a.get("dim") or 0) % parts[0].dim()
+    sizes = [cut.left(part, axis) for part in parts]
+    if sizes == [part.shape[axis] for part in parts]:
+        return replaced(node)
+    return Call(torch.ops.aten.split_with_sizes.default, (node.args[0], sizes, axis))
 
 
-def _slice_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
-    labels = cut.labels.get(a["self"])
-    axis = a["dim"] or 0
+def _slice_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    labels = cut.labels.get(node.args[0])
     if labels is None:
-        return plain_call(node, *cut.arguments)
+        return replaced(node)
+    axis = (a["dim"] or 0) % labels.dim()
     alive = cut.alive_along(labels, axis)
-    index = torch.arange(len(alive))[slice(a["start"], a["end"], a["step"])]
+    if bool(alive.all()):
+        return replaced(node)
     chosen = torch.zeros(len(alive), dtype=torch.bool)
-    chosen[index] = True
-    return v["self"].index_select(axis, chosen[alive].nonzero().flatten())
+    chosen[slice(a["start"], a["end"], a["step"])] = True
+    index = chosen[alive].nonzero().flatten()
+    if len(index) and len(index) == int(index[-1] - index[0]) + 1:
+        return replaced(node, dim=axis, start=int(index[0]), end=int(index[-1]) + 1, step=1)
+    return Call(torch.ops.aten.index_select.default, (node.args[0], axis, index))
 
 
-def _select_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
-    labels = cut.labels.get(a["self"])
+def _select_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    labels = cut.labels.get(node.args[0])
     if labels is None:
-        return plain_call(node, *cut.arguments)
+        return replaced(node)
     alive = cut.alive_along(labels, a["dim"])
     index = a["index"] % len(alive)
-    return v["self"].select(a["dim"], int(alive[:index].sum()))
+    return replaced(node, index=int(alive[:index].sum())) if not bool(alive.all()) else replaced(node)
 
 
-def _index_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
+def _index_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     """Look up positions that are left along an axis of which some have gone."""
-    labels = cut.labels.get(a["self"])
+    labels = cut.labels.get(node.args[0])
     if labels is None:
-        return plain_call(node, *cut.arguments)
-    indices: list[Tensor | None] = []
-    for axis, index in enumerate(v["indices"]):
-        if index is None:
-            indices.append(None)
+        return replaced(node)
+    indices: list[Any] = []
+    for axis, source in enumerate(bound(node)["indices"]):
+        alive = cut.alive_along(labels, axis) if source is not None else None
+        if alive is None or bool(alive.all()):
+            indices.append(source)
             continue
-        alive = cut.alive_along(labels, axis)
-        place = alive.long().cumsum(0) - 1
-        index = index[alive[index]] if not bool(alive.all()) else index
-        indices.append(place[index])
-    return torch.ops.aten.index.Tensor(v["self"], indices)
+        index = cut.program.values[source]
+        indices.append((alive.long().cumsum(0) - 1)[index[alive[index]]])
+    return replaced(node, indices=indices)
 
 
 @rule(*_VIEWS, call=_resized)

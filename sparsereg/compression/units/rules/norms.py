@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import Labels
-from sparsereg.compression.units.program import name_of, plain_call
-from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, rule
+from sparsereg.compression.units.program import Call, name_of
+from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
 
 
 @rule(
@@ -35,10 +35,10 @@ def batch_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     return (made, *(torch.full(v.shape, 1, dtype=torch.int32) for v in x.program.values[node][1:]))
 
 
-def _layer_norm_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
-    args, kwargs = cut.arguments
-    rank = len(args[1])
-    return plain_call(node, (args[0], list(args[0].shape[-rank:]), *args[2:]), kwargs)
+def _layer_norm_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    labels = cut.labels[node]
+    rank = len(a["normalized_shape"])
+    return replaced(node, normalized_shape=[cut.left(labels, labels.dim() - rank + i) for i in range(rank)])
 
 
 @rule("layer_norm", "rms_norm", "native_layer_norm", call=_layer_norm_call)
@@ -61,11 +61,9 @@ def layer_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     return torch.from_numpy(units).int().expand(labels.shape)
 
 
-def _group_norm_call(cut: Smaller, node: fx.Node, a: dict[str, Any], v: dict[str, Any]) -> Any:
-    args, kwargs = cut.arguments
-    whole = cut.program.values[a["input"]].shape[1]
-    left = args[0].shape[1] * a["num_groups"] // whole
-    return plain_call(node, (args[0], left, *args[2:]), kwargs)
+def _group_norm_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    labels = cut.labels[node]
+    return replaced(node, num_groups=cut.left(labels, 1) * a["num_groups"] // labels.shape[1])
 
 
 @rule("group_norm", call=_group_norm_call)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import Axes, Ints, Labels, live
-from sparsereg.compression.units.program import Program, bound, name_of
+from sparsereg.compression.units.program import Call, Program, name_of
 
 
 class Dead(IntEnum):
@@ -29,12 +29,12 @@ class Smaller(Protocol):
     Attributes:
         program: the whole network.
         labels: of each tensor; a tuple of them for several.
-        arguments: positional arguments and keyword arguments of the call, as values.
+        weights: what is left of each.
     """
 
     program: Program
     labels: dict[Any, Any]
-    arguments: tuple[Any, dict[str, Any]]
+    weights: dict[fx.Node, Tensor]
 
     def alive_along(self, labels: Labels, axis: int) -> Tensor:
         """Which positions along an axis are left, bool (size,)."""
@@ -45,8 +45,8 @@ class Smaller(Protocol):
 
 Label = Callable[["Labeller", fx.Node, dict[str, Any]], "Labels | tuple[Labels, ...] | None"]
 """Labels of a node's output from the labels of its inputs; None where nothing can go."""
-Call = Callable[[Smaller, fx.Node, dict[str, Any], dict[str, Any]], Any]
-"""Computes a node on what is left: gets the cut, the node, arguments as nodes, and as values."""
+Rewrite = Callable[[Smaller, fx.Node, dict[str, Any]], Call]
+"""How a node is called on what is left: gets the cut, the node and its arguments by name."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Rule:
     """
 
     label: Label
-    call: Call | None = None
+    call: Rewrite | None = None
 
 
 RULES: dict[str, Rule] = {}
 """Rules by the name of the operation in ``torch.ops.aten``, without a trailing underscore."""
 
 
-def rule(*names: str, call: Call | None = None) -> Callable[[Label], Label]:
+def rule(*names: str, call: Rewrite | None = None) -> Callable[[Label], Label]:
     """Register a labelling function for operations."""
 
     def register(label: Label) -> Label:
@@ -122,7 +122,7 @@ class Labeller:
             return
         before = max((self.dead.get(n, Dead.ZERO) for n in node.all_input_nodes), default=Dead.ZERO)
         self.dead[node] = before
-        self.axes.of[node] = known.label(self, node, bound(node))
+        self.axes.of[node] = known.label(self, node, self.program.arguments(node))
 
     def _keep_inputs(self, node: fx.Node) -> None:
         """An operation without a rule: everything that it touches stays, and it is named."""
@@ -244,6 +244,18 @@ class Labeller:
         if isinstance(source, fx.Node) and self.dead.get(source, Dead.ZERO) is not Dead.ZERO:
             self.axes.fix(found, f"{what} sums over values that are not zero when it is gone", node)
         return found
+
+
+def replaced(node: fx.Node, **values: Any) -> Call:
+    """The call of a node as it stands, but for some arguments, by name."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for i, argument in enumerate(schema.arguments):
+        if argument.name in values and i < len(args):
+            args[i] = values[argument.name]
+        elif argument.name in values:
+            kwargs[argument.name] = values[argument.name]
+    return Call(node.target, tuple(args), kwargs)
 
 
 def _tensors(value: Any) -> bool:
