@@ -437,6 +437,9 @@ class CalibrationRun(Settings):
     compare: tuple[str, ...] | None = setting(
         None, "instead of a calibration: the folders of two runs, compare=RUN1,RUN2"
     )
+    start: str | None = setting(
+        None, "weights of an earlier calibration to start from: a table with id and weight, or a run's folder"
+    )
     ckpt_path: str | None = setting(None, "the checkpoint of an interrupted run, to continue it")
     checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", NOT_NEGATIVE)
     weights_format: str = setting("csv", "csv or parquet", choices=WEIGHT_FORMATS)

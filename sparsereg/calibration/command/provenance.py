@@ -15,6 +15,7 @@ from typing import Any
 
 import sparsereg
 from sparsereg.calibration.config import CalibrationRun
+from sparsereg.calibration.reading.start import start_file
 from sparsereg.settings import flat, plain
 
 _PACKAGES = ("numpy", "scipy", "torch", "pandas", "pyarrow", "numba")
@@ -65,8 +66,10 @@ class Provenance:
 def _files(cfg: CalibrationRun) -> Iterator[tuple[str, Path]]:
     """Return every file that a setting names, with the key of the setting."""
     for key, value in flat(plain(cfg)).items():
-        if key.rpartition(".")[2] in _FILES and isinstance(value, str) and Path(value).is_file():
-            yield key, Path(value)
+        if key.rpartition(".")[2] in _FILES and isinstance(value, str):
+            file = start_file(value) if key == "start" else Path(value)
+            if file.is_file():
+                yield key, file
 
 
 def _described(key: str, file: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from sparsereg.calibration.reading.design import Variable, read_design, read_var
 from sparsereg.calibration.reading.households import Source
 from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.reading.sources import read_problem, touchable
+from sparsereg.calibration.reading.start import read_start
 from sparsereg.calibration.reporting import tables as report
 from sparsereg.calibration.reporting.page.page import Contents, write_page
 from sparsereg.calibration.reporting.recorder import Recorder
@@ -91,7 +92,8 @@ def run(cfg: CalibrationRun) -> Path:
         read = time.perf_counter()
         solver = _with_columns(replace(cfg.solver(), device=device_of(cfg.device)), task.columns)
         fitted, solver = _with_pseudo_targets(task, solver, cfg.num_households)
-        calibration = Calibration(fitted, cfg.num_households, solver)
+        ahead = None if cfg.start is None else read_start(cfg.start, fitted)
+        calibration = Calibration(fitted, cfg.num_households, solver, start=ahead)
         aside = calibration.set_aside
         more = set_aside(task.problem, aside[aside < task.problem.num_targets])
         if calibration.is_exact:
@@ -121,7 +123,7 @@ def run(cfg: CalibrationRun) -> Path:
         recorder.finish(result.loss, result.weights)
     results = measure(task.problem, result.weights)
     results |= {"loss": result.loss, "optimality": result.optimality, "kkt_violation": result.optimality}
-    results |= {"seconds": solved - read} | _bounds_told(result, solver)
+    results |= {"seconds": solved - read, "steps": result.steps} | _bounds_told(result, solver)
     results |= _settings_told(cfg)
     results["missing_households"] = max(0, (cfg.num_households or 0) - results["kept"])
     results["zero_initial_weights"] = int((task.problem.starting_weights == 0).sum())

@@ -113,7 +113,7 @@ def in_households(
     if absent.any():
         more = f" ({int(absent.sum())} such rows)" if absent.sum() > 1 else ""
         raise InputError(f"{lower}: {household_id} is missing in row {row(int(absent.argmax()))}{more}")
-    at = _positions(persons[household_id], households[key])
+    at = positions(persons[household_id], households[key])
     _refuse_strangers(at, persons[household_id], files, units)
     empty = np.flatnonzero(np.bincount(at, minlength=len(households)) == 0)
     if len(empty):
@@ -135,8 +135,13 @@ def _refuse_strangers(at: np.ndarray, ids: pd.Series, files: Sequence[str], unit
         )
 
 
-def _positions(ids: pd.Series, known: pd.Series) -> np.ndarray:
-    """Return where each id is among the known ones, -1 where it is not; as texts where kinds differ."""
+def positions(ids: pd.Series, known: pd.Series) -> np.ndarray:
+    """Return where each id is among the known ones, -1 where it is not; as texts where kinds differ.
+
+    Args:
+        ids: What is looked for.
+        known: Unique ids.
+    """
     import pandas as pd
 
     sides: list[Any] = [ids, known]

@@ -25,7 +25,7 @@ from sparsereg.calibration.solver.losses import Quadratic, TargetLoss, group_sha
 from sparsereg.calibration.solver.matrix import household_matrix
 from sparsereg.calibration.solver.pruning import Pruning, fill
 from sparsereg.calibration.solver.refit import SMALLEST_OF_ALL, SMALLEST_RATIO, TOLERANCE, refit
-from sparsereg.calibration.solver.selection import METHODS, Goal, Selection, method_of
+from sparsereg.calibration.solver.selection import METHODS, STARTED, Goal, Selection, method_of
 from sparsereg.calibration.variance import (
     Design,
     Replicates,
@@ -80,6 +80,7 @@ class CalibrationResult:
         set_aside: Indices of targets near zero that the loss leaves out, because the others rule them out.
         exact: Of ``method="calibrate"``: what the targets cost, which gave way and why; None for others.
         settings: How it was calibrated.
+        steps: Steps of Newton's method that the final weights took, where they were found by it.
     """
 
     problem: CalibrationProblem
@@ -94,6 +95,7 @@ class CalibrationResult:
     set_aside: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     exact: Exact | None = None
     settings: Settings | None = None
+    steps: int | None = None
 
     def of(self, problem: CalibrationProblem) -> CalibrationResult:
         """The same weights as a result of another problem: the one without pseudo-targets.
@@ -269,6 +271,7 @@ class Calibration:
         num_households: How many to keep, exactly; None: the method decides.
         settings: How.
         selected: Start from this selection (indices or a mask) and only improve it by swaps.
+        start: Weights of an earlier calibration to start from, see ``calibrate``.
 
     Raises:
         ValueError: the number, the method, or the bounds do not fit the problem.
@@ -281,6 +284,7 @@ class Calibration:
         settings: Settings | None = None,
         *,
         selected: np.ndarray | None = None,
+        start: np.ndarray | None = None,
     ) -> None:
         self._start = time.perf_counter()
         self.problem, self.settings = problem, settings or Settings()
@@ -295,12 +299,17 @@ class Calibration:
             else method_of(self.settings.method, self.num_households, self.settings.lambda_l0)
         )
         self._exact: Exact | None = None
+        self._steps: int | None = None
+        self._given = None if start is None else _checked_start(start, problem, self.method)
         order = _visiting_order(problem.matrix_t, self.settings.seed)
         self._order = order[problem.starting_weights[order] > 0]  # of weight zero: not in the survey
         if given is not None:
             _refuse_weightless(problem, given.numpy())
             given = torch.from_numpy(np.flatnonzero(np.isin(self._order, given.numpy())))
         self.goal = _goal(problem, self.num_households, self.settings, self._order)
+        if self._given is not None:
+            ahead = torch.from_numpy(self._given[self._order]).to(self.goal.system.initial_weights)
+            self.goal = replace(self.goal, start=ahead)
         self.set_aside = np.empty(0, dtype=np.int64) if self.is_exact else self._set_aside()
         self.selection: Selection = (
             METHODS[self.method](self.goal) if given is None else _swaps_only(self.goal, given)
@@ -329,8 +338,9 @@ class Calibration:
                 low, high = s.bounds or (0.0, None)
                 bounds = (low, np.minimum(np.inf if high is None else high, s.max_weight_ratio))
             self._exact = calibrate_exactly(
-                self.problem, s.distance, bounds, s.weight_bounds, s.unit_factor, shares
+                self.problem, s.distance, bounds, s.weight_bounds, s.unit_factor, shares, self._given
             )
+            self._steps = self._exact.steps
         return self._exact
 
     @property
@@ -431,7 +441,7 @@ class Calibration:
         return CalibrationResult(
             self.problem, final, final != 0, self.problem.estimates(final), loss, optimality, self.method,
             time.perf_counter() - self._start, list(self.history), self.set_aside, self._exact,
-            self.settings,
+            self.settings, self._steps,
         )  # fmt: skip
 
     def _refit(self, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -453,8 +463,9 @@ class Calibration:
             smallest = SMALLEST_OF_ALL
         best = refit(
             system, loss, kept, weights, smallest=smallest, tolerance=TOLERANCE, rows=self._rows(kept),
-            hard=self.problem.target_hard, thorough=self.method == "all",
+            hard=self.problem.target_hard, thorough=self.method == "all", warm=self._given is not None,
         )  # fmt: skip
+        self._steps = best.steps
         self._tell_missed(kept, best.weights)
         return kept, best.weights, best.optimality
 
@@ -506,6 +517,7 @@ def calibrate(
     problem: CalibrationProblem,
     num_households: int | None = None,
     *,
+    start: np.ndarray | None = None,
     callback: Callback | None = None,
     progress: bool = False,
     **settings: Any,
@@ -516,6 +528,10 @@ def calibrate(
         problem: Matrix, targets, initial weights.
         num_households: How many to keep, exactly; None: all stay, unless ``lambda_l0`` is given or
             ``method="hard_concrete"``: then lambda decides.
+        start: Weights of an earlier calibration, of other targets for example, shape (households,), 0 where
+            there is none. "calibrate" and "all" start Newton's method at the multipliers that belong to them
+            and end at the same weights in fewer steps; "pruning" goes on from the households that they keep
+            (prunes more, fills up fewer, then swaps); the gates of "hard_concrete" start at these weights.
         callback: Told (epochs done, epochs planned, loss, kept, totals) after every step.
         progress: Show a progress bar on stderr.
         **settings: Fields of ``Settings``:
@@ -557,7 +573,7 @@ def calibrate(
         >>> calibrate(problem).estimates.round(3).tolist()
         [8.0, 3.0]
     """
-    run = Calibration(problem, num_households, Settings(**settings))
+    run = Calibration(problem, num_households, Settings(**settings), start=start)
     return _drive(run, callback, progress)
 
 
@@ -625,6 +641,22 @@ def _check_number(number: int | None, candidates: int, households: int) -> int |
         more = "" if candidates == households else f" (of {households}, these have an initial weight > 0)"
         raise ValueError(f"num_households must be an integer from 1 to {candidates}{more}, got {number!r}")
     return int(number)
+
+
+def _checked_start(start: np.ndarray, problem: CalibrationProblem, method: str) -> np.ndarray:
+    """Check weights to start from; those of households outside the survey are left out."""
+    if method not in STARTED:
+        raise ValueError(
+            f"start needs a method that can start from weights ({', '.join(STARTED)}), not {method}:"
+            " it chooses without regard to them"
+        )
+    weights = np.array(start, dtype=np.float64)
+    if weights.shape != (problem.num_households,) or not np.isfinite(weights).all():
+        raise ValueError(f"start must be {problem.num_households} finite weights, got shape {weights.shape}")
+    weights[problem.starting_weights == 0] = 0.0
+    if not (weights > 0).any():
+        raise ValueError("start must have a weight > 0 for a household of the survey")
+    return weights
 
 
 def _refuse_weightless(problem: CalibrationProblem, selected: np.ndarray) -> None:

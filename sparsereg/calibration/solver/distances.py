@@ -33,6 +33,9 @@ class Distance(Protocol):
     def respond(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """F(u) within the bounds, and its slope, 0 where a bound holds."""
 
+    def invert(self, ratio: np.ndarray) -> np.ndarray:
+        """The u with F(u) = ratio, for ratios strictly within the bounds."""
+
     def value(self, ratio: np.ndarray) -> np.ndarray:
         """G of each ratio."""
 
@@ -54,6 +57,10 @@ class Linear:
         ratio = 1.0 + u
         inside = (ratio > self.low) & (ratio < self.high)
         return np.clip(ratio, self.low, self.high), inside.astype(np.float64)
+
+    def invert(self, ratio: np.ndarray) -> np.ndarray:
+        """See ``Distance``."""
+        return np.asarray(ratio - 1.0)
 
     def value(self, ratio: np.ndarray) -> np.ndarray:
         """See ``Distance``."""
@@ -77,6 +84,10 @@ class Raking:
         ratio = np.exp(np.clip(u, -_LARGEST_EXPONENT, _LARGEST_EXPONENT))
         inside = (ratio > self.low) & (ratio < self.high)
         return np.clip(ratio, self.low, self.high), np.where(inside, ratio, 0.0)
+
+    def invert(self, ratio: np.ndarray) -> np.ndarray:
+        """See ``Distance``."""
+        return np.asarray(np.log(ratio))
 
     def value(self, ratio: np.ndarray) -> np.ndarray:
         """See ``Distance``."""
@@ -109,6 +120,11 @@ class Logit:
         growth = odds * np.exp(np.clip(a * u, -_LARGEST_EXPONENT, _LARGEST_EXPONENT))
         share = growth / (1.0 + growth)
         return self.low + width * share, a * width * share / (1.0 + growth)
+
+    def invert(self, ratio: np.ndarray) -> np.ndarray:
+        """See ``Distance``."""
+        odds = (ratio - self.low) / (self.high - ratio) * (self.high - 1.0) / (1.0 - self.low)
+        return np.asarray(np.log(odds) / self._steepness)
 
     def value(self, ratio: np.ndarray) -> np.ndarray:
         """See ``Distance``."""

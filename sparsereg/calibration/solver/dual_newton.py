@@ -166,7 +166,22 @@ class _State:
         self.value += dual.slack.value(multipliers) - float(dual.targets @ multipliers)
 
 
-def solve(dual: Dual, start: np.ndarray | None = None, most_steps: int = _MOST_STEPS) -> Solution:
+@dataclass(frozen=True, eq=False)
+class _Equations:
+    """What ``_Newton`` solves: (A diag(slope) A' + diag(slack_slope)) p = -gradient, to about ``error``."""
+
+    slope: np.ndarray
+    slack_slope: np.ndarray
+    gradient: np.ndarray
+    error: float = 1e-6
+
+
+def solve(
+    dual: Dual,
+    start: np.ndarray | None = None,
+    most_steps: int = _MOST_STEPS,
+    weights: np.ndarray | None = None,
+) -> Solution:
     """Find multipliers at which totals and slacks add up to the targets.
 
     Targets that are sums of others are left out meanwhile: they are met if they agree with those.
@@ -175,16 +190,47 @@ def solve(dual: Dual, start: np.ndarray | None = None, most_steps: int = _MOST_S
         dual: The problem.
         start: Multipliers to start from; None: 0.
         most_steps: Give up after so many steps; the best point is returned.
+        weights: Instead of multipliers: weights of an earlier calibration, shape (households,), 0 where they
+            are not known.
     """
     chosen = _independent(dual)
     if len(chosen) == len(dual.targets):
-        return _iterate(dual, start, most_steps)
-    part = _iterate(dual.take(chosen), None if start is None else start[chosen], most_steps)
+        return _iterate(dual, _first(dual, start, weights), most_steps)
+    some = dual.take(chosen)
+    part = _iterate(some, _first(some, None if start is None else start[chosen], weights), most_steps)
     multipliers = np.zeros(len(dual.targets))
     multipliers[chosen] = part.multipliers
     slack, _ = dual.slack.respond(multipliers)
     error = np.abs(dual.rows @ part.weights + slack - dual.targets)
     return Solution(part.weights, multipliers, float(error.max()), part.steps)
+
+
+def _first(dual: Dual, start: np.ndarray | None, weights: np.ndarray | None) -> np.ndarray | None:
+    """Multipliers to start from: those given, or those of weights where they are better than none."""
+    if start is not None or weights is None:
+        return start
+    found = multipliers_of(dual, weights)
+    none = np.zeros_like(found)
+    ahead, cold = (_State(dual, at, dual.columns @ at).value for at in (found, none))
+    return found if ahead < cold else none
+
+
+def multipliers_of(dual: Dual, weights: np.ndarray) -> np.ndarray:
+    """Multipliers whose weights come closest to these; exactly theirs if they are calibrated weights.
+
+    A regression of what the distance answers to on the rows, over households within their bounds.
+
+    Args:
+        dual: The problem.
+        weights: Shape (households,); those of 0 are left out.
+    """
+    ratio, distance = weights / dual.weights, dual.distance
+    free = (weights != 0) & (ratio > distance.low) & (ratio < distance.high)
+    reach = np.where(free, distance.invert(np.where(free, ratio, 1.0)), 0.0)
+    gradient = -(dual.rows @ (dual.weights * reach))
+    none = np.zeros(len(dual.targets))
+    equations = _Equations(dual.weights * dual.factors * free, none, gradient)
+    return _Newton(dual).direction(equations, _LEAST_DAMPING)[0]
 
 
 def _independent(dual: Dual) -> np.ndarray:
@@ -265,7 +311,7 @@ class _Newton:
         if dual.rows.nnz > _DENSE_SHARE * num_targets * num_households:
             self._dense = dual.rows.toarray()
 
-    def direction(self, state: _State, damping: float) -> tuple[np.ndarray, float]:
+    def direction(self, state: _State | _Equations, damping: float) -> tuple[np.ndarray, float]:
         """The step, and the damping it took to find one."""
         if len(self._diagonal) > _MOST_DENSE:
             return self._by_gradients(state, damping), damping
@@ -292,7 +338,7 @@ class _Newton:
             return np.asarray((part * (slope if part is self._dense else slope[free])) @ part.T)
         return _gram(self.columns, slope)
 
-    def _by_gradients(self, state: _State, damping: float) -> np.ndarray:
+    def _by_gradients(self, state: _State | _Equations, damping: float) -> np.ndarray:
         """Conjugate gradients, preconditioned by the diagonal, to a share of the error."""
         extra = state.slack_slope + damping * self._diagonal
         diagonal = self._dual.squares(state.slope) + extra

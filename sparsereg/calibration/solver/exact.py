@@ -75,6 +75,7 @@ class _Domain:
     dual: Dual
     natural: np.ndarray  # weight of an error over its scale where somebody has to give way
     total: float
+    start: np.ndarray | None = None  # weights of an earlier calibration
 
 
 def calibrate_exactly(
@@ -84,6 +85,7 @@ def calibrate_exactly(
     weight_bounds: Bounds | None = None,
     unit_factor: np.ndarray | None = None,
     shares: np.ndarray | None = None,
+    start: np.ndarray | None = None,
 ) -> Exact:
     """Find the weights closest to the initial ones that meet the targets.
 
@@ -97,6 +99,7 @@ def calibrate_exactly(
         weight_bounds: Smallest and largest weight itself, as well.
         unit_factor: q > 0 per household: those of a large one are changed first. None: 1.
         shares: Prices to use instead of the problem's weights.
+        start: Weights of an earlier calibration to start from, shape (households,), 0 where there is none.
 
     Raises:
         ValueError: an argument is wrong, or targets marked ``hard`` contradict each other.
@@ -108,6 +111,8 @@ def calibrate_exactly(
     prices = np.where(is_hard(problem), np.inf, problem.target_shares if shares is None else shares)
     weights, multipliers = initial.copy(), np.zeros(linear.num_targets)
     domains = list(_domains(linear, distance, low, high, factors, prices))
+    if start is not None:
+        domains = [replace(domain, start=start[domain.households]) for domain in domains]
     ends = in_turns(_solve, [(domain,) for domain in domains])
     certificates, steps = [], 0
     for domain, (end, certificate) in zip(domains, ends, strict=True):
@@ -345,7 +350,7 @@ def over_scales(rows: sp.csr_array, scales: np.ndarray) -> sp.csr_array:
 
 def _solve(domain: _Domain) -> tuple[Solution, dict[str, Any] | None]:
     """Solve one domain; where hard targets cannot be met, let as few as possible give way."""
-    end = solve(domain.dual)
+    end = solve(domain.dual, weights=domain.start)
     if end.converged:
         return end, None
     certificate, gives_way = certify(domain)

@@ -43,12 +43,14 @@ class Refit:
 
     Args:
         weights: One weight per selected household, float64.
+        steps: Steps of Newton's method, where the weights were found by the dual.
         optimality: By how much the weights may be from the minimum: with rows, by the dual, a share of what
             is minimised, pull included; else the largest violation of the optimality conditions.
     """
 
     weights: Tensor
     optimality: float
+    steps: int | None = None
 
 
 def refit(
@@ -62,6 +64,7 @@ def refit(
     rows: sp.csr_array | None = None,
     hard: np.ndarray | None = None,
     thorough: bool = False,
+    warm: bool = False,
 ) -> Refit:
     """Minimise the loss over the weights of these households, within the bounds of the system.
 
@@ -77,11 +80,12 @@ def refit(
             squared loss of no more targets than households is solved exactly by its dual.
         hard: Which targets must be met, shape (targets,): then by the dual, whatever it costs.
         thorough: By the dual, whatever it costs.
+        warm: The weights are those of an earlier calibration: the dual starts from them, too.
     """
     lower = _smallest_weights(system, kept, smallest) if smallest else None
     fit = system.of(kept, weights, lower)
     if rows is not None and loss.is_quadratic:
-        exact = by_dual(system, fit, rows, hard, thorough)
+        exact = by_dual(system, fit, rows, hard, thorough, warm)
         if exact is not None:
             return exact
     optimality = fit.solve(tolerance, _FIRST_ROUNDS)
@@ -105,7 +109,12 @@ def refit(
 
 
 def by_dual(
-    system: System, fit: LeastSquares, rows: sp.csr_array, hard: np.ndarray | None, thorough: bool
+    system: System,
+    fit: LeastSquares,
+    rows: sp.csr_array,
+    hard: np.ndarray | None,
+    thorough: bool,
+    warm: bool = False,
 ) -> Refit | None:
     """Solve a least-squares problem with a pull as a calibration with prices; None if that does not pay.
 
@@ -115,6 +124,7 @@ def by_dual(
         rows: Their entries, households x targets.
         hard: Which targets must be met.
         thorough: Whatever it costs.
+        warm: Start from the weights of the fit.
     """
     pull, center = fit.pull.cpu().numpy(), fit.center.cpu().numpy()
     if system.chi2 == 0 or not (pull > 0).all() or not (center > 0).all():
@@ -127,6 +137,7 @@ def by_dual(
         return None
     low, high = (bound.cpu().numpy() / center for bound in (fit.lower, fit.upper))
     weights, primal, dual_value, error = np.clip(center, low * center, high * center), 0.0, 0.0, 0.0
+    given, steps = fit.weights.cpu().numpy(), 0
     for members, households, part in parts:
         own = Dual(
             over_scales(part, scales[members]),
@@ -136,14 +147,15 @@ def by_dual(
             Linear(low[households], high[households]),
             Slack(price[members], *np.zeros((2, len(members)))),
         )
-        found = solve(own)
+        found = solve(own, weights=given[households] if warm else None)
+        steps = max(steps, found.steps)
         weights[households] = found.weights
         primal, dual_value = primal + own.primal(found.weights), dual_value + own.value(found.multipliers)
         error = max(error, own.violation(found.weights))
     gap = abs(primal - dual_value) / max(primal, np.finfo(np.float64).tiny)
     if error > 1e-9 or gap > _GAP:
         return None
-    return Refit(torch.from_numpy(weights).to(fit.weights), max(error, gap))
+    return Refit(torch.from_numpy(weights).to(fit.weights), max(error, gap), steps)
 
 
 def _priced(

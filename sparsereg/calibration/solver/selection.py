@@ -39,6 +39,7 @@ class Goal:
         seed: Seed of all noise.
         log_weight_jitter: Standard deviation of noise on the logarithm of the starting weights of the gates.
         log_alpha_jitter: Standard deviation of noise on the locations of the gates.
+        start: Weights of an earlier calibration to start from, 0 where there is none.
     """
 
     system: System
@@ -51,6 +52,7 @@ class Goal:
     seed: int = 0
     log_weight_jitter: float = 0.05
     log_alpha_jitter: float = 0.01
+    start: Tensor | None = None
 
     def without(self, targets: Tensor) -> Goal:
         """Return the goal with these targets left out of the loss."""
@@ -162,6 +164,8 @@ class Gated:
         device = goal.system.matrix.device
         noise = torch.randn(2, households, generator=generator).to(device)
         initial = goal.system.initial_weights
+        if goal.start is not None:
+            initial = torch.where(goal.start > 0, goal.start, initial)
         log_weight = initial.clamp(min=1e-8 * float(initial.max())).log().float()
         location = torch.logit(torch.tensor(1.0 - goal.droprate_init, device=device))
         self.solver = GateSolver(
@@ -281,7 +285,25 @@ def _pruning(goal: Goal) -> Selection:
             swap_share=min(schedule.swap_share, _FEW_SWAPS["swap_share"]),
             swap_parts=min(schedule.swap_parts, int(_FEW_SWAPS["swap_parts"])),
         )
+    if goal.start is not None:
+        return _from_start(goal, goal.start, schedule)
     return Pruning(goal.system, goal.starting_weights(), goal.wanted(), schedule)
+
+
+def _from_start(goal: Goal, start: Tensor, schedule: PruningSchedule) -> Selection:
+    """Go on from the households that an earlier calibration kept: prune them, or fill them up, then swap."""
+    system, kept = goal.system, torch.nonzero(start > 0).flatten()
+    weights, missing = start, goal.wanted() - len(kept)
+    if missing > 0:
+        kept, fit = add(system, kept, system.of(kept, start[kept]), missing, schedule.swap_sweeps)
+        weights = torch.zeros_like(start).index_put_((kept,), fit.weights)
+    return Pruning(system, weights, goal.wanted(), schedule, kept)
+
+
+def _known_or_initial(goal: Goal) -> Tensor:
+    """Weights of an earlier calibration, and initial ones, scaled, where there are none."""
+    initial = goal.starting_weights()
+    return initial if goal.start is None else torch.where(goal.start > 0, goal.start, initial)
 
 
 METHODS: dict[str, Callable[[Goal], Selection]] = {
@@ -290,7 +312,7 @@ METHODS: dict[str, Callable[[Goal], Selection]] = {
     "hybrid": Hybrid,
     "random": lambda goal: _random(goal, torch.ones_like(goal.system.initial_weights)),
     "pps": lambda goal: _random(goal, goal.system.initial_weights),
-    "all": lambda goal: Fixed(goal.starting_weights()),
+    "all": lambda goal: Fixed(_known_or_initial(goal)),
     "calibrate": lambda goal: Fixed(goal.system.initial_weights),
 }
 """pruning: gradual pruning and swaps. hard_concrete: gates. hybrid: a share by gates, the rest at random.
@@ -299,6 +321,8 @@ calibrate: everybody, and targets are met exactly."""
 
 
 _EVERYBODY = ("all", "calibrate")
+STARTED = ("pruning", "hard_concrete", *_EVERYBODY)
+"""Methods that can start from the weights of an earlier calibration; the others draw households."""
 
 
 def method_of(name: str, num_households: int | None, lambda_l0: float | None = None) -> str:
