@@ -34,7 +34,7 @@ def measure(problem: CalibrationProblem, weights: np.ndarray) -> dict[str, Any]:
         under its old name ``design_effect``), ``untouched_targets`` counts those that no kept
         household touches.
         ``max_abs_scaled_error`` is the largest error beyond the tolerance over its scale, targets of 0
-        included.
+        included; None where the weights give a target no estimate, a ratio whose denominator they make zero.
     """
     w = np.asarray(weights, dtype=np.float64)
     kept = w > 0
@@ -87,8 +87,7 @@ def error_summary(errors: np.ndarray) -> dict[str, float | None]:
 
 
 def _largest(values: np.ndarray) -> float | None:
-    known = values[~np.isnan(values)]
-    return float(known.max()) if len(known) else None
+    return None if np.isnan(values).any() else float(values.max(initial=0.0))
 
 
 def _untouched(problem: CalibrationProblem, kept: np.ndarray) -> int:

@@ -32,6 +32,9 @@ STATISTICS = ("total", "mean", "ratio")
 _SMALLEST_PIVOT = 1e-12
 """Share of the largest eigenvalue below which a direction of the targets is one too many."""
 
+MOST_CELLS = 1_000_000_000
+"""Households times replicates: 8 GB."""
+
 Recalibrate = Callable[[np.ndarray], np.ndarray]
 """From initial weights of a replicate to calibrated ones, shape (households,) both."""
 
@@ -75,32 +78,43 @@ class Design:
         if self.num_replicates < 2:
             raise ValueError(f"num_replicates must be an integer >= 2, got {self.num_replicates!r}")
 
-    def units(self, num_households: int) -> Units:
-        """The primary sampling units of a sample of so many households.
+    def units(self, initial: np.ndarray) -> Units:
+        """The primary sampling units of a sample; of initial weight 0 is who is not in it.
+
+        Args:
+            initial: Initial weights, shape (households,).
 
         Raises:
             ValueError: see the class.
         """
+        num, there = len(initial), np.flatnonzero(initial)
+        fpc = None if self.fpc is None else _numbers("fpc", self.fpc, num)
         return Units(
-            _labels("strata", self.strata, num_households, np.zeros(num_households, dtype=np.int64)),
-            _labels("psu", self.psu, num_households, np.arange(num_households)),
-            None if self.fpc is None else _numbers("fpc", self.fpc, num_households),
+            _labels("strata", self.strata, num, np.zeros(num, dtype=np.int64))[there],
+            _labels("psu", self.psu, num, np.arange(num))[there],
+            None if fpc is None else fpc[there],
+            there,
+            num,
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Households by primary sampling unit, and units by stratum.
+    """Households of the sample by primary sampling unit, and units by stratum.
 
     Args:
-        strata: A label per household.
-        psu: A label per household; the same label in two strata is refused.
-        fpc: See ``Design``, per household.
+        strata: A label per household of the sample.
+        psu: The same; one label in two strata is refused.
+        fpc: See ``Design``, the same.
+        there: Indices of the households of the sample, of all.
+        num_households: All.
     """
 
     strata: np.ndarray
     psu: np.ndarray
     fpc: np.ndarray | None
+    there: np.ndarray
+    num_households: int
 
     def __post_init__(self) -> None:
         first = np.unique(self.of_household, return_index=True)[1]
@@ -146,12 +160,12 @@ class Units:
 
     @cached_property
     def of_household(self) -> np.ndarray:
-        """Number of each household's unit, shape (households,)."""
+        """Number of the unit of each household of the sample."""
         return np.asarray(np.unique(self.psu, return_inverse=True)[1])
 
     @cached_property
     def of_stratum(self) -> np.ndarray:
-        """Number of each household's stratum, shape (households,)."""
+        """Number of the stratum of each household of the sample."""
         return np.asarray(np.unique(self.strata, return_inverse=True)[1])
 
     @cached_property
@@ -178,6 +192,19 @@ class Units:
         """Units less strata."""
         return int(self.sizes.sum() - len(self.sizes))
 
+    def spread(self, factors: np.ndarray) -> np.ndarray:
+        """Give each household what its unit has, and 0 to those who are not in the sample.
+
+        Args:
+            factors: Shape (units,).
+
+        Returns:
+            Shape (households,).
+        """
+        spread = np.zeros(self.num_households)
+        spread[self.there] = factors[self.of_household]
+        return spread
+
     def variance(self, values: np.ndarray) -> np.ndarray:
         """Variance of the totals of values that are weighted already.
 
@@ -187,7 +214,7 @@ class Units:
         Returns:
             Shape (statistics,).
         """
-        sums = _sums(values, self.of_household, len(self.stratum_of_unit))
+        sums = _sums(values[self.there], self.of_household, len(self.stratum_of_unit))
         means = _sums(sums, self.stratum_of_unit, len(self.sizes)) / self.sizes[:, None]
         squares = _sums((sums - means[self.stratum_of_unit]) ** 2, self.stratum_of_unit, len(self.sizes))
         return np.asarray((self.left_out * self.sizes / (self.sizes - 1)) @ squares)
@@ -220,49 +247,84 @@ class Replicates:
         return np.asarray(self.factors @ (estimates - middle) ** 2)
 
 
-def replicate(design: Design, initial: np.ndarray, recalibrate: Recalibrate) -> Replicates:
+def replicate(design: Design, initial: np.ndarray, recalibrate: Recalibrate | None = None) -> Replicates:
     """Change the sample as the design says and calibrate each replicate again, in threads.
 
     Args:
         design: Not "linearized".
         initial: Initial weights, shape (households,).
-        recalibrate: From a replicate's initial weights to calibrated ones.
+        recalibrate: From a replicate's initial weights to calibrated ones; None: they stay as they are.
+
+    Raises:
+        ValueError: the design does not fit the households, or the replicates would not fit into memory.
     """
-    changed, factors, center, freedom = _changed(design, initial)
-    weights = np.stack(in_turns(recalibrate, [(column,) for column in changed.T]), axis=1)
-    return Replicates(weights, factors, center, freedom)
+    drawn = _drawn(design, initial)
+    num = len(drawn.factors)
+    if num * len(initial) > MOST_CELLS:
+        raise ValueError(
+            f"{num:,} replicates of {len(initial):,} households are more than fit into memory: take"
+            " variance='linearized', fewer replicates of the bootstrap, or larger units (psu)"
+        )
+    weights = np.empty((num, len(initial)))
+
+    def fill(r: int) -> None:
+        weights[r] = drawn.initial(r) if recalibrate is None else recalibrate(drawn.initial(r))
+
+    in_turns(fill, [(r,) for r in range(num)])
+    return Replicates(weights.T, drawn.factors, drawn.center, drawn.degrees_of_freedom)
 
 
-def _changed(design: Design, initial: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool, int]:
-    """Initial weights of the replicates, factors, whether they are centred, degrees of freedom."""
-    num_households = len(initial)
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """Replicates before they are calibrated, one made at a time.
+
+    Args:
+        initial: From the number of a replicate to its initial weights, shape (households,).
+        factors: See ``Replicates``.
+        center: The same.
+        degrees_of_freedom: The same.
+    """
+
+    initial: Callable[[int], np.ndarray]
+    factors: np.ndarray
+    center: bool
+    degrees_of_freedom: int
+
+
+def _drawn(design: Design, initial: np.ndarray) -> _Drawn:
     if design.method == "replicates":
-        given = np.asarray(design.replicates, dtype=np.float64)
-        if given.ndim != 2 or given.shape[0] != num_households or given.shape[1] < 2:
-            raise ValueError(
-                f"replicate weights must have {num_households} rows, one per household, and at least 2"
-                f" columns, got shape {given.shape}"
-            )
-        if not np.isfinite(given).all() or (given < 0).any():
-            raise ValueError("replicate weights must be finite numbers >= 0")
-        scale = 1.0 / given.shape[1] if design.scale is None else design.scale
-        return given, np.full(given.shape[1], scale), False, given.shape[1] - 1
-    units = design.units(num_households)
+        given = _given_replicates(design, initial)
+        num = given.shape[1]
+        scale = 1.0 / num if design.scale is None else design.scale
+        return _Drawn(lambda r: np.where(initial > 0, given[:, r], 0.0), np.full(num, scale), False, num - 1)
+    units = design.units(initial)
+    freedom = units.degrees_of_freedom
     if design.method == "jackknife":
-        factors = _left_out_factors(units)
         scale = (units.left_out * (units.sizes - 1) / units.sizes)[units.stratum_of_unit]
-        return factors[units.of_household] * initial[:, None], scale, True, units.degrees_of_freedom
-    drawn = _drawn_factors(units, design.num_replicates, design.seed)
+        return _Drawn(lambda r: units.spread(_without(units, r)) * initial, scale, True, freedom)
+    times = _drawn_factors(units, design.num_replicates, design.seed)
     scale = np.full(design.num_replicates, 1.0 / design.num_replicates)
-    return drawn[units.of_household] * initial[:, None], scale, True, units.degrees_of_freedom
+    return _Drawn(lambda r: units.spread(times[:, r]) * initial, scale, True, freedom)
 
 
-def _left_out_factors(units: Units) -> np.ndarray:
-    """Factor of each unit in each replicate of the jackknife, which leaves one unit out: (units, units)."""
-    stratum, sizes = units.stratum_of_unit, units.sizes
-    same = stratum[:, None] == stratum[None]
-    factors = np.where(same, (sizes / (sizes - 1))[stratum][None], 1.0)
-    np.fill_diagonal(factors, 0.0)
+def _given_replicates(design: Design, initial: np.ndarray) -> np.ndarray:
+    given = np.asarray(design.replicates, dtype=np.float64)
+    if given.ndim != 2 or given.shape[0] != len(initial) or given.shape[1] < 2:
+        raise ValueError(
+            f"replicate weights must have {len(initial)} rows, one per household, and at least 2"
+            f" columns, got shape {given.shape}"
+        )
+    if not np.isfinite(given).all() or (given < 0).any():
+        raise ValueError("replicate weights must be finite numbers >= 0")
+    return given
+
+
+def _without(units: Units, left_out: int) -> np.ndarray:
+    """Factor of each unit in the replicate of the jackknife that leaves this one out, shape (units,)."""
+    stratum = units.stratum_of_unit
+    size = units.sizes[stratum[left_out]]
+    factors = np.where(stratum == stratum[left_out], size / (size - 1), 1.0)
+    factors[left_out] = 0.0
     return factors
 
 

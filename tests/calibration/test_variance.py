@@ -108,6 +108,26 @@ def test_intervals_cover_as_often_as_they_say():
         assert abs(times / trials - 0.95) < 3 * np.sqrt(0.95 * 0.05 / trials)
 
 
+@pytest.mark.parametrize("method", ["linearized", "jackknife", "bootstrap"])
+def test_households_of_weight_zero_are_not_in_the_sample(method):
+    t, result = calibrated("apiclus1")
+    more = pd.concat([t, t.iloc[:30].assign(pw=0.0, dnum=999)], ignore_index=True)
+    more.loc[len(t) + 5 :, "dnum"] = 1000
+    rows = np.stack([np.ones(len(more)), more.stype == "H", more.stype == "M", more.api99]).astype(float)
+    problem = CalibrationProblem(rows, [6194, 755, 1018, API99["apiclus1"]], more.pw.to_numpy())
+    with_them = calibrate(problem, method="calibrate")
+    one = result.standard_errors(t[["api00"]], design_of("apiclus1", t, method), "mean")
+    two = with_them.standard_errors(more[["api00"]], design_of("apiclus1", more, method), "mean")
+    pd.testing.assert_frame_equal(one, two, rtol=1e-9)
+
+
+def test_more_replicates_than_fit_into_memory_are_refused(monkeypatch):
+    monkeypatch.setattr("sparsereg.calibration.variance.MOST_CELLS", 1000)
+    t, result = calibrated("apistrat")
+    with pytest.raises(ValueError, match="200 replicates of 200 households are more than fit into memory"):
+        result.replicates(Design("jackknife"))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

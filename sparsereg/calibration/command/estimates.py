@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Estimates:
             return {}
         write_table(folder / "standard_errors.csv", self.standard_errors)
         told: dict[str, Any] = {"variance": cfg.variance_method, "replicates": None}
-        told["max_cv"] = float(self.standard_errors.cv.abs().max(skipna=False))
+        told["max_cv"] = _largest_cv(self.standard_errors)
         if self.replicates is not None:
             file = f"replicate_weights.{cfg.replicates.format}"
             write_table(folder / file, replicate_frame(self.problem, self.replicates))
@@ -135,6 +136,13 @@ def _errors(
 def _below(variable: Variable) -> np.ndarray:
     assert variable.below is not None
     return variable.below
+
+
+def _largest_cv(table: pd.DataFrame) -> float | None:
+    """The largest standard error over its estimate; None: one is not known. A certain zero does not count."""
+    sure = (table.estimate == 0) & (table.se == 0)
+    largest = float(table.cv[~sure].abs().max(skipna=False)) if not sure.all() else 0.0
+    return largest if math.isfinite(largest) else None
 
 
 def _count_misses(result: CalibrationResult, replicates: Replicates) -> int:

@@ -17,13 +17,11 @@ from sparsereg.calibration.problem import exact_totals
 from sparsereg.calibration.reading.cells import numbers, row
 from sparsereg.calibration.reading.households import Source, TargetTable, denominator_table, target_table
 from sparsereg.calibration.reading.tables import read_table, require_column
-from sparsereg.calibration.variance import Design
+from sparsereg.calibration.variance import MOST_CELLS, Design
 from sparsereg.errors import InputError, did_you_mean
 
 _MOST_BY_DEFAULT = 50
 """Columns that are estimated where nobody says which."""
-_MOST_CELLS = 1_000_000_000
-"""Households times replicates: 8 GB a table."""
 _FACTORS = (0.5, 2.0)
 """Replicate weights that add up to less or more of the weights are not weights."""
 _TABLE = (".csv", ".csv.gz", ".tsv", ".txt", ".parquet", ".pq")
@@ -54,11 +52,11 @@ def read_design(cfg: CalibrationRun, source: Source, initial: np.ndarray) -> Des
         seed=cfg.seed,
     )
     try:
-        units = design.units(num)
+        units = design.units(initial)
     except ValueError as error:
         raise InputError(f"{source.file}: {error}") from None
     made = {"jackknife": len(units.stratum_of_unit), "bootstrap": cfg.num_replicates}.get(method, 0)
-    if made * num > _MOST_CELLS:
+    if made * num > MOST_CELLS:
         raise InputError(
             f"variance={method} would make {made:,} replicates of {num:,} households, more than fit into"
             " memory: take variance=linearized, fewer replicates of the bootstrap, or larger units (psu)"

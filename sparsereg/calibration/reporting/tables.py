@@ -126,7 +126,7 @@ def worst_targets(targets: pd.DataFrame, most: int = 5) -> list[dict[str, Any]]:
         targets: As ``target_frame`` returns it.
         most: How many.
     """
-    worst = targets.loc[targets.scaled_error.abs().sort_values(ascending=False, na_position="last").index]
+    worst = targets.loc[targets.scaled_error.abs().sort_values(ascending=False, na_position="first").index]
     columns = ["name", "target", "estimate", "relative_error", "scaled_error"]
     rows = worst.head(most)[columns].astype(object)
     rows = rows.where(rows.notna(), None)  # a target of 0 has no relative error

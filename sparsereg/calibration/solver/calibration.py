@@ -24,6 +24,7 @@ from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import Quadratic, TargetLoss, group_shares
 from sparsereg.calibration.solver.matrix import household_matrix
 from sparsereg.calibration.solver.pruning import Pruning, fill
+from sparsereg.calibration.solver.recalibration import Recalibration
 from sparsereg.calibration.solver.refit import SMALLEST_OF_ALL, SMALLEST_RATIO, TOLERANCE, refit
 from sparsereg.calibration.solver.selection import METHODS, STARTED, Goal, Selection, method_of
 from sparsereg.calibration.variance import (
@@ -152,15 +153,11 @@ class CalibrationResult:
             ValueError: the method was not "calibrate", or the design does not fit the households.
         """
         self._check_variance()
-        settings = self.settings
-
-        def recalibrate(initial: np.ndarray) -> np.ndarray:
-            if not calibrated:
-                return initial
-            problem = replace(self.problem, initial_weights=initial)
-            return Calibration(problem, settings=settings).exact().weights
-
-        return replicate(design, self.problem.starting_weights, recalibrate)
+        assert self.exact is not None
+        again = None
+        if calibrated:
+            again = Recalibration(self.problem, self.exact, **_exact_settings(self.settings or Settings()))
+        return replicate(design, self.problem.starting_weights, again)
 
     def standard_errors(
         self,
@@ -200,7 +197,7 @@ class CalibrationResult:
         final = self.weights if calibrated else self.problem.starting_weights
         own = statistics.estimate(final)
         if design is None or (isinstance(design, Design) and design.method == "linearized"):
-            units = (design or Design()).units(num)
+            units = (design or Design()).units(self.problem.starting_weights)
             left = statistics.linearized(final)
             if calibrated:
                 factors = self.settings.unit_factor if self.settings is not None else None
@@ -333,12 +330,8 @@ class Calibration:
                 self.problem.num_targets, self.problem.target_groups, normalize=s.normalize_groups,
                 multipliers=s.group_multipliers, target_weights=self.problem.target_shares,
             )  # fmt: skip
-            bounds = s.bounds
-            if s.max_weight_ratio is not None:
-                low, high = s.bounds or (0.0, None)
-                bounds = (low, np.minimum(np.inf if high is None else high, s.max_weight_ratio))
             self._exact = calibrate_exactly(
-                self.problem, s.distance, bounds, s.weight_bounds, s.unit_factor, shares, self._given
+                self.problem, shares=shares, start=self._given, **_exact_settings(s)
             )
             self._steps = self._exact.steps
         return self._exact
@@ -631,6 +624,20 @@ def _visiting_order(by_household: sp.csr_array, seed: int) -> np.ndarray:
     blocks = np.arange(num_households) // _BLOCK
     rank = generator.permutation(int(blocks[-1]) + 1)[blocks]
     return neighbours[np.lexsort((generator.random(num_households), rank))]
+
+
+def _exact_settings(s: Settings) -> dict[str, Any]:
+    """Arguments of ``calibrate_exactly`` that settings hold."""
+    bounds = s.bounds
+    if s.max_weight_ratio is not None:
+        low, high = s.bounds or (0.0, None)
+        bounds = (low, np.minimum(np.inf if high is None else high, s.max_weight_ratio))
+    return {
+        "distance": s.distance,
+        "bounds": bounds,
+        "weight_bounds": s.weight_bounds,
+        "unit_factor": s.unit_factor,
+    }
 
 
 def _check_number(number: int | None, candidates: int, households: int) -> int | None:

@@ -69,19 +69,70 @@ class Slack:
 
 
 @dataclass(frozen=True, eq=False)
+class Rows:
+    """A matrix of targets x households in the forms that products need, each made once, on first use.
+
+    Args:
+        by_target: Canonical, float64.
+    """
+
+    by_target: sp.csr_array
+
+    @cached_property
+    def by_household(self) -> sp.csr_array:
+        """The rows by household, canonical."""
+        return sp.csr_array(self.by_target.T.tocsr())
+
+    @cached_property
+    def dense(self) -> np.ndarray | None:
+        """All entries, of a matrix that is full enough to be multiplied so; None of others."""
+        num_targets, num_households = self.by_target.shape
+        is_full = self.by_target.nnz > _DENSE_SHARE * num_targets * num_households
+        return self.by_target.toarray() if is_full else None
+
+    def take(self, targets: np.ndarray) -> Rows:
+        """The rows of some targets only."""
+        return Rows(sp.csr_array(self.by_target[targets]))
+
+    def totals(self, weights: np.ndarray) -> np.ndarray:
+        """Weighted totals, shape (targets,)."""
+        return np.asarray(self.by_target @ weights)
+
+    def reach(self, multipliers: np.ndarray) -> np.ndarray:
+        """What the multipliers come to for each household, shape (households,)."""
+        return np.asarray(self.by_household @ multipliers)
+
+    def squares(self, weights: np.ndarray) -> np.ndarray:
+        """Sum of the squared entries of each target, households weighted."""
+        rows = self.by_target
+        squared = sp.csr_array((np.square(rows.data), rows.indices, rows.indptr), shape=rows.shape)
+        return np.asarray(squared @ weights)
+
+    def gram(self, weights: np.ndarray) -> np.ndarray:
+        """Products of the rows with each other, households weighted; at least the lower triangle."""
+        if self.dense is None:
+            return _gram(self.by_household, weights)
+        free = np.flatnonzero(weights)
+        if len(free) > 0.7 * len(weights):
+            return np.asarray((self.dense * weights) @ self.dense.T)
+        part = self.dense[:, free]
+        return np.asarray((part * weights[free]) @ part.T)
+
+
+@dataclass(frozen=True, eq=False)
 class Dual:
     """A calibration in the multipliers of its targets; rows and targets are over the targets' scales.
 
     Args:
-        rows: Targets x households, float64.
+        rows: Targets x households.
         targets: Shape (targets,).
-        weights: d, the initial weights, > 0, shape (households,).
+        weights: d, the initial weights, shape (households,), > 0; 0 for those who are not in a replicate.
         factors: q, > 0: households of a large one are changed first.
         distance: How weights answer, with the bounds of w / d.
         slack: Prices and tolerances.
     """
 
-    rows: sp.csr_array
+    rows: Rows
     targets: np.ndarray
     weights: np.ndarray
     factors: np.ndarray
@@ -91,41 +142,30 @@ class Dual:
     def take(self, targets: np.ndarray) -> Dual:
         """Return the problem of some targets only."""
         slack = Slack(self.slack.price[targets], self.slack.band[targets], self.slack.stiffness[targets])
-        rows = sp.csr_array(self.rows[targets])
-        return replace(self, rows=rows, targets=self.targets[targets], slack=slack)
+        return replace(self, rows=self.rows.take(targets), targets=self.targets[targets], slack=slack)
 
     def primal(self, weights: np.ndarray) -> float:
         """Distance of weights from the initial ones, and the price of what they miss of soft targets."""
         far = (self.weights / self.factors) @ self.distance.value(weights / self.weights)
         soft = np.isfinite(self.slack.price)
-        missed = (self.rows @ weights - self.targets)[soft]
+        missed = (self.rows.totals(weights) - self.targets)[soft]
         missed = np.maximum(np.abs(missed) - self.slack.band[soft], 0.0)
         return float(far + 0.5 * (self.slack.price[soft] * missed**2).sum())
 
     def value(self, multipliers: np.ndarray) -> float:
         """The largest lower bound of `primal` that these multipliers prove."""
-        return -_State(self, multipliers, self.rows.T @ multipliers).value
+        return -_State(self, multipliers, self.rows.reach(multipliers)).value
 
     def violation(self, weights: np.ndarray) -> float:
         """Largest error of a hard target beyond its tolerance."""
         hard = np.isinf(self.slack.price)
-        missed = np.abs(self.rows @ weights - self.targets) - self.slack.band
+        missed = np.abs(self.rows.totals(weights) - self.targets) - self.slack.band
         return float(missed[hard].max(initial=0.0))
 
     def diagonal(self) -> np.ndarray:
         """Slope of each total by its own multiplier where no bound holds, > 0."""
-        diagonal = self.squares(self.weights * self.factors)
+        diagonal = self.rows.squares(self.weights * self.factors)
         return np.where(diagonal > 0, diagonal, 1.0)
-
-    def squares(self, weights: np.ndarray) -> np.ndarray:
-        """Sum of the squared entries of each target, households weighted."""
-        squares = (np.square(self.rows.data), self.rows.indices, self.rows.indptr)
-        return np.asarray(sp.csr_array(squares, shape=self.rows.shape) @ weights)
-
-    @cached_property
-    def columns(self) -> sp.csr_array:
-        """The rows by household, canonical."""
-        return sp.csr_array(self.rows.T.tocsr())
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +199,7 @@ class _State:
         self.weights = dual.weights * ratio
         self.slope = dual.weights * dual.factors * slope
         slack, self.slack_slope = dual.slack.respond(multipliers)
-        self.gradient = dual.rows @ self.weights + slack - dual.targets
+        self.gradient = dual.rows.totals(self.weights) + slack - dual.targets
         self.error = float(np.abs(self.gradient).max())
         bent = ratio * dual.factors * reach - dual.distance.value(ratio)
         self.value = float((dual.weights / dual.factors) @ bent)
@@ -179,8 +219,11 @@ class _Equations:
 def solve(
     dual: Dual,
     start: np.ndarray | None = None,
-    most_steps: int = _MOST_STEPS,
+    *,
     weights: np.ndarray | None = None,
+    chosen: np.ndarray | None = None,
+    tolerance: float = TOLERANCE,
+    most_steps: int = _MOST_STEPS,
 ) -> Solution:
     """Find multipliers at which totals and slacks add up to the targets.
 
@@ -189,20 +232,23 @@ def solve(
     Args:
         dual: The problem.
         start: Multipliers to start from; None: 0.
+        chosen: Targets of which none is a sum of others, where they are known.
+        tolerance: Largest error of a total, over its scale, with which it ends.
         most_steps: Give up after so many steps; the best point is returned.
         weights: Instead of multipliers: weights of an earlier calibration, shape (households,), 0 where they
             are not known.
     """
-    chosen = _independent(dual)
+    chosen = independent(dual) if chosen is None else chosen
     if len(chosen) == len(dual.targets):
-        return _iterate(dual, _first(dual, start, weights), most_steps)
+        return _iterate(dual, _first(dual, start, weights), tolerance, most_steps)
     some = dual.take(chosen)
-    part = _iterate(some, _first(some, None if start is None else start[chosen], weights), most_steps)
+    first = _first(some, None if start is None else start[chosen], weights)
+    part = _iterate(some, first, tolerance, most_steps)
     multipliers = np.zeros(len(dual.targets))
     multipliers[chosen] = part.multipliers
     slack, _ = dual.slack.respond(multipliers)
-    error = np.abs(dual.rows @ part.weights + slack - dual.targets)
-    return Solution(part.weights, multipliers, float(error.max()), part.steps)
+    error = np.abs(dual.rows.totals(part.weights) + slack - dual.targets)
+    return Solution(part.weights, multipliers, float(error.max(initial=0.0)), part.steps)
 
 
 def _first(dual: Dual, start: np.ndarray | None, weights: np.ndarray | None) -> np.ndarray | None:
@@ -211,7 +257,7 @@ def _first(dual: Dual, start: np.ndarray | None, weights: np.ndarray | None) -> 
         return start
     found = multipliers_of(dual, weights)
     none = np.zeros_like(found)
-    ahead, cold = (_State(dual, at, dual.columns @ at).value for at in (found, none))
+    ahead, cold = (_State(dual, at, dual.rows.reach(at)).value for at in (found, none))
     return found if ahead < cold else none
 
 
@@ -227,37 +273,37 @@ def multipliers_of(dual: Dual, weights: np.ndarray) -> np.ndarray:
     ratio, distance = weights / dual.weights, dual.distance
     free = (weights != 0) & (ratio > distance.low) & (ratio < distance.high)
     reach = np.where(free, distance.invert(np.where(free, ratio, 1.0)), 0.0)
-    gradient = -(dual.rows @ (dual.weights * reach))
+    gradient = -dual.rows.totals(dual.weights * reach)
     none = np.zeros(len(dual.targets))
     equations = _Equations(dual.weights * dual.factors * free, none, gradient)
     return _Newton(dual).direction(equations, _LEAST_DAMPING)[0]
 
 
-def _independent(dual: Dual) -> np.ndarray:
+def independent(dual: Dual) -> np.ndarray:
     """Indices of targets of which no hard one is a sum of others, ascending."""
     num_targets = len(dual.targets)
     hard = np.flatnonzero(np.isinf(dual.slack.price) & (dual.slack.band == 0))
     if num_targets > _MOST_DENSE or len(hard) < 2:
         return np.arange(num_targets)
-    square = _gram(dual.columns, dual.weights * dual.factors)[np.ix_(hard, hard)]
+    square = dual.rows.gram(dual.weights * dual.factors)[np.ix_(hard, hard)]
     root = np.sqrt(np.maximum(square.diagonal(), np.finfo(np.float64).tiny))
     _, order, rank, _ = sl.lapack.dpstrf(square / root[:, None] / root, tol=_DEPENDENT, lower=1)
     left_out = hard[order[rank:] - 1]
     return np.setdiff1d(np.arange(num_targets), left_out)
 
 
-def _iterate(dual: Dual, start: np.ndarray | None, most_steps: int) -> Solution:
+def _iterate(dual: Dual, start: np.ndarray | None, tolerance: float, most_steps: int) -> Solution:
     """Newton's iteration from some multipliers."""
     newton = _Newton(dual)
     multipliers = np.zeros(len(dual.targets)) if start is None else start
-    state = best = _State(dual, multipliers, newton.columns @ multipliers)
+    state = best = _State(dual, multipliers, dual.rows.reach(multipliers))
     damping, stalled, steps, lowest = _LEAST_DAMPING, 0, 0, state.value
-    while best.error > TOLERANCE and stalled < _STALLED and steps < most_steps:
+    while best.error > tolerance and stalled < _STALLED and steps < most_steps:
         direction, damping = newton.direction(state, damping)
-        along = newton.columns @ direction
+        along = dual.rows.reach(direction)
         length = _length(dual, state, direction, along)
         moved = state.multipliers + length * direction
-        state = _State(dual, moved, newton.columns @ moved)
+        state = _State(dual, moved, dual.rows.reach(moved))
         damping = min(damping * 100, _MOST_DAMPING) if length < 0.1 else max(damping / 10, _LEAST_DAMPING)
         falls = state.value < lowest - 1e-9 * abs(lowest) and best.error > ROUNDED
         lowest = min(lowest, state.value)
@@ -304,18 +350,14 @@ class _Newton:
     """Solves (A D A' + diag) p = -gradient for the changing diagonals of one problem."""
 
     def __init__(self, dual: Dual) -> None:
-        self._dual, self.rows, self.columns = dual, dual.rows, dual.columns
+        self._dual, self._rows = dual, dual.rows
         self._diagonal = dual.diagonal()
-        num_targets, num_households = dual.rows.shape
-        self._dense: np.ndarray | None = None
-        if dual.rows.nnz > _DENSE_SHARE * num_targets * num_households:
-            self._dense = dual.rows.toarray()
 
     def direction(self, state: _State | _Equations, damping: float) -> tuple[np.ndarray, float]:
         """The step, and the damping it took to find one."""
         if len(self._diagonal) > _MOST_DENSE:
             return self._by_gradients(state, damping), damping
-        square = self._square(state.slope)
+        square = self._rows.gram(state.slope)
         places = np.diag_indices(len(square))
         square[places] += state.slack_slope
         while True:
@@ -331,17 +373,10 @@ class _Newton:
                 continue
             return -root * sl.cho_solve(factor, root * state.gradient, check_finite=False), damping
 
-    def _square(self, slope: np.ndarray) -> np.ndarray:
-        if self._dense is not None:
-            free = np.flatnonzero(slope)
-            part = self._dense if len(free) > 0.7 * len(slope) else self._dense[:, free]
-            return np.asarray((part * (slope if part is self._dense else slope[free])) @ part.T)
-        return _gram(self.columns, slope)
-
     def _by_gradients(self, state: _State | _Equations, damping: float) -> np.ndarray:
         """Conjugate gradients, preconditioned by the diagonal, to a share of the error."""
         extra = state.slack_slope + damping * self._diagonal
-        diagonal = self._dual.squares(state.slope) + extra
+        diagonal = self._rows.squares(state.slope) + extra
         solution, residual = np.zeros(len(diagonal)), -state.gradient
         conditioned = residual / diagonal
         direction, old = conditioned, float(residual @ conditioned)
@@ -349,7 +384,7 @@ class _Newton:
         for _ in range(20 * _MOST_STEPS):
             if old <= stop:
                 break
-            curved = self.rows @ (state.slope * (self.columns @ direction)) + extra * direction
+            curved = self._rows.totals(state.slope * self._rows.reach(direction)) + extra * direction
             length = old / float(direction @ curved)
             solution += length * direction
             residual = residual - length * curved

@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.solver.distances import distance_of
-from sparsereg.calibration.solver.dual_newton import ROUNDED, Dual, Slack, Solution, solve
+from sparsereg.calibration.solver.dual_newton import ROUNDED, Dual, Rows, Slack, Solution, solve
 from sparsereg.linalg.threads import in_turns
 
 _log = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class Exact:
             that conflict), ``violation`` (least possible sum of errors over what goes into the targets).
         bounds_hit: How many households are at a bound.
         steps: Newton steps of the domain that took most.
+        prices: What each target was solved with in the end, per unit of the sum of the initial weights, shape
+            (targets,); infinity: it had to be met.
     """
 
     weights: np.ndarray
@@ -64,10 +66,11 @@ class Exact:
     certificate: list[dict[str, Any]]
     bounds_hit: int
     steps: int
+    prices: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class _Domain:
+class Domain:
     """Some targets and the households they touch, over the targets' scales."""
 
     targets: np.ndarray
@@ -107,25 +110,26 @@ def calibrate_exactly(
     linear = problem.linear
     initial = linear.starting_weights
     low, high = ratio_bounds(initial, distance, bounds, weight_bounds)
-    factors = _unit_factors(unit_factor, problem.num_households)
+    factors = unit_factors(unit_factor, problem.num_households)
     prices = np.where(is_hard(problem), np.inf, problem.target_shares if shares is None else shares)
-    weights, multipliers = initial.copy(), np.zeros(linear.num_targets)
-    domains = list(_domains(linear, distance, low, high, factors, prices))
+    weights, multipliers, final = initial.copy(), np.zeros(linear.num_targets), prices.copy()
+    parts = list(domains(linear, distance, low, high, factors, prices))
     if start is not None:
-        domains = [replace(domain, start=start[domain.households]) for domain in domains]
-    ends = in_turns(_solve, [(domain,) for domain in domains])
+        parts = [replace(domain, start=start[domain.households]) for domain in parts]
+    ends = in_turns(_solve, [(domain,) for domain in parts])
     certificates, steps = [], 0
-    for domain, (end, certificate) in zip(domains, ends, strict=True):
+    for domain, (end, slack, certificate) in zip(parts, ends, strict=True):
         weights[domain.households] = end.weights
         multipliers[domain.targets] = end.multipliers / linear.scale[domain.targets]
+        final[domain.targets] = slack.price / domain.total
         steps = max(steps, end.steps)
         if certificate is not None:
             certificates.append(certificate)
-    weights = np.clip(weights, *_bounded_weights(initial, (low, high)))
-    return _described(problem, weights, multipliers, prices, certificates, (low, high), steps)
+    weights = np.clip(weights, *bounded_weights(initial, (low, high)))
+    return _described(problem, weights, multipliers, (prices, final), certificates, (low, high), steps)
 
 
-def _bounded_weights(initial: np.ndarray, ratios: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
+def bounded_weights(initial: np.ndarray, ratios: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
     """Smallest and largest weights from bounds on the ratio; a weight of zero stays that, bounded or not."""
     with np.errstate(invalid="ignore"):
         return [np.where(initial == 0, 0.0, ratio * initial) for ratio in ratios]
@@ -135,28 +139,28 @@ def _described(
     problem: CalibrationProblem,
     weights: np.ndarray,
     multipliers: np.ndarray,
-    prices: np.ndarray,
+    prices: tuple[np.ndarray, np.ndarray],
     certificates: list[dict[str, Any]],
     bounds: tuple[np.ndarray, np.ndarray],
     steps: int,
 ) -> Exact:
     linear = problem.linear
     beyond = np.abs(linear.scaled_errors(linear.estimates(weights)))
-    is_hard_here = np.isinf(prices)
+    given, final = prices
+    is_hard_here = np.isinf(given)
     gave_way = np.flatnonzero(is_hard_here & (beyond > GAVE_WAY))
     empty = np.flatnonzero(is_hard_here & (np.diff(linear.matrix.indptr) == 0) & (beyond > GAVE_WAY))
     certificates += [{"feasible": False, "targets": [int(i)], "violation": 1.0} for i in empty]
-    asked = np.zeros(len(prices), dtype=bool) if problem.target_hard is None else problem.target_hard
+    asked = np.zeros(len(given), dtype=bool) if problem.target_hard is None else problem.target_hard
     refused = gave_way[asked[gave_way]]
     if len(refused) and any(c["feasible"] is False for c in certificates):
         raise ValueError(_contradiction(problem, refused, certificates))
     initial = linear.starting_weights
-    low, high = _bounded_weights(initial, bounds)
+    low, high = bounded_weights(initial, bounds)
     at_bound = (weights <= low * (1 + 1e-12)) | (weights >= high * (1 - 1e-12))
     worst = float(beyond[is_hard_here].max()) if is_hard_here.any() else 0.0
-    return Exact(
-        weights, multipliers, worst, gave_way, certificates, int((at_bound & (initial > 0)).sum()), steps
-    )
+    hit = int((at_bound & (initial > 0)).sum())
+    return Exact(weights, multipliers, worst, gave_way, certificates, hit, steps, final)
 
 
 def _contradiction(
@@ -253,7 +257,12 @@ def _place(household: int, bounds: Any) -> str:
     return f" for household {household}" if any(np.ndim(side) for side in bounds) else ""
 
 
-def _unit_factors(factors: Any, households: int) -> np.ndarray:
+def unit_factors(factors: Any, households: int) -> np.ndarray:
+    """Factors q of the households, ones where none are given.
+
+    Raises:
+        ValueError: they are not one number > 0 per household.
+    """
     if factors is None:
         return np.ones(households)
     values = np.asarray(factors, dtype=np.float64)
@@ -267,32 +276,29 @@ def _unit_factors(factors: Any, households: int) -> np.ndarray:
     return values
 
 
-def _domains(
+def domains(
     linear: CalibrationProblem,
     distance: str,
     low: np.ndarray,
     high: np.ndarray,
     factors: np.ndarray,
     prices: np.ndarray,
-) -> Iterator[_Domain]:
+) -> Iterator[Domain]:
     """Cut a problem into parts that share neither targets nor households, without what nothing touches."""
     initial, scale = linear.starting_weights, linear.scale
     total = float(initial.sum())
     natural = np.where(near_zero(linear), scale / np.maximum(scale, linear.gross), 1.0)
     for targets, households, rows in blocks(linear.matrix, initial > 0):
-        rows = over_scales(rows, scale[targets])
+        rows = Rows(over_scales(rows, scale[targets]))
         own = distance_of(distance, low[households], high[households])
         dual = Dual(
             rows, linear.targets[targets] / scale[targets], initial[households], factors[households], own,
             Slack(*(np.zeros(len(targets)) for _ in range(3))),
         )  # fmt: skip
         price = prices[targets] * total
-        slack = Slack(
-            np.maximum(price, np.finfo(np.float64).tiny),
-            linear.tolerance[targets] / scale[targets],
-            _BAND_STIFFNESS * dual.diagonal(),
-        )
-        yield _Domain(targets, households, replace(dual, slack=slack), natural[targets], total)
+        price = np.maximum(price, np.finfo(np.float64).tiny)
+        slack = Slack(price, linear.tolerance[targets] / scale[targets], _BAND_STIFFNESS * dual.diagonal())
+        yield Domain(targets, households, replace(dual, slack=slack), natural[targets], total)
 
 
 def blocks(matrix: sp.csr_array, there: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, sp.csr_array]]:
@@ -348,27 +354,45 @@ def over_scales(rows: sp.csr_array, scales: np.ndarray) -> sp.csr_array:
     return sp.csr_array((data, rows.indices, rows.indptr), shape=rows.shape)
 
 
-def _solve(domain: _Domain) -> tuple[Solution, dict[str, Any] | None]:
+def _solve(domain: Domain) -> tuple[Solution, Slack, dict[str, Any] | None]:
     """Solve one domain; where hard targets cannot be met, let as few as possible give way."""
     end = solve(domain.dual, weights=domain.start)
     if end.converged:
-        return end, None
+        return end, domain.dual.slack, None
     certificate, gives_way = certify(domain)
     hard = np.isinf(domain.dual.slack.price)
+    found, slack = end, domain.dual.slack
     for softened in (gives_way, hard) if gives_way.any() else (hard,):
-        found, start = end, None
-        for price in _PRICES:
-            prices = np.where(softened, price * domain.total * domain.natural**2, domain.dual.slack.price)
-            slack = replace(domain.dual.slack, price=prices)
-            tried = solve(replace(domain.dual, slack=slack), start)
-            start = tried.multipliers
-            found = tried if tried.error < max(ROUNDED, found.error) else found
+        found, slack = soften(domain, domain.dual, softened, end)
         if found.converged:
             break
-    return found, certificate
+    return found, slack, certificate
 
 
-def certify(domain: _Domain) -> tuple[dict[str, Any], np.ndarray]:
+def soften(domain: Domain, dual: Dual, gives_way: np.ndarray, otherwise: Solution) -> tuple[Solution, Slack]:
+    """Solve with a price for the targets that give way; the highest with which the iteration ends well.
+
+    Args:
+        domain: What is solved.
+        dual: Its problem, the whole sample's or a replicate's.
+        gives_way: Mask of targets.
+        otherwise: What has been found without.
+
+    Returns:
+        The solution, and the prices it was found with.
+    """
+    found, slack, start = otherwise, dual.slack, None
+    for price in _PRICES:
+        prices = np.where(gives_way, price * domain.total * domain.natural**2, dual.slack.price)
+        trial = replace(dual.slack, price=prices)
+        tried = solve(replace(dual, slack=trial), start)
+        start = tried.multipliers
+        if tried.error < max(ROUNDED, found.error):
+            found, slack = tried, trial
+    return found, slack
+
+
+def certify(domain: Domain) -> tuple[dict[str, Any], np.ndarray]:
     """Ask a linear programme whether the hard targets of a domain can be met together.
 
     It minimises the sum of what is missing, over what goes into each target.
@@ -380,7 +404,7 @@ def certify(domain: _Domain) -> tuple[dict[str, Any], np.ndarray]:
     hard = np.flatnonzero(np.isinf(dual.slack.price))
     count, households = len(hard), len(dual.weights)
     eye, band = sp.eye_array(count), dual.slack.band[hard]
-    rows = sp.hstack([dual.rows[hard] @ sp.diags_array(dual.weights), eye, -eye, eye], format="csc")
+    rows = sp.hstack([dual.rows.by_target[hard] @ sp.diags_array(dual.weights), eye, -eye, eye], format="csc")
     cost = np.concatenate([np.zeros(households), domain.natural[hard], domain.natural[hard], np.zeros(count)])
     low = np.concatenate([dual.distance.low, np.zeros(2 * count), -band])
     high = np.concatenate([dual.distance.high, np.full(2 * count, np.inf), band])

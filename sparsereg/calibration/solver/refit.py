@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsereg.calibration.solver.distances import Linear
-from sparsereg.calibration.solver.dual_newton import Dual, Slack, solve
+from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, solve
 from sparsereg.calibration.solver.exact import blocks, over_scales
 from sparsereg.calibration.solver.least_squares import LeastSquares, System
 from sparsereg.calibration.solver.losses import TargetLoss
@@ -140,7 +140,7 @@ def by_dual(
     given, steps = fit.weights.cpu().numpy(), 0
     for members, households, part in parts:
         own = Dual(
-            over_scales(part, scales[members]),
+            Rows(over_scales(part, scales[members])),
             targets[members] / scales[members],
             center[households],
             np.ones(len(households)),

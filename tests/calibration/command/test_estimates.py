@@ -139,6 +139,24 @@ def test_variables_are_told_of_chosen_households_too(schools):
     assert not (folder / "standard_errors.csv").exists()
 
 
+@pytest.mark.parametrize(("column", "known"), [("none", True), ("both", False)])
+def test_the_largest_cv_with_an_estimate_of_zero(schools, column, known):
+    """A zero without an error is no obstacle; one with an error has no share of it to show."""
+    t = pd.read_csv("H.csv", dtype={"school": str})
+    t["none"], t["both"] = 0.0, 0.0
+    t.loc[[0, 1], "both"] = [1.0, -1.0]
+    t.loc[1, ["stype", "api99", "dnum"]] = t.loc[0, ["stype", "api99", "dnum"]]
+    t.loc[1, "dnum"] = t.dnum[t.dnum != t.dnum[0]].iloc[0]
+    t.to_csv("H.csv", index=False)
+    _, results = command(*schools, "variance=linearized", "psu=dnum", f"report.variables=[api00,{column}]")
+    table = pd.read_csv(Path("outputs/calibrate/version_0/standard_errors.csv")).set_index(
+        ["name", "statistic"]
+    )
+    assert table.estimate[column, "total"] == 0
+    assert (table.se[column, "total"] == 0) == known
+    assert results["max_cv"] == (pytest.approx(table.cv.loc["api00"].max()) if known else None)
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

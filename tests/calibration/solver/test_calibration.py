@@ -5,6 +5,7 @@ import pytest
 import scipy.sparse as sp
 from scipy.optimize import lsq_linear, nnls
 
+from sparsereg.calibration.measures import measure
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.reading.synthetic import synthetic_problem
 from sparsereg.calibration.solver.calibration import Calibration, Settings, calibrate, polish
@@ -337,6 +338,16 @@ def test_what_lies_within_the_tolerance_is_right():
     assert result.loss == 0
     assert result.diagnostics["max_abs_scaled_error"] == 0
     assert result.diagnostics["mean_are"] <= 0.03
+
+
+def test_a_target_without_an_estimate_leaves_the_largest_error_unknown():
+    problem = CalibrationProblem(
+        np.array([np.ones(4), [1.0, 1, 0, 0]]),
+        [4.0, 0.5],
+        denominators=np.array([np.zeros(4), [1.0, 1, 0, 0]]),
+    )
+    assert measure(problem, np.ones(4))["max_abs_scaled_error"] == 1.0
+    assert measure(problem, np.array([0.0, 0, 2, 2]))["max_abs_scaled_error"] is None
 
 
 def test_shares_and_means_are_targets():
