@@ -71,5 +71,5 @@ def in_turns(work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list
 
 @functools.lru_cache(maxsize=4)
 def _pool(process: int, helpers: int) -> ThreadPoolExecutor:
-    """Threads of this process (a fork must not wait for its parent's) that sleep when there is nothing to do."""
+    """Threads of this process (a fork must not wait for its parent's) that sleep while nothing is to do."""
     return ThreadPoolExecutor(helpers, thread_name_prefix="sparsereg")

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from sparsereg.calibration import CalibrationProblem, calibrate
 from sparsereg.calibration.reading.synthetic import synthetic_problem
 from sparsereg.calibration.solver.distances import distance_of
-from sparsereg.calibration.solver.dual_newton import Dual, Slack, multipliers_of
+from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, multipliers_of
 
 
 def earlier_and_now(households=2000, targets=120):
@@ -61,7 +61,12 @@ def test_multipliers_are_found_again_from_their_weights(name):
     rows = sp.csr_array(rng.random((4, 60)) * (rng.random((4, 60)) < 0.6))
     distance = distance_of(name, np.full(60, 0.3), np.full(60, 3.0))
     dual = Dual(
-        rows, np.ones(4), rng.random(60) + 1, rng.random(60) + 0.5, distance, Slack(*np.full((3, 4), 1.0))
+        Rows(rows),
+        np.ones(4),
+        rng.random(60) + 1,
+        rng.random(60) + 0.5,
+        distance,
+        Slack(*np.full((3, 4), 1.0)),
     )
     multipliers = 0.3 * rng.normal(size=4)
     weights = dual.weights * distance.respond(dual.factors * (rows.T @ multipliers))[0]
