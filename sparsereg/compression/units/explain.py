@@ -65,6 +65,7 @@ class Explanation:
         parameters: number of parameters.
         removable: number of those that go with some unit that can go.
         unknown: operations without a rule, with the place where they are first called.
+        staying: for each parameter, how many of its numbers go with nothing that can go.
     """
 
     network: str
@@ -72,6 +73,7 @@ class Explanation:
     parameters: int
     removable: int
     unknown: Mapping[str, str]
+    staying: Mapping[str, int]
 
     @property
     def share(self) -> float:
@@ -146,7 +148,7 @@ def explain(model: nn.Module, example: Any) -> Explanation:
     """
     args, kwargs = inputs_of(example)
     labeller = Labeller(trace(model, *args, **kwargs))
-    return _explanation(type(model).__name__, solve(labeller))
+    return explanation(type(model).__name__, solve(labeller))
 
 
 def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -162,13 +164,15 @@ def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _explanation(network: str, units: Units) -> Explanation:
+def explanation(network: str, units: Units) -> Explanation:
+    """Say of every parameter what can go, from the solved structure of a network of that name."""
     program = units.labeller.program
     family = families(units)
     rows: list[Row] = []
     first: dict[frozenset[int], str] = {}
     able = _able(units)
-    removable = total = 0
+    staying: dict[str, int] = {}
+    total = 0
     for node in program.weights:
         if node not in program.parameters:
             continue
@@ -179,9 +183,9 @@ def _explanation(network: str, units: Units) -> Explanation:
         if not lines:
             rows.append(Row(name, 0, value.numel(), "", "kept", _untouched(units, node)))
         total += value.numel()
-        removable += _removable(units, node, value, able)
+        staying[name] = value.numel() - _removable(units, node, value, able)
     unknown = {op: _place(node) for op, node in units.labeller.unknown.items()}
-    return Explanation(network, tuple(rows), total, removable, unknown)
+    return Explanation(network, tuple(rows), total, total - sum(staying.values()), unknown, staying)
 
 
 def _axes_of(units: Units, node: fx.Node, value: Tensor) -> list[tuple[int, Ints]]:

@@ -12,6 +12,7 @@ arranged in *grids*: where an axis is split in two, the units that stay must for
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,9 +109,8 @@ class Axes:
     def equal(self, a: Ints, b: Ints, why: str, node: fx.Node) -> None:
         """Units a[i] and b[i] go together; what meets ``LIVE`` stays."""
         a, b = np.broadcast_arrays(a, b)
-        a, b = np.ravel(a), np.ravel(b)
-        pairs = np.unique(np.stack([a, b], 1), axis=0)
-        a, b = pairs[:, 0], pairs[:, 1]
+        a, b = np.ravel(a).astype(np.int64), np.ravel(b).astype(np.int64)
+        a, b = np.divmod(np.unique(a << 32 | b), 1 << 32)
         both = (a >= FIRST) & (b >= FIRST)
         self.sets.unite(a[both], b[both])
         self.fix(a[(b == LIVE) & (a >= FIRST)], why, node)
@@ -120,7 +120,7 @@ class Axes:
         """These units never go, because of one operation."""
         if units is None:
             return
-        numbers = np.unique(units.numpy() if isinstance(units, Tensor) else units)
+        numbers = np.unique(stored(units).numpy() if isinstance(units, Tensor) else units)
         for unit in numbers[numbers >= FIRST].tolist():
             self.fixed.setdefault(unit, (why, node))
 
@@ -135,9 +135,12 @@ class Axes:
         """
         moved = labels.movedim(keep, tuple(range(len(keep))))
         shape = moved.shape[: len(keep)]
-        flat = moved.reshape(int(np.prod(shape)), -1).numpy().astype(np.int64)
-        if flat.shape[1] == 0:
+        if moved.numel() == 0:
             return np.zeros(shape, dtype=np.int64)
+        for axis in range(len(keep), moved.dim()):
+            if moved.stride(axis) == 0:
+                moved = moved.narrow(axis, 0, 1)
+        flat = moved.reshape(int(np.prod(shape)), -1).numpy().astype(np.int64)
         most = flat.max(1)
         least = np.where(flat == BLANK, np.iinfo(np.int64).max, flat).min(1)
         uneven = (most != least) & (most != BLANK)
@@ -148,9 +151,33 @@ class Axes:
         return np.asarray(most.reshape(tuple(shape)))
 
 
+def compacted(labels: Labels) -> Labels:
+    """The same labels, stored once along each axis along which they do not differ.
+
+    What comes of them is then as fast as there are units, however many positions an image has.
+    """
+    small = stored(labels)
+    for axis in range(small.dim()):
+        if small.shape[axis] > 1 and torch.equal(small.select(axis, 1), small.select(axis, 0)):
+            first = small.narrow(axis, 0, 1)
+            if bool((small == first).all()):
+                small = first
+    return small.contiguous().clone().expand(labels.shape)
+
+
+def stored(*labels: Labels) -> Any:
+    """Labels of one shape (or several, broadcast to one), with one position along axes that repeat it."""
+    parts = torch.broadcast_tensors(*labels)
+    for axis in range(parts[0].dim()):
+        if parts[0].shape[axis] > 1 and all(part.stride(axis) == 0 for part in parts):
+            parts = tuple(part.narrow(axis, 0, 1) for part in parts)
+    return parts if len(parts) > 1 else parts[0]
+
+
 def varying(labels: Labels) -> set[int]:
     """Axes along which labels differ, ``BLANK`` aside."""
     axes = set()
+    labels = stored(labels)
     blank = bool((labels == BLANK).any())
     for axis in range(labels.dim()):
         if labels.shape[axis] < 2 or labels.stride(axis) == 0:

@@ -65,6 +65,11 @@ class Program:
         last: fx.Node = next(node for node in reversed(self.graph.nodes) if node.op == "output")
         return last
 
+    @property
+    def values_of_output(self) -> Any:
+        """What the network gave on the example."""
+        return fx.node.map_arg(self.output.args[0], lambda node: self.values[node])
+
     def run(
         self,
         weights: Mapping[fx.Node, Tensor],

@@ -9,6 +9,7 @@ Uniting or splitting choices later keeps every grid a grid.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -162,10 +163,19 @@ class Units:
     def alive(self, gone: set[int]) -> np.ndarray:
         """Which units stay when some choices are gone, (units,); ``BLANK`` and ``LIVE`` do."""
         stays = np.ones(len(self.roots), dtype=bool)
-        stays[sorted(gone)] = False
-        for root, choices in self.split.items():
-            stays[root] = not (choices & gone)
+        stays[list(gone)] = False
+        splits, own, parts = self._parts
+        lost = np.zeros(len(self.roots), dtype=bool)
+        lost[own[~stays[parts]]] = True
+        stays[splits] = ~lost[splits]
         return stays[self.roots]
+
+    @cached_property
+    def _parts(self) -> tuple[Ints, Ints, Ints]:
+        """Units that are split, and in pairs such a unit and each of its choices."""
+        pairs = [(root, choice) for root, choices in self.split.items() for choice in choices]
+        own, parts = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        return np.array(list(self.split), dtype=np.int64), own, parts
 
     @property
     def removable(self) -> list[int]:

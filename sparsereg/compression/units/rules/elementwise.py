@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.units.labels import FIRST, Grid, Labels, live, varying
+from sparsereg.compression.units.labels import FIRST, Grid, Labels, live, stored, varying
 from sparsereg.compression.units.program import name_of
 from sparsereg.compression.units.rules.table import Dead, Labeller, rule
 
@@ -197,10 +197,11 @@ def _tie_to_rows(x: Labeller, node: fx.Node, made: Labels, part: Labels, missing
 
 
 def _tie_places(x: Labeller, node: fx.Node, made: Labels, part: Labels) -> Labels:
-    clash = ((made >= FIRST) & (part != made)) | ((part >= FIRST) & (part != made))
+    one, two = stored(made, part)
+    clash = (one != two) & ((one >= FIRST) | (two >= FIRST))
     if bool(clash.any()):
-        _tie(x, node, made[clash], part[clash])
-    return torch.maximum(made, part)
+        _tie(x, node, one[clash], two[clash])
+    return torch.maximum(one, two).expand(made.shape)
 
 
 def _tie(x: Labeller, node: fx.Node, a: Tensor, b: Tensor) -> None:
@@ -211,7 +212,7 @@ def _tie(x: Labeller, node: fx.Node, a: Tensor, b: Tensor) -> None:
 
 
 def _unlabelled(labels: Labels) -> bool:
-    return bool((labels < FIRST).all())
+    return bool((stored(labels) < FIRST).all())
 
 
 def _size_at(labels: Labels, axis: int, rank: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.units.labels import Labels
+from sparsereg.compression.units.labels import Labels, compacted
 from sparsereg.compression.units.program import Call, Scaled, bound, name_of, plain_call
 from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
 
@@ -137,7 +137,7 @@ def resized(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     labels = x.labels(node.args[0])
     if name_of(node) in ("expand", "expand_as"):
         return labels.expand(result.shape)
-    made = labels.reshape(result.shape)
+    made = compacted(labels.reshape(result.shape))
     x.axes.shapes.append((node, made))
     return made
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.units.labels import Axes, Ints, Labels, live
+from sparsereg.compression.units.labels import Axes, Ints, Labels, compacted, live
 from sparsereg.compression.units.program import Call, Program, name_of
 
 
@@ -122,7 +122,10 @@ class Labeller:
             return
         before = max((self.dead.get(n, Dead.ZERO) for n in node.all_input_nodes), default=Dead.ZERO)
         self.dead[node] = before
-        self.axes.of[node] = known.label(self, node, self.program.arguments(node))
+        found = known.label(self, node, self.program.arguments(node))
+        if isinstance(found, tuple):
+            found = tuple(compacted(part) for part in found)
+        self.axes.of[node] = compacted(found) if isinstance(found, Tensor) else found
 
     def _keep_inputs(self, node: fx.Node) -> None:
         """An operation without a rule: everything that it touches stays, and it is named."""
