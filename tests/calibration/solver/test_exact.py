@@ -1,15 +1,19 @@
 """Exact calibration against R's survey, a general solver, its own conditions, and linear programmes."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 from scipy.optimize import minimize
 
 from sparsereg.calibration import CalibrationProblem, calibrate
+from sparsereg.calibration.solver import exact as exact_module
 from sparsereg.calibration.solver.distances import DISTANCES, distance_of
+from sparsereg.calibration.solver.dual_newton import _MOST_DENSE
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 KINDS = {
@@ -228,6 +232,57 @@ def test_many_targets_go_by_conjugate_gradients(monkeypatch):
     assert result.diagnostics["max_abs_scaled_error"] < 1e-12
 
 
+@pytest.mark.parametrize("distance", ["linear", "raking"])
+def test_six_thousand_targets_are_met_by_weights_that_their_multipliers_explain(distance):
+    """Areas, and states that are not their sums: one domain, beyond what is factorised."""
+    rng = np.random.default_rng(11)
+    n, areas = 30_000, 2_000
+    area, age = rng.integers(0, areas, n), rng.integers(0, 9, n)
+    income, j = rng.lognormal(10, 1, n), np.arange(n)
+    parts = [
+        (area, np.ones(n), areas),
+        (area, income, areas),
+        (area, 1.0 * (age < 3), areas),
+        (age, income, 9),
+    ]
+    rows = sp.vstack([sp.csr_array((v, (c, j)), shape=(k, n)) for c, v, k in parts])
+    initial = rng.lognormal(sigma=0.5, size=n)
+    totals = rows @ (initial * (1 + 0.3 * rng.uniform(-1, 1, n)))
+    problem = CalibrationProblem(rows, totals, initial)
+    assert problem.num_targets > _MOST_DENSE
+    result = exactly(problem, distance, bounds=(0.3, 3.0))
+    assert result.diagnostics["max_abs_scaled_error"] < 1e-11
+    reach = result.multipliers @ problem.matrix.astype(np.float64)
+    ratio, _ = distance_of(distance, np.full(n, 0.3), np.full(n, 3.0)).respond(reach)
+    np.testing.assert_allclose(result.weights, initial * ratio, rtol=1e-9)
+
+
+def test_domains_are_solved_at_the_same_time(monkeypatch):
+    """The first two wait for each other: one after the other, they would wait in vain."""
+    both, solve, num_threads = threading.Barrier(2), exact_module._solve, torch.get_num_threads()
+    started = []
+
+    def together(domain):
+        started.append(domain)
+        if len(started) <= 2:
+            both.wait(timeout=60)
+        return solve(domain)
+
+    monkeypatch.setattr(exact_module, "_solve", together)
+    parts = [survey(seed, targets=3, households=40) for seed in range(6)]
+    rows = sp.block_diag([p.matrix for p in parts])
+    whole = CalibrationProblem(
+        rows, np.concatenate([p.targets for p in parts]), np.concatenate([p.starting_weights for p in parts])
+    )
+    torch.set_num_threads(2)
+    try:
+        result = exactly(whole)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert len(started) == 6
+    assert result.diagnostics["max_abs_scaled_error"] < 1e-12
+
+
 def test_ratios_are_met_exactly():
     rng = np.random.default_rng(9)
     income = rng.lognormal(size=300)
@@ -237,20 +292,6 @@ def test_ratios_are_met_exactly():
     w = exactly(problem, "raking").weights
     assert w.sum() == pytest.approx(330, rel=1e-12)
     assert w @ income / w.sum() == pytest.approx(1.5, rel=1e-12)
-
-
-def test_clarabel_agrees():
-    clarabel = pytest.importorskip("clarabel")
-    problem = survey(10)
-    d, rows = problem.starting_weights, problem.matrix.toarray()
-    n, m = len(d), len(rows)
-    settings = clarabel.DefaultSettings()
-    settings.verbose = False
-    constraints = sp.csc_matrix(np.vstack([rows * d, -np.eye(n)]))
-    right = np.concatenate([problem.targets, np.zeros(n)])
-    cones = [clarabel.ZeroConeT(m), clarabel.NonnegativeConeT(n)]
-    found = clarabel.DefaultSolver(sp.csc_matrix(np.diag(d)), -d, constraints, right, cones, settings).solve()
-    np.testing.assert_allclose(exactly(problem).weights, d * np.array(found.x), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
