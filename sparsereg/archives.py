@@ -23,7 +23,10 @@ from sparsereg.errors import DamagedFile
 from sparsereg.files import write_atomically
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
     import numpy as np
+    from torch import Tensor
 
 _MARK = b"sparsereg sha256 "
 _SEAL = len(_MARK) + 64
@@ -91,6 +94,23 @@ def load_weights(path: str | os.PathLike[str]) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (*BROKEN, pickle.UnpicklingError) as error:
         raise DamagedFile(f"it holds something else than data of torch.save ({_short(error)})") from error
+
+
+def not_finite(weights: "Mapping[str, Tensor]", parameters: "Collection[str]") -> str | None:
+    """Return the name of a tensor that makes no sense to go on with, or None.
+
+    Args:
+        weights: a state dict.
+        parameters: names of those that are trained, in which infinity is wrong, too; of the others a mask,
+            say, may hold it. NaN is wrong in all of them.
+    """
+    for name, value in weights.items():
+        if not (value.is_floating_point() or value.is_complex()) or value.is_meta:
+            continue
+        numbers = value if value.element_size() > 1 else value.float()  # those of 8 bits cannot be asked
+        if not bool((numbers.isfinite() if name in parameters else ~numbers.isnan()).all()):
+            return name
+    return None
 
 
 def save_npz(path: Path, arrays: "dict[str, np.ndarray]") -> None:

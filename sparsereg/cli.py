@@ -31,7 +31,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from sparsereg import interruption
 from sparsereg.arguments import OWN_GROUPS, check, named_keys, opened, own_choices, swept_keys
-from sparsereg.errors import FellShort, InputError, OutputError, interpolation_error, nearest
+from sparsereg.errors import SAID, FellShort, InputError, OutputError, interpolation_error, nearest
 from sparsereg.extras import advice, plugin_advice
 from sparsereg.files import new_folder, no_room, write_text
 from sparsereg.reference import declared_by, help_of
@@ -108,7 +108,7 @@ class _Task:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             from sparsereg.sweep import run_job
 
-            return run_job(self.name, self.run, cfg, code_of=lambda error: report(self.name, error))
+            return run_job(self.name, self.run, cfg, _swept(), lambda error: explained(self.name, error))
         try:
             finish(self.run(cfg))
         except FellShort as error:
@@ -307,9 +307,15 @@ def first_keys() -> list[str]:
 
 def first_overrides() -> list[str]:
     """Return the overrides of this job, those of the keys that the sweep goes over in front."""
+    swept = _swept()
+    return sorted(HydraConfig.get().overrides.task, key=lambda text: text not in swept)
+
+
+def _swept() -> list[str]:
+    """Return those overrides of this job whose keys the sweep goes over."""
     job = list(HydraConfig.get().overrides.task)
-    swept = set(swept_keys(job, [*_implied, *_given]))
-    return sorted(job, key=lambda text: text.lstrip("+").partition("=")[0] not in swept)
+    keys = set(swept_keys(job, [*_implied, *_given]))
+    return [text for text in job if text.lstrip("+").partition("=")[0] in keys]
 
 
 def finish(results: Path) -> None:
@@ -356,18 +362,26 @@ class _Waiting(logging.Handler):
 
 def report(name: str, error: BaseException) -> int:
     """Tell an error to the user and return the exit code it means."""
+    code, lines = explained(name, error)
+    for line in lines:
+        print(f"{SAID[code]}: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+def explained(name: str, error: BaseException) -> tuple[int, list[str]]:
+    """Return the exit code that an error means, and what is said about it, in one line for most of them.
+
+    Args:
+        name: of the script.
+        error: what ended it. The traceback of a failure of ours is written to a file.
+    """
     if isinstance(error, FellShort):
-        for line in error.shortfalls:
-            print(f"short: {one_line(line)}", file=sys.stderr, flush=True)
-        return 3
+        return 3, [one_line(line) for line in error.shortfalls]
     message = _input_message(name, error)
     if message is not None:
-        print(f"error: {_readable(message)}", file=sys.stderr, flush=True)
-        return 2
+        return 2, [_readable(message)]
     log = _write_traceback(name, error)
-    text = one_line(f"{type(error).__name__}: {error}")
-    print(f"failed: {text} (traceback in {log})", file=sys.stderr, flush=True)
-    return 1
+    return 1, [one_line(f"{type(error).__name__}: {error}") + f" (traceback in {log})"]
 
 
 LESS_MEMORY = {

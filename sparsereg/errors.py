@@ -3,6 +3,9 @@
 import difflib
 from pathlib import Path
 
+SAID = {1: "failed", 2: "error", 3: "short"}
+"""How the lines start that tell what an exit code is about."""
+
 
 class InputError(ValueError):
     """The input is wrong. One line: what is wrong, where, what was expected, what to do.

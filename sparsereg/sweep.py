@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import sparsereg
 from sparsereg import interruption, targets
-from sparsereg.errors import FellShort, InputError, interpolation_error
+from sparsereg.errors import SAID, FellShort, InputError, interpolation_error
 from sparsereg.files import write_json, write_table
 from sparsereg.sweep_plot import draw
 
@@ -28,7 +28,8 @@ def run_job(
     name: str,
     run: Callable[[DictConfig], Path],
     cfg: DictConfig,
-    code_of: Callable[[BaseException], int],
+    swept: list[str],
+    explained: Callable[[BaseException], tuple[int, list[str]]],
 ) -> "float | list[float]":
     """Run one job of a sweep; a failure is written down and does not stop the sweep.
 
@@ -39,7 +40,8 @@ def run_job(
         name: the script.
         run: does the work and returns the path of its results.json.
         cfg: the job's configuration.
-        code_of: tells an error to the user and returns its exit code.
+        swept: those of its overrides that make it another job than the others.
+        explained: from an error to its exit code and what is said about it.
 
     Returns:
         What ``objective`` names of its results, for the sweeper; NaN where there is none.
@@ -49,20 +51,20 @@ def run_job(
     job: dict[str, Any] = {
         "job": int(hydra_cfg.job.num),
         "overrides": list(hydra_cfg.overrides.task),
+        "swept": swept,
     }
     if (folder / "job.json").exists():  # in a folder that the user named
         taken = f"hydra.sweep.dir={folder.parent} holds another sweep; name a new folder, or none"
-        sys.exit(code_of(InputError(taken)))
+        print(f"{SAID[2]}: {taken}", file=sys.stderr, flush=True)
+        sys.exit(2)
     try:
         job["digest"] = digest(name, cfg)
     except OmegaConfBaseException as error:
-        refused = InputError(interpolation_error(str(error)) or str(error))
-        code = code_of(refused)
-        write_json(folder / "job.json", {**job, "status": "failed", "error": str(refused), "code": code})
+        _note(folder, job, "failed", explained(InputError(interpolation_error(str(error)) or str(error))))
         return _objective(cfg, None)
     done = None if cfg.get("rerun") else _finished(folder.parent.parent, job["digest"])
     if done is not None:
-        print(f"job {job['job']} ({' '.join(job['overrides'])}): finished before, in {done}", flush=True)
+        print(f"{_named(job)}: finished before, in {done}", flush=True)
         write_json(folder / "job.json", {**job, "status": "skipped", "results": str(done)})
         return _objective(cfg, done)
     results: Path | None = None
@@ -71,17 +73,26 @@ def run_job(
         results = run(cfg)
     except FellShort as error:
         results = error.results
-        told = {"error": str(error), "code": code_of(error), "results": str(error.results)}
-        write_json(folder / "job.json", {**job, "status": "short", **told})
+        _note(folder, {**job, "results": str(results)}, "short", explained(error))
     except Exception as error:
         interruption.check()
-        code = code_of(error)
-        write_json(folder / "job.json", {**job, "status": "failed", "error": str(error), "code": code})
+        _note(folder, job, "failed", explained(error))
     else:
         write_json(folder / "job.json", {**job, "status": "finished", "results": str(results)})
     finally:
         interruption.continue_with(lambda given: None)  # the sweep, which takes over what has finished
     return _objective(cfg, results)
+
+
+def _note(folder: Path, job: dict[str, Any], status: str, explained: tuple[int, list[str]]) -> None:
+    """Say at once that a job did not end well, and write it down; the sweep sums it up at its end."""
+    code, error = explained[0], "; ".join(explained[1])
+    print(f"{_named(job)} {SAID[code]}: {error}", file=sys.stderr, flush=True)
+    write_json(folder / "job.json", {**job, "status": status, "error": error, "code": code})
+
+
+def _named(job: dict[str, Any]) -> str:
+    return f"job {job['job']} ({' '.join(job['swept'])})" if job["swept"] else f"job {job['job']}"
 
 
 def _objective(cfg: DictConfig, results: Path | None) -> "float | list[float]":
@@ -194,7 +205,8 @@ class SweepReport(Callback):
     def _write(self, folder: Path) -> tuple[list[dict[str, Any]], bool]:
         """Read every job.json of the sweep, write its files; return the jobs, and whether there is a plot."""
         jobs = sorted((_read(f) for f in folder.glob("*/job.json")), key=lambda j: j.get("job", 0))
-        rows = [_row(job) for job in jobs]
+        columns = ["error"] if any("error" in job for job in jobs) else []
+        rows = [_row(job, ["job", "status", *columns]) for job in jobs]
         if rows:
             _write_csv(folder / "sweep.csv", rows)
         return jobs, draw(folder / "sweep.png", rows, self.x, self.panels)
@@ -207,19 +219,33 @@ class SweepReport(Callback):
             return
         failed = [job for job in jobs if job.get("status") == "failed"]
         short = [job for job in jobs if job.get("status") == "short"]
-        for job in failed:
-            print(f"failed: job {job['job']} ({' '.join(job['overrides'])}): {job['error']}", file=sys.stderr)
         below = f", {len(short)} of them short of what was required" if short else ""
         print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished{below}")
         if drawn:
             print(f"plot: {folder / 'sweep.png'}")
         print(f"results: {folder / 'sweep.csv'}", flush=True)
         if failed or short:
-            sys.exit((failed or short)[0]["code"])
+            code, line = _summed_up(failed or short, len(jobs))
+            print(f"{SAID[code]}: {line}", file=sys.stderr, flush=True)
+            sys.exit(code)
 
 
-def _row(job: dict[str, Any]) -> dict[str, Any]:
-    row = {key: job.get(key) for key in ("job", "status")}
+def _summed_up(bad: list[dict[str, Any]], jobs: int) -> tuple[int, str]:
+    """Return the exit code of a sweep, the gravest of its jobs', and one line: how many, and the first one.
+
+    Args:
+        bad: what is in the job.json of those that did not end well.
+        jobs: how many there are.
+    """
+    code = min(job["code"] for job in bad)
+    first = next(job for job in bad if job["code"] == code)
+    verb = "fell short of what was required" if code == 3 else "failed"
+    more = "; each one's reason is in the column error of sweep.csv" if len(bad) > 1 else ""
+    return code, f"{len(bad)} of {jobs} jobs {verb}: {_named(first)}: {first['error']}{more}"
+
+
+def _row(job: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    row = {key: job.get(key) for key in columns}
     row["overrides"] = " ".join(job.get("overrides", []))
     if job.get("results"):
         results = _read(Path(job["results"]))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.archives import load_torch, save_torch
+from sparsereg.archives import load_torch, not_finite, save_torch
 from sparsereg.compression import vocabulary
 from sparsereg.compression.compact import ORIGINAL
 from sparsereg.compression.vocabulary import check_name, check_path, short
@@ -239,6 +239,8 @@ class _Reader:
         """The network, in eval mode."""
         self.check()
         trains = self._part("parameters", dict)
+        if (wrong := not_finite(self.weights, trains)) is not None:
+            raise InputError(f"{wrong!r} holds numbers that are not finite")
         self.root.load_state_dict(self.weights, assign=True)
         for name, parameter in self.root.named_parameters():
             parameter.requires_grad_(bool(trains.get(name, True)))

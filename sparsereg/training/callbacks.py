@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from sparsereg.compression import Accountant
+from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
 from sparsereg.model.synchronised import several_processes
 from sparsereg.penalties import hard_concretes
@@ -25,8 +26,8 @@ from sparsereg.training.lightning import logs_now
 from sparsereg.training.tensorboard import show_gates
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what is left."""
+class TrainingError(InputError):
+    """Training cannot go on with these settings; the message says why and what is left."""
 
 
 class ReproducibleEpochs(Callback):

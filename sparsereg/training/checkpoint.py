@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsereg import targets
-from sparsereg.archives import load_torch
+from sparsereg.archives import load_torch, not_finite
 from sparsereg.compression import storage
 from sparsereg.data.config import CONFIGS as SOURCES
 from sparsereg.data.config import source_of
@@ -104,10 +104,10 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _are_weights(value: Any) -> bool:
-    """Whether something is a state dict of finite numbers."""
+    """Whether something is a state dict, without NaN; a mask of the network's may hold infinity."""
     if not _is_mapping(value) or not all(isinstance(v, Tensor) for v in value.values()):
         return False
-    return all(not v.is_floating_point() or bool(v.isfinite().all()) for v in value.values())
+    return not_finite(value, ()) is None
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ _MAPPING = Part(_is_mapping, "settings by name")
 _TEXT = Part(lambda v: isinstance(v, str), "a name")
 _NAME = Part(_TEXT.fits, "a name", unless=targets.TARGET)
 _SWITCH = Part(lambda v: isinstance(v, bool), "true or false")
-_WEIGHTS = Part(_are_weights, "tensors by name, without NaN and infinity")
+_WEIGHTS = Part(_are_weights, "tensors by name, without NaN")
 _COUNT = Part(_is_count, "an integer >= 0")
 _SHARE = Part(lambda v: v is None or (isinstance(v, int | float) and 0 <= v <= 1), "a share in [0, 1]")
 _LIST = Part(lambda v: isinstance(v, list) and all(map(_is_mapping, v)), "a list of states")
@@ -432,6 +432,7 @@ def load_weights_(net: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
             for k, v in checkpoint.weights.items()
             if k in own and v.is_floating_point() != own[k].is_floating_point()
         ],
+        "not finite": [k] if (k := not_finite(checkpoint.weights, _parameters(net))) else [],
     }
     found = [f"{what}: {_some(keys)}" for what, keys in problems.items() if keys]
     if 0 < len(new) < len(gates):
@@ -440,6 +441,11 @@ def load_weights_(net: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
         raise InputError(f"{checkpoint.named} does not fit this network: {'; '.join(found)}")
     net.load_state_dict({**{k: own[k] for k in new}, **checkpoint.weights})
     return new
+
+
+def _parameters(net: nn.Module) -> set[str]:
+    """Return the names of what is trained, shared parameters under every name."""
+    return {name for name, _ in net.named_parameters(remove_duplicate=False)}
 
 
 def load_all_weights_(net: nn.Module, checkpoint: Checkpoint) -> None:

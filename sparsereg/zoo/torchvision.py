@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsereg.archives import load_weights
+from sparsereg.archives import load_weights, not_finite
 from sparsereg.compression import gate
 from sparsereg.errors import DamagedFile, InputError, nearest
 
@@ -158,6 +158,8 @@ def load_weights_file_(net: nn.Module, path: str | Path) -> None:
     new = [k for k in own if k not in fits]
     if new:
         log.info("initialised anew, since model.weights has other classes: %s", ", ".join(new))
+    if (wrong := not_finite(fits, dict(net.named_parameters()))) is not None:
+        raise InputError(f"model.weights={path}: {wrong!r} holds numbers that are not finite")
     net.load_state_dict(fits, strict=False)
 
 

@@ -253,6 +253,31 @@ def test_tensors_that_claim_more_than_they_hold_are_refused(sound):
         storage.rebuild(json.dumps(plan), [1])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(sound, value):
+    plan, weights = sound
+    name = next(name for name in plan["parameters"] if weights[name].is_floating_point())
+    evil = torch.full_like(weights[name], value)
+    with pytest.raises(InputError, match=f"{name!r} holds numbers that are not finite"):
+        storage.rebuild(json.dumps(plan), {**weights, name: evil})
+
+
+def test_a_mask_may_hold_infinity(tmp_path):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.tensor([0.0, -float("inf"), 0.0]))
+
+        def forward(self, x):
+            return (x + self.mask).softmax(-1)
+
+    x = torch.randn(2, 3)
+    small = compact(Masked(), x)
+    again = storage.load_compacted(storage.save_compacted(small, tmp_path / "masked.pt"))
+    assert torch.equal(again(x), small(x))
+    assert not again(x)[:, 1].any()
+
+
 @pytest.mark.parametrize(
     "text",
     [

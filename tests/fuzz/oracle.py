@@ -71,10 +71,11 @@ def _refused(outcome: Outcome, arguments: list[str]) -> list[str]:
     lines = outcome.err.splitlines()
     errors = [line for line in lines if line.startswith("error:")]
     found = []
-    sweep = any(a in ("-m", "--multirun") for a in arguments)
-    if len(errors) != 1 and not (sweep and errors):
+    # A sweep tells of each job when it ends; a run that has begun has told what it trains.
+    told = any(a in ("-m", "--multirun") for a in arguments) or any("; files in " in line for line in lines)
+    if len(errors) != 1:
         found.append(f"{len(errors)} lines start with error:")
-    elif not lines[0].startswith("error:") and not sweep:
+    elif not lines[0].startswith("error:") and not told:
         found.append("something stands before error:")
     if any(len(line) > 4000 for line in errors):
         found.append("the error is too long to read")

@@ -13,6 +13,7 @@ GOOD = Outcome(2, "", "error: lambda_l0=-1: expected a number >= 0\n", 0.1)
     [
         (GOOD, None),
         (Outcome(2, "", "digits: 5 images\n" + GOOD.err, 0.1), "something stands before"),
+        (Outcome(2, "", "10 images\nnetwork; files in outputs/x\n" + GOOD.err, 0.1), None),
         (Outcome(2, "", GOOD.err * 2, 0.1), "2 lines"),
         (Outcome(2, "", "usage: train.py\n", 0.1), "0 lines"),
         (Outcome(1, "", "failed: TypeError", 0.1), "exit code 1"),

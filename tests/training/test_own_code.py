@@ -21,6 +21,7 @@ def own(tmp_path, monkeypatch):
     """Files of the user's in the folder where they stand."""
     (tmp_path / "own_nets.py").write_text(
         textwrap.dedent("""
+        import torch
         from torch import nn
         from sparsereg import L0Linear
 
@@ -37,6 +38,15 @@ def own(tmp_path, monkeypatch):
         class Gated(nn.Sequential):
             def __init__(self, image_shape, num_classes):
                 super().__init__(nn.Flatten(), L0Linear(image_shape[1] * image_shape[2], num_classes))
+
+        class Masked(Net):
+            def __init__(self, image_shape, num_classes):
+                super().__init__(8, num_classes, image_shape)
+                self.register_buffer("mask", torch.full((num_classes,), -float("inf")).where(
+                    torch.arange(num_classes) > 7, 0.0))
+
+            def forward(self, images):
+                return super().forward(images) + self.mask.clamp(min=-9.0)
 
         class Wrong(nn.Flatten):
             pass
@@ -81,6 +91,15 @@ def test_network_is_gated_and_gets_what_its_signature_names(run, own):
     assert resumed.results["epochs"] == 2
     changed = run(*resume, NET, "model.hidden=30")
     assert "cannot be resumed with other settings: model.hidden was 24, is 30" in changed.err
+
+
+def test_network_whose_mask_holds_infinity_is_found_again(run, own):
+    trained = run("train", *QUICK, *SMALL, "model._target_=own_nets.Masked", "without_using_gate=true")
+    assert trained.code == 0, trained.err
+    assert trained.weights()["net.mask"].isinf().sum() == 2
+    tested = run("test", f"ckpt_path={trained.last}", "model._target_=own_nets.Masked", "trainer=cpu")
+    assert tested.code == 0, tested.err
+    assert tested.results["test_acc"] == trained.results["test_acc"]
 
 
 def test_networks_with_gates_and_without(run, own):

@@ -23,8 +23,11 @@ def test_a_sweep_with_a_failed_job_and_its_repetition(run, tiny, tmp_path):
     sweep = ["-m", *tiny, "trainer.max_epochs=1", "lambda_l0=0.5,-1,2"]
     first = run("train", *sweep)
     assert first.code == 2, first.err
-    assert "lambda_l0=-1" in first.err
+    said = "lambda_l0=-1: expected a number >= 0 or null"
+    assert first.err.splitlines()[-1] == f"error: 1 of 3 jobs failed: job 1 (lambda_l0=-1): {said}"
+    assert first.err.count("\nerror: ") == 1
     table = pd.read_csv(first.path)
+    assert table["error"][1] == said
     assert table["status"].tolist() == ["finished", "failed", "finished"]
     assert table["lambda_l0"].tolist()[0] == 0.5
     assert table["exact_sparsity"].notna().tolist() == [True, False, True]
@@ -42,6 +45,34 @@ def test_a_sweep_with_a_failed_job_and_its_repetition(run, tiny, tmp_path):
     anew = run("train", *sweep[:-1], "lambda_l0=2", "rerun=true")
     assert anew.code == 0, anew.err
     assert pd.read_csv(anew.path)["status"].tolist() == ["finished"]
+
+
+def test_a_sweep_sums_up_what_failed_in_one_line(run, tiny, monkeypatch):
+    sweep = ["-m", *tiny, "lambda_l0=-1,-2,-3"]
+    wrong = run("train", *sweep)
+    assert wrong.code == 2
+    *jobs, last = [line for line in wrong.err.splitlines() if line.startswith(("job ", "error:"))]
+    assert [j.partition(" error:")[0] for j in jobs] == [f"job {n} (lambda_l0=-{n + 1})" for n in range(3)]
+    assert last.startswith("error: 3 of 3 jobs failed: job 0 (lambda_l0=-1): lambda_l0=-1: expected")
+    assert last.endswith("; each one's reason is in the column error of sweep.csv")
+    assert (
+        pd.read_csv(wrong.path)["error"]
+        .str.startswith(("lambda_l0=-1:", "lambda_l0=-2:", "lambda_l0=-3:"))
+        .all()
+    )
+
+    def broken(cfg, folder):
+        if cfg.lambda_l0 == -2:
+            raise AssertionError("ours")
+
+    monkeypatch.setattr("sparsereg.sweep._go_on", broken)
+    ours = run("train", *sweep)
+    assert ours.code == 1  # the gravest
+    assert "error:" not in {line[:6] for line in ours.err.splitlines()}
+    last = ours.err.splitlines()[-1]
+    assert last.startswith(
+        "failed: 3 of 3 jobs failed: job 1 (lambda_l0=-2): AssertionError: ours (traceback in"
+    )
 
 
 def test_a_sweep_of_fine_tuning_and_flags_between_overrides(run, tiny):

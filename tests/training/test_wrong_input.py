@@ -109,8 +109,8 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(ru
     bad = run(
         "train", f"ckpt_path={good.last}", "resume_training=true", "trainer.max_epochs=3", "lambda_l0=1e39"
     )
-    assert bad.code == 1
-    assert "not a finite number" in bad.err
+    assert bad.code == 2
+    assert "error: the loss is not a finite number" in bad.err
     assert not (good.folder.parent / "version_1" / "results.json").exists()
 
 

@@ -103,6 +103,10 @@ def test_a_sweep_with_a_job_that_falls_short_ends_with_exit_code_3(tmp_path):
     assert done.returncode == 3, done.stderr
     table = next(tmp_path.glob("outputs/calibrate/multirun/*/sweep.csv")).read_text().splitlines()
     assert [line.split(",")[1] for line in table[1:]] == ["finished", "short"]
+    said = [line for line in done.stderr.splitlines() if line.startswith("short: ")]
+    assert len(said) == 1
+    assert said[0].startswith("short: 1 of 2 jobs fell short of what was required: job 1 (")
+    assert "error:" not in done.stderr
     assert all(line.endswith("results.json") for line in table[1:])
 
 
