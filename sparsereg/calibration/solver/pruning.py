@@ -89,6 +89,7 @@ class Pruning:
             self._prune()
         else:
             self._swap()
+        self.fit.refresh()  # what goes on from ``state_dict`` rounds as this does
         self.done = self.done or self.epoch >= self.num_epochs
 
     def _prune(self) -> None:

@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 from scipy.optimize import lsq_linear, nnls
 
 from sparsereg.calibration.measures import measure
@@ -229,6 +230,22 @@ def test_interrupted_and_resumed_gives_the_same(method):
     while not second.done:
         second.step()
     assert np.array_equal(whole.result().weights, second.result().weights)
+
+
+@pytest.mark.parametrize("method", ["pruning", "hard_concrete"])
+@pytest.mark.parametrize("households", [60, 400])
+def test_every_step_is_the_same_after_an_interruption_before_it(method, households):
+    """Not only where it ends: also on the way, where the number to keep has been reached and sweeps go on."""
+    problem = survey(8, noise=0.3, households=households)
+    settings = Settings(method=method, epochs=60)
+    whole = Calibration(problem, 25, settings)
+    while not whole.done:
+        other = Calibration(problem, 25, settings)
+        other.load_state_dict(whole.state_dict())
+        for run in (whole, other):
+            run.step()
+        assert torch.equal(other.selection.weights(), whole.selection.weights()), whole.selection.epoch
+        assert other.report() == whole.report()
 
 
 def test_compiled_and_torch_agree():
