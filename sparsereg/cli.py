@@ -7,6 +7,7 @@ traceback is in a log file that the message names. The last line on stdout is ``
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import re
@@ -135,7 +136,7 @@ def _script(name: str, run: Run, choices: Choices, given: list[str]) -> None:
         _implied[:] = [choice for group, choice in implied.items() if group not in named]
         sys.argv[1:] = [*_implied, *given]
         task.register()
-        with _of_hydra():
+        with _of_hydra(), _showing(given):
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(task)()
         if task.failed:
             raise task.failed[0]
@@ -160,6 +161,29 @@ def _overrides_first(arguments: list[str]) -> list[str]:
     return sorted(arguments, key=lambda a: a.startswith("-") or not ("=" in a or a.startswith("~")))
 
 
+def _only_shows(given: list[str]) -> bool:
+    """Whether arguments only ask to show the configuration or a help text."""
+    flags = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help")
+    return any(a.startswith("--") and a.startswith(flags) or a in flags for a in given)
+
+
+@contextlib.contextmanager
+def _showing(given: list[str]) -> Iterator[None]:
+    """What Hydra says where it cannot show what was asked for, and leaves, is an error like any other."""
+    if not _only_shows(given):
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise
+        raise InputError(f"{one_line(said.getvalue())}; --cfg job alone shows all") from None
+    sys.stderr.write(said.getvalue())
+
+
 def _sweep_folder(given: list[str], made: dict[str, str]) -> Callable[[str], str]:
     """Return the resolver of ``hydra.sweep.dir``: it makes the folder, once, so that no other sweep has it.
 
@@ -167,12 +191,11 @@ def _sweep_folder(given: list[str], made: dict[str, str]) -> Callable[[str], str
         given: the user's arguments; when they only ask to show the configuration, nothing is made.
         made: takes the folder.
     """
-    shown = any(a.startswith(("--cfg", "-c", "--info", "--help", "--hydra-help")) for a in given)
 
     def resolve(parent: str) -> str:
         if parent not in made:
             folder = Path(parent) / time.strftime("%Y-%m-%d_%H-%M-%S")
-            made[parent] = str(folder if shown else new_folder(folder))
+            made[parent] = str(folder if _only_shows(given) else new_folder(folder))
         return made[parent]
 
     return resolve

@@ -66,6 +66,8 @@ EVERYWHERE = [
     ("-m --cfg job", "--multirun and --cfg do not go together"),
     ("--resolve", "--resolve belongs to --cfg"),
     ("--package a", "--package belongs to --cfg"),
+    ("--cfg job --package no_such", "package 'no_such' not found in config"),
+    ("--cfg hydra -p no.such", "package 'no.such' not found in config"),
     ("--experimental-rerun=x.pickle", "--experimental-rerun"),
     ("ckpt_path=[a]", "ckpt_path=[a]: expected a text or null"),
     ("ckpt_path=''", "ckpt_path=: expected a text or null, not empty"),
