@@ -102,7 +102,9 @@ class Cut:
             return plain_call(node, (inside, *args[1:]), kwargs)
         ((d, alive),) = kept.items()
         size = (
-            args[1] * int(alive.sum()) // len(alive) if name_of(node) == "group_norm" else [inside.shape[d]]
+            max(1, args[1] * int(alive.sum()) // len(alive))
+            if name_of(node) == "group_norm"
+            else [inside.shape[d]]
         )
         rest = [w[alive] if isinstance(w, Tensor) else w for w in args[2:]]
         found = plain_call(node, (inside, size, *rest), kwargs)

@@ -12,7 +12,6 @@ arranged in *grids*: where an axis is split in two, the units that stay must for
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -165,13 +164,18 @@ def compacted(labels: Labels) -> Labels:
     return small.contiguous().clone().expand(labels.shape)
 
 
-def stored(*labels: Labels) -> Any:
-    """Labels of one shape (or several, broadcast to one), with one position along axes that repeat it."""
-    parts = torch.broadcast_tensors(*labels)
+def stored(labels: Labels) -> Labels:
+    """One position along each axis that repeats it."""
+    return stored_together(labels)[0]
+
+
+def stored_together(*labels: Labels) -> list[Labels]:
+    """Labels that are broadcast to each other, with one position along axes along which all repeat it."""
+    parts = list(torch.broadcast_tensors(*labels))
     for axis in range(parts[0].dim()):
         if parts[0].shape[axis] > 1 and all(part.stride(axis) == 0 for part in parts):
-            parts = tuple(part.narrow(axis, 0, 1) for part in parts)
-    return parts if len(parts) > 1 else parts[0]
+            parts = [part.narrow(axis, 0, 1) for part in parts]
+    return parts
 
 
 def varying(labels: Labels) -> set[int]:

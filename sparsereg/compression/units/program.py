@@ -227,7 +227,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     }
     tensors = {**exported.state_dict, **exported.constants}
     placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
-    weights = {n: tensors[named[n.name]].detach() for n in placeholders if n.name in named}
+    weights = _once(exported, {n: tensors[named[n.name]] for n in placeholders if n.name in named})
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
     flat = list(torch.utils._pytree.tree_leaves((args, kwargs)))
     inputs = [n for n in placeholders if n not in weights]
     program = Program(
@@ -251,6 +252,21 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     return program
 
 
+def _once(exported: torch.export.ExportedProgram, tensors: dict[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+    """Each weight once: one that the network knows by several names is that of the first."""
+    weights: dict[fx.Node, Tensor] = {}
+    seen: dict[tuple[Any, ...], fx.Node] = {}
+    for node, tensor in tensors.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (node,)
+        first = seen.setdefault(key, node)
+        if first is node:
+            weights[node] = tensor.detach()
+        else:
+            node.replace_all_uses_with(first)
+            exported.graph.erase_node(node)
+    return weights
+
+
 def _export(model: nn.Module, args: Any, kwargs: Any) -> tuple[torch.export.ExportedProgram, Any, Any]:
     """Export a network for any batch size and length of sequences, or else for those of the example."""
     pair = torch.utils._pytree.tree_map(_two, (args, kwargs))  # a size of one cannot be told from no size
@@ -264,9 +280,38 @@ def _export(model: nn.Module, args: Any, kwargs: Any) -> tuple[torch.export.Expo
             exported = torch.export.export(model, args, kwargs or None, strict=False)
         except Exception as error:
             raise InputError(_why(model, error)) from error
-    if any(name_of(n) in _MUTATING for n in exported.graph.nodes if n.op == "call_function"):
+    if _writes_into_what_others_read(exported.graph):
         exported = exported.run_decompositions({})
     return exported, *pair
+
+
+def _writes_into_what_others_read(graph: fx.Graph) -> bool:
+    """Whether running every operation that writes in place on a copy would change what comes out."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    same: dict[fx.Node, fx.Node] = {}  # the tensor whose memory a view looks at
+    readers: dict[fx.Node, list[int]] = {}
+    writers: list[tuple[int, fx.Node, bool]] = []
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            readers.setdefault(same.get(source, source), []).append(place[node])
+        first = node.args[0] if node.op == "call_function" and node.args else None
+        if not isinstance(first, fx.Node) or not isinstance(first.meta.get("val"), Tensor):
+            continue
+        inplace = name_of(node).endswith("_") and not name_of(node).endswith("__")
+        if inplace:
+            writers.append((place[node], same.get(first, first), first in same or name_of(node) in _MUTATING))
+        elif _is_view(node):
+            same[node] = same.get(first, first)
+    return any(part or any(i > at for i in readers[base]) for at, base, part in writers)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an operation returns the memory of its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.arguments:
+        return False
+    alias = schema.arguments[0].alias_info
+    return alias is not None and not alias.is_write
 
 
 def _two(x: Any) -> Any:

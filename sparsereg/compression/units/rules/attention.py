@@ -11,6 +11,7 @@ from torch import fx
 
 from sparsereg.compression.units.labels import FIRST, Grid, Ints, Labels, live, varying
 from sparsereg.compression.units.program import Call, name_of
+from sparsereg.compression.units.rules.mixing import dense, weight_behind
 from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
 
 BATCH = "ABCDEFGH"
@@ -20,6 +21,10 @@ BATCH = "ABCDEFGH"
 def matmul(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """(..., m, k) times (..., k, n)."""
     left, right = node.args[0], node.args[1]
+    matrix = weight_behind(x, right)
+    if matrix is not None:
+        weight, transposed = matrix
+        return dense(x, node, left, weight, None, *((0, 1) if transposed else (1, 0)))
     ranks = [x.program.values[n].dim() for n in (left, right)]  # type: ignore[index]
     one = "k" if ranks[0] == 1 else BATCH[-(ranks[0] - 2) :] * (ranks[0] > 2) + "mk"
     two = "k" if ranks[1] == 1 else BATCH[-(ranks[1] - 2) :] * (ranks[1] > 2) + "kn"

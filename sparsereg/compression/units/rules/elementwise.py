@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.units.labels import FIRST, Grid, Labels, live, stored, varying
+from sparsereg.compression.units.labels import FIRST, Grid, Labels, live, stored, stored_together, varying
 from sparsereg.compression.units.program import name_of
 from sparsereg.compression.units.rules.table import Dead, Labeller, rule
 
@@ -197,7 +197,7 @@ def _tie_to_rows(x: Labeller, node: fx.Node, made: Labels, part: Labels, missing
 
 
 def _tie_places(x: Labeller, node: fx.Node, made: Labels, part: Labels) -> Labels:
-    one, two = stored(made, part)
+    one, two = stored_together(made, part)
     clash = (one != two) & ((one >= FIRST) | (two >= FIRST))
     if bool(clash.any()):
         _tie(x, node, one[clash], two[clash])

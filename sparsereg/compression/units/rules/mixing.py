@@ -9,22 +9,23 @@ from torch import fx
 
 from sparsereg.compression.units.labels import LIVE, Grid, Ints, Labels, along
 from sparsereg.compression.units.program import Call, name_of
-from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
+from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule, weight_of
 
 
 @rule("linear")
 def linear(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """y = x W^T + b on the last axis."""
-    return _dense(x, node, a["input"], a["weight"], a["bias"], 0, 1)
+    return dense(x, node, a["input"], a["weight"], a["bias"], 0, 1)
 
 
 @rule("addmm")
 def addmm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """b + x W, the linear layer of GPT-2."""
-    return _dense(x, node, a["mat1"], a["mat2"], a["self"], 1, 0)
+    return dense(x, node, a["mat1"], a["mat2"], a["self"], 1, 0)
 
 
-def _dense(x: Labeller, node: fx.Node, source: Any, weight: Any, bias: Any, out: int, into: int) -> Labels:
+def dense(x: Labeller, node: fx.Node, source: Any, weight: Any, bias: Any, out: int, into: int) -> Labels:
+    """A layer whose weight makes units along its axis ``out`` and reads others along ``into``."""
     shape = x.program.values[node].shape
     rank = x.program.values[source].dim()
     read = x.read(source, (rank - 1,), node, name_of(node))
@@ -36,12 +37,43 @@ def _dense(x: Labeller, node: fx.Node, source: Any, weight: Any, bias: Any, out:
     return along(units, len(shape) - 1, shape)
 
 
+_TURNS = ("t", "transpose", "permute", "numpy_T", "mT", "swapaxes", "swapdims")
+
+
+def weight_behind(x: Labeller, source: Any) -> tuple[fx.Node, bool] | None:
+    """A matrix of weights that a product reads, as it is or turned around; None if it is no such."""
+    if not isinstance(source, fx.Node):
+        return None
+    turned = is_turned_weight(x, source)
+    weight = source.args[0] if turned else source
+    if not isinstance(weight, fx.Node) or weight not in x.program.parameters:
+        return None
+    return (weight, turned) if x.program.values[weight].dim() == 2 and _only_multiplied(source) else None
+
+
+def is_turned_weight(x: Labeller, node: fx.Node) -> bool:
+    """Whether a node is a matrix of weights turned around, for products only."""
+    if node.op != "call_function" or name_of(node) not in _TURNS or node.args[0] not in x.program.parameters:
+        return False
+    return x.program.values[node].dim() == 2 and _only_multiplied(node)
+
+
+def _only_multiplied(source: fx.Node) -> bool:
+    return all(
+        name_of(user) in ("matmul", "mm") and user.args[1] is source and user.args[0] is not source
+        for user in source.users
+    )
+
+
 def _conv_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     """A grouped convolution has as many groups as are left."""
     groups = _groups(a)
     if groups == 1:
         return replaced(node)
-    whole, left = cut.program.values[a["weight"]], cut.weights[a["weight"]].shape
+    weight = weight_of(a["weight"])
+    if weight not in cut.weights:
+        return replaced(node)
+    whole, left = cut.program.values[weight], cut.weights[weight].shape
     if _transposed(node, a):
         return replaced(node, groups=left[0] * groups // whole.shape[0])
     labels = cut.labels.get(a["input"])
@@ -98,6 +130,14 @@ def _grouped(x: Labeller, node: fx.Node, weight: Any, read: Ints, groups: int, t
         x.axes.grids.append(Grid(read.reshape(groups, ins), rows))
         x.axes.grids.append(Grid(read.reshape(groups, ins).T, inside))
     return units
+
+
+@rule("_weight_norm")
+def weight_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
+    """g v / |v|, the norm taken over all axes but one: zeros in v do not change it."""
+    axis = a["dim"] % x.program.values[a["v"]].dim()
+    if axis < 2:  # of a convolution's kernel nothing goes
+        x.weight(a["g"], axis, x.weight(a["v"], axis, None, node), node)
 
 
 @rule("embedding", "embedding_bag")

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.units.labels import Labels, compacted
+from sparsereg.compression.units.labels import Labels, compacted, varying
 from sparsereg.compression.units.program import Call, Scaled, bound, name_of, plain_call
-from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
+from sparsereg.compression.units.rules.mixing import is_turned_weight
+from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, Smaller, replaced, rule
 
 _ON_FLOATS = """
     pad upsample_nearest1d upsample_nearest2d upsample_nearest3d unfold im2col pixel_shuffle pixel_unshuffle
@@ -23,7 +24,7 @@ _COPIES = """
 """.split()  # noqa: SIM905
 _MOVES = """
     transpose permute movedim moveaxis swapaxes swapdims t numpy_T mT unsqueeze squeeze roll flip cat concat
-    concatenate stack unbind getitem repeat repeat_interleave tril triu gather index_select narrow diagonal
+    concatenate stack unbind getitem repeat repeat_interleave tril triu index_select narrow diagonal
     select_scatter slice_scatter rot90 tile broadcast_to hstack vstack column_stack take_along_dim
 """.split()  # noqa: SIM905
 _VIEWS = """
@@ -125,9 +126,21 @@ def _index_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
         if alive is None or bool(alive.all()):
             indices.append(source)
             continue
-        index = cut.program.values[source]
-        indices.append((alive.long().cumsum(0) - 1)[index[alive[index]]])
+        indices.append(
+            (alive.long().cumsum(0) - 1)[_read_still(cut, node, cut.program.values[source], alive)]
+        )
     return replaced(node, indices=indices)
+
+
+def _read_still(cut: Smaller, node: fx.Node, index: Tensor, alive: Tensor) -> Tensor:
+    """The part of an index that looks up positions that are left."""
+    if index.dim() == 1:
+        return index[alive[index]]
+    labels = cut.labels[node]
+    first = next(i for i, source in enumerate(bound(node)["indices"]) if source is not None)
+    for d in range(index.dim()):
+        index = index.index_select(d, cut.alive_along(labels, first + d).nonzero().flatten())
+    return index
 
 
 @rule(*_VIEWS, call=_resized)
@@ -145,6 +158,32 @@ def resized(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
 @rule(*_MOVES)
 def moved(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Elements at other places."""
+    return None if is_turned_weight(x, node) else _moved(x, node)
+
+
+def gathered(x: Tensor, dim: int, index: Tensor, left: list[tuple[int, Tensor]]) -> Tensor:
+    """``torch.gather`` with what is left of an index along some of its axes."""
+    for axis, positions in left:
+        index = index.index_select(axis, positions)
+    return torch.gather(x, dim, index)
+
+
+def _gather_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    labels, index = cut.labels[node], a["index"]
+    dim = a["dim"] % labels.dim()
+    alive = {d: cut.alive_along(labels, d) for d in range(labels.dim()) if d != dim}
+    left = [(d, one.nonzero().flatten()) for d, one in alive.items() if not bool(one.all())]
+    if not left or cut.labels.get(index) is not None:
+        return replaced(node)
+    return Call(gathered, (node.args[0], dim, index, left))
+
+
+@rule("gather", call=_gather_call)
+def gather(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Elements that an index names along one axis; along it all stays."""
+    labels = x.labels(node.args[0])
+    if a["dim"] % labels.dim() in varying(labels):
+        x.axes.fix(labels, "gather looks up places along it", node)
     return _moved(x, node)
 
 
@@ -190,3 +229,7 @@ def alike(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "size", "sym_size", "_assert_tensor_metadata")
 def shapes_only(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
     """Nothing of the values is read."""
+
+
+MOVING.update(_COPIES, _MOVES, _VIEWS, ("split", "chunk", "split_with_sizes", "unsafe_split", "tensor_split"))
+MOVING.update(("slice", "select", "index", "gather"))

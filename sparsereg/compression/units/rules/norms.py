@@ -63,6 +63,8 @@ def layer_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
 
 def _group_norm_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     labels = cut.labels[node]
+    if a["num_groups"] == 1:
+        return replaced(node)
     return replaced(node, num_groups=cut.left(labels, 1) * a["num_groups"] // labels.shape[1])
 
 

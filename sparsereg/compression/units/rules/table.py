@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.units.labels import Axes, Ints, Labels, compacted, live
+from sparsereg.compression.units.labels import Axes, Ints, Labels, compacted, live, stored
 from sparsereg.compression.units.program import Call, Program, name_of
 
 
@@ -64,6 +64,8 @@ class Rule:
 
 RULES: dict[str, Rule] = {}
 """Rules by the name of the operation in ``torch.ops.aten``, without a trailing underscore."""
+MOVING: set[str] = set()
+"""Names of operations that only move elements, or leave some out."""
 
 
 def rule(*names: str, call: Rewrite | None = None) -> Callable[[Label], Label]:
@@ -98,6 +100,7 @@ class Labeller:
         self.depends = self._depends()
         for node in program.calls:
             self._visit(node)
+        self._join_what_nobody_reads()
         self._keep_outputs()
 
     def _depends(self) -> set[fx.Node]:
@@ -152,6 +155,45 @@ class Labeller:
             if node in self.program.weights:
                 self.keep_weight(node, "it is an output", output)
 
+    def _join_what_nobody_reads(self) -> None:
+        """Of a table of which the example reads some rows, the other rows go with them."""
+        for weight in self.program.weights:
+            labels = self.axes.of.get(weight)
+            if isinstance(labels, Tensor) and labels.dim() > 1:
+                read = np.unique(self._read_of(weight))
+                if len(read) < labels.numel():
+                    self._join_axes(labels, torch.from_numpy(np.isin(labels.numpy(), read)))
+
+    def _join_axes(self, labels: Labels, read: Tensor) -> None:
+        """Along axes of which whole positions are not read, these are as the first that is."""
+        for axis in range(labels.dim()):
+            reads = read.movedim(axis, 0).reshape(labels.shape[axis], -1).any(1)
+            if bool(reads.any()) and not bool(reads.all()):
+                lines = labels.movedim(axis, 0).numpy()
+                first = int(reads.nonzero()[0])
+                for position in (~reads).nonzero().flatten().tolist():
+                    self.axes.sets.unite(lines[position], lines[first])
+                read = read.movedim(axis, 0).clone()
+                read[~reads] = read[first].clone()
+                read = read.movedim(0, axis)
+
+    def _read_of(self, weight: fx.Node) -> Ints:
+        """Labels of a weight that reach operations that do more than move them."""
+        found = [np.zeros(0, dtype=np.int64)]
+        todo, seen = [weight], {weight}
+        while todo:
+            node = todo.pop()
+            for user in node.users:
+                moves = user.op == "call_function" and name_of(user).rstrip("_") in MOVING
+                if moves and user not in seen and isinstance(self.axes.of.get(user), Tensor | tuple):
+                    seen.add(user)
+                    todo.append(user)
+                elif not moves:
+                    parts = self.axes.of.get(node)
+                    parts = parts if isinstance(parts, tuple) else (parts,)
+                    found += [np.unique(stored(part).numpy()) for part in parts if isinstance(part, Tensor)]
+        return np.concatenate(found)
+
     def has_units(self, node: fx.Node) -> bool:
         """Whether anything of a tensor could go."""
         if node in self.program.weights:
@@ -202,6 +244,7 @@ class Labeller:
             units: what lies along the axis, (size,); None for the weight's own.
             node: the operation that reads it.
         """
+        source = weight_of(source)
         value = self.program.values[source]
         size = value.shape[axis]
         if source not in self.program.weights:
@@ -247,6 +290,13 @@ class Labeller:
         if isinstance(source, fx.Node) and self.dead.get(source, Dead.ZERO) is not Dead.ZERO:
             self.axes.fix(found, f"{what} sums over values that are not zero when it is gone", node)
         return found
+
+
+def weight_of(source: fx.Node) -> fx.Node:
+    """The weight that has the shape and the zeros of one that is computed from it by a weight norm."""
+    while source.op == "call_function" and name_of(source) == "_weight_norm":
+        source = source.args[0]  # type: ignore[assignment]
+    return source
 
 
 def replaced(node: fx.Node, **values: Any) -> Call:
