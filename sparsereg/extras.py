@@ -4,6 +4,9 @@ The library itself needs torch, numpy and scipy. Everything else belongs to an e
 """
 
 from importlib.util import find_spec
+from pathlib import Path
+
+from sparsereg.errors import InputError
 
 MODULES = {
     "train": (
@@ -14,6 +17,7 @@ MODULES = {
         *("numba", "pandas", "pyarrow", "hydra", "omegaconf", "matplotlib", "tensorboard", "tqdm"),
         "jinja2",
     ),
+    "formats": ("pyreadstat", "openpyxl", "duckdb"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "track": ("wandb", "mlflow"),
 }
@@ -54,6 +58,20 @@ def need(extra: str, *modules: str) -> None:
     for module in modules or MODULES[extra]:
         if find_spec(module) is None:
             raise MissingExtra(_advice(module, extra), name=module)
+
+
+def needed_to_read(file: Path, module: str) -> None:
+    """Check that what reads a format of files is there.
+
+    Args:
+        file: what is to be read.
+        module: one of ``MODULES["formats"]``.
+
+    Raises:
+        InputError: it is not; says how to install it.
+    """
+    if find_spec(module) is None:
+        raise InputError(f"{file}: {_advice(module, 'formats')}")
 
 
 def missing(error: ModuleNotFoundError) -> ModuleNotFoundError:

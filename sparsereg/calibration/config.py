@@ -332,6 +332,7 @@ class MatrixProblem(Problem):
         None, "W.csv: weight and optionally id; row i is column i of the matrix; null: all ones"
     )
     decimal: str = setting("point", "the sign in numbers of CSV files, point or comma", choices=DECIMALS)
+    encoding: str | None = setting(None, "of CSV files, e.g. cp1252; null: UTF-8, or UTF-16 if they say so")
 
 
 @dataclass(frozen=True)
@@ -341,10 +342,14 @@ class HouseholdsProblem(Problem):
     NEEDED = ("households", "targets")
 
     kind: str = setting("households", "", choices=("households",))
-    households: str | None = setting(None, "H.csv or H.parquet")
-    targets: str | None = setting(None, "T.csv: name,value and optionally group,weight,measure,where,parent")
+    households: str | None = setting(
+        None, "H.csv, .parquet, .dta, .sav, .sas7bdat, .xlsx::SHEET, .duckdb::TABLE or .sqlite::TABLE"
+    )
+    targets: str | None = setting(
+        None, "T.csv, or T.xlsx ...: name,value and optionally group,weight,measure,where,parent"
+    )
     persons: str | None = setting(
-        None, "P.csv or P.parquet: persons in the households, whom targets with unit=person count and sum"
+        None, "P.csv, P.parquet ...: persons in the households, whom targets with unit=person count and sum"
     )
     household_id: str | None = setting(
         None, "column of the persons, and of the households, that says which household; null: as id"
@@ -356,6 +361,7 @@ class HouseholdsProblem(Problem):
     weight: str | None = setting(None, "column of the initial weights; null: all ones")
     id: str | None = setting(None, "column that names the households; null: numbered from 0")
     decimal: str = setting("point", "the sign in numbers of CSV files, point or comma", choices=DECIMALS)
+    encoding: str | None = setting(None, "of CSV files, e.g. cp1252; null: UTF-8, or UTF-16 if they say so")
 
     def check(self) -> None:
         """Persons are in households."""

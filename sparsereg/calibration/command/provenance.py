@@ -16,10 +16,11 @@ from typing import Any
 import sparsereg
 from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.reading.start import start_file
+from sparsereg.calibration.reading.tables import in_file
 from sparsereg.settings import flat, plain
 
-_PACKAGES = ("numpy", "scipy", "torch", "pandas", "pyarrow", "numba")
-_FILES = ("households", "persons", "targets", "matrix", "weights", "start", "ckpt_path")
+_PACKAGES = ("numpy", "scipy", "torch", "pandas", "pyarrow", "numba", "pyreadstat", "openpyxl", "duckdb")
+_FILES = ("households", "persons", "targets", "matrix", "weights", "variables", "start", "ckpt_path")
 """Settings that name files."""
 _CHUNK = 1 << 20
 
@@ -67,7 +68,7 @@ def _files(cfg: CalibrationRun) -> Iterator[tuple[str, Path]]:
     """Return every file that a setting names, with the key of the setting."""
     for key, value in flat(plain(cfg)).items():
         if key.rpartition(".")[2] in _FILES and isinstance(value, str):
-            file = start_file(value) if key == "start" else Path(value)
+            file = in_file(start_file(value) if key == "start" else value)[0]
             if file.is_file():
                 yield key, file
 

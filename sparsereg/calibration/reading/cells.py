@@ -131,11 +131,9 @@ def typed(texts: pa.ChunkedArray, decimal_sign: str = ".") -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    trimmed = pc.utf8_trim(texts, " ")
-    if decimal_sign == ",":
-        trimmed = pc.replace_substring(pc.replace_substring(trimmed, ".", "_"), ",", ".")
     if texts.null_count == len(texts):
         return texts.cast(pa.float64())
+    trimmed = _with_point(texts, decimal_sign)
     try:
         whole = trimmed.cast(pa.int64())
         hexadecimal = pc.any(pc.match_substring(trimmed, "x", ignore_case=True))  # pyarrow reads them
@@ -153,6 +151,57 @@ def typed(texts: pa.ChunkedArray, decimal_sign: str = ".") -> Any:
     if truths.null_count == texts.null_count:
         return pc.take(pa.array(list(_TRUTHS.values())), truths)
     return texts
+
+
+def _with_point(texts: pa.ChunkedArray, decimal_sign: str) -> pa.ChunkedArray:
+    """Return texts of numbers as they are written with a decimal point, without blanks around them."""
+    import pyarrow.compute as pc
+
+    trimmed = pc.utf8_trim(texts, " ")
+    if decimal_sign == ",":
+        trimmed = pc.replace_substring(pc.replace_substring(trimmed, ".", "_"), ",", ".")
+    return trimmed
+
+
+def kind_of(values: Any, texts: pa.ChunkedArray) -> str:
+    """Return what ``typed`` or ``same_text`` found a part of a column to be.
+
+    Args:
+        values: What it returned.
+        texts: What it was given.
+    """
+    import pyarrow as pa
+
+    if texts.null_count == len(texts):
+        return "none"
+    names = {pa.int64(): "whole", pa.float64(): "number", pa.bool_(): "truth"}
+    return names.get(values.type, "text")
+
+
+def wider(one: str, other: str) -> str:
+    """Return what a column is whose parts are of these kinds: none, whole, number, truth or text."""
+    if "none" in (one, other):
+        return other if one == "none" else one
+    return one if one == other else "number" if {one, other} == {"whole", "number"} else "text"
+
+
+def as_kind(kind: str, texts: pa.ChunkedArray, decimal_sign: str = ".") -> Any:
+    """Convert the texts of a part of a column to what the whole column is.
+
+    Args:
+        kind: As ``wider`` returns it.
+        texts: Texts without blanks in front of them; null is missing.
+        decimal_sign: "." or ",".
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if kind == "text":
+        return texts
+    if kind == "truth":
+        truths = pc.index_in(_with_point(texts, decimal_sign), pa.array(list(_TRUTHS)))
+        return pc.take(pa.array(list(_TRUTHS.values())), truths)
+    return _with_point(texts, decimal_sign).cast(pa.int64() if kind == "whole" else pa.float64())
 
 
 def same_text(texts: pa.ChunkedArray) -> Any:

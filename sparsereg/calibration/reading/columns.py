@@ -29,6 +29,7 @@ from sparsereg.calibration.reading.conditions import (
     conjuncts,
     equality,
 )
+from sparsereg.calibration.reading.labels import in_codes, labels_of
 from sparsereg.errors import InputError, did_you_mean
 from sparsereg.linalg.checked import smallest_exact
 
@@ -83,6 +84,7 @@ class Columns:
         self.table, self.file, self.zero = table, file, frozenset(zero)
         self.num_rows = len(table)
         self.known = [str(c) for c in table.columns]
+        self.labels = labels_of(table)
         self._values: dict[str, _Values] = {}
         self._codes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._measures: dict[str, np.ndarray] = {}
@@ -98,6 +100,10 @@ class Columns:
             except InputError as error:
                 raise InputError(f"uses {name!r}, which {error}") from None
         return self._values[name]
+
+    def in_codes(self, condition: Condition) -> Condition:
+        """Return a condition with codes where it names their labels, or raise an InputError."""
+        return in_codes(condition, self.labels) if self.labels else condition
 
     def check(self, condition: Condition) -> None:
         """Raise an InputError for an unknown column or a comparison of unlike things."""

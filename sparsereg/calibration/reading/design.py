@@ -6,7 +6,6 @@ import fnmatch
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.problem import exact_totals
 from sparsereg.calibration.reading.cells import numbers, row
 from sparsereg.calibration.reading.households import Source, TargetTable, denominator_table, target_table
-from sparsereg.calibration.reading.tables import read_table, require_column
+from sparsereg.calibration.reading.tables import is_table, read_table, require_column
 from sparsereg.calibration.variance import MOST_CELLS, Design
 from sparsereg.errors import InputError, did_you_mean
 
@@ -24,7 +23,6 @@ _MOST_BY_DEFAULT = 50
 """Columns that are estimated where nobody says which."""
 _FACTORS = (0.5, 2.0)
 """Replicate weights that add up to less or more of the weights are not weights."""
-_TABLE = (".csv", ".csv.gz", ".tsv", ".txt", ".parquet", ".pq")
 
 
 def read_design(cfg: CalibrationRun, source: Source, initial: np.ndarray) -> Design:
@@ -182,8 +180,8 @@ def _dense(matrix: sp.csr_array) -> np.ndarray:
 
 def _variable_table(cfg: CalibrationRun, source: Source) -> TargetTable:
     given = cfg.report.variables
-    if isinstance(given, str) and given.lower().endswith(_TABLE) and given not in source.households.columns:
-        table = read_table(Path(given), as_text=True)
+    if isinstance(given, str) and is_table(given) and given not in source.households.columns:
+        table = read_table(given, as_text=True)
         return target_table(table, given, with_values=False)
     names = _numeric_columns(cfg, source) if given is None else [given] if isinstance(given, str) else given
     rows = [_entry(name, source) for name in dict.fromkeys(names)]

@@ -433,7 +433,7 @@ class _Plan:
 
 def _parsed(targets: TargetTable, i: int, columns: Columns) -> Condition:
     try:
-        condition = _parse_once(targets.wheres[i])
+        condition = columns.in_codes(_parse_once(targets.wheres[i]))
         columns.check(condition)
     except InputError as error:
         raise InputError(f"{targets.place(i)}: where {error}") from None

@@ -14,6 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from sparsereg.calibration.reading.cells import row
+from sparsereg.calibration.reading.labels import labels_of, with_labels
 from sparsereg.calibration.reading.tables import require_column
 from sparsereg.errors import InputError
 
@@ -74,7 +75,9 @@ class Persons:
         if not taken:
             return self.table
         above = households[taken].iloc[self.household].reset_index(drop=True)
-        return pd.concat([self.table.reset_index(drop=True), above], axis=1)
+        both = pd.concat([self.table.reset_index(drop=True), above], axis=1)
+        from_above = {c: v for c, v in labels_of(households).items() if c in taken}
+        return with_labels(both, from_above | labels_of(self.table))
 
 
 def in_households(

@@ -66,19 +66,19 @@ def _synthetic(choice: Mapping[str, Any], columns: Sequence[str], missing: Missi
 
 
 def _households(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing) -> BuiltProblem:
-    targets = _read_targets(choice["targets"], choice["decimal"])
+    targets = _read_targets(choice)
     file, id = choice["households"], choice["id"]
     above, below = (str(name) for name in choice["unit_names"])
     if choice["persons"] is None:
-        households = read_table(file, id=id, decimal=choice["decimal"])
+        households = read_table(file, id=id, **_written(choice))
         return build(
             households, targets, choice["weight"], id, str(file), columns, missing, units=(above, below)
         )
     key = choice["household_id"] or id
     texts = [key] if id and key != id else False  # an id of its own beside the one that is given back
-    households = read_table(file, texts, id or key, choice["decimal"])
+    households = read_table(file, texts, id or key, **_written(choice))
     persons = in_households(
-        read_table(choice["persons"], id=key, decimal=choice["decimal"]),
+        read_table(choice["persons"], id=key, **_written(choice)),
         households,
         key,
         id,
@@ -93,7 +93,7 @@ def _households(choice: Mapping[str, Any], columns: Sequence[str], missing: Miss
 
 
 def _matrix(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing) -> BuiltProblem:
-    targets = _read_targets(choice["targets"], choice["decimal"])
+    targets = _read_targets(choice)
     if any(targets.measures) or any(targets.wheres) or any(targets.units) or targets.is_ratio.any():
         raise InputError(
             f"{targets.file} has measure, where, of or unit, which only problem=households uses;"
@@ -111,7 +111,7 @@ def _matrix(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing)
 
     matrix = read_matrix(choice["matrix"], check_shape)
     weights, ids, named, source = _matrix_weights(
-        choice["weights"], int(matrix.shape[1]), str(choice["matrix"]), columns, choice["decimal"]
+        choice["weights"], int(matrix.shape[1]), str(choice["matrix"]), columns, _written(choice)
     )
     problem = CalibrationProblem(matrix=matrix, initial_weights=weights, ids=ids, **targets.numbers())
     hints = {int(i): f"row {int(i) + 1} of the matrix is all zero" for i in empty_rows(problem.matrix)}
@@ -125,18 +125,24 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Sequence[str], Missing], BuiltProb
 }
 
 
-def _read_targets(file: str, decimal: str) -> TargetTable:
-    return target_table(read_table(file, as_text=TARGET_TEXTS, decimal=decimal), str(file))
+def _read_targets(choice: Mapping[str, Any]) -> TargetTable:
+    table = read_table(choice["targets"], TARGET_TEXTS, **_written(choice))
+    return target_table(table, str(choice["targets"]))
+
+
+def _written(choice: Mapping[str, Any]) -> dict[str, Any]:
+    """How numbers and letters are written in CSV files."""
+    return {"decimal": choice["decimal"], "encoding": choice["encoding"]}
 
 
 def _matrix_weights(
-    file: str | None, num_households: int, matrix: str, columns: Sequence[str], decimal: str
+    file: str | None, num_households: int, matrix: str, columns: Sequence[str], written: Mapping[str, Any]
 ) -> tuple[np.ndarray | None, np.ndarray | None, dict[str, np.ndarray], Source | None]:
     if file is None:
         if columns:
             raise InputError(f"the column {columns[0]!r} needs problem.weights=W.csv, a table that has it")
         return None, None, {}, None
-    table = read_table(file, id="id", decimal=decimal)
+    table = read_table(file, id="id", **written)
     if len(table) != num_households:
         raise InputError(
             f"{file} has {len(table):,} weights, but {matrix} has {num_households:,} columns (households)"
