@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Collection, Iterator
 from functools import cached_property
@@ -44,7 +45,8 @@ class Spreadsheet:
             archives.check(self.file)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of decorations that it does not know
-                return openpyxl.load_workbook(self.file, read_only=True, data_only=values)
+                content = io.BytesIO(self.file.read_bytes())  # nothing stays open behind a row that is wrong
+                return openpyxl.load_workbook(content, read_only=True, data_only=values)
         except DamagedFile as error:
             raise InputError(f"{self.file} is not an Excel file, or is damaged: {error}") from error
         except Exception as error:
