@@ -164,7 +164,7 @@ def _overrides_first(arguments: list[str]) -> list[str]:
 def _only_shows(given: list[str]) -> bool:
     """Whether arguments only ask to show the configuration or a help text."""
     flags = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help")
-    return any(a.startswith("--") and a.startswith(flags) or a in flags for a in given)
+    return any((a.startswith("--") and a.startswith(flags)) or a in flags for a in given)
 
 
 @contextlib.contextmanager

@@ -98,7 +98,8 @@ class GatedTensor:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter."""
-        parameter: nn.Parameter = getattr(self.owner, self.name)
+        parameter = self.owner._parameters[self.name]  # its own value: a module may read it through its gates
+        assert parameter is not None
         return parameter
 
     def spread(self, x: Tensor) -> Tensor:

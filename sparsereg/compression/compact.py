@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.count import full_costs
-from sparsereg.compression.graph import Analysis, Example, Network, examples, first_line, trace
+from sparsereg.compression.graph import Analysis, Example, Network, first_line, trace
 from sparsereg.compression.ops import (
     SMALLEST_FOLD,
     Add,
@@ -32,6 +32,9 @@ from sparsereg.compression.ops import (
 )
 from sparsereg.compression.pad import rounded_pins
 from sparsereg.compression.sizes import ANY, of_size, same_positions, window
+from sparsereg.compression.units.explain import inputs_of
+from sparsereg.compression.units.smaller import smaller as smaller_units
+from sparsereg.compression.units.structure import structure_of
 from sparsereg.compression.verify import verify
 from sparsereg.compression.vocabulary import reserved
 from sparsereg.errors import InputError
@@ -53,7 +56,8 @@ def compact(
 
     Args:
         model: the network; left as it is.
-        example_input: a batch of examples, or a tuple of batches for several inputs.
+        example_input: one batch as the network takes it: a tensor, a tuple of positional inputs, or a
+            dictionary of inputs by name.
         round_to: keep closed channels where that makes the number of channels behind a gate a multiple of
             this; odd numbers can be slower than the next multiple of 8.
         check: compare both networks on the example and on noise like it, in the model's own precision and
@@ -78,18 +82,30 @@ def compact(
     """
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f"round_to must be an integer >= 1, got {round_to!r}")
+    args, kwargs = inputs_of(example_input)
+    structure = structure_of(model, args, kwargs)
+    if structure is not None:
+        made, wide = smaller_units(model, structure, args, kwargs, round_to)
+        size = {"parameters": structure.analysis.costs.full[0], "macs": structure.analysis.costs.full[1]}
+    else:
+        made, wide, size = _smaller(model, example_input, round_to)
+    if check:
+        verify(model, made, wide, args, kwargs)
+    made.meta[ORIGINAL] = original_size(model) or size
+    return made
+
+
+def _smaller(
+    model: nn.Module, example_input: Example, round_to: int
+) -> tuple[fx.GraphModule, fx.GraphModule, dict[str, int]]:
+    """Compact a network whose gates its author has put in; also in float64, with the size that it had."""
     network = trace(model, example_input)
     analysis = network.analyse()
     if round_to > 1:
         analysis = network.analyse(rounded_pins(network, analysis, round_to))
-    smaller = build(network, analysis)
-    if check:
-        wide = build(network, analysis, torch.float64)
-        verify(model, smaller, wide, examples(example_input))
     costs = full_costs(network).values()
     size = {"parameters": sum(n for n, _ in costs), "macs": sum(n for _, n in costs)}
-    smaller.meta[ORIGINAL] = original_size(model) or size
-    return smaller
+    return build(network, analysis), build(network, analysis, torch.float64), size
 
 
 def original_size(model: nn.Module) -> dict[str, int]:

@@ -1,15 +1,19 @@
 """Parameters and multiply-accumulate operations of a network: full, expected and compacted."""
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparsereg.compression.expected import expected_costs
-from sparsereg.compression.graph import Analysis, Example, Network, trace
+from sparsereg.compression.graph import Analysis, Network, trace
 from sparsereg.compression.ops import Mask, Op
+from sparsereg.compression.units.explain import inputs_of
+from sparsereg.compression.units.lines import Bools
+from sparsereg.compression.units.structure import Structure, structure_of
 from sparsereg.summary import in_html, in_lines
 
 if TYPE_CHECKING:
@@ -104,27 +108,41 @@ class Accountant:
 
     Args:
         model: the network.
-        example_input: a batch of examples, or a tuple of batches for several inputs.
+        example_input: one batch as the network takes it: a tensor, a tuple of positional inputs, or a
+            dictionary of inputs by name.
+
+    Attributes:
+        parameters: weights of the network without the locations of its gates.
+        macs: multiply-accumulate operations of the network for one example.
+        gates: its gates.
 
     Raises:
         InputError: the network cannot be traced.
     """
 
-    def __init__(self, model: nn.Module, example_input: Example) -> None:
-        self.network: Network = trace(model, example_input)
-        self._full = full_costs(self.network)
-        self.parameters = sum(parameters for parameters, _ in self._full.values())
-        self.macs = sum(macs for _, macs in self._full.values())
+    def __init__(self, model: nn.Module, example_input: Any) -> None:
+        structure = structure_of(model, *inputs_of(example_input))
+        self._example = example_input
+        self._model = model
+        self._counted: _Channels | _Units = (
+            _Channels(trace(model, example_input)) if structure is None else _Units(model, structure)
+        )
+        self.parameters, self.macs = self._counted.parameters, self._counted.macs
+        self.gates = self._counted.gates
+
+    @cached_property
+    def network(self) -> Network:
+        """The network as a graph of channels."""
+        counted = self._counted
+        return counted.network if isinstance(counted, _Channels) else trace(self._model, self._example)
 
     def count(self) -> Count:
         """Count with the gates and weights as they are now."""
-        analysis = self.network.analyse()
-        rows = [self._row(op, analysis) for op in self.network.ops.values()]
+        rows = self._counted.rows()
         compacted = sum(row.kept_parameters for row in rows)
-        expected_parameters, expected_macs = self._expected()
-        gates = self.network.gates
-        shut = [(analysis.values.gate([g], g.log_alpha.numel()) == 0).sum() for g in gates]
-        num_gates = sum(g.log_alpha.numel() for g in gates)
+        with torch.no_grad():
+            expected_parameters, expected_macs = (float(cost) for cost in self._counted.expected())
+        num_gates = sum(g.log_alpha.numel() for g in self.gates)
         return Count(
             parameters=self.parameters,
             compacted_parameters=compacted,
@@ -134,28 +152,93 @@ class Accountant:
             expected_macs=expected_macs,
             exact_sparsity=1.0 - compacted / self.parameters if self.parameters else 0.0,
             gates=num_gates,
-            open_gates=num_gates - int(sum(shut)),
+            open_gates=sum(gate.get_num_active() for gate in self.gates),
             layers=tuple(row for row in rows if row.parameters or row.macs or row.kept_parameters),
         )
 
     def exact_sparsity(self) -> float:
         """Share of the weights that compaction removes now; cheaper than a whole count."""
-        analysis = self.network.analyse()
-        compacted = sum(self.network.parameters_of(op, analysis) for op in self.network.ops.values())
-        return 1.0 - compacted / self.parameters if self.parameters else 0.0
+        return 1.0 - self._counted.kept_parameters() / self.parameters if self.parameters else 0.0
 
     def expected_parameters(self) -> Tensor:
         """Expected weights that stay, differentiable in every log_alpha; a scalar in float32 or wider."""
-        return expected_costs(self.network)[0]
+        return self._counted.expected()[0]
 
     def expected_macs(self) -> Tensor:
         """Expected MACs that stay for one example, differentiable in every log_alpha; a scalar."""
-        return expected_costs(self.network)[1]
+        return self._counted.expected()[1]
 
-    def _expected(self) -> tuple[float, float]:
-        with torch.no_grad():
-            parameters, macs = expected_costs(self.network)
-        return float(parameters), float(macs)
+
+class _Units:
+    """Counts a network whose gates ``gate`` has put in."""
+
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
+        self.model = model
+        self.structure = structure
+        self.costs = structure.analysis.costs
+        self.parameters, self.macs = self.costs.full
+        self.gates = structure.hard_concretes(model)
+
+    def kept_parameters(self) -> int:
+        """Parameters of the compacted network."""
+        return int(self.costs.exact(self.structure.stays(self.model))[0].sum())
+
+    def expected(self) -> tuple[Tensor, Tensor]:
+        """Expected parameters and MACs that stay."""
+        return self.costs.expected(self.structure.p_active(self.model))
+
+    def rows(self) -> list[LayerCount]:
+        """A row for each module that holds weights or computes products."""
+        everything = np.ones(len(self.costs.choices), dtype=bool)
+        stays = self.structure.stays(self.model)
+        found: dict[str, dict[str, int]] = {}
+        for kept, now in (("", everything), ("kept_", stays)):
+            for terms, costs, what in zip(
+                (self.costs.parameters, self.costs.macs),
+                self.costs.exact(now),
+                ("parameters", "macs"),
+                strict=True,
+            ):
+                for term, cost in zip(terms, costs.tolist(), strict=True):
+                    row = found.setdefault(self._path(term.node), {})
+                    row[kept + what] = row.get(kept + what, 0) + cost
+        return [self._row(path, row, stays) for path, row in found.items()]
+
+    def _path(self, node: fx.Node) -> str:
+        return self.structure.analysis.module_of(node)
+
+    def _row(self, path: str, row: dict[str, int], stays: Bools) -> LayerCount:
+        channels, kept = self.structure.analysis.width(path, stays)
+        cost = {key: row.get(key, 0) for key in ("parameters", "kept_parameters", "macs", "kept_macs")}
+        module = self.model.get_submodule(path) if path else self.model
+        return LayerCount(
+            name=path, kind=type(module).__name__, channels=channels, kept_channels=kept, **cost
+        )
+
+
+class _Channels:
+    """Counts a network whose gates its author has put in."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self._full = full_costs(network)
+        self.parameters = sum(parameters for parameters, _ in self._full.values())
+        self.macs = sum(macs for _, macs in self._full.values())
+        self.gates = network.gates
+
+    def kept_parameters(self) -> int:
+        """Parameters of the compacted network."""
+        analysis = self.network.analyse()
+        return sum(self.network.parameters_of(op, analysis) for op in self.network.ops.values())
+
+    def expected(self) -> tuple[Tensor, Tensor]:
+        """Expected parameters and MACs that stay."""
+        return expected_costs(self.network)
+
+    def rows(self) -> list[LayerCount]:
+        """A row for each operation."""
+        analysis = self.network.analyse()
+        return [self._row(op, analysis) for op in self.network.ops.values()]
 
     def _row(self, op: Op, analysis: Analysis) -> LayerCount:
         parameters, macs = self._full[op.name]
@@ -172,12 +255,12 @@ class Accountant:
         )
 
 
-def count(model: nn.Module, example_input: Example) -> Count:
+def count(model: nn.Module, example_input: Any) -> Count:
     """Count parameters and MACs of a network with gates, full, expected and compacted.
 
     Args:
         model: the network; one without gates is counted as it is.
-        example_input: a batch of examples, or a tuple of batches for several inputs.
+        example_input: one batch as the network takes it, see ``Accountant``.
 
     Raises:
         InputError: the network cannot be traced.

@@ -1,103 +1,73 @@
-"""Gates for networks that have none: which channels can go is read off the network's graph."""
+"""Gates for networks that have none: what can go is read off the network's operations."""
+
+from __future__ import annotations
 
 import copy
 import difflib
 import fnmatch
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
 
-from sparsereg.compression.graph import Example, Network, trace
-from sparsereg.compression.ops import Add, Cat, Gate, Mixing, Mul, Norm, Op, PerChannel, Reshape
-from sparsereg.model.basic_l0_blocks import GatedBatchNorm2d, GateFactory, L0Gate
+from sparsereg.compression.units.explain import explanation, inputs_of
+from sparsereg.compression.units.explain import families as kinds
+from sparsereg.compression.units.gating import GATED, draw_anew, gate_layer_, put_gate, shared_gate
+from sparsereg.compression.units.sites import Norm
+from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, shapes_of
+from sparsereg.distributions import HardConcrete
+from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
+from sparsereg.penalties import hard_concretes
 
 logger = logging.getLogger(__name__)
 
 Choice = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
-class GatedConv2d(nn.Conv2d):
-    """Convolution with gates on its output channels, bias included, folded into weight and bias.
-
-    Its state dict is that of nn.Conv2d plus ``gate.*``. Made by ``gate``.
-    """
-
-    gate: L0Gate
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve and gate a map of shape (batch, in_channels, height, width)."""
-        if self.gate.per_example:
-            return self.gate(super().forward(input))  # type: ignore[no-any-return]
-        z = self.gate.gates().to(self.weight.dtype)
-        bias = None if self.bias is None else self.bias * z
-        gated: Tensor = self._conv_forward(input, self.weight * z.view(-1, 1, 1, 1), bias)
-        return gated
-
-
-class GatedLinear(nn.Linear):
-    """Linear layer with gates on its output units, bias included, folded into weight and bias.
-
-    Its state dict is that of nn.Linear plus ``gate.*``. Made by ``gate``.
-    """
-
-    gate: L0Gate
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (batch, in_features) to (batch, out_features) and gate it."""
-        if self.gate.per_example:
-            return self.gate(super().forward(input))  # type: ignore[no-any-return]
-        z = self.gate.gates().to(self.weight.dtype)
-        return F.linear(input, self.weight * z.view(-1, 1), None if self.bias is None else self.bias * z)
-
-
-class GatedBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm of units with gates behind it. Its state dict is that of nn.BatchNorm1d plus ``gate.*``."""
-
-    gate: L0Gate
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise and gate units of shape (batch, num_features) or (batch, num_features, length)."""
-        return self.gate(super().forward(input))  # type: ignore[no-any-return]
-
-
-GATED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv2d: GatedConv2d,
-    nn.Linear: GatedLinear,
-    nn.BatchNorm1d: GatedBatchNorm1d,
-    nn.BatchNorm2d: GatedBatchNorm2d,
+FAMILIES = {
+    "channels": "channels of convolutions",
+    "units": "units of hidden layers",
+    "heads": "attention heads",
+    "head_dims": "places in the vectors of heads",
+    "kv_groups": "keys and values with the heads that share them",
+    "width": "the residual stream, over which norms take means",
 }
-"""The class with gates for each class that can get some."""
 
 
 def gate(
     model: nn.Module,
-    example_input: Example,
+    example_input: Any,
     layers: Choice | None = None,
     *,
+    families: str | Sequence[str] | None = None,
     residual: bool = True,
     **gate_settings: object,
 ) -> nn.Module:
-    """Return a copy of a network with gates on the channels and units that can go.
+    """Return a copy of a network with gates on all that can go: channels, hidden units, heads, width.
 
-    A gate goes behind the BatchNorm of a convolution or linear layer (into its affine), or onto the rows
-    of the layer where no BatchNorm follows. Tensors that are added must lose the same channels, so
-    they share one gate. Left alone are channels that reach the output, an operation that no rule is known
-    for, or a BatchNorm further on (it would divide the gate away), and grouped convolutions.
+    What can go is read off the network's operations; ``sparsereg.explain`` says it in words. Gates multiply
+    the last weights that make what they shut: the affine of a normalisation, or the rows of a layer. A norm
+    over units that can go (LayerNorm, RMSNorm) takes its means over the open ones. What is tied, such as
+    tensors that are added, shares its gates.
 
     Args:
         model: a network without gates; left as it is. Its state dict fits the result but for the gates' keys,
-            which end in ``gate.gates.log_alpha`` and ``gate.gates._extra_state``.
-        example_input: a batch of examples, or a tuple of batches for several inputs.
-        layers: which convolutions and linear layers to gate: a pattern such as ``layer3.*``, several, or
-            a function of name and module. One of several layers that share a gate is enough. All if None.
-        residual: whether channels that residual additions tie together get a gate, too.
+            which end in ``gates.log_alpha`` and ``gates._extra_state``.
+        example_input: one batch as the network takes it: a tensor, a tuple of positional inputs, or a
+            dictionary of inputs by name.
+        layers: which layers to gate: a pattern such as ``layer3.*``, several, or a function of name and
+            module. One of several layers that share a gate is enough. All if None.
+        families: kinds of gates (``channels units heads head_dims kv_groups width``); all if None.
+        residual: whether what several layers write together gets a gate, too.
         **gate_settings: keyword arguments of L0Gate, such as ``droprate_init`` and ``temperature``.
 
     Raises:
         InputError: the network cannot be traced.
-        ValueError: no layer has that name, or none can be gated.
+        ValueError: no layer or family has that name, or none can be gated.
 
     Example:
         >>> import torch
@@ -105,190 +75,226 @@ def gate(
         >>> gate(net, torch.ones(1, 3, 6, 6))(torch.ones(1, 3, 6, 6)).shape
         torch.Size([1, 2, 2, 2])
     """
-    network = trace(model, example_input)
-    if network.gates:
+    if hard_concretes(model):
         raise ValueError(f"{type(model).__name__} already has gates; gate() takes a network without")
-    groups = removable_channels(network)
-    wanted = _chooser(layers, [op for op in network.ops.values() if isinstance(op, Mixing)])
+    args, kwargs = inputs_of(example_input)
     factory = GateFactory(**gate_settings)
+    analysis = analyse(model, args, kwargs)
+    vectors = _vectors(analysis, model, _wanted(families), layers, residual)
+    if not vectors:
+        raise ValueError(
+            "none of these layers has channels that can go, so there is nothing to gate:\n"
+            + str(explanation(type(model).__name__, analysis.units))
+        )
     gated = copy.deepcopy(model)
-    sites = 0
-    for group in groups:
-        if len(group.sites) > 1 and not residual:
-            continue
-        if any(wanted(op.path, op.holder) for op in group.producers):
-            shared = factory(group.sites[0].width)
-            for site in group.sites:
-                gated.set_submodule(site.path, _gated_layer(gated.get_submodule(site.path), shared))
-                sites += 1
-    if not sites:
-        raise ValueError("none of these layers has channels that can go, so there is nothing to gate")
-    logger.info("%d layers of %s have gates now", sites, type(model).__name__)
+    gates = {id(v): shared_gate(factory, len(v.choices)) for v in vectors}
+    _Inserter(gated, analysis, vectors, gates).insert()
+    paths = {id(m): name for name, m in gated.named_modules() if isinstance(m, HardConcrete)}
+    places = {
+        choice: (paths[id(gates[id(v)].gates)], place)
+        for v in vectors
+        for place, choice in enumerate(v.choices)
+    }
+    gated.__dict__[ATTRIBUTE] = Structure(analysis, places, shapes_of(args, kwargs))
+    gated.register_forward_pre_hook(draw_anew)
+    logger.info("%d gates in %d groups of %s now", len(places), len(vectors), type(model).__name__)
     return gated
 
 
-def _chooser(layers: Choice | None, known: Iterable[Mixing]) -> Callable[[str, nn.Module], bool]:
+@dataclass(frozen=True)
+class Vector:
+    """Choices of one family that lie along the same weights, and get one tensor of gates.
+
+    Attributes:
+        family: a key of ``FAMILIES``.
+        choices: in order.
+        sites: the weights that take their gates.
+    """
+
+    family: str
+    choices: tuple[int, ...]
+    sites: tuple[fx.Node, ...]
+
+
+def _wanted(families: str | Sequence[str] | None) -> set[str]:
+    asked = [families] if isinstance(families, str) else list(families or FAMILIES)
+    for family in asked:
+        if family not in FAMILIES:
+            raise ValueError(f"families: unknown {family!r}; known are {', '.join(FAMILIES)}")
+    return set(asked)
+
+
+def _vectors(
+    analysis: Analysis, model: nn.Module, wanted: set[str], layers: Choice | None, residual: bool
+) -> list[Vector]:
+    """Group the choices that can go into tensors of gates."""
+    family = kinds(analysis.units)
+    sites: dict[int, list[fx.Node]] = {}
+    groups: dict[tuple[str, tuple[fx.Node, ...]], list[int]] = {}
+    for weight in analysis.sites.axis:
+        for choice in dict.fromkeys(c for s in analysis.choices_along(weight).ravel() for c in sorted(s)):
+            sites.setdefault(choice, []).append(weight)
+    for choice, taking in sites.items():
+        groups.setdefault((family.get(choice, "units"), tuple(taking)), []).append(choice)
+    chosen = _chooser(layers, _layers(analysis, model))
+    makers = _makers(analysis)
+    found = []
+    for (kind, weights), choices in groups.items():
+        owners = {_module_path(analysis.program.names[w]) for w in weights}
+        producers = {path for c in choices for path in makers.get(c, ())}
+        if kind not in wanted or (len(owners) > 1 and not residual):
+            continue
+        if any(chosen(path, model.get_submodule(path)) for path in sorted(owners | producers)):
+            found.append(Vector(kind, tuple(choices), weights))
+    if wanted != set(FAMILIES) and not found:
+        there = sorted({kind for kind, _ in groups} - wanted) or ["none"]
+        raise ValueError(
+            f"families: the network has nothing of {', '.join(sorted(wanted))} that can go;"
+            f" it has {', '.join(there)}"
+        )
+    return found
+
+
+def _module_path(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _layers(analysis: Analysis, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold weights which make units."""
+    owners = (node for _, node, _ in analysis.units.labeller.axes.owner)
+    names = [_module_path(analysis.program.names[n]) for n in owners if n in analysis.program.names]
+    return {path: model.get_submodule(path) for path in dict.fromkeys(names)}
+
+
+def _makers(analysis: Analysis) -> dict[int, set[str]]:
+    """For each choice the modules whose weights make what it decides on."""
+    program, values = analysis.program, analysis.program.values
+    found: dict[int, set[str]] = {}
+    for first, node, axis in analysis.units.labeller.axes.owner:
+        if node not in program.names:
+            continue
+        size = values[node].numel() if axis == -1 else values[node].shape[axis]
+        for choices in analysis.sets_of(np.arange(first, first + size)):
+            for choice in choices:
+                found.setdefault(choice, set()).add(_module_path(program.names[node]))
+    return found
+
+
+def _chooser(layers: Choice | None, known: Mapping[str, nn.Module]) -> Callable[[str, nn.Module], bool]:
     if layers is None:
         return lambda name, module: True
     if callable(layers):
         return layers
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    names = [op.path for op in known]
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, names, 3, 0.4) or names[:3]
-            raise ValueError(
-                f"layers: no convolution or linear layer is called {pattern!r}; there are {', '.join(near)}"
-            )
+        if not fnmatch.filter(known, pattern):
+            near = difflib.get_close_matches(pattern, known, 3, 0.4) or list(known)[:3]
+            raise ValueError(f"layers: no layer is called {pattern!r}; there are {', '.join(near)}")
     return lambda name, module: any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _gated_layer(layer: nn.Module, gate: L0Gate) -> nn.Module:
-    """A layer of PyTorch with gates: the same settings, weights, mode, type and device."""
-    cls = GATED[type(layer)]
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    gate = gate.to(weight.device)
-    if cls is GatedBatchNorm2d:
-        assert isinstance(layer, nn.BatchNorm2d)
-        made: nn.Module = GatedBatchNorm2d(layer.num_features, gate, layer.eps, layer.momentum)
-        made.load_state_dict(layer.state_dict(), strict=False)
-        made.to(weight.device, weight.dtype)
-        for name, parameter in layer.named_parameters():
-            made.get_parameter(name).requires_grad_(parameter.requires_grad)
-        return made.train(layer.training)
-    # The others differ from their base in nothing but the gate: a copy of another class has it all.
-    made = copy.deepcopy(layer)
-    made.__class__ = cls
-    made.gate = gate
-    gate.train(layer.training)
-    return made
-
-
-class ChannelGroup:
-    """Channels that can only go together: those of tensors that are added, or made from one another.
+class _Inserter:
+    """Puts gates into the modules of a network.
 
     Args:
-        producers: the convolutions and linear layers that make them.
-        sites: where a gate has to go, one operation for each producer that is not behind another one.
+        network: changed in place.
+        analysis: of the network without gates.
+        vectors: the gates that there are to be.
+        gates: a gate for each vector, by its identity.
     """
 
-    def __init__(self, producers: list[Mixing], sites: list[Op]) -> None:
-        self.producers = producers
-        self.sites = sites
+    def __init__(
+        self, network: nn.Module, analysis: Analysis, vectors: list[Vector], gates: Mapping[int, L0Gate]
+    ) -> None:
+        self.network = network
+        self.analysis = analysis
+        self.vectors = vectors
+        self.gates = gates
+        self.of_site: dict[fx.Node, list[Vector]] = {}
+        for vector in vectors:
+            for site in vector.sites:
+                self.of_site.setdefault(site, []).append(vector)
+        self.holders: dict[int, list[tuple[str, str]]] = {}
+        for path, module in network.named_modules(remove_duplicate=False):
+            for name, value in {**module._parameters, **module._buffers}.items():
+                if value is not None:
+                    self.holders.setdefault(id(value), []).append((path, name))
+
+    def insert(self) -> None:
+        """Give all modules their gates."""
+        simple = self._simple()
+        for path, vector in simple.items():
+            gate_layer_(self.network.get_submodule(path), self.gates[id(vector)])
+        for site, vectors in self.of_site.items():
+            for path, name in self._holders(site):
+                if path not in simple:
+                    self._put(path, name, site, vectors)
+        for norm in self.analysis.sites.norms:
+            self._norm(norm)
+
+    def _holders(self, site: fx.Node) -> list[tuple[str, str]]:
+        """The modules that hold a weight, and what they call it."""
+        path, _, name = self.analysis.program.names[site].rpartition(".")
+        module = self.network.get_submodule(path)
+        value = module._parameters.get(name) if name in module._parameters else module._buffers.get(name)
+        return list(dict.fromkeys(self.holders.get(id(value), [(path, name)])))
+
+    def _simple(self) -> dict[str, Vector]:
+        """Layers of PyTorch with one gate for each of their outputs, in order."""
+        per_module: dict[str, list[tuple[fx.Node, list[Vector]]]] = {}
+        for site, vectors in self.of_site.items():
+            for path, _ in self._holders(site):
+                per_module.setdefault(path, []).append((site, vectors))
+        normed = {norm.module for norm in self.analysis.sites.norms}
+        found = {}
+        for path, sites in per_module.items():
+            module = self.network.get_submodule(path)
+            alike = all(len(v) == 1 and v[0] is sites[0][1][0] for _, v in sites)
+            whole = type(module) in GATED and path not in normed and alike
+            if whole and all(self._in_order(site, sites[0][1][0]) for site, _ in sites):
+                found[path] = sites[0][1][0]
+        return found
+
+    def _in_order(self, site: fx.Node, vector: Vector) -> bool:
+        sets = self.analysis.choices_along(site)
+        return [set(s) for s in sets.ravel()] == [{c} for c in vector.choices]
+
+    def _put(self, path: str, name: str, site: fx.Node, vectors: list[Vector]) -> None:
+        module = self.network.get_submodule(path)
+        sets = self.analysis.choices_along(site)
+        rank = self.analysis.program.values[site].dim()
+        for vector in vectors:
+            index = _places(sets, vector.choices)
+            if index.dim() < rank:
+                view = [1] * rank
+                view[max(self.analysis.sites.axis[site], 0)] = -1
+                index = index.view(view)
+            put_gate(module, name, self._on(module, vector), index, _label(vector))
+
+    def _on(self, module: nn.Module, vector: Vector) -> L0Gate:
+        gate = self.gates[id(vector)]
+        here = next((p for p in module.parameters()), None)
+        gate.train(module.training)
+        return gate if here is None else gate.to(here.device)
+
+    def _norm(self, norm: Norm) -> None:
+        sets = self.analysis.sets_of(norm.units)
+        here = frozenset().union(*sets)
+        module = self.network.get_submodule(norm.module)
+        for vector in self.vectors:
+            if here & set(vector.choices):
+                index = _places(sets, vector.choices)
+                put_gate(
+                    module, "", self._on(module, vector), index, _label(vector), (norm.axis, norm.centred)
+                )
 
 
-def removable_channels(network: Network) -> list[ChannelGroup]:
-    """Find the channels of a network without gates that a gate could take away.
-
-    Args:
-        network: the traced network.
-
-    Returns:
-        Groups in the order of the network.
-    """
-    tied = _Ties(network)
-    groups: dict[str, list[Mixing]] = {}
-    for op in network.ops.values():
-        if isinstance(op, Mixing):
-            groups.setdefault(tied.find(op.name), []).append(op)
-    found = []
-    for root, producers in groups.items():
-        heads = [op for op in producers if not tied.follows(op)]
-        sites = [tied.site(op) for op in heads]
-        if root not in tied.fixed and sites and all(_takes_gate(site) for site in sites):
-            found.append(ChannelGroup(producers, sites))
-    return found
+def _label(vector: Vector) -> str:
+    return "gate" if vector.family in ("channels", "units", "width") else f"gate_{vector.family}"
 
 
-def _takes_gate(site: Op) -> bool:
-    if isinstance(site, Norm) and not (site.norm.affine and site.tracks):
-        return False
-    return type(site.module) in GATED
-
-
-def _depthwise(op: Op) -> bool:
-    return isinstance(op, Mixing) and op.groups > 1 and op.in_group == 1 and op.out_group == 1
-
-
-class _Ties:
-    """Which tensors have the same channels (union-find), and which of them must keep them all."""
-
-    def __init__(self, network: Network) -> None:
-        self.ops = network.ops
-        self.parent = {name: name for name in self.ops}
-        self.readers: dict[str, list[Op]] = {name: [] for name in self.ops}
-        for op in self.ops.values():
-            for name in op.inputs:
-                self.readers[name].append(op)
-        for op in self.ops.values():
-            if isinstance(op, PerChannel | Norm | Reshape | Add | Mul | Gate) or _depthwise(op):
-                for name in op.inputs:
-                    self.parent[self.find(name)] = self.find(op.name)
-        self.fixed: set[str] = set()
-        for op in self.ops.values():
-            self._fix(op)
-
-    def find(self, name: str) -> str:
-        """The tensor that stands for all that have the same channels."""
-        while self.parent[name] != name:
-            name = self.parent[name]
-        return name
-
-    def _fix(self, op: Op) -> None:
-        """Note the tensors that have to keep their channels because of one operation."""
-        if isinstance(op, Mixing):
-            if op.groups > 1 and not _depthwise(op):
-                self._keep(op.inputs[0])
-                self._keep(op.name)
-        elif isinstance(op, Norm):
-            source = self.ops[op.inputs[0]]
-            if not isinstance(source, Mixing) or len(self.readers[source.name]) > 1:
-                self._keep(op.inputs[0])
-        elif isinstance(op, Add | Mul):
-            for name in op.inputs:
-                if isinstance(self.ops[name], Cat):
-                    self._keep(name)
-        elif not isinstance(op, PerChannel | Reshape | Cat | Gate):
-            # The input, the output, attributes and whatever has no rule.
-            self._keep(op.name)
-            for name in op.inputs:
-                self._keep(name)
-
-    def _keep(self, name: str) -> None:
-        """All channels of a tensor stay, and those of the parts that it was put together from."""
-        root = self.find(name)
-        if root in self.fixed:
-            return
-        self.fixed.add(root)
-        for op in self.ops.values():
-            if isinstance(op, Cat) and self.find(op.name) == root:
-                for part in op.inputs:
-                    self._keep(part)
-
-    def site(self, op: Mixing) -> Op:
-        """The BatchNorm behind a layer, or the layer."""
-        readers = self.readers[op.name]
-        return readers[0] if len(readers) == 1 and isinstance(readers[0], Norm) else op
-
-    def follows(self, op: Op) -> bool:
-        """Whether a later operation closes these channels anyway: a depthwise layer, or a product."""
-        readers = self.readers[op.name]
-        if not readers:
-            return False
-        return all(self._closes(op, reader) for reader in readers)
-
-    def _closes(self, op: Op, reader: Op) -> bool:
-        if _depthwise(reader):
-            return True
-        if isinstance(reader, Mul):
-            sizes = {name: _positions(self.ops[name]) for name in reader.inputs}
-            return sizes[op.name] < max(sizes.values())
-        return isinstance(reader, PerChannel | Norm | Reshape) and self.follows(reader)
-
-
-def _positions(op: Op) -> int:
-    size = 1
-    for n in (op.shape or ())[2:]:
-        size *= n
-    return size
+def _places(sets: np.ndarray, choices: Sequence[int]) -> Tensor:
+    """For each set the place of the one of some choices that it holds, or one behind the last."""
+    place = {choice: i for i, choice in enumerate(choices)}
+    flat = [next((place[c] for c in s if c in place), len(choices)) for s in sets.ravel()]
+    return torch.tensor(flat, dtype=torch.long).view(sets.shape)

@@ -340,7 +340,7 @@ class _Reader:
         return "output"
 
     def _check_attribute(self, target: Any, args: Any, kwargs: Any) -> str:
-        own = self.root._parameters.keys() | self.root._buffers.keys()
+        own = self.root.state_dict().keys()  # of layers, too: tied weights are read where they lie
         if not isinstance(target, str) or target not in own or args or kwargs:
             raise InputError(f"there is no tensor {short(target)}")
         return target

@@ -1,6 +1,6 @@
 """Whether two networks give the same answers: what every compaction and every exported file is checked by."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,29 +16,38 @@ TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 1e-1, torc
 """The same in the model's own precision, where rounding alone makes two sound networks differ."""
 
 
-def verify(model: nn.Module, smaller: nn.Module, wide: nn.Module, inputs: Sequence[Tensor]) -> None:
+def verify(
+    model: nn.Module, smaller: nn.Module, wide: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
     """Compare two networks on inputs and on noise like them, in their own precision and in float64.
 
     Args:
         model: the original; left as it is.
         smaller: what has to give the same answers.
         wide: the same in float64.
-        inputs: a batch for each input.
+        args: positional inputs of a batch.
+        kwargs: inputs by name.
 
     Raises:
         RuntimeError: the answers differ.
     """
-    batches = [tuple(inputs), _noise_like(inputs)]
+    own = (args, dict(kwargs))
+    batches = [own, _noise_like(own)]
     tolerance = TOLERANCE.get(_precision(model), 1e-3)
     with evaluating(model):
-        for batch in batches:
-            _compare(model(*batch), smaller(*batch), type(model).__name__, tolerance)
-            if not all(_supports_float64(x) for x in batch):
+        for given, named in batches:
+            _compare(model(*given, **named), smaller(*given, **named), type(model).__name__, tolerance)
+            leaves = [x for x in torch.utils._pytree.tree_leaves((given, named)) if isinstance(x, Tensor)]
+            if not all(_supports_float64(x) for x in leaves):
                 continue
-            double = tuple(x.double() if x.is_floating_point() else x for x in batch)
+            given, named = torch.utils._pytree.tree_map(_double, (given, named))
             with _in_float64(model):
-                answers = model(*double)
-            _compare(answers, wide(*double), type(model).__name__, FLOAT64_TOLERANCE)
+                answers = model(*given, **named)
+            _compare(answers, wide(*given, **named), type(model).__name__, FLOAT64_TOLERANCE)
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _precision(model: nn.Module) -> torch.dtype:
@@ -72,18 +81,20 @@ def _supports_float64(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda")
 
 
-def _noise_like(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _noise_like(inputs: Any) -> Any:
     """Normal noise with the mean and spread of each input; whole numbers are turned round."""
     generator = torch.Generator().manual_seed(0)
-    made = []
-    for x in inputs:
+
+    def noise(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
         if not x.is_floating_point():
-            made.append(x.flip(0))
-            continue
-        noise = torch.randn(x.shape, generator=generator)
+            return x.flip(0)
+        made = torch.randn(x.shape, generator=generator)
         spread = x.std(correction=0) if x.numel() > 1 else torch.ones(())
-        made.append(noise.to(x) * torch.where(spread > 0, spread, 1.0).to(x) + x.mean())
-    return tuple(made)
+        return made.to(x) * torch.where(spread > 0, spread, 1.0).to(x) + x.mean()
+
+    return torch.utils._pytree.tree_map(noise, inputs)
 
 
 def _compare(answers: Any, others: Any, name: str, tolerance: float) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression import graph as rules
 from sparsereg.compression.sizes import of_size
+from sparsereg.compression.units.rules import RULES
 from sparsereg.errors import InputError
 
 LONGEST_NAME = 200
@@ -72,7 +73,26 @@ def _known_functions() -> dict[str, Callable[..., Any]]:
                 found = next((n for n in own if getattr(module, n, None) is function), None)
                 if found is not None:
                     known[f"{home}.{found}"] = function
-    return {**known, "sparsereg.of_size": of_size, "getattr": getattr}
+    return {**known, **_aten_functions(), "sparsereg.of_size": of_size, "getattr": getattr}
+
+
+_MAKERS = """
+    zeros ones full empty arange scalar_tensor tensor zeros_like ones_like full_like new_zeros new_ones
+    new_full eye linspace sym_size
+""".split()  # noqa: SIM905
+"""Operations that make a tensor, or a size, out of nothing that a rule would say anything about."""
+
+
+def _aten_functions() -> dict[str, Callable[..., Any]]:
+    """The operations that a network is traced to: those that there are rules for, in all of their forms."""
+    known: dict[str, Callable[..., Any]] = {}
+    for name in (*RULES, *_MAKERS):
+        packet = getattr(torch.ops.aten, name, None)
+        for overload in packet.overloads() if packet is not None else ():
+            function = getattr(packet, overload)
+            if not function._schema.is_mutable:
+                known[f"aten.{name}.{overload}"] = function
+    return known
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = _known_functions()
@@ -85,7 +105,7 @@ KEYWORDS = frozenset(
     threshold approximate value eps weight bias normalized_shape num_groups momentum running_mean running_var
     p training inplace min max min_val max_val pad chunks split_size split_size_or_sections shifts
     upscale_factor query key attn_mask dropout_p is_causal scale enable_gqa key_padding_mask need_weights
-    average_attn_weights exponent rounding_mode _stacklevel mat2 input1 input2 hx h_0 c_0 unflattened_size
+    average_attn_weights device exponent rounding_mode _stacklevel mat2 input1 input2 hx h_0 c_0 unflattened_size
     """.split()  # noqa: SIM905
 )
 """Names of arguments that a file may use."""
@@ -106,6 +126,14 @@ DTYPES = {
 """Types of numbers that a file may name, and that its tensors may have."""
 _ARITHMETIC = {name for name in FUNCTIONS if name.startswith("operator.") and name != "operator.getitem"}
 _ENLARGING = {"expand", "F.pad", "F.interpolate"} | {n for n in FUNCTIONS if "adaptive" in n}
+_EINSUM = ("torch.einsum", "aten.einsum.default")
+_SIZED = """
+    pad expand repeat repeat_interleave tile broadcast_to zeros ones full empty arange eye linspace new_zeros
+    new_ones new_full
+""".split()  # noqa: SIM905
+_ENLARGING |= {
+    n for n in FUNCTIONS if n.startswith("aten.") and (n.split(".")[1] in _SIZED or "upsample" in n)
+}
 """Operations whose numbers, and not their input, say how large the result is."""
 
 
@@ -124,11 +152,13 @@ def check_call(kind: str, name: str, args: Sequence[Any], kwargs: dict[str, Any]
     for given in kwargs:
         if given not in KEYWORDS:
             raise InputError(f"{name} has an argument {short(given)}, which is not on the list")
+    if not isinstance(kwargs.get("device"), fx.Node | None):
+        raise InputError(f"{name} names a device, which only an input can")
     for value in (*args, *kwargs.values()):
         _check_value(name, value, DEEPEST)
     if kind == "call_method" and not (args and isinstance(args[0], fx.Node)):
         raise InputError(f"the tensor method {name!r} needs a tensor")
-    if name == "torch.einsum" and not (args and isinstance(args[0], str)):
+    if name in _EINSUM and not (args and isinstance(args[0], str)):
         raise InputError("torch.einsum needs an equation")
     if name in _ARITHMETIC:
         if kwargs or any(not isinstance(a, fx.Node | int | float) for a in args):
@@ -148,7 +178,9 @@ def _check_value(name: str, value: Any, depth: int) -> None:
     if depth < 0:
         raise InputError(f"{name} has arguments in arguments without end")
     if isinstance(value, str):
-        equation = name == "torch.einsum" and re.fullmatch(r"[A-Za-z.,>\- ]{1,200}", value)
+        equation = name in ("torch.einsum", "aten.einsum.default") and re.fullmatch(
+            r"[A-Za-z.,>\- ]{1,200}", value
+        )
         if value not in WORDS and not equation:
             raise InputError(f"{name} has the argument {short(value)}, which is not on the list")
     elif isinstance(value, bool | float | torch.dtype | fx.Node) or value is None:

@@ -127,7 +127,7 @@ class SparsityTarget(Callback):
         if epoch < s.start_epoch:
             return
         expected, full = self._costs()
-        locations = [gate.log_alpha for gate in self.accountant.network.gates]
+        locations = [gate.log_alpha for gate in self.accountant.gates]
         gradients = torch.autograd.grad(expected.log(), locations, allow_unused=True)
         allowed = s.share_at(epoch)
         share = float(expected.detach()) / full
@@ -227,7 +227,7 @@ def meet_(accountant: Accountant, cost: str, kept: float) -> float:
     Returns:
         The share that stays; above ``kept`` only if a network with a single open gate costs more.
     """
-    gates = accountant.network.gates
+    gates = accountant.gates
     shapes = [(g.temperature, g.gamma, g.zeta) for g in gates]
     odds = [g.log_alpha.double() - shift(*shape) for g, shape in zip(gates, shapes, strict=True)]
     opened = [
@@ -280,7 +280,7 @@ def _fill_(
     Returns:
         The share that stays then.
     """
-    gates = accountant.network.gates
+    gates = accountant.gates
     starts = list(itertools.accumulate((g.log_alpha.numel() for g in gates), initial=0))
     for candidate in candidates:
         if reached >= ENOUGH * kept:

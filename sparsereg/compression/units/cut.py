@@ -31,6 +31,10 @@ class Cut:
         self.labels: dict[Any, Any] = {n: v for n, v in units.labeller.axes.of.items() if v is not None}
         self.weights = {node: self._weight(node, value) for node, value in self.program.weights.items()}
 
+    def use(self, weights: dict[fx.Node, Tensor]) -> None:
+        """Cut other weights than the network's own, such as those with gates multiplied in."""
+        self.weights = {node: self._weight(node, value) for node, value in weights.items()}
+
     def run(self, *inputs: Any) -> Any:
         """What the smaller network gives."""
         return self.program.run(self.weights, *inputs, calls=self.calls)
@@ -89,7 +93,7 @@ class Cut:
 
     def _masked_call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A mean, or a norm, over the units that stay."""
-        dims = _averages(node)
+        dims = averages(node)
         labels = self.labels.get(node.args[0]) if dims else None
         kept = {d: self.alive_along(labels, d) for d in dims} if isinstance(labels, Tensor) else {}
         kept = {d: alive for d, alive in kept.items() if not bool(alive.all())}
@@ -116,7 +120,7 @@ class Cut:
         return sum(self.weights[n].numel() for n in self.program.parameters)
 
 
-def _averages(node: fx.Node) -> list[int]:
+def averages(node: fx.Node) -> list[int]:
     """Axes over which an operation takes a mean."""
     name = name_of(node)
     if name not in ("layer_norm", "rms_norm", "group_norm", "mean", "var", "std"):

@@ -44,6 +44,8 @@ class Program:
         parameters: those that are parameters.
         values: what each node gave on the example, on the CPU or where the network is.
         inputs: the placeholders of the user's inputs, in order.
+        example: what they were.
+        returns: how the flat results are put together, as torch.utils._pytree says it.
     """
 
     graph: fx.Graph
@@ -53,6 +55,7 @@ class Program:
     values: dict[fx.Node, Any]
     inputs: list[fx.Node]
     example: tuple[Any, ...] = field(default=(), repr=False)
+    returns: Any = None
 
     @property
     def calls(self) -> Iterator[fx.Node]:
@@ -103,6 +106,17 @@ class Program:
             elif node.op == "output":
                 return fx.node.map_aggregate(node.args[0], value)
         raise AssertionError("a graph without output")
+
+    @property
+    def batch(self) -> int:
+        """Number of examples: the first size of the first input that has one."""
+        sizes = [x.shape[0] for x in self.example if isinstance(x, Tensor) and x.dim()]
+        return int(sizes[0]) if sizes else 1
+
+    def forget(self) -> None:
+        """Keep the shapes of what was computed and no numbers but whole ones, such as indices."""
+        for node, value in self.values.items():
+            self.values[node] = torch.utils._pytree.tree_map(_shape_only, value)
 
     def arguments(self, node: fx.Node) -> dict[str, Any]:
         """Arguments of a node by name; sizes that are computed are those of the example."""
@@ -239,6 +253,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
         {},
         inputs,
         tuple(flat),
+        exported.call_spec.out_spec,
     )
 
     def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -282,6 +297,7 @@ def _export(model: nn.Module, args: Any, kwargs: Any) -> tuple[torch.export.Expo
             raise InputError(_why(model, error)) from error
     if _writes_into_what_others_read(exported.graph):
         exported = exported.run_decompositions({})
+    _let_write_anew(exported.graph)
     return exported, *pair
 
 
@@ -314,6 +330,25 @@ def _is_view(node: fx.Node) -> bool:
     return alias is not None and not alias.is_write
 
 
+def exported_graph(model: nn.Module, args: Any, kwargs: Any) -> fx.Graph | None:
+    """The graph of a network on an example; None if it cannot be traced."""
+    with evaluating(model):
+        try:
+            graph: fx.Graph = _export(model, args, kwargs)[0].graph
+            return graph
+        except InputError:
+            return None
+
+
+def _let_write_anew(graph: fx.Graph) -> None:
+    """Let operations that write in place, into what nobody else reads, make new tensors."""
+    for node in graph.nodes:
+        name = name_of(node) if node.op == "call_function" else ""
+        if name.endswith("_") and not name.endswith("__") and hasattr(node.target, "_schema"):
+            plain = getattr(torch.ops.aten, name[:-1], None)
+            node.target = getattr(plain, node.target._overloadname or "default", node.target)
+
+
 def _two(x: Any) -> Any:
     """Two examples in place of one."""
     return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
@@ -328,6 +363,10 @@ def _any_size(example: Any) -> torch.export.ShapesCollection:
             dims = (0, 1) if tokens or x.dim() == 3 else (0,)
             sizes[x] = dict.fromkeys(dims, torch.export.Dim.AUTO)
     return sizes
+
+
+def _shape_only(x: Any) -> Any:
+    return x.to("meta") if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _why(model: nn.Module, error: Exception) -> str:

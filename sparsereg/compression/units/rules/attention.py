@@ -74,7 +74,7 @@ def contract(x: Labeller, node: fx.Node, left: Operand, right: Operand, out: str
     varied = [{letters[i] for i in varying(labels)} for labels, letters in sides]
     summed = (varied[0] | varied[1]) - set(out)
     if summed:
-        return _summed(x, node, sides, varied, summed, out, shape)
+        return _summed(x, node, (left, right), sides, varied, summed, out, shape)
     states = [x.dead.get(s, Dead.ZERO) for (s, _), v in zip((left, right), varied, strict=True) if v]
     x.dead[node] = min(states, default=Dead.ZERO)
     return _passed(x, node, sides, varied, out, shape)
@@ -100,6 +100,7 @@ def _as(x: Labeller, node: fx.Node, side: tuple[Labels, str], order: str) -> Int
 def _summed(
     x: Labeller,
     node: fx.Node,
+    operands: tuple[Operand, Operand],
     sides: list[tuple[Labels, str]],
     varied: list[set[str]],
     summed: set[str],
@@ -107,6 +108,7 @@ def _summed(
     shape: torch.Size,
 ) -> Labels:
     """Units lie along the sum: those of both factors go together."""
+    x.reads.append(tuple(source for source, _ in operands))
     own = [v & (set(out) - set(other)) for v, (_, other) in zip(varied, reversed(sides), strict=True)]
     if any(own):
         return _whole(x, node, sides, shape)
@@ -198,6 +200,7 @@ def attention(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     for name in ("query", "key"):
         if x.dead.get(a[name], Dead.ZERO) is not Dead.ZERO:
             x.axes.fix(one, "attention sums over values that are not zero when it is gone", node)
+    x.reads.append((a["query"], a["key"]))
     rows = x.axes.sets.new(len(one))
     for units in (one, np.broadcast_to(value, (len(one), value.shape[1]))):
         if (units >= FIRST).any():

@@ -99,7 +99,8 @@ def convolution(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     whole = x.program.values[weight]
     axis = len(shape) - whole.dim() + 1
     groups, transposed = _groups(a), _transposed(node, a)
-    read = x.read(source, (axis,), node, name_of(node))
+    each = groups > 1 and groups == x.program.values[source].shape[axis]
+    read = x.read(source, (axis,), node, name_of(node), sums=not each)
     if groups == 1:
         x.weight(weight, 0 if transposed else 1, read, node)
         units = x.weight(weight, 1 if transposed else 0, None, node)

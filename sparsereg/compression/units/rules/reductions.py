@@ -44,6 +44,10 @@ def _spatial(name: str, rank: int) -> int:
     return rank - 2
 
 
+MEANS = ("mean", "var", "std", "var_mean")
+"""Over units these are over those that stay."""
+
+
 @rule("mean", "sum", "var", "std", "var_mean", "linalg_vector_norm", "norm", "nansum", "logsumexp")
 def sums_over(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Sums over axes; a mean over units is a mean over those that stay."""
@@ -61,12 +65,14 @@ def sums_over(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
         if name not in ("mean", "sum") or isinstance(value, tuple):
             x.dead[node] = max(x.dead[node], Dead.CONSTANT) if name == "logsumexp" else x.dead[node]
         return made if isinstance(value, Tensor) else tuple(made for _ in value)
-    if name in ("mean", "var", "std", "var_mean"):
+    if name in MEANS:
         x.axes.averaged.append(np.unique(labels.numpy()))
     if name == "logsumexp":
         x.axes.fix(labels, "logsumexp runs along it", node)
     if x.dead.get(node.args[0], Dead.ZERO) is not Dead.ZERO:  # type: ignore[arg-type]
         x.axes.fix(labels, f"{name} sums over values that are not zero when it is gone", node)
+    if name not in MEANS:
+        x.reads.append((node.args[0],))
     made = rows_of(x, node, labels, rest, tuple(dims))
     if keepdim:
         for d in sorted(dims):

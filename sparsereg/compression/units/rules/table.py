@@ -88,6 +88,11 @@ def rule_of(node: fx.Node) -> Rule | None:
 class Labeller:
     """Visits the operations of a program in order and labels every tensor.
 
+    Attributes:
+        dead: what the elements of a unit that is gone are, in each tensor.
+        unknown: operations without a rule, by name, with the first node of each.
+        reads: tensors that are summed over units; of several in one product, one that is zero is enough.
+
     Args:
         program: the network.
     """
@@ -97,6 +102,7 @@ class Labeller:
         self.axes = Axes()
         self.dead: dict[fx.Node, Dead] = {}
         self.unknown: dict[str, fx.Node] = {}
+        self.reads: list[tuple[Any, ...]] = []
         self.depends = self._depends()
         for node in program.calls:
             self._visit(node)
@@ -283,11 +289,23 @@ class Labeller:
         for part in labels if isinstance(labels, tuple) else (labels,):
             self.axes.fix(part, why, node)
 
-    def read(self, source: Any, keep: tuple[int, ...], node: fx.Node, what: str) -> Ints:
-        """Labels along the axes over which an operation sums: what is gone must have been zero there."""
+    def read(
+        self, source: Any, keep: tuple[int, ...], node: fx.Node, what: str, *, sums: bool = True
+    ) -> Ints:
+        """Labels along the axes over which an operation sums: what is gone must have been zero there.
+
+        Args:
+            source: the tensor.
+            keep: its axes, in the order of the result.
+            node: the operation.
+            what: its name.
+            sums: whether it sums over units; else what is gone may have been anything.
+        """
         labels = self.labels(source)
         found = self.axes.reduce(labels, keep, what, node)
-        if isinstance(source, fx.Node) and self.dead.get(source, Dead.ZERO) is not Dead.ZERO:
+        if sums:
+            self.reads.append((source,))
+        if sums and isinstance(source, fx.Node) and self.dead.get(source, Dead.ZERO) is not Dead.ZERO:
             self.axes.fix(found, f"{what} sums over values that are not zero when it is gone", node)
         return found
 

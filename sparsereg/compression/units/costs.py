@@ -1,0 +1,280 @@
+"""Parameters and multiply-accumulate operations of what is left of a network, exact and expected.
+
+Each weight costs the product of what stays along its axes; each product of tensors costs the product of
+what stays along the axes over which it runs. So both are sums of products of sizes of lines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from sparsereg.compression.macs import counting
+from sparsereg.compression.units.labels import Ints
+from sparsereg.compression.units.lines import Bools, Lines, Sizes
+from sparsereg.compression.units.program import Program, bound, name_of, plain_call
+from sparsereg.compression.units.solve import Units
+
+Axis = tuple[fx.Node, int]
+"""An axis of a node's tensor or of a weight."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A cost: a number times what stays along some lines.
+
+    Attributes:
+        node: the weight, or the operation.
+        factor: the rest of the product.
+        lines: positions in `Lines.lines`.
+        apart: the same lines without the choices that all of them share, for expectations.
+        common: position in `Lines.sets` of the choices that they share.
+    """
+
+    node: fx.Node
+    factor: float
+    lines: tuple[int, ...]
+    apart: tuple[int, ...]
+    common: int
+
+
+class Costs:
+    """Counts a network again and again while its choices change.
+
+    Args:
+        units: of the network.
+    """
+
+    def __init__(self, units: Units) -> None:
+        self.units = units
+        self.program: Program = units.labeller.program
+        self._lines = Lines(units)
+        self._of_labels: dict[fx.Node, list[Ints]] = {}
+        used = [n for n in self.program.weights if n in self.program.parameters and n.users]
+        self.parameters = [self._term(n, 1.0, [(n, d) for d in range(n_dim(self.program, n))]) for n in used]
+        self.macs = [term for node in self.program.calls for term in self._macs(node)]
+        self.sizes = Sizes(self._lines)
+        self._arrays = {id(part): _Arrays(part) for part in (self.parameters, self.macs)}
+
+    @cached_property
+    def full(self) -> tuple[int, int]:
+        """Parameters and multiply-accumulates of the whole network."""
+        parameters, macs = self.exact(np.ones(len(self.choices), dtype=bool))
+        return int(parameters.sum()), int(macs.sum())
+
+    @property
+    def choices(self) -> list[int]:
+        """The choices on which the costs depend, in order."""
+        return self.sizes.choices
+
+    def revived(self, stays: Bools) -> Bools:
+        """Choices that stay where none would be left along an axis of a weight: there the first one stays."""
+        stays = stays.copy()
+        counts = self.sizes.counts(stays)
+        for term in self.parameters:
+            for line in term.lines:
+                if counts[line] == 0 and len(self._lines.lines[line]):
+                    first = self._lines.sets[self._lines.lines[line][0]]
+                    stays[[self.sizes.place[c] for c in first]] = True
+                    counts = self.sizes.counts(stays)
+        return stays
+
+    def exact(self, stays: Bools) -> tuple[Ints, Ints]:
+        """Parameters of each weight and multiply-accumulates of each product that stay.
+
+        Args:
+            stays: whether each choice stays, (choices,).
+        """
+        counts = self.sizes.counts(stays)
+        return self._arrays[id(self.parameters)].exact(counts), self._arrays[id(self.macs)].exact(counts)
+
+    def expected(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected parameters and multiply-accumulates, differentiable scalars.
+
+        Args:
+            p: probability that each choice stays, (choices,), float64.
+        """
+        probability, counts = self.sizes.expected(p)
+        parts = (self._arrays[id(part)] for part in (self.parameters, self.macs))
+        parameters, macs = (part.expected(probability, counts) for part in parts)
+        return parameters, macs
+
+    def _term(self, node: fx.Node, factor: float, axes: list[Axis]) -> Term:
+        arrays = [self._line(*axis) for axis in axes]
+        plain = math.prod(len(a) for a in arrays if not a.any())
+        arrays = [a for a in arrays if a.any()]
+        sets = self._lines.sets
+        shared = [frozenset.intersection(*(sets[i] for i in np.unique(a))) for a in arrays]
+        common = frozenset().union(*shared) if shared else frozenset()
+        apart = [self._without(a, common) for a in arrays]
+        return Term(
+            node,
+            factor * plain,
+            tuple(self._lines.line(a) for a in arrays),
+            tuple(self._lines.line(a) for a in apart),
+            self._lines.set_id(common),
+        )
+
+    def _without(self, line: Ints, common: frozenset[int]) -> Ints:
+        if not common:
+            return line
+        ids = {int(i): self._lines.set_id(self._lines.sets[i] - common) for i in np.unique(line)}
+        return np.array([ids[int(i)] for i in line])
+
+    def _line(self, node: fx.Node, axis: int) -> Ints:
+        if node not in self._of_labels:
+            labels = self.units.labeller.axes.of.get(node)
+            if node in self.program.weights:
+                self._of_labels[node] = self._lines.of_weight(node)
+            elif isinstance(labels, Tensor):
+                self._of_labels[node] = self._lines.of_labels(labels)
+            else:
+                shape = self.program.values[node].shape
+                self._of_labels[node] = [np.zeros(n, dtype=np.int64) for n in shape]
+        return self._of_labels[node][axis % len(self._of_labels[node])]
+
+    def _macs(self, node: fx.Node) -> list[Term]:
+        """Products that a node computes, for one example."""
+        name = name_of(node)
+        share = 1.0 / self.program.batch
+        if name in _PRODUCTS:
+            return [self._term(node, share * f, axes) for f, axes in _PRODUCTS[name](self.program, node)]
+        macs = _counted(self.program, node)
+        return [self._term(node, macs * share, [])] if macs else []
+
+
+class _Arrays:
+    """Terms as arrays."""
+
+    def __init__(self, terms: list[Term]) -> None:
+        longest = max((len(t.lines) for t in terms), default=0)
+        self.factor = np.array([t.factor for t in terms])
+        self.lines = np.full((len(terms), longest), -1)
+        self.apart = np.full((len(terms), longest), -1)
+        for i, term in enumerate(terms):
+            self.lines[i, : len(term.lines)] = term.lines
+            self.apart[i, : len(term.apart)] = term.apart
+        self.common = np.array([t.common for t in terms], dtype=np.int64)
+
+    def exact(self, counts: Ints) -> Ints:
+        """Cost of each term."""
+        factors = np.append(counts, 1)[self.lines].astype(np.float64)
+        return np.asarray(np.rint(self.factor * factors.prod(1)).astype(np.int64))
+
+    def expected(self, probability: Tensor, counts: Tensor) -> Tensor:
+        """Expected cost of all terms."""
+        device = counts.device
+        factors = torch.cat([counts, counts.new_ones(1)])[torch.from_numpy(self.apart).to(device)].prod(1)
+        shared = probability[torch.from_numpy(self.common).to(device)]
+        return (torch.from_numpy(self.factor).to(counts) * shared * factors).sum()
+
+
+def n_dim(program: Program, node: fx.Node) -> int:
+    """Number of axes of a node's tensor."""
+    return int(program.values[node].dim())
+
+
+def _all(program: Program, node: fx.Node) -> list[Axis]:
+    return [(node, d) for d in range(n_dim(program, node))]
+
+
+Products = list[tuple[float, list[Axis]]]
+
+
+def _linear(program: Program, node: fx.Node) -> Products:
+    return [(1.0, [*_all(program, node), (bound(node)["input"], -1)])]
+
+
+def _addmm(program: Program, node: fx.Node) -> Products:
+    return [(1.0, [*_all(program, node), (bound(node)["mat1"], -1)])]
+
+
+def _matmul(program: Program, node: fx.Node) -> Products:
+    left = next(a for a in node.args if isinstance(a, fx.Node))
+    return [(1.0, [*_all(program, node), (left, -1)])]
+
+
+def _baddbmm(program: Program, node: fx.Node) -> Products:
+    return [(1.0, [*_all(program, node), (bound(node)["batch1"], -1)])]
+
+
+def _convolution(program: Program, node: fx.Node) -> Products:
+    a = bound(node)
+    weight = a["weight"]
+    taps = math.prod(program.values[weight].shape[2:])
+    transposed = "transpose" in name_of(node) or bool(a.get("transposed"))
+    return [(float(taps), [*_all(program, a["input"] if transposed else node), (weight, 1)])]
+
+
+def _attention(program: Program, node: fx.Node) -> Products:
+    a = bound(node)
+    query, key = a["query"], a["key"]
+    return [(1.0, [*_all(program, query), (key, -2)]), (1.0, [*_all(program, node), (key, -2)])]
+
+
+def _einsum(program: Program, node: fx.Node) -> Products:
+    a = bound(node)
+    equation, operands = str(a["equation"]).replace(" ", ""), a["tensors"]
+    if len(operands) != 2 or "." in equation or "->" not in equation:
+        return [(float(_counted(program, node)), [])]
+    where: dict[str, Axis] = {}
+    for letters, operand in zip(equation.split("->")[0].split(","), operands, strict=True):
+        for d, letter in enumerate(letters):
+            if letter not in where or program.values[operand].shape[d] > 1:
+                where[letter] = (operand, d)
+    return [(1.0, list(where.values()))]
+
+
+def _bilinear(program: Program, node: fx.Node) -> Products:
+    a = bound(node)
+    return [(1.0, [*_all(program, node), (a["input1"], -1), (a["input2"], -1)])]
+
+
+_PRODUCTS: dict[str, Callable[[Program, fx.Node], Products]] = {
+    "linear": _linear,
+    "addmm": _addmm,
+    "baddbmm": _baddbmm,
+    "scaled_dot_product_attention": _attention,
+    "einsum": _einsum,
+    "bilinear": _bilinear,
+    **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot"), _matmul),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
+}
+"""Over which axes each kind of product runs."""
+
+
+def _counted(program: Program, node: fx.Node) -> float:
+    """Multiply-accumulates of any other operation, as PyTorch counts them."""
+    if name_of(node) in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        return _recurrent(program, node)
+    if not any(n in program.weights for n in node.all_input_nodes) and name_of(node) not in _MAY_COUNT:
+        return 0.0
+    args, kwargs = (
+        fx.node.map_aggregate(
+            part,
+            lambda leaf: program.values[leaf] if isinstance(leaf, fx.Node) else leaf,
+        )
+        for part in (node.args, node.kwargs)
+    )
+    with torch.no_grad(), counting() as counter:
+        plain_call(node, args, kwargs)
+    return counter.get_total_flops() / 2
+
+
+def _recurrent(program: Program, node: fx.Node) -> float:
+    """Every step of a recurrent layer applies every matrix once."""
+    x = program.values[node.all_input_nodes[0]]
+    weights = next(a for a in node.args[1:] if isinstance(a, list | tuple) and len(a) > 2)
+    matrices = [program.values[w] for w in weights if isinstance(w, fx.Node)]
+    return float(x.numel() // x.shape[-1] * sum(w.numel() for w in matrices if w.dim() == 2))
+
+
+_MAY_COUNT = ("addbmm", "chain_matmul", "tensordot", "multi_head_attention_forward", "_trilinear")
+"""Operations without weights that PyTorch counts."""

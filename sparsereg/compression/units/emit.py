@@ -1,0 +1,345 @@
+"""A smaller network from what is left of one: modules of torch.nn under their old names, and functions."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsereg.compression.sizes import ANY, of_size
+from sparsereg.compression.units.cut import Cut
+from sparsereg.compression.units.program import Call, Scaled, bound, module_of, op_name
+from sparsereg.compression.vocabulary import reserved
+
+_PLACES = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy")
+_CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
+_DROPOUTS = {"dropout": nn.Dropout, "feature_dropout": nn.Dropout2d, "alpha_dropout": nn.AlphaDropout}
+"""Operations that hand on their input in eval mode, and the modules that drop in training."""
+
+
+class Emitter:
+    """Writes what is left of a network as a torch.fx.GraphModule.
+
+    Args:
+        cut: what is left.
+        model: the network, for settings that only its modules know.
+        fixed: for each input, by position, the sizes that it must have; ``ANY`` where it may differ.
+    """
+
+    def __init__(self, cut: Cut, model: nn.Module, fixed: Mapping[int, list[int]] | None = None) -> None:
+        self.cut = cut
+        self.program = cut.program
+        self.model = model
+        self.fixed = fixed or {}
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.made: dict[fx.Node, Any] = {}
+        self.layers: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {}
+        self.parameters: dict[fx.Node, nn.Parameter | Tensor] = {}
+        self.attributes: dict[fx.Node, str] = {}
+        self._device: fx.Node | None = None
+
+    def module(self) -> fx.GraphModule:
+        """The smaller network, in eval mode."""
+        self._inputs()
+        for node in self.program.calls:
+            if op_name(node.target) not in _CHECKS:
+                self.made[node] = self._operation(node)
+        self.graph.output(self._result())
+        self._without_dead_code()
+        name = f"Compacted{type(self.model).__name__.removeprefix('Gated').removeprefix('Compacted')}"
+        made = fx.GraphModule(self.root, self.graph, class_name=name)
+        return made.eval()
+
+    # --- inputs and the result --------------------------------------------------------------------------
+
+    def _inputs(self) -> None:
+        for node in self.program.inputs:
+            value = self.program.values[node]
+            if isinstance(value, Tensor):
+                self.made[node] = self.graph.placeholder(node.name)
+            else:
+                self.made[node] = self.graph.placeholder(node.name, default_value=value)
+        for position, sizes in self.fixed.items():
+            node = self.program.inputs[position]
+            if any(size != ANY for size in sizes):
+                self.made[node] = self.graph.call_function(of_size, (self.made[node], list(sizes)))
+
+    def _result(self) -> Any:
+        flat = [self._value(leaf) for leaf in self.program.output.args[0]]  # type: ignore[union-attr]
+        result = torch.utils._pytree.tree_unflatten(flat, self.program.returns)
+        return _plain(result)
+
+    def _without_dead_code(self) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and node.op in ("call_function", "call_module", "get_attr"):
+                self.graph.erase_node(node)
+        used = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
+        for path in [p for p in self.layers if not any(u == p or u.startswith(f"{p}.") for u in used)]:
+            parent, _, last = path.rpartition(".")
+            del self.root.get_submodule(parent)._modules[last]
+        for name in [n for n in (*self.root._parameters, *self.root._buffers) if n not in used]:
+            delattr(self.root, name)
+
+    # --- operations -------------------------------------------------------------------------------------
+
+    def _operation(self, node: fx.Node) -> fx.Node:
+        call = self.cut.calls.get(node) or Call(node.target, node.args, node.kwargs)
+        name = op_name(call.target)
+        if name in _DROPOUTS:
+            return self._dropout(node, _DROPOUTS[name])
+        layer = self._layer(node, call, name.rstrip("_"))
+        if layer is not None:
+            return layer
+        args, kwargs = self._arguments(call)
+        return self.graph.call_function(call.target, args, kwargs)
+
+    def _arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args = tuple(fx.node.map_aggregate(tuple(call.args), self._value))
+        given = {
+            k: v for k, v in call.kwargs.items() if k not in _PLACES or (k == "device" and v is not None)
+        }
+        kwargs: dict[str, Any] = fx.node.map_aggregate(given, self._value)
+        return args, kwargs
+
+    def _value(self, leaf: Any) -> Any:
+        if isinstance(leaf, Scaled):
+            whole = self.graph.call_function(operator.mul, (self.made[leaf.node], leaf.left))
+            return self.graph.call_function(operator.floordiv, (whole, leaf.whole))
+        if isinstance(leaf, fx.Node):
+            return self._weight(leaf) if leaf in self.program.weights else self.made[leaf]
+        if isinstance(leaf, Tensor):
+            return self._buffer("index", leaf)
+        if isinstance(leaf, torch.device):
+            return self._where()
+        return None if leaf == sys.maxsize else leaf  # the end of a slice that has none
+
+    def _where(self) -> fx.Node:
+        """The device of the first input, in place of the one on which the network was traced."""
+        if self._device is None:
+            first = next(n for n in self.program.inputs if isinstance(self.program.values[n], Tensor))
+            self._device = self.graph.call_function(getattr, (self.made[first], "device"))
+        return self._device
+
+    def _weight(self, node: fx.Node) -> fx.Node:
+        """A weight that is read as it is."""
+        if node not in self.attributes:
+            path = self.program.names[node].rpartition(".")[0]
+            inside = path in self.layers and self.parameters.get(node) is not None
+            self.attributes[node] = self.program.names[node] if inside else self._register(node)
+        return self.graph.get_attr(self.attributes[node])
+
+    def _register(self, node: fx.Node) -> str:
+        name = self.program.names[node].replace(".", "_")
+        name = self._free(name if name.isidentifier() else f"weight_{name}")
+        value = self._tensor(node)
+        if isinstance(value, nn.Parameter):
+            self.root.register_parameter(name, value)
+        else:
+            self.root.register_buffer(name, value)
+        return name
+
+    def _buffer(self, name: str, value: Tensor) -> fx.Node:
+        free = self._free(name)
+        like = next(self.model.parameters(), value)
+        self.root.register_buffer(free, value.to(like.device))
+        return self.graph.get_attr(free)
+
+    def _free(self, name: str) -> str:
+        taken = {*self.root._modules, *self.root._parameters, *self.root._buffers, *reserved(fx.GraphModule)}
+        taken |= {path.split(".")[0] for path in self.program.names.values()} - {name}
+        number, free = 0, name
+        while free in taken:
+            number += 1
+            free = f"{name}_{number}"
+        return free
+
+    def _tensor(self, node: fx.Node) -> nn.Parameter | Tensor:
+        """What is left of a weight: the same object wherever it is used, so that tied weights stay tied."""
+        if node not in self.parameters:
+            value = self.cut.weights[node].clone()
+            trains = node in self.program.parameters
+            self.parameters[node] = nn.Parameter(value, value.is_floating_point()) if trains else value
+        return self.parameters[node]
+
+    # --- layers -----------------------------------------------------------------------------------------
+
+    def _dropout(self, node: fx.Node, cls: type[nn.Module]) -> fx.Node:
+        p = float(bound(node)["p"])
+        path = self._path(module_of(node)) or "dropout"
+        if path in self.layers or self._taken(path):
+            path = self._free("dropout")
+        self._put(path, cls(p), cls, {"p": p})
+        return self.graph.call_module(path, (self._value(node.args[0]),))
+
+    def _layer(self, node: fx.Node, call: Call, name: str) -> fx.Node | None:
+        """Call a module of torch.nn for an operation whose weights belong to one."""
+        if name not in _LAYERS:
+            return None
+        a = _named(call)
+        weight, bias = a.get("weight"), a.get("bias")
+        if not isinstance(weight, fx.Node) or not self.program.names.get(weight, "").endswith(".weight"):
+            return None
+        path = self.program.names[weight].rpartition(".")[0]
+        own = {
+            key: a[key] for key in ("bias", "running_mean", "running_var") if isinstance(a.get(key), fx.Node)
+        }
+        if any(self.program.names.get(n) != f"{path}.{key}" for key, n in own.items()):
+            return None
+        a = {k: self.program.arguments(node).get(k, v) if isinstance(v, fx.Node) else v for k, v in a.items()}
+        cls, settings = _LAYERS[name](a, self.cut.weights[weight], isinstance(bias, fx.Node))
+        place = self._path(path)
+        if cls is None or not self._make(place, cls, settings, {"weight": weight, **own}):
+            return None
+        source = next(v for v in call.args if isinstance(v, fx.Node) and v is not weight)
+        return self.graph.call_module(place, (self._value(source),))
+
+    def _make(
+        self, path: str, cls: type[nn.Module], settings: dict[str, Any], own: dict[str, fx.Node]
+    ) -> bool:
+        """Put a layer at its place, unless the same is there; False if something else is."""
+        if path in self.layers:
+            return self.layers[path] == (cls, settings)
+        if self._taken(path):
+            return False
+        with torch.device("meta"):
+            made = cls(**settings)
+        for key, node in own.items():
+            value = self._tensor(node)
+            if isinstance(value, nn.Parameter):
+                made.register_parameter(key, value)
+            else:
+                made.register_buffer(key, value)
+        if "num_batches_tracked" in made._buffers:
+            made.num_batches_tracked = self._batches(path)
+        if any(t.device.type == "meta" for t in (*made.parameters(), *made.buffers())):
+            return False
+        self._put(path, made, cls, settings)
+        return True
+
+    def _batches(self, path: str) -> Tensor:
+        try:
+            found = self.model.get_submodule(path).num_batches_tracked
+        except AttributeError:
+            found = None
+        return found.detach().clone() if isinstance(found, Tensor) else torch.tensor(0)
+
+    def _path(self, path: str) -> str:
+        """A module's place in the smaller network: its own, unless that is a name which all have."""
+        first = path.split(".")[0]
+        return f"{first}_{path.removeprefix(first)}" if first in reserved(fx.GraphModule) else path
+
+    def _taken(self, path: str) -> bool:
+        """Whether another layer lies at, above or below a place."""
+        if not path or path in self.root._parameters or path in self.root._buffers:
+            return True
+        return any(p.startswith(f"{path}.") or path.startswith(f"{p}.") for p in self.layers)
+
+    def _put(self, path: str, module: nn.Module, cls: type[nn.Module], settings: dict[str, Any]) -> None:
+        self.layers[path] = (cls, settings)
+        owner: nn.Module = self.root
+        *parents, last = path.split(".")
+        for parent in parents:
+            if parent not in owner._modules:
+                owner.add_module(parent, nn.Module())
+            owner = owner.get_submodule(parent)
+        owner.add_module(last, module)
+
+
+def _named(call: Call) -> dict[str, Any]:
+    """Arguments of a call by their names, defaults filled in."""
+    found: dict[str, Any] = {}
+    for i, argument in enumerate(call.target._schema.arguments):
+        default = argument.default_value if argument.has_default_value() else None
+        found[argument.name] = call.args[i] if i < len(call.args) else call.kwargs.get(argument.name, default)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Lists, tuples and plain dictionaries in place of what a library makes of them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(v) for v in value)
+    return value
+
+
+Made = tuple["type[nn.Module] | None", dict[str, Any]]
+
+
+def _linear(a: dict[str, Any], w: Tensor, bias: bool) -> Made:
+    return nn.Linear, {"in_features": w.shape[1], "out_features": w.shape[0], "bias": bias}
+
+
+def _convolution(rank: int, transposed: bool) -> Any:
+    def make(a: dict[str, Any], w: Tensor, bias: bool) -> Made:
+        kind = "ConvTranspose" if transposed else "Conv"
+        groups = int(a["groups"])
+        ins, outs = (w.shape[0], w.shape[1] * groups) if transposed else (w.shape[1] * groups, w.shape[0])
+        settings = {
+            "in_channels": ins,
+            "out_channels": outs,
+            "kernel_size": tuple(w.shape[2:]),
+            "stride": _each(a["stride"], rank),
+            "padding": a["padding"] if isinstance(a["padding"], str) else _each(a["padding"], rank),
+            "dilation": _each(a["dilation"], rank),
+            "groups": groups,
+            "bias": bias,
+        }
+        if transposed:
+            settings["output_padding"] = _each(a["output_padding"], rank)
+        return getattr(nn, f"{kind}{rank}d"), settings
+
+    return make
+
+
+def _each(value: Any, rank: int) -> tuple[int, ...]:
+    parts = [value] if isinstance(value, int) else list(value)
+    return tuple(parts * rank if len(parts) == 1 else parts)
+
+
+def _batch_norm(a: dict[str, Any], w: Tensor, bias: bool) -> Made:
+    if not isinstance(a.get("running_mean"), fx.Node) or not bias or a.get("training"):
+        return None, {}
+    rank = a["input"].meta["val"].dim()
+    cls = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(rank)
+    # Cumulative averages reach the operation as a momentum of 0.
+    return cls, {"num_features": w.shape[0], "eps": a["eps"], "momentum": a["momentum"] or None}
+
+
+def _layer_norm(a: dict[str, Any], w: Tensor, bias: bool) -> Made:
+    return nn.LayerNorm, {"normalized_shape": tuple(w.shape), "eps": a["eps"], "bias": bias}
+
+
+def _rms_norm(a: dict[str, Any], w: Tensor, bias: bool) -> Made:
+    return nn.RMSNorm, {"normalized_shape": tuple(w.shape), "eps": a["eps"]}
+
+
+def _group_norm(a: dict[str, Any], w: Tensor, bias: bool) -> Made:
+    settings = {"num_groups": int(a["num_groups"]), "num_channels": w.shape[0], "eps": a["eps"]}
+    return (nn.GroupNorm if bias else None), settings
+
+
+def _embedding(a: dict[str, Any], w: Tensor, bias: bool) -> Made:
+    padding = a["padding_idx"]
+    settings = {"num_embeddings": w.shape[0], "embedding_dim": w.shape[1]}
+    return nn.Embedding, settings if padding is None or padding < 0 else {**settings, "padding_idx": padding}
+
+
+_LAYERS: dict[str, Any] = {
+    "linear": _linear,
+    "batch_norm": _batch_norm,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+    "embedding": _embedding,
+    **{f"conv{rank}d": _convolution(rank, False) for rank in (1, 2, 3)},
+    **{f"conv_transpose{rank}d": _convolution(rank, True) for rank in (1, 2, 3)},
+}
+"""For each operation with weights: class and settings of the module of torch.nn that does the same."""

@@ -1,0 +1,333 @@
+"""Gates that multiply the weights of any module, and normalisations that leave out what is shut.
+
+A module keeps its parameters, its forward pass and its state dict; it only changes its class, to one whose
+weights are read through their gates. So subclasses of layers and layers of a user's own can take gates, at
+the cost of one product of the size of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsereg.distributions import HardConcrete
+from sparsereg.model.basic_l0_blocks import GatedBatchNorm2d, GateFactory, L0Gate
+from sparsereg.penalties import GatedTensor, gated_tensors
+
+
+class GatedConv2d(nn.Conv2d):
+    """Convolution with gates on its output channels, bias included, folded into weight and bias.
+
+    Its state dict is that of nn.Conv2d plus ``gate.*``. Made by ``gate``.
+    """
+
+    gate: L0Gate
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve and gate a map of shape (batch, in_channels, height, width)."""
+        if self.gate.per_example:
+            return self.gate(super().forward(input))  # type: ignore[no-any-return]
+        z = self.gate.gates().to(self.weight.dtype)
+        bias = None if self.bias is None else self.bias * z
+        gated: Tensor = self._conv_forward(input, self.weight * z.view(-1, 1, 1, 1), bias)
+        return gated
+
+
+class GatedLinear(nn.Linear):
+    """Linear layer with gates on its output units, bias included, folded into weight and bias.
+
+    Its state dict is that of nn.Linear plus ``gate.*``. Made by ``gate``.
+    """
+
+    gate: L0Gate
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (batch, in_features) to (batch, out_features) and gate it."""
+        if self.gate.per_example:
+            return self.gate(super().forward(input))  # type: ignore[no-any-return]
+        z = self.gate.gates().to(self.weight.dtype)
+        return F.linear(input, self.weight * z.view(-1, 1), None if self.bias is None else self.bias * z)
+
+
+class GatedBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm of units with gates behind it. Its state dict is that of nn.BatchNorm1d plus ``gate.*``."""
+
+    gate: L0Gate
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise and gate units of shape (batch, num_features) or (batch, num_features, length)."""
+        return self.gate(super().forward(input))  # type: ignore[no-any-return]
+
+
+GATED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: GatedConv2d,
+    nn.Linear: GatedLinear,
+    nn.BatchNorm1d: GatedBatchNorm1d,
+    nn.BatchNorm2d: GatedBatchNorm2d,
+}
+"""The class with gates for each class that can get some."""
+
+
+class SharedGates(HardConcrete):
+    """Gates that several layers share: in training all of them get one draw in each pass of the network."""
+
+    _held: Tensor | None = None
+
+    def forward(self, input_shape: Any = None, generator: torch.Generator | None = None) -> Tensor:
+        """See `HardConcrete.forward`."""
+        if not self.training or generator is not None or input_shape is not None:
+            return super().forward(input_shape, generator)
+        if self._held is None:
+            self._held = super().forward()
+        return self._held
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_held": None}  # a draw belongs to one pass and its graph
+
+
+def draw_anew(network: nn.Module, args: Any) -> None:
+    """Forget the draws of the last pass: a hook before each pass of a network."""
+    for module in network.modules():
+        if isinstance(module, SharedGates):
+            module._held = None
+
+
+def shared_gate(factory: GateFactory, size: int) -> L0Gate:
+    """A gate of so many places that several layers can share."""
+    gate = factory(size)
+    gate.gates.__class__ = SharedGates
+    return gate
+
+
+class GatedModule(nn.Module):
+    """What is added to the class of a module that takes gates.
+
+    Attributes:
+        _gated_sites: for each parameter, the names of its gates, each with that of its index.
+        _gated_norm: what a normalisation needs to know: the axis, and whether it subtracts a mean.
+    """
+
+    _gated_sites: dict[str, list[tuple[str, str]]]
+    _gated_norm: tuple[int, bool] | None
+
+    def factor(self, name: str) -> Tensor | None:
+        """What the gates multiply a parameter by, of a shape that is broadcast to it.
+
+        Args:
+            name: of the parameter.
+        """
+        factor = None
+        for gate, index in self._gated_sites.get(name, ()):
+            z = opened(self._modules[gate], self._buffers[index])
+            factor = z if factor is None else factor * z
+        return factor
+
+    def through_gates(self, name: str) -> Any:
+        """A parameter (or buffer) times its gates."""
+        raw = self._parameters[name] if name in self._parameters else self._buffers[name]
+        factor = None if raw is None else self.factor(name)
+        if raw is None or factor is None:
+            return raw
+        if self._gated_norm is not None and name != "bias":  # its input has been enlarged
+            factor = factor / self.stretch()
+        return raw * factor.to(raw.dtype)
+
+    def open_places(self) -> Tensor:
+        """1 where the input of a normalisation is open, else 0; (units,)."""
+        mask = torch.ones((), device=next(self.parameters()).device)
+        for gate, index in self._gated_sites[""]:
+            mask = mask * (opened(self._modules[gate], self._buffers[index]).detach() > 0)
+        return mask
+
+    def stretch(self) -> Tensor:
+        """By how much the input of a normalisation is enlarged, so that its variance is that of the rest."""
+        mask = self.open_places()
+        return (mask.numel() / mask.sum().clamp(min=1)).sqrt()
+
+    def without_shut(self, x: Tensor) -> Tensor:
+        """The input of a normalisation with the mean in place of what is shut, enlarged.
+
+        Its mean and variance over all places are those over the open ones then.
+        """
+        assert self._gated_norm is not None
+        axis, centred = self._gated_norm
+        shape = [1] * x.dim()
+        shape[axis] = -1
+        mask = self.open_places().to(x.dtype)
+        scale = (mask.numel() / mask.sum().clamp(min=1)).sqrt()
+        mask = mask.view(shape)
+        if not centred:
+            return x * (mask * scale)
+        over = [axis] if axis < 0 else list(range(1, x.dim()))
+        places = x.numel() // x.shape[0] if axis >= 0 else x.shape[axis]
+        share = mask.numel() / mask.sum().clamp(min=1) / places
+        mean = (x * mask).sum(over, keepdim=True) * share
+        return torch.where(mask > 0, x, mean) * scale
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        base, names = type(self)._made_of  # type: ignore[attr-defined]
+        return _blank, (base, names), self.__dict__.copy()
+
+
+def enlarge(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before a normalisation: take what is shut out of its input. A hook, which turns fused kernels off."""
+    assert isinstance(module, GatedModule)
+    return module.without_shut(args[0]), *args[1:]
+
+
+def opened(gate: nn.Module | None, index: Tensor | None) -> Tensor:
+    """Gates at places, in the shape of ``index``; a place behind the last one is open."""
+    assert isinstance(gate, L0Gate)
+    assert index is not None
+    z = gate.gates()
+    return torch.cat([z, z.new_ones(1)])[index]
+
+
+def _blank(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = gated_class(base, names)
+    return cls.__new__(cls)
+
+
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def gated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """A module's class with gates on some of its parameters; the same one whenever it is asked for.
+
+    Args:
+        base: the class.
+        names: of the parameters; an empty one if its input is that of a normalisation.
+    """
+    if (base, names) not in _CLASSES:
+        _CLASSES[base, names] = _class(base, names)
+    return _CLASSES[base, names]
+
+
+def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    def reader(name: str) -> property:
+        return property(lambda self: self.through_gates(name))
+
+    body: dict[str, Any] = {name: reader(name) for name in names if name}
+    body["_made_of"] = (base, names)
+    body["__doc__"] = f"{base.__name__} whose weights are read through gates."
+    return type(f"Gated{base.__name__}", (GatedModule, base), body)
+
+
+def put_gate(
+    module: nn.Module,
+    name: str,
+    gate: L0Gate,
+    index: Tensor,
+    label: str,
+    norm: tuple[int, bool] | None = None,
+) -> None:
+    """Let a module read one of its parameters through a gate.
+
+    Args:
+        module: changed in place; its class becomes one of `gated_class`.
+        name: of the parameter; empty for the input of a normalisation.
+        gate: may be shared with other modules.
+        index: for each element of the parameter (or a shape that is broadcast to it) its place in the gate.
+        label: a name for the gate in the module, if it has not got it yet.
+        norm: axis of a normalisation's input, and whether it subtracts a mean.
+    """
+    if not isinstance(module, GatedModule):
+        module._gated_sites, module._gated_norm = {}, None  # type: ignore[assignment]
+    known = next((n for n, child in module._modules.items() if child is gate), None)
+    if known is None:
+        known = _free(module, label)
+        module.add_module(known, gate)
+    index_name = f"_places_{known}_{name or 'input'}"
+    module.register_buffer(index_name, index, persistent=False)
+    module._gated_sites.setdefault(name, []).append((known, index_name))  # type: ignore[union-attr, operator]
+    if norm is not None:
+        module._gated_norm = norm  # type: ignore[assignment]
+        if enlarge not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(enlarge)
+    base, _ = getattr(type(module), "_made_of", (type(module), ()))
+    sites = module._gated_sites
+    assert isinstance(sites, dict)
+    module.__class__ = gated_class(base, tuple(sorted(sites)))
+
+
+def _free(module: nn.Module, label: str) -> str:
+    number, name = 1, label
+    while hasattr(module, name):
+        number += 1
+        name = f"{label}_{number}"
+    return name
+
+
+def take_gates_off(network: nn.Module, plain: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Give every module of a network its own class back, without gates.
+
+    Args:
+        network: changed in place.
+        plain: makes the plain module of other kinds of gated modules; None for those without gates.
+    """
+    for module in list(network.modules()):
+        if isinstance(module, GatedModule):
+            gates = {gate for sites in module._gated_sites.values() for gate, _ in sites}
+            buffers = {index for sites in module._gated_sites.values() for _, index in sites}
+            for gate in gates:
+                del module._modules[gate]
+            for index in buffers:
+                del module._buffers[index]
+                module._non_persistent_buffers_set.discard(index)
+            hooks = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is enlarge]:
+                del hooks[key]
+            del module.__dict__["_gated_sites"], module.__dict__["_gated_norm"]
+            module.__class__ = type(module)._made_of[0]  # type: ignore[attr-defined]
+        else:
+            plain(module)
+
+
+def gate_layer_(layer: nn.Module, gate: L0Gate) -> None:
+    """Let a layer of PyTorch carry a gate for each of its outputs: the same settings, weights and mode.
+
+    Args:
+        layer: of a class in ``GATED``; changed in place, and its class with it.
+        gate: may be shared with other layers.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    layer.__class__ = GATED[type(layer)]
+    if isinstance(layer, GatedBatchNorm2d):
+        layer.synchronised = False
+    layer.gate = gate.to(weight.device)
+    gate.train(layer.training)
+
+
+def ungate_(layer: nn.Module) -> None:
+    """Take the gate off a layer that carries one for each of its outputs; changed in place."""
+    plain = {made: base for base, made in GATED.items()}
+    del layer.gate
+    layer.__class__ = plain[type(layer)]
+
+
+def shared_gate_of(layer: nn.Module) -> SharedGates | None:
+    """The gates that a layer of PyTorch carries for all of its outputs; None if it has none of this kind."""
+    gates = getattr(layer._modules.get("gate"), "gates", None)
+    return gates if isinstance(gates, SharedGates) and type(layer) in GATED.values() else None
+
+
+@gated_tensors.register
+def _(module: GatedModule) -> list[GatedTensor]:
+    found = []
+    for name, sites in module._gated_sites.items():
+        value = module._parameters.get(name) if name else None
+        for gate, index in sites if value is not None and len(sites) == 1 else ():
+            places = module.get_buffer(index)
+            gates = module.get_submodule(gate).gates
+            assert isinstance(gates, HardConcrete)
+            (size,) = gates.gate_size
+            axis = next((d for d in range(places.dim()) if places.shape[d] > 1), 0)
+            whole = torch.equal(places.flatten(), torch.arange(size, device=places.device))
+            if whole and places.numel() == size:
+                found.append(GatedTensor(gates, module, name, axis))
+    return found

@@ -1,0 +1,238 @@
+"""Where gates have to sit: on which weights, so that what they shut is zero wherever it is summed over.
+
+From every operation that sums over units the way goes back to the weights that make these: through
+functions of single elements and moves, both sides of a sum, one factor of a product. A unit whose weights
+there are zero contributes nothing, so that it can go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from sparsereg.compression.units.cut import averages
+from sparsereg.compression.units.labels import FIRST, Ints, varying
+from sparsereg.compression.units.program import Program, bound, module_of, name_of
+from sparsereg.compression.units.rules.table import Dead, Labeller
+
+_MAKERS = {
+    "linear": ("weight", "bias"),
+    "addmm": ("mat2", "self"),
+    "embedding": ("weight",),
+    "embedding_bag": ("weight",),
+    "bilinear": ("weight", "bias"),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), ("weight", "bias")),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ("weight", "bias")),
+    **dict.fromkeys(("batch_norm", "layer_norm", "rms_norm", "group_norm"), ("weight", "bias")),
+    **dict.fromkeys(("instance_norm", "cudnn_batch_norm", "native_batch_norm"), ("weight", "bias")),
+    **dict.fromkeys(("_native_batch_norm_legit_no_training", "native_layer_norm"), ("weight", "bias")),
+}
+"""Operations that make units, with the arguments that are theirs."""
+_OUT_AXIS = {"addmm": 1, "embedding": 1, "embedding_bag": 1}
+_PRODUCTS = ("mul", "multiply")
+_QUOTIENTS = ("div", "true_divide", "divide")
+_MATRICES = ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation over units, which has to leave out those that are gone.
+
+    Attributes:
+        node: the operation that takes the mean.
+        module: path of the innermost module around it.
+        source: what goes into that module.
+        axis: of the source, along which the units lie; negative ones count from the end.
+        units: along it.
+        centred: whether a mean is subtracted.
+        weights: the weights behind it.
+    """
+
+    node: fx.Node
+    module: str
+    source: fx.Node
+    axis: int
+    units: Ints
+    centred: bool
+    weights: tuple[fx.Node, ...]
+
+
+class Sites:
+    """Which weights take gates.
+
+    Args:
+        labeller: of the network.
+
+    Attributes:
+        axis: for each weight, the axis along which its gates lie; -1: along any.
+        norms: normalisations over units that can leave some out.
+        refused: units that lie along other means, with the reason and the operation.
+    """
+
+    def __init__(self, labeller: Labeller) -> None:
+        self.labeller = labeller
+        self.program: Program = labeller.program
+        self.axis: dict[fx.Node, int] = {}
+        self.norms: list[Norm] = []
+        self.refused: list[tuple[Ints, str, fx.Node]] = []
+        self._seen: set[fx.Node] = set()
+        for sources in labeller.reads:
+            if len(sources) == 1:
+                self._ask(sources[0])
+            else:
+                self._ask_one(sources)
+        for node in self.program.calls:
+            self._mean(node)
+
+    def _ask(self, source: Any) -> None:
+        """The units of a tensor have to be zero when they are shut."""
+        waiting = [source]
+        while waiting:
+            node = waiting.pop()
+            if not isinstance(node, fx.Node) or node in self._seen or not self._labelled(node):
+                continue
+            self._seen.add(node)
+            waiting += self._before(node)
+
+    def _labelled(self, node: fx.Node) -> bool:
+        labels = self.labeller.axes.of.get(node)
+        parts = labels if isinstance(labels, tuple) else (labels,)
+        return node in self.program.weights or any(p is not None and bool((p >= FIRST).any()) for p in parts)
+
+    def _before(self, node: fx.Node) -> list[Any]:
+        """Note the weights that make a tensor, or return the tensors that it is made from."""
+        if node in self.program.weights:
+            self.axis.setdefault(node, -1)
+            return []
+        name = name_of(node).rstrip("_")
+        if name in _MAKERS:
+            made = [bound(node).get(key) for key in _MAKERS[name]]
+            found = [w for w in made if isinstance(w, fx.Node) and w in self.program.weights]
+            for weight in found:
+                own = _OUT_AXIS.get(name, 0) if self.program.values[weight].dim() > 1 else 0
+                self.axis[weight] = (
+                    1 if "transpose" in name and self.program.values[weight].dim() > 1 else own
+                )
+            return [] if found else [node.args[0]]
+        if name in (*_PRODUCTS, *_MATRICES):
+            return [self._one_of(node)]
+        if name in _QUOTIENTS:
+            return [node.args[0]]
+        return list(node.all_input_nodes)
+
+    def _one_of(self, node: fx.Node) -> Any:
+        """The factor of a product that is to be zero: a weight if there is one, else the largest tensor."""
+        if name_of(node) == "scaled_dot_product_attention":
+            return bound(node)["value"]
+        out = self.labeller.axes.of.get(node)
+        wanted = varying(out) if isinstance(out, Tensor) else set()
+        able = [n for n in node.all_input_nodes if self._zero(n)]
+        if not able:
+            return None
+
+        def rank(n: fx.Node) -> tuple[bool, bool, int]:
+            value = self.program.values[n]
+            covers = self._covers(n, wanted, out)
+            return covers, n in self.program.weights, int(value.numel())
+
+        return max(able, key=rank)
+
+    def _zero(self, node: fx.Node) -> bool:
+        weight = node in self.program.weights and self.program.weights[node].is_floating_point()
+        zero = self.labeller.dead.get(node, Dead.ZERO) is Dead.ZERO
+        return self._labelled(node) and (weight or zero)
+
+    def _covers(self, node: fx.Node, wanted: set[int], out: Any) -> bool:
+        labels = self.labeller.labels(node)
+        return len(varying(labels)) >= len(wanted)
+
+    def _ask_one(self, sources: tuple[Any, ...]) -> None:
+        able = [s for s in sources if isinstance(s, fx.Node) and self._zero(s)]
+        if able:
+            self._ask(able[0])
+
+    def _mean(self, node: fx.Node) -> None:
+        """Note a mean over units, or why its units cannot be gated."""
+        source = node.args[0] if node.args else None
+        labels = self.labeller.axes.of.get(source) if isinstance(source, fx.Node) else None
+        dims = averages(node)
+        if not isinstance(labels, Tensor) or not set(dims) & varying(labels):
+            return
+        if name_of(node) == "group_norm" and int(bound(node)["num_groups"]) > 1:
+            return
+        units = np.unique(labels.numpy()).astype(np.int64)
+        found = self._norm(node)
+        if found is None:
+            self.refused.append((units, f"{name_of(node)} is taken over it in a way of its own", node))
+        elif all(n.module != found.module for n in self.norms):
+            self.norms.append(found)
+
+    def _roots(self, node: fx.Node) -> Tensor | None:
+        """Labels of a tensor, the same for units that are equal."""
+        labels = self.labeller.axes.of[node]
+        if not isinstance(labels, Tensor):
+            return None
+        return torch.from_numpy(self.labeller.axes.sets.find(labels.numpy())).int()
+
+    def _norm(self, node: fx.Node) -> Norm | None:
+        """A normalisation that fills a module of its own; None if it is not one that is known."""
+        path = module_of(node)
+        inside = [n for n in self.program.calls if module_of(n) == path] if path else []
+        sources = {
+            n
+            for part in inside
+            for n in part.all_input_nodes
+            if n not in self.program.weights and module_of(n) != path and self._labelled(n)
+        }
+        weights = tuple(
+            dict.fromkeys(
+                w
+                for part in inside
+                for w in part.all_input_nodes
+                if w in self.program.weights and self.program.weights[w].is_floating_point()
+            )
+        )
+        if len(sources) != 1 or not weights:
+            return None
+        (source,) = sources
+        labels = self._roots(source)
+        along = sorted(varying(labels)) if labels is not None else []
+        kinds = {name_of(n) for n in inside if averages(n)}
+        if len(along) != 1 or len(kinds) != 1:
+            return None
+        assert labels is not None
+        centred = kinds <= {"layer_norm", "group_norm", "native_layer_norm"}
+        if not centred and kinds != {"rms_norm"} and not _mean_of_squares(node):
+            return None
+        others = [d for d in range(labels.dim()) if d != along[0]]
+        units = (labels.amax(others) if others else labels).numpy().astype(np.int64)
+        axis = along[0] - labels.dim() if name_of(node) != "group_norm" else along[0]
+        return Norm(node, path, source, axis, units, centred, weights)
+
+
+def _mean_of_squares(node: fx.Node) -> bool:
+    """Whether a mean is one of squares."""
+    source = node.args[0]
+    if name_of(node) != "mean" or not isinstance(source, fx.Node):
+        return False
+    if name_of(source) == "square":
+        return True
+    if name_of(source) == "pow":
+        return bool(source.args[1] == 2)
+    return name_of(source) == "mul" and source.args[0] is source.args[1]
+
+
+def index_of(units: Ints, places: dict[int, int]) -> Tensor:
+    """For each unit its place, or one behind the last.
+
+    Args:
+        units: representatives, of any shape.
+        places: of some of them.
+    """
+    found, inverse = np.unique(units, return_inverse=True)
+    per = np.array([places.get(int(u), len(places)) for u in found], dtype=np.int64)
+    return torch.from_numpy(per[inverse].reshape(units.shape))

@@ -1,0 +1,126 @@
+"""Compaction of a network whose gates ``sparsereg.gate`` has put in."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsereg.compression.sizes import ANY
+from sparsereg.compression.units.cut import Cut
+from sparsereg.compression.units.emit import Emitter
+from sparsereg.compression.units.gating import take_gates_off
+from sparsereg.compression.units.lines import Bools
+from sparsereg.compression.units.program import exported_graph
+from sparsereg.compression.units.structure import Structure, plain_module
+
+
+def smaller(
+    model: nn.Module,
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    round_to: int,
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Build what is left of a network, in its own precision and in float64.
+
+    Args:
+        model: with gates; left as it is.
+        structure: of the network.
+        args: positional inputs of an example.
+        kwargs: inputs by name.
+        round_to: see ``compact``.
+    """
+    stays = rounded(structure, structure.stays(model), round_to)
+    units = structure.analysis.units
+    cut = Cut(units, structure.gone(stays))
+    fixed = fixed_sizes(model, structure, args, kwargs)
+    made = []
+    for dtype in (None, torch.float64):
+        cut.use(structure.weights(model, dtype))
+        made.append(Emitter(cut, model, fixed).module())
+    return made[0], made[1]
+
+
+def rounded(structure: Structure, stays: Bools, multiple: int) -> Bools:
+    """Keep units that are shut where that makes the number behind a gate a multiple of a number.
+
+    A norm takes no means over units that are shut, so that these go whatever their number is.
+    """
+    if multiple == 1:
+        return stays
+    stays = stays.copy()
+    axes = structure.analysis.units.labeller.axes
+    averaged = {c for line in axes.averaged for s in structure.analysis.sets_of(line).ravel() for c in s}
+    choices = structure.analysis.costs.choices
+    for path in structure.paths:
+        own = [i for i, c in enumerate(choices) if structure.gates.get(c, ("", 0))[0] == path]
+        alive = int(stays[own].sum())
+        spare = [i for i in own if not stays[i] and choices[i] not in averaged]
+        if alive:
+            stays[spare[: -alive % multiple]] = True
+    return stays
+
+
+def fixed_sizes(
+    model: nn.Module, structure: Structure, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[int, list[int]]:
+    """The sizes that the inputs of the smaller network must have, by the input's position."""
+    program = structure.analysis.program
+    free = _free_positions(model, structure, args, kwargs)
+    found = {}
+    for position, node in enumerate(program.inputs):
+        value = program.values[node]
+        if not isinstance(value, Tensor) or not value.dim():
+            continue
+        sizes = [s if isinstance(s, int) else ANY for s in node.meta["val"].shape]
+        tokens = value.dim() == 2 and not value.is_floating_point()
+        for axis in range(1, value.dim()):
+            sequence = axis == 1 and (tokens or value.dim() == 3)
+            place = value.dim() > 3 and axis > 1
+            if not (sequence or place) or (place and free):
+                sizes[axis] = ANY
+        found[position] = sizes
+    return found
+
+
+def _free_positions(
+    model: nn.Module, structure: Structure, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether a network does the same with maps of another size: whether its operations say no size."""
+    if not any(
+        isinstance(x, Tensor) and x.dim() > 3 for x in torch.utils._pytree.tree_leaves((args, kwargs))
+    ):
+        return True
+    bare = copy.deepcopy(model)
+    take_gates_off(bare, plain_module)
+    wider = torch.utils._pytree.tree_map(_wider, (args, dict(kwargs)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = exported_graph(bare, *wider)
+    if graph is None:
+        return False
+    own = [n for n in structure.analysis.program.graph.nodes if n.op == "call_function"]
+    others = [n for n in graph.nodes if n.op == "call_function"]
+    return len(own) == len(others) and all(_alike(a, b) for a, b in zip(own, others, strict=True))
+
+
+def _wider(x: Any) -> Any:
+    """The same on a larger map."""
+    if not isinstance(x, Tensor) or x.dim() < 4:
+        return x
+    for axis in range(2, x.dim()):
+        index = torch.arange(x.shape[axis] + 32, device=x.device) % x.shape[axis]
+        x = x.index_select(axis, index)
+    return x
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    def shape(node: fx.Node) -> Any:
+        return fx.node.map_arg((node.args, node.kwargs), lambda n: None)
+
+    return a.target == b.target and bool(shape(a) == shape(b))

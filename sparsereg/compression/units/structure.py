@@ -1,0 +1,332 @@
+"""A network with gates as units: which gate decides on which choice, and what is left as they are now."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from sparsereg.compression.units.costs import Costs
+from sparsereg.compression.units.gating import GatedModule, shared_gate_of, take_gates_off, ungate_
+from sparsereg.compression.units.labels import Ints
+from sparsereg.compression.units.lines import Bools
+from sparsereg.compression.units.program import Program, module_of, trace
+from sparsereg.compression.units.rules.table import Labeller
+from sparsereg.compression.units.sites import Sites
+from sparsereg.compression.units.solve import Choices, Units, solve
+from sparsereg.distributions import HardConcrete, gate_median
+from sparsereg.errors import InputError
+from sparsereg.model.basic_l0_blocks import L0Gate
+
+ATTRIBUTE = "_units"
+"""Where a network that ``gate`` made keeps its structure."""
+Place = tuple[str, int]
+"""Path of a gate in a network, and a place in it."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is known about a network without gates.
+
+    Attributes:
+        units: which choices there are.
+        sites: which weights take their gates.
+        costs: what they cost.
+    """
+
+    units: Units
+    sites: Sites
+    costs: Costs
+
+    @property
+    def program(self) -> Program:
+        """The network as operations."""
+        return self.units.labeller.program
+
+    def choices_along(self, weight: fx.Node) -> np.ndarray:
+        """The choices that can go of each place where a weight takes gates, an array of sets.
+
+        Its shape is that of the weight along the axis of its gates; of the whole weight for an axis of -1.
+        """
+        axes, axis = self.units.labeller.axes, self.sites.axis[weight]
+        raw = axes.of.get(weight)
+        line = raw.numpy().astype(np.int64) if isinstance(raw, Tensor) else None
+        if line is None:
+            own = axes.weight_axes[weight][max(axis, 0)]
+            line = (
+                np.zeros(self.program.values[weight].shape[max(axis, 0)], dtype=np.int64)
+                if own is None
+                else own
+            )
+        return self.sets_of(line)
+
+    def module_of(self, node: fx.Node) -> str:
+        """Path of the module that holds a weight, or for an operation that of its weight or where it runs."""
+        weights = [n for n in (node, *node.all_input_nodes) if n in self.program.parameters]
+        name = self.program.names[weights[0]] if weights else ""
+        return name.rpartition(".")[0] if weights else module_of(node)
+
+    def width(self, path: str, stays: Bools) -> tuple[int, int]:
+        """Outputs of a module with weights, and how many of them stay; 0 for one without."""
+        axes = self.units.labeller.axes
+        for node, name in self.program.names.items():
+            if name.rpartition(".")[0] != path or node not in self.program.parameters:
+                continue
+            line = axes.weight_axes.get(node, [None])[self.sites.axis.get(node, 0)]
+            size = (
+                self.program.values[node].shape[self.sites.axis.get(node, 0)] if line is None else len(line)
+            )
+            if line is None:
+                return int(size), int(size)
+            place = {c: i for i, c in enumerate(self.costs.choices)}
+            sets = self.sets_of(line)
+            return len(line), sum(all(stays[place[c]] for c in s if c in place) for s in sets)
+        return 0, 0
+
+    def sets_of(self, units: Ints) -> np.ndarray:
+        """The choices that can go of an array of units, an array of sets of its shape."""
+        roots = self.units.roots[units]
+        found, inverse = np.unique(roots, return_inverse=True)
+        sets = np.empty(len(found), dtype=object)
+        for i, root in enumerate(found.tolist()):
+            sets[i] = frozenset(c for c in self.units.of(root) if root > 1 and c not in self.units.fixed)
+        return sets[inverse].reshape(units.shape)
+
+
+def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Analysis:
+    """Find the units of a network without gates, and where gates for them would sit.
+
+    Args:
+        model: left as it is.
+        args: positional inputs of one example batch.
+        kwargs: inputs by name.
+
+    Raises:
+        InputError: the network cannot be traced.
+    """
+    labeller = Labeller(trace(model, *args, **kwargs))
+    sites = Sites(labeller)
+    for refused, why, node in sites.refused:
+        labeller.axes.fix(refused, why, node)
+    units = solve(labeller)
+    analysis = Analysis(units, sites, Costs(units))
+    labeller.program.forget()
+    return analysis
+
+
+class Structure:
+    """The units of a network, and the gates that decide on them. Copies of the network share it.
+
+    Args:
+        analysis: of the network without gates.
+        gates: the gate and the place in it that decides on each choice that has one.
+        shapes: those of the example's tensors.
+    """
+
+    def __init__(self, analysis: Analysis, gates: Mapping[int, Place], shapes: list[tuple[int, ...]]) -> None:
+        self.analysis = analysis
+        self.gates = dict(gates)
+        self.shapes = shapes
+        self.paths = list(dict.fromkeys(path for path, _ in self.gates.values()))
+        places = [self.gates.get(c) for c in analysis.costs.choices]
+        self._place = [(i, *p) for i, p in enumerate(places) if p is not None]
+        self._by_gate = {
+            path: (
+                np.array([i for i, own, _ in self._place if own == path]),
+                np.array([at for _, own, at in self._place if own == path]),
+            )
+            for path in self.paths
+        }
+
+    def __deepcopy__(self, memo: Any) -> Structure:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()  # found again from the gates themselves
+
+    def stays(self, model: nn.Module) -> Bools:
+        """Which choices stay with a network's gates as they are, (choices,); of each axis something does."""
+        stays = np.ones(len(self.analysis.costs.choices), dtype=bool)
+        for path, (choices, places) in self._by_gate.items():
+            stays[choices] = self._values(model, path)[places] != 0
+        return self.analysis.costs.revived(stays)
+
+    def gone(self, stays: Bools) -> set[int]:
+        """The choices that do not stay."""
+        return {c for c, here in zip(self.analysis.costs.choices, stays, strict=True) if not here}
+
+    def p_active(self, model: nn.Module) -> Tensor:
+        """P(z > 0) of each choice, differentiable, (choices,), float64; 1 without a gate."""
+        device = next(model.parameters()).device
+        p = torch.ones(len(self.analysis.costs.choices), dtype=torch.float64, device=device)
+        for path, (choices, places) in self._by_gate.items():
+            own = self._gate(model, path).p_active().double()
+            at = torch.from_numpy(choices).to(device)
+            p = p.index_copy(0, at, own[torch.from_numpy(places).to(device)])
+        return p
+
+    def hard_concretes(self, model: nn.Module) -> list[HardConcrete]:
+        """The gates of a network."""
+        return [self._gate(model, path) for path in self.paths]
+
+    def _gate(self, model: nn.Module, path: str) -> HardConcrete:
+        gate = model.get_submodule(path)
+        assert isinstance(gate, HardConcrete)
+        return gate
+
+    @torch.no_grad()
+    def _values(self, model: nn.Module, path: str) -> np.ndarray:
+        return np.asarray(self._gate(model, path).median().cpu().numpy())
+
+    def weights(self, model: nn.Module, dtype: torch.dtype | None = None) -> dict[fx.Node, Tensor]:
+        """The network's weights with its gates multiplied in, as eval mode has them.
+
+        Args:
+            model: a network of this structure.
+            dtype: of floating-point weights; their own if None.
+        """
+        program, axis = self.analysis.program, self.analysis.sites.axis
+        tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        tensors |= {name: value for name, value in constants_of(program).items() if name not in tensors}
+        found = {}
+        for node, name in program.names.items():
+            value = tensors[name].detach()
+            value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+            found[node] = value * self._factor(model, node, value) if node in axis else value
+        return found
+
+    def _factor(self, model: nn.Module, node: fx.Node, value: Tensor) -> Tensor:
+        sets = self.analysis.choices_along(node)
+        found, inverse = np.unique(np.array([hash(s) for s in sets.ravel()]), return_inverse=True)
+        first = {int(h): s for h, s in zip(found[inverse], sets.ravel(), strict=True)}
+        per = np.array([self._product(model, first[int(h)]) for h in found])
+        factor = torch.from_numpy(per[inverse].reshape(sets.shape)).to(value)
+        if sets.ndim == value.dim():
+            return factor
+        view = [1] * value.dim()
+        view[max(self.analysis.sites.axis[node], 0)] = -1
+        return factor.view(view)
+
+    @torch.no_grad()
+    def _exact(self, model: nn.Module, path: str) -> list[float]:
+        """The gates in float64."""
+        gate = self._gate(model, path)
+        found: list[float] = gate_median(
+            gate.log_alpha.double(), gate.temperature, gate.gamma, gate.zeta
+        ).tolist()
+        return found
+
+    def _product(self, model: nn.Module, choices: Choices) -> float:
+        product = 1.0
+        for choice in choices:
+            if choice in self.gates:
+                path, place = self.gates[choice]
+                product *= self._exact(model, path)[place]
+        return product
+
+
+def _nothing() -> None:
+    return None
+
+
+def constants_of(program: Program) -> dict[str, Tensor]:
+    """Tensors that are written into a network's code."""
+    return {name: program.weights[node] for node, name in program.names.items()}
+
+
+def structure_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure | None:
+    """The structure of a network whose gates ``gate`` has put in; None if it has none of these.
+
+    Raises:
+        InputError: the network cannot be traced, or its gates belong to something else.
+    """
+    if not any(_gated(m) for m in model.modules()):
+        return None
+    known = model.__dict__.get(ATTRIBUTE)
+    shapes = shapes_of(args, kwargs)
+    if isinstance(known, Structure) and known.shapes == shapes:
+        return known
+    bare = copy.deepcopy(model)
+    found = sited(bare)
+    take_gates_off(bare, plain_module)
+    analysis = analyse(bare, args, kwargs)
+    structure = Structure(analysis, _matched(analysis, found, type(model).__name__), shapes)
+    model.__dict__[ATTRIBUTE] = structure
+    return structure
+
+
+def shapes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """Shapes of the tensors of an example without the size of the batch."""
+    leaves = torch.utils._pytree.tree_leaves((args, dict(kwargs)))
+    return [tuple(x.shape[1:]) if isinstance(x, Tensor) else (hash(x),) for x in leaves]
+
+
+def _gated(module: nn.Module) -> bool:
+    return isinstance(module, GatedModule) or shared_gate_of(module) is not None
+
+
+def plain_module(module: nn.Module) -> None:
+    """Take the gate off a layer of PyTorch that carries one for all that it makes."""
+    if shared_gate_of(module) is not None:
+        ungate_(module)
+
+
+def sited(model: nn.Module) -> dict[str, list[tuple[str, Tensor]]]:
+    """For each parameter with gates: paths of these, and for each element (or place) its place in them."""
+    paths: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, HardConcrete):
+            paths.setdefault(id(module), name)
+    found: dict[str, list[tuple[str, Tensor]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, gate, index in _sites_of(module):
+            full = f"{path}.{name}" if path else name
+            found.setdefault(full, []).append((paths[id(gate)], index))
+    return found
+
+
+def _sites_of(module: nn.Module) -> Iterator[tuple[str, HardConcrete, Tensor]]:
+    if isinstance(module, GatedModule):
+        for name, sites in module._gated_sites.items():
+            for gate, index in sites if name else ():
+                own, places = module._modules[gate], module._buffers[index]
+                assert isinstance(own, L0Gate)
+                assert places is not None
+                yield name, own.gates, places.cpu()
+        return
+    gates = shared_gate_of(module)
+    if gates is not None:
+        for name, value in module._parameters.items():
+            if value is not None:
+                yield name, gates, torch.arange(gates.gate_size[0])
+
+
+def _matched(
+    analysis: Analysis, found: Mapping[str, list[tuple[str, Tensor]]], network: str
+) -> dict[int, Place]:
+    """Find which choice each place of each gate decides on: the one of the same elements of a weight."""
+    matched: dict[int, Place] = {}
+    names = {name: node for node, name in analysis.program.names.items()}
+    for name, sites in found.items():
+        node = names.get(name)
+        if node is None or node not in analysis.sites.axis:
+            continue
+        elements: dict[int, list[int]] = {}
+        for i, choices in enumerate(analysis.choices_along(node).ravel()):
+            for choice in choices:
+                elements.setdefault(choice, []).append(i)
+        by_elements = {tuple(where): choice for choice, where in elements.items()}
+        for path, index in sites:
+            places = index.flatten().numpy()
+            for place in np.unique(places).tolist():
+                choice = by_elements.get(tuple(np.flatnonzero(places == place).tolist()))
+                if choice is not None:
+                    matched.setdefault(choice, (path, place))
+    if not matched:
+        raise InputError(f"the gates of {network} belong to none of its units with this example")
+    return matched
