@@ -105,7 +105,8 @@ KEYWORDS = frozenset(
     threshold approximate value eps weight bias normalized_shape num_groups momentum running_mean running_var
     p training inplace min max min_val max_val pad chunks split_size split_size_or_sections shifts
     upscale_factor query key attn_mask dropout_p is_causal scale enable_gqa key_padding_mask need_weights
-    average_attn_weights device exponent rounding_mode _stacklevel mat2 input1 input2 hx h_0 c_0 unflattened_size
+    average_attn_weights device exponent rounding_mode _stacklevel mat2 input1 input2 hx h_0 c_0
+    unflattened_size
     """.split()  # noqa: SIM905
 )
 """Names of arguments that a file may use."""

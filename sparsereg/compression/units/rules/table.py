@@ -195,8 +195,8 @@ class Labeller:
                     seen.add(user)
                     todo.append(user)
                 elif not moves:
-                    parts = self.axes.of.get(node)
-                    parts = parts if isinstance(parts, tuple) else (parts,)
+                    labels = self.axes.of.get(node)
+                    parts = labels if isinstance(labels, tuple) else (labels,)
                     found += [np.unique(stored(part).numpy()) for part in parts if isinstance(part, Tensor)]
         return np.concatenate(found)
 
