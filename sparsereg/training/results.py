@@ -69,13 +69,9 @@ def target_summary(cfg: Training, trainer: Trainer, accountant: Accountant) -> d
     cost, allowed = asked
     kept = exact_share(accountant, cost)
     if abs(kept - allowed) > 0.01:
-        log.warning(
-            "%s=%g is not met: %.1f %% of the %s stay; training ended early, or the gates are too few",
-            key,
-            getattr(cfg, key),
-            100 * kept,
-            cost,
-        )
+        few = "is not met: %.1f %% of the %s stay; training ended early, or the gates are too few"
+        coarse = "is exceeded: only %.1f %% of the %s stay; each gate stands for a large share of them"
+        log.warning("%s=%g " + (few if kept > allowed else coarse), key, getattr(cfg, key), 100 * kept, cost)
     found = next((c.found for c in trainer.callbacks if isinstance(c, SparsityTarget)), None)  # type: ignore[attr-defined]
     return {"lambda_l0": None, key: getattr(cfg, key), "lambda_target": found}
 
