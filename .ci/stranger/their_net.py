@@ -1,4 +1,4 @@
-"""A network that sparsereg does not know: residual, with depthwise convolutions and a squeeze-and-excitation."""
+"""A network that sparsereg does not know: residual, depthwise, with squeeze-and-excitation."""
 
 import torch
 from torch import Tensor, nn
