@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from sparsereg.calibration.target_scale import target_scale
 from sparsereg.linalg.checked import as_csr, smallest_exact
 from sparsereg.summary import in_html, in_lines
 
 _INT32_MAX = np.iinfo(np.int32).max
-_NET_SHARE = 1e-3
-"""Share of what goes into a total, signs left aside, that its error is at least compared with."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -207,14 +206,8 @@ class CalibrationProblem:
 
     @cached_property
     def scale(self) -> np.ndarray:
-        """What errors are compared with, shape (targets,), > 0, in the unit of each target.
-
-        The largest of |target|, the target's own scale, and a thousandth of what goes into it, signs left
-        aside: a target of zero, or a difference of large totals, is not judged in single units.
-        """
-        own = 0.0 if self.target_scales is None else self.target_scales
-        scale = np.maximum(np.maximum(np.abs(self.targets), own), _NET_SHARE * self.gross)
-        return np.where(scale > 0, scale, 1.0)
+        """What errors are compared with, shape (targets,), > 0, in the unit of each target."""
+        return target_scale(self.targets, self.target_scales, self.gross)
 
     @cached_property
     def _unit(self) -> np.ndarray:

@@ -20,7 +20,7 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.files import new_version, write_json
     from sparsereg.training import build
     from sparsereg.training.results import block_table, count_summary, gate_summary, headline, metric
-    from sparsereg.training.terminal import start_line
+    from sparsereg.training.start_line import start_line
 
     with wrong_input():
         build.tune_process()

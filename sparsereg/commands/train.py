@@ -25,8 +25,8 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.training import build, stages
     from sparsereg.training.ending import continuation
     from sparsereg.training.results import headline
+    from sparsereg.training.start_line import start_line
     from sparsereg.training.tensorboard import name_by_overrides
-    from sparsereg.training.terminal import start_line
 
     hydra = HydraConfig.get()
     with wrong_input():

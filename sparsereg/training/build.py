@@ -45,9 +45,9 @@ from sparsereg.training.config import Callbacks, Evaluation, Training, two_ways
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.ending import EndsTogether
 from sparsereg.training.module import Classifier, Provenance
+from sparsereg.training.progress_bar import ProgressBar
 from sparsereg.training.results import metric
 from sparsereg.training.target import SparsityTarget, TargetSettings, asked_for
-from sparsereg.training.terminal import ProgressBar
 from sparsereg.zoo import networks
 from sparsereg.zoo.config import Network, weights_file
 from sparsereg.zoo.torchvision import load_weights_file_

@@ -12,7 +12,7 @@ import termios
 import pytest
 import torch
 
-from sparsereg.training.terminal import figures
+from sparsereg.training.progress_bar import figures
 
 from .conftest import ROOT, last_of_each
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +12,7 @@ import numpy as np
 
 from sparsereg.calibration.measures import relative_errors
 from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.reporting import progress_bar
 
 
 class Recorder:
@@ -50,17 +49,7 @@ class Recorder:
 
             self._writer = SummaryWriter(str(self._folder))
         if self._show:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=0,
-                desc="calibrate",
-                ncols=min(80, shutil.get_terminal_size((80, 24)).columns) - 1,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}{postfix}",
-                file=sys.stdout,
-                disable=None,
-                leave=False,
-            )
+            self._bar = progress_bar.opened()
         return self
 
     def __exit__(
@@ -91,9 +80,7 @@ class Recorder:
             for key in ("loss", "mean_are", "kept"):
                 self._writer.add_scalar(key, row[key], epoch)
         if self._bar is not None:
-            self._bar.total = max(epochs, epoch)
-            self._bar.set_postfix_str(f"loss {loss:.3g}, error {mean:.2%}, kept {kept:,}", refresh=False)
-            self._bar.update(epoch - self._bar.n)
+            progress_bar.show(self._bar, epoch, epochs, loss, mean, kept)
 
     def finish(self, loss: float, weights: np.ndarray) -> None:
         """Take the final weights as the last moment, with their histogram.

@@ -18,6 +18,7 @@ from scipy.optimize import linprog
 from scipy.sparse.csgraph import connected_components
 
 from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.solver.bounds import Bounds, bounded_weights, ratio_bounds
 from sparsereg.calibration.solver.distances import distance_of
 from sparsereg.calibration.solver.dual_newton import ROUNDED, Dual, Rows, Slack, Solution, solve
 from sparsereg.linalg.threads import in_turns
@@ -36,9 +37,6 @@ _SMALL_BESIDE_GROSS = 0.01
 _CERTIFICATE_SECONDS = 60.0
 _CONFLICT = 1e-7
 """Multiplier in the linear programme from which a target takes part in the conflict."""
-
-Bound = float | np.ndarray | None
-Bounds = tuple[Bound, Bound]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +127,6 @@ def calibrate_exactly(
     return _described(problem, weights, multipliers, (prices, final), certificates, (low, high), steps)
 
 
-def bounded_weights(initial: np.ndarray, ratios: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
-    """Smallest and largest weights from bounds on the ratio; a weight of zero stays that, bounded or not."""
-    with np.errstate(invalid="ignore"):
-        return [np.where(initial == 0, 0.0, ratio * initial) for ratio in ratios]
-
-
 def _described(
     problem: CalibrationProblem,
     weights: np.ndarray,
@@ -192,69 +184,6 @@ def is_hard(problem: CalibrationProblem) -> np.ndarray:
     if problem.target_weights is None:
         return np.ones(problem.num_targets, dtype=bool)
     return np.asarray(np.isnan(problem.target_weights))
-
-
-def ratio_bounds(
-    initial: np.ndarray, distance: str, bounds: Bounds | None, weight_bounds: Bounds | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of weight over initial weight, shape (households,) each.
-
-    Raises:
-        ValueError: they cross, exclude 1, or do not suit the distance.
-    """
-    low, high = (np.zeros(len(initial)), np.full(len(initial), np.inf))
-    if bounds is not None:
-        low, high = _pair("bounds", bounds, len(initial))
-        wrong = np.flatnonzero(~((low <= 1) & (high >= 1)))
-        if len(wrong):
-            j = wrong[0]
-            raise ValueError(
-                f"bounds are of weight over initial weight and must lie on either side of 1:"
-                f" got [{low[j]:g}, {high[j]:g}]{_place(j, bounds)}"
-            )
-    if weight_bounds is not None:
-        least, most = _pair("weight_bounds", weight_bounds, len(initial))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            per = np.where(initial > 0, 1.0 / initial, 0.0)
-            low, high = (
-                np.maximum(low, least * per),
-                np.minimum(high, np.where(initial > 0, most * per, high)),
-            )
-        wrong = np.flatnonzero(low > high)
-        if len(wrong):
-            raise ValueError(
-                f"bounds and weight_bounds exclude each other for household {wrong[0]}, whose initial"
-                f" weight is {initial[wrong[0]]:g}"
-            )
-    if distance != "linear" and (low < 0).any():
-        raise ValueError(f"distance={distance!r} needs bounds >= 0, got {low.min():g}")
-    return low, high
-
-
-def _pair(name: str, bounds: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(bounds, str) or not hasattr(bounds, "__len__") or len(bounds) != 2:
-        raise ValueError(f"{name} must be [low, high], got {bounds!r}")
-    sides = []
-    for side, open_end in zip(bounds, (0.0, np.inf), strict=True):
-        try:
-            values = np.asarray(open_end if side is None else side, dtype=np.float64)
-            sides.append(np.broadcast_to(values, (length,)))
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{name} must be two numbers, or two arrays of one number per household, got {side!r}"
-            ) from None
-    low, high = sides
-    if np.isnan(low).any() or np.isnan(high).any():
-        raise ValueError(f"{name} must be numbers, got NaN")
-    crossed = np.flatnonzero(low >= high)
-    if len(crossed):
-        j = crossed[0]
-        raise ValueError(f"{name} must have low < high, got [{low[j]:g}, {high[j]:g}]{_place(j, bounds)}")
-    return low, high
-
-
-def _place(household: int, bounds: Any) -> str:
-    return f" for household {household}" if any(np.ndim(side) for side in bounds) else ""
 
 
 def unit_factors(factors: Any, households: int) -> np.ndarray:

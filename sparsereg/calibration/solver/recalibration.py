@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.solver.bounds import Bounds, bounded_weights, ratio_bounds
 from sparsereg.calibration.solver.dual_newton import Dual, Solution, independent, solve
 from sparsereg.calibration.solver.exact import (
-    Bounds,
     Domain,
     Exact,
-    bounded_weights,
     domains,
-    ratio_bounds,
     soften,
     unit_factors,
 )

@@ -1,4 +1,4 @@
-"""What a user sees while a network trains: a line at the start, and a bar of three figures."""
+"""The bar that a user sees while a network trains, and its three figures."""
 
 import math
 import shutil
@@ -6,13 +6,8 @@ import sys
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import ProgressBar as LightningBar
-from torch import nn
 from tqdm import tqdm
-
-from sparsereg.data.own import RunData
-from sparsereg.penalties import hard_concretes
 
 WIDTH = 80
 FIGURES = {
@@ -21,28 +16,6 @@ FIGURES = {
     "sparsity": ("exact_sparsity", "expected_sparsity"),
 }
 """What the bar shows, and the metrics that it is taken from: the first that was logged."""
-
-
-def start_line(name: str, net: nn.Module, data: RunData, device: torch.device, folder: Any) -> str:
-    """Say in one line what is about to happen: network, parameters, gates, data, device, folder.
-
-    Args:
-        name: of the network.
-        net: the network.
-        data: loaded images.
-        device: that it runs on.
-        folder: that the run writes into.
-    """
-    gates = hard_concretes(net)
-    where = f"{sum(gate.log_alpha.numel() for gate in gates.values()):,} gates" if gates else "no gates"
-    own = {id(gate.log_alpha) for gate in gates.values()}
-    parameters = sum(p.numel() for p in net.parameters() if id(p) not in own)
-    if device.type == "cuda":
-        at = f"{device} ({torch.cuda.get_device_name(device)})"
-    else:
-        at = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-    source = data.describe()["source"]
-    return f"{name}: {parameters:,} parameters, {where}; data {source}; on {at}; files in {folder}"
 
 
 def figures(metrics: dict[str, Any]) -> str:
