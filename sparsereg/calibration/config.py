@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
+from sparsereg.calibration.solver.distances import DISTANCES
 from sparsereg.errors import InputError
 from sparsereg.settings import (
     NOT_NEGATIVE,
@@ -31,8 +32,6 @@ from sparsereg.temperature import Temperature, TemperatureScheduler
 
 METHODS = ("auto", "pruning", "hard_concrete", "hybrid", "random", "pps", "all", "calibrate")
 """Ways to choose; auto: pruning with num_households, hard_concrete with lambda_l0 alone, else all."""
-DISTANCES = ("linear", "raking", "logit")
-"""How far a weight is from its initial weight; see solver/distances.py."""
 LOSSES = ("relative", "mse", "mape", "capped")
 """relative: squared error over the target's scale squared; mse: squared error; mape: absolute error over
 the scale; capped: the same, no more than ``cap`` for any one target."""
@@ -135,7 +134,7 @@ class Settings(Group):
     )
     schedule: PruningSchedule = setting(PruningSchedule, "work of the pruning", key=False)
     distance: str = setting(
-        "linear", "calibrate: what is kept small, linear, raking or logit", choices=DISTANCES
+        "linear", "calibrate: how far weights are from the initial ones", choices=DISTANCES
     )
     bounds: Any = setting(
         None, "calibrate: [low, high] of weight over initial weight, numbers, null or columns"

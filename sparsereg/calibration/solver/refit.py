@@ -9,7 +9,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from sparsereg.calibration.solver.distances import Linear
+from sparsereg.calibration.solver.distances.linear import Linear
 from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, solve
 from sparsereg.calibration.solver.exact import blocks, over_scales
 from sparsereg.calibration.solver.least_squares import LeastSquares, System

@@ -452,7 +452,7 @@ def test_targets_that_cannot_be_met_are_findings_with_a_price():
         ({}, ["unit_factor=siz"], "did you mean 'size'"),
         ({"low": 0.0}, ["unit_factor=low"], "unit_factor must be > 0, got 0 for household 0"),
         ({}, ["distance=logit"], r"distance=logit needs bounds"),
-        ({}, ["distance=rake"], "distance=rake: expected one of linear, raking, logit"),
+        ({}, ["distance=rake"], "distance=rake: expected one of linear, logit, raking"),
         ({"w": -1.0}, ["distance=raking"], "w must be >= 0, but it is -1 in row 2"),
         ({}, ["num_households=5"], "keeps everybody"),
         ({"area": 0}, [], "its denominator .* is zero"),

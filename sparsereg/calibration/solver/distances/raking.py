@@ -1,0 +1,41 @@
+"""The raking distance: weights are products of factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsereg.calibration.solver.distances import LARGEST_EXPONENT
+
+
+@dataclass(frozen=True, eq=False)
+class Raking:
+    """G(g) = g log g - g + 1: weights are products of factors, as iterative proportional fitting finds them.
+
+    Args:
+        low: Smallest ratios, >= 0, shape (households,).
+        high: Largest ratios.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+
+    def respond(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Distance``."""
+        ratio = np.exp(np.clip(u, -LARGEST_EXPONENT, LARGEST_EXPONENT))
+        inside = (ratio > self.low) & (ratio < self.high)
+        return np.clip(ratio, self.low, self.high), np.where(inside, ratio, 0.0)
+
+    def invert(self, ratio: np.ndarray) -> np.ndarray:
+        """See ``Distance``."""
+        return np.asarray(np.log(ratio))
+
+    def value(self, ratio: np.ndarray) -> np.ndarray:
+        """See ``Distance``."""
+        positive = np.maximum(ratio, np.finfo(np.float64).tiny)
+        value: np.ndarray = ratio * np.log(positive) - ratio + 1.0
+        return value
+
+
+DISTANCE = Raking
