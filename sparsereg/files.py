@@ -238,6 +238,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_LAST_WHOLE = 2**53
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four are their wide forms
 _NUMBER = re.compile(r"'*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -258,18 +259,35 @@ def as_it_was(cell: str) -> str:
 
 
 def write_table(path: Path, table: "pd.DataFrame") -> None:
-    """Write a table whole or not at all, as CSV or Parquet by the name of the file.
+    """Write a table whole or not at all, as CSV, Parquet or for Stata by the name of the file.
 
     Args:
-        path: Ends in .csv or .parquet.
+        path: Ends in .csv, .parquet or .dta.
         table: What to write, without its index; missing values become empty cells. Texts in a CSV file are
             ``inert``.
     """
     if path.suffix == ".parquet":
         write_atomically(path, lambda p: table.to_parquet(p, index=False))
+    elif path.suffix == ".dta":
+        plain = _for_stata(table)
+        write_atomically(path, lambda p: plain.to_stata(p, write_index=False, version=118))
     else:
         safe = _each_text(table, inert)
         write_atomically(path, lambda p: safe.to_csv(p, index=False))
+
+
+def _for_stata(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Return a table of what Stata has: whole numbers that its own would round become texts."""
+    import pandas as pd
+
+    changed = table.copy(deep=False)
+    for name, kind in table.dtypes.items():
+        large = False
+        if pd.api.types.is_integer_dtype(kind) and len(table):
+            large = bool(table[name].abs().max() > _LAST_WHOLE)
+        if large or not pd.api.types.is_numeric_dtype(kind):
+            changed[name] = table[name].astype(str).astype(object)
+    return changed
 
 
 def texts_as_they_were(table: "pd.DataFrame") -> "pd.DataFrame":

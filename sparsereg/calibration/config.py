@@ -41,7 +41,8 @@ LAMBDA = 0.01
 """lambda_l0 of ``method="hard_concrete"`` where none is given: l0-python's own."""
 CAP = 1.0
 """Largest contribution of one target to the capped loss: being wrong by 100 % (and all beyond)."""
-WEIGHT_FORMATS = ("csv", "parquet")
+WEIGHT_FORMATS = ("csv", "parquet", "dta")
+WEIGHTS = ("real", "integer")
 UNTOUCHABLE = ("error", "drop", "keep")
 PSEUDO_TARGETS = ("none", "own_columns")
 MISSING_VALUES = ("error", "zero", "drop")
@@ -142,6 +143,9 @@ class Settings(Group):
     weight_bounds: Any = setting(None, "calibrate: [low, high] of the weight itself, likewise")
     unit_factor: Any = setting(
         None, "calibrate: a column of numbers > 0; weights of a large one are changed first"
+    )
+    weights: str = setting(
+        "real", "integer: whole weights, by systematic rounding and swaps; totals are kept", choices=WEIGHTS
     )
     seed: int = setting(0, "of all noise: the same seed gives the same weights", SEED)
     device: str = setting("cpu", "auto, cpu, cuda or cuda:N")
@@ -447,7 +451,7 @@ class CalibrationRun(Settings):
     )
     ckpt_path: str | None = setting(None, "the checkpoint of an interrupted run, to continue it")
     checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", NOT_NEGATIVE)
-    weights_format: str = setting("csv", "csv or parquet", choices=WEIGHT_FORMATS)
+    weights_format: str = setting("csv", "csv, parquet or dta (Stata)", choices=WEIGHT_FORMATS)
     plots: bool = setting(True, "draw them")
     tensorboard: bool = setting(True, "write its events")
     log_moments: int = setting(10, "how many moments of the run calibration_log.csv shows", count(2))

@@ -188,10 +188,12 @@ def r_script(replicates: Replicates, weights: str, file: str) -> str:
 
 _SCRIPT = """# The calibrated weights and their replicates as a design of R's package survey. In this folder:
 #   source("replicates.R"); d <- replicate_design(households, id = "id"); svymean(~income, d)
-# where households is the table that was calibrated. Parquet files need the package arrow or nanoparquet.
+# where households is the table that was calibrated. Parquet files need the package arrow or
+# nanoparquet, those of Stata haven.
 library(survey)
 
 read_any <- function(file) {{
+  if (grepl("dta$", file)) return(as.data.frame(haven::read_dta(file)))
   if (!grepl("parquet$", file)) return(read.csv(file, colClasses = c(id = "character"), check.names = FALSE))
   reader <- Filter(function(p) requireNamespace(p, quietly = TRUE), c("arrow", "nanoparquet"))
   if (length(reader) == 0) stop("to read ", file, " install.packages('nanoparquet')")

@@ -20,7 +20,7 @@ from sparsereg.calibration.command.provenance import Provenance
 from sparsereg.calibration.command.requirements import judged
 from sparsereg.calibration.config import CalibrationRun, Settings
 from sparsereg.calibration.findings import KINDS, Finding, check, gave_way, in_order, set_aside, summary
-from sparsereg.calibration.measures import measure
+from sparsereg.calibration.measures import measure, relative_errors
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.pseudo_targets import PULL, OwnColumns, extended, own_columns, selecting
 from sparsereg.calibration.reading.design import Variable, read_design, read_variables
@@ -125,6 +125,7 @@ def run(cfg: CalibrationRun) -> Path:
     results |= {"loss": result.loss, "optimality": result.optimality, "kkt_violation": result.optimality}
     results |= {"seconds": solved - read, "steps": result.steps} | _bounds_told(result, solver)
     results |= _settings_told(cfg)
+    results["integer_weights"] = _rounding_told(result)
     results["missing_households"] = max(0, (cfg.num_households or 0) - results["kept"])
     results["zero_initial_weights"] = int((task.problem.starting_weights == 0).sum())
     results |= _measure_findings(task)
@@ -141,7 +142,7 @@ def run(cfg: CalibrationRun) -> Path:
     results["required"] = required = judged(cfg.require, results)
     results["provenance"] = provenance.to_dict()
     results["total_seconds"] = time.perf_counter() - start
-    kept = report.weight_frame(task.problem, result.weights)
+    kept = result.to_frame()
     contents = Contents(
         results, plain(cfg), targets, groups, kept, task.problem.starting_weights, task.findings, left_out,
         estimated.variables, estimated.standard_errors,
@@ -294,6 +295,21 @@ def _bounds_told(result: CalibrationResult, solver: Settings) -> dict[str, Any]:
     return {"bounds_hit": exact.bounds_hit, "gave_way": len(exact.gave_way), "certificate": proofs or None}
 
 
+def _rounding_told(result: CalibrationResult) -> dict[str, Any] | None:
+    """Return what whole weights cost: errors before, the largest change of a weight, who fell to zero."""
+    real, problem = result.real_weights, result.problem
+    if real is None:
+        return None
+    errors = np.abs(relative_errors(problem.estimates(real), problem.targets))
+    scaled = np.abs(problem.scaled_errors(problem.estimates(real)))
+    return {
+        "max_abs_scaled_error_real": float(scaled.max()),
+        "mean_are_real": float(np.nanmean(errors)) if not np.isnan(errors).all() else None,
+        "largest_change": float(np.abs(result.weights - real).max()),
+        "left_with_zero": int(((real > 0) & (result.weights == 0)).sum()),
+    }
+
+
 def _hold_out(task: Task, folds: list[tuple[str, ...]], cfg: CalibrationRun, folder: Path) -> pd.DataFrame:
     def settings(part: CalibrationProblem) -> Settings:
         groups = None if part.target_groups is None else set(part.target_groups)
@@ -316,7 +332,7 @@ def _write_files(
     problem, weights = result.problem, result.weights
     multipliers = None if result.exact is None else result.exact.multipliers
     targets = report.target_frame(problem, weights, multipliers)
-    kept = report.weight_frame(problem, weights)
+    kept = result.to_frame()
     write_table(folder / f"weights.{cfg.weights_format}", kept)
     write_table(folder / "targets.csv", targets)
     groups = report.group_frame(targets, problem, weights)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsereg.calibration.config import WEIGHT_FORMATS
 from sparsereg.calibration.reading.tables import read_table, require_column
 from sparsereg.errors import InputError
 from sparsereg.files import texts_as_they_were
@@ -94,7 +95,7 @@ def _joined(one: pd.DataFrame, two: pd.DataFrame, key: str) -> pd.DataFrame:
 
 def _table(run: Path, name: str, key: str) -> pd.DataFrame:
     """Return a table that a run wrote, its key as text."""
-    files = [run / f"{name}{suffix}" for suffix in (".csv", ".parquet")]
+    files = [run / f"{name}.{suffix}" for suffix in WEIGHT_FORMATS]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
         raise InputError(f"{run} has no {files[0].name}: give the folders of two runs that have finished")

@@ -18,8 +18,17 @@ from torch import Tensor
 from sparsereg.calibration.config import Settings
 from sparsereg.calibration.measures import relative_errors
 from sparsereg.calibration.problem import CalibrationProblem, exact_totals
-from sparsereg.calibration.solver.exact import GAVE_WAY, Exact, calibrate_exactly, is_hard, near_zero
+from sparsereg.calibration.solver.exact import (
+    GAVE_WAY,
+    Exact,
+    bounded_weights,
+    calibrate_exactly,
+    is_hard,
+    near_zero,
+    ratio_bounds,
+)
 from sparsereg.calibration.solver.hard_concrete import GateSettings
+from sparsereg.calibration.solver.integers import whole_weights
 from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import Quadratic, TargetLoss, group_shares
 from sparsereg.calibration.solver.matrix import household_matrix
@@ -82,6 +91,7 @@ class CalibrationResult:
         exact: Of ``method="calibrate"``: what the targets cost, which gave way and why; None for others.
         settings: How it was calibrated.
         steps: Steps of Newton's method that the final weights took, where they were found by it.
+        real_weights: With ``weights="integer"`` what was rounded, shape (households,); else None.
     """
 
     problem: CalibrationProblem
@@ -97,6 +107,7 @@ class CalibrationResult:
     exact: Exact | None = None
     settings: Settings | None = None
     steps: int | None = None
+    real_weights: np.ndarray | None = None
 
     def of(self, problem: CalibrationProblem) -> CalibrationResult:
         """The same weights as a result of another problem: the one without pseudo-targets.
@@ -251,11 +262,12 @@ class CalibrationResult:
         import pandas as pd
 
         kept = np.flatnonzero(self.selected)
+        weights = self.weights[kept]
         return pd.DataFrame(
             {
                 "id": self.problem.household_ids[kept],
                 "initial_weight": self.problem.starting_weights[kept],
-                "weight": self.weights[kept],
+                "weight": weights if self.real_weights is None else weights.astype(np.int64),
             }
         )
 
@@ -424,8 +436,24 @@ class Calibration:
         full[kept] = weights
         return self._described(self._in_order_of_the_problem(full), optimality)
 
+    def _rounded(self, real: np.ndarray) -> np.ndarray:
+        """Whole weights in the place of real ones, within the same bounds."""
+        s, initial = self.settings, self.problem.starting_weights
+        if self.is_exact:
+            how = _exact_settings(s)
+            ratios = ratio_bounds(initial, s.distance, how["bounds"], how["weight_bounds"])
+            low, high = bounded_weights(initial, ratios)
+        else:
+            low = np.where(real > 0, float(self.num_households is not None), 0.0)  # of a number nobody leaves
+            ratio = s.max_weight_ratio
+            high = np.full(len(real), np.inf) if ratio is None else ratio * initial
+        return whole_weights(self.problem, real, low, high, s.seed)
+
     def _described(self, final: np.ndarray, optimality: float | None) -> CalibrationResult:
         """The result with these weights."""
+        real = None
+        if self.settings.weights == "integer":
+            real, final = final, self._rounded(final)
         kept, wanted = int((final != 0).sum()), self.num_households or 0
         if kept < wanted:
             _log.warning("%d households are kept, fewer than num_households=%d", kept, wanted)
@@ -434,7 +462,7 @@ class Calibration:
         return CalibrationResult(
             self.problem, final, final != 0, self.problem.estimates(final), loss, optimality, self.method,
             time.perf_counter() - self._start, list(self.history), self.set_aside, self._exact,
-            self.settings, self._steps,
+            self.settings, self._steps, real,
         )  # fmt: skip
 
     def _refit(self, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -550,6 +578,7 @@ def calibrate(
             schedule: Work of the pruning.
             seed: Seed of all noise. The same seed gives the same weights.
             device, backend: Where and how to compute, see ``household_matrix``.
+            weights: "integer" for whole weights, see ``integers``.
             distance, bounds, weight_bounds, unit_factor: Of ``method="calibrate"``, which meets the targets
                 exactly by the weights closest to the initial ones, see ``exact.calibrate_exactly``.
 

@@ -202,6 +202,14 @@ def _notes(c: Contents) -> list[str]:
         )
     if r.get("missing_households"):
         notes.append(f"{_number(r['missing_households'])} fewer households are kept than were asked for.")
+    if whole := r.get("integer_weights"):
+        zero = f"; {_number(whole['left_with_zero'])} became 0" if whole["left_with_zero"] else ""
+        notes.append(
+            "Weights are whole numbers: the largest error over its scale is"
+            f" {_percent(r['max_abs_scaled_error'])} with them and was"
+            f" {_percent(whole['max_abs_scaled_error_real'])} before; every weight is a neighbour of the real"
+            f" one{zero}."
+        )
     held = r.get("holdout")
     if held and held["mean_are"] > held["initial_mean_are"]:
         notes.append(
