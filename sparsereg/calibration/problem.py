@@ -13,6 +13,7 @@ import scipy.sparse as sp
 
 from sparsereg.calibration.target_scale import target_scale
 from sparsereg.linalg.checked import as_csr, smallest_exact
+from sparsereg.linalg.nesting import Nesting, find_nesting
 from sparsereg.summary import in_html, in_lines
 
 _INT32_MAX = np.iinfo(np.int32).max
@@ -241,6 +242,11 @@ class CalibrationProblem:
     def matrix_t(self) -> sp.csr_array:
         """Households x targets: the matrix by household, canonical CSR, made on first use."""
         return _with_small_indices(sp.csr_array(self.matrix.T.tocsr()))
+
+    @cached_property
+    def nesting(self) -> Nesting | None:
+        """Which targets are exact sums of others, found on first use; None where too few are to pay."""
+        return find_nesting(self.matrix, self.matrix_t, self.parent)
 
     def estimates(self, weights: np.ndarray) -> np.ndarray:
         """Weighted totals ``matrix @ weights`` and ratios of them in float64, shape (targets,).

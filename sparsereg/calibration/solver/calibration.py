@@ -31,7 +31,8 @@ from sparsereg.calibration.solver.hard_concrete import GateSettings
 from sparsereg.calibration.solver.integers import whole_weights
 from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import Quadratic, TargetLoss, group_shares
-from sparsereg.calibration.solver.matrix import household_matrix
+from sparsereg.calibration.solver.matrix import HouseholdMatrix, compiles, household_matrix
+from sparsereg.calibration.solver.nested import NestedMatrix
 from sparsereg.calibration.solver.pruning import Pruning, fill
 from sparsereg.calibration.solver.recalibration import Recalibration
 from sparsereg.calibration.solver.refit import SMALLEST_OF_ALL, SMALLEST_RATIO, TOLERANCE, refit
@@ -46,6 +47,7 @@ from sparsereg.calibration.variance import (
     statistics_frame,
 )
 from sparsereg.checks import check_probability
+from sparsereg.linalg.nesting import Nesting, find_nesting
 from sparsereg.linalg.threads import quiet_threads
 from sparsereg.summary import in_html, in_lines
 
@@ -310,12 +312,14 @@ class Calibration:
         self._exact: Exact | None = None
         self._steps: int | None = None
         self._given = None if start is None else _checked_start(start, problem, self.method)
-        order = _visiting_order(problem.matrix_t, self.settings.seed)
+        rows = _with_aggregates(problem.linear, self.settings)
+        gated = self.method in ("hard_concrete", "hybrid")
+        order = _visiting_order(rows.by_household, rows.nesting, self.settings.seed, by_length=gated)
         self._order = order[problem.starting_weights[order] > 0]  # of weight zero: not in the survey
         if given is not None:
             _refuse_weightless(problem, given.numpy())
             given = torch.from_numpy(np.flatnonzero(np.isin(self._order, given.numpy())))
-        self.goal = _goal(problem, self.num_households, self.settings, self._order)
+        self.goal = _goal(problem, rows, self.num_households, self.settings, self._order)
         if self._given is not None:
             ahead = torch.from_numpy(self._given[self._order]).to(self.goal.system.initial_weights)
             self.goal = replace(self.goal, start=ahead)
@@ -507,10 +511,9 @@ class Calibration:
 
     def _rows(self, kept: Tensor) -> sp.csr_array:
         """Entries of some households as they were read, households x targets, float64."""
-        problem, consistency = self.problem.linear, self.settings.consistency
-        by_household, *_ = _with_aggregates(problem, np.ones(problem.num_targets), consistency)
+        rows = _with_aggregates(self.problem.linear, self.settings)
         chosen = self._order[kept.cpu().numpy()]
-        return sp.csr_array(by_household[chosen].astype(np.float64))
+        return sp.csr_array(rows.by_household[chosen].astype(np.float64))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the calibration stands: plain numbers and tensors."""
@@ -637,18 +640,26 @@ def _drive(run: Calibration, callback: Callback | None, progress: bool) -> Calib
     return run.result()
 
 
-def _visiting_order(by_household: sp.csr_array, seed: int) -> np.ndarray:
+def _visiting_order(
+    by_household: sp.csr_array, nesting: Nesting | None, seed: int, by_length: bool = False
+) -> np.ndarray:
     """Order in which sweeps visit the households, at random but with neighbours near each other.
 
     Sweeps favour the households they visit first, so that must not be a matter of the place in the file.
     Households of one district share their targets, which is fast while those are in the processor's cache:
-    so they are sorted by their last target, cut into blocks, and blocks and their members are shuffled.
+    so they are sorted by their last target, cut into blocks, and blocks and their members are shuffled. Where
+    targets nest, pages and their members are shuffled. Products are half as fast again where members lie by
+    their number of entries (``by_length``), since the processor foresees the ends of the loops; sweeps would
+    favour the short ones.
     """
-    num_households = by_household.shape[0]
+    num_households, generator = by_household.shape[0], np.random.default_rng(seed)
+    if nesting is not None:
+        rank = generator.permutation(int(nesting.page.max()) + 1)[nesting.page]
+        length = np.diff(by_household.indptr) if by_length else rank
+        return np.lexsort((generator.random(num_households), length, rank))
     ends = np.maximum(by_household.indptr[1:] - 1, 0)
     last = by_household.indices[ends] if by_household.nnz else np.zeros(num_households)
     last = np.where(np.diff(by_household.indptr) > 0, last, -1)
-    generator = np.random.default_rng(seed)
     neighbours = np.lexsort((generator.random(num_households), last))
     blocks = np.arange(num_households) // _BLOCK
     rank = generator.permutation(int(blocks[-1]) + 1)[blocks]
@@ -720,7 +731,11 @@ def _indices(selected: np.ndarray, households: int) -> Tensor:
 
 
 def _goal(
-    problem: CalibrationProblem, num_households: int | None, settings: Settings, order: np.ndarray
+    problem: CalibrationProblem,
+    rows: _Rows,
+    num_households: int | None,
+    settings: Settings,
+    order: np.ndarray,
 ) -> Goal:
     """Bring problem and settings into the form that selections work on, the households in this order."""
     shares = group_shares(
@@ -732,10 +747,13 @@ def _goal(
     )
     if not shares.any():
         raise ValueError("every target has weight zero")
-    by_household, rows, shares = _with_aggregates(problem.linear, shares, settings.consistency)
-    device = torch.device(settings.device)
-    matrix = household_matrix(by_household[order], device, settings.backend)
-    targets, scales, tolerance, goal_shares = (torch.from_numpy(v).to(device) for v in (*rows, shares))
+    shares = np.append(
+        shares, np.full(len(rows.again), settings.consistency * shares.sum() / max(1, len(rows.again)))
+    )
+    linear, device = problem.linear, torch.device(settings.device)
+    matrix = _matrix(rows, order, settings)
+    per_target = [np.append(v, v[rows.again]) for v in (linear.targets, linear.scale, linear.tolerance)]
+    targets, scales, tolerance, goal_shares = (torch.from_numpy(v).to(device) for v in (*per_target, shares))
     band = tolerance if bool(tolerance.any()) else None
     loss = TargetLoss(targets, goal_shares, settings.loss, settings.cap, scales, band)
     mean = replace(loss, shares=goal_shares / goal_shares.sum())
@@ -773,26 +791,44 @@ def _pull_growth(num_targets: int, num_households: int | None) -> float:
     return min(_MOST_GROWTH, max(1.0, shortage) ** 6)
 
 
-def _with_aggregates(
-    problem: CalibrationProblem, shares: np.ndarray, consistency: float
-) -> tuple[sp.csr_array, list[np.ndarray], np.ndarray]:
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """What is calibrated.
+
+    Args:
+        by_household: Households x rows, canonical CSR: the targets, then sums of parts.
+        again: The target that each of those sums should be at, too.
+        nesting: Which rows are sums of others; None: all are stored.
+    """
+
+    by_household: sp.csr_array
+    again: np.ndarray
+    nesting: Nesting | None
+
+
+def _with_aggregates(problem: CalibrationProblem, settings: Settings) -> _Rows:
     """Append one row per target with parts: the sum of its parts' rows, at the same target.
 
     Being rows like all others, they need no treatment of their own by any method.
-
-    Returns:
-        Households x rows; the rows' targets, scales and tolerances; their shares.
     """
-    rows = [problem.targets, problem.scale, problem.tolerance]
-    if consistency == 0 or problem.parent is None:
-        return problem.matrix_t, rows, shares
+    nests = compiles(settings.device, settings.backend)
+    if settings.consistency == 0 or problem.parent is None:
+        return _Rows(problem.matrix_t, np.empty(0, dtype=np.int64), problem.nesting if nests else None)
     part = np.flatnonzero(problem.parent >= 0)
     wholes, position = np.unique(problem.parent[part], return_inverse=True)
     shape = (len(wholes), problem.num_targets)
     sums = sp.csr_array((np.ones(len(part), np.float32), (position, part)), shape=shape)
-    both = sp.hstack([problem.matrix_t, problem.matrix_t @ sums.T.tocsr()], format="csr")
-    extra = np.full(len(wholes), consistency * shares.sum() / max(1, len(wholes)))
-    return sp.csr_array(both), [np.append(v, v[wholes]) for v in rows], np.append(shares, extra)
+    both = sp.csr_array(sp.hstack([problem.matrix_t, problem.matrix_t @ sums.T.tocsr()], format="csr"))
+    parent = np.append(problem.parent, np.full(len(wholes), -1))
+    return _Rows(both, wholes, find_nesting(sp.csr_array(both.T.tocsr()), both, parent) if nests else None)
+
+
+def _matrix(rows: _Rows, order: np.ndarray, settings: Settings) -> HouseholdMatrix:
+    """The matrix in the order in which households are visited, without rows that are sums of others."""
+    if rows.nesting is None:
+        return household_matrix(rows.by_household[order], settings.device, settings.backend)
+    stored = sp.csr_array(sp.csr_array(rows.by_household.T.tocsr())[rows.nesting.stored].T.tocsr())
+    return NestedMatrix(stored[order], rows.nesting, rows.nesting.page[order])
 
 
 def _swaps_only(goal: Goal, kept: Tensor) -> Selection:

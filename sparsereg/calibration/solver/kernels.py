@@ -83,11 +83,8 @@ def descend(  # type: ignore[no-untyped-def]
     ``residual`` is row_weights * (totals - targets) and is kept up to date; ``weights`` change in place.
     ``curvature`` is half the second derivative along each household; ``pull`` * (w - center)^2 is added
     to the objective. ``held`` = [sum of weights, its target, its weight, its multiplier].
-    Returns the decrease of the objective in the last sweep.
     """
-    decrease = 0.0
     for _ in range(sweeps):
-        decrease = 0.0
         for j in range(weights.shape[0]):
             if curvature[j] <= 0.0:
                 continue
@@ -98,12 +95,10 @@ def descend(  # type: ignore[no-untyped-def]
             new = min(max(weights[j] - slope / curvature[j], lower[j]), upper[j])
             change = new - weights[j]
             if change != 0.0:
-                decrease -= change * (2.0 * slope + curvature[j] * change)
                 weights[j] = new
                 held[0] += change
                 for p in range(start, stop):
                     residual[indices[p]] += row_weights[indices[p]] * data[p] * change
-    return decrease
 
 
 @_compile
@@ -131,3 +126,87 @@ def copy_households(indptr, indices, data, chosen, new_indptr, new_indices, new_
             new_indices[place] = indices[p]
             new_data[place] = data[p]
             place += np.uint64(1)
+
+
+@_compile
+def touched(indices, start, stop, out):  # type: ignore[no-untyped-def]
+    """out[target] = 1 for every target that these entries touch."""
+    for p in range(start, stop):
+        out[indices[p]] = 1
+
+
+@_compile
+def page_rows(indptr, indices, page, is_part, seen, rows, row_page):  # type: ignore[no-untyped-def]
+    """List for every page the stored parts that its households touch, once each if they lie together."""
+    number = 0
+    for j in range(page.shape[0]):
+        for p in range(indptr[j], indptr[j + 1]):
+            k = indices[p]
+            if is_part[k] and seen[k] != page[j]:
+                seen[k] = page[j]
+                rows[number], row_page[number] = k, page[j]
+                number += 1
+    return number
+
+
+@_compile
+def _turn_page(  # type: ignore[no-untyped-def]
+    old, new, list_ptr, list_rows, up_ptr, up_of, own, above, whole, base, up, now, before, change
+):
+    """Enter what happened on one page into its rows and their sums; read those of another (-1: none)."""
+    if old >= 0:
+        for c in range(list_ptr[old], list_ptr[old + 1]):
+            k = list_rows[c]
+            if whole[k] > 0.0 and now[k] != before[k]:
+                moved = (now[k] - before[k]) / whole[k]
+                change[k] += moved
+                base[k] += own[k] * moved
+                for q in range(up_ptr[k], up_ptr[k + 1]):
+                    up[up_of[q]] += above[up_of[q]] * moved
+    if new >= 0:
+        for c in range(list_ptr[new], list_ptr[new + 1]):
+            k = list_rows[c]
+            total = base[k]
+            for q in range(up_ptr[k], up_ptr[k + 1]):
+                total += up[up_of[q]]
+            now[k] = before[k] = total
+
+
+@_compile
+def descend_pages(  # type: ignore[no-untyped-def]
+    indptr, indices, data, page, list_ptr, list_rows, up_ptr, up_of, own, above, whole, base, up, now, before,
+    change, weights, lower, upper, stretch, pull, center, held, lanes, sweeps
+):  # fmt: skip
+    """``descend`` where some targets are sums of the stored ones, page after page of households.
+
+    A stored target k moves by whole[k] = own[k] + sum of above[its sums] times the change of its total.
+    ``base`` and ``up`` are the residuals of stored targets and of sums, ``now`` what a household sees of a
+    stored target: its residual and those of its sums, right on the current page; ``change`` collects the
+    changes of the stored totals. ``stretch`` is one over the curvature, or 0. ``lanes`` work beside each
+    other, and each expects of the others what it does itself.
+    """
+    for _ in range(sweeps):
+        current = -1
+        for j in range(weights.shape[0]):
+            if page[j] != current:
+                _turn_page(current, page[j], list_ptr, list_rows, up_ptr, up_of, own, above, whole, base, up,
+                           now, before, change)  # fmt: skip
+                current = page[j]
+            if stretch[j] == 0.0:
+                continue
+            slope = pull[j] * (weights[j] - center[j]) + held[2] * (held[0] - held[1]) + held[3]
+            start, stop = np.uint64(indptr[j]), np.uint64(indptr[j + 1])
+            for p in range(start, stop):
+                slope += data[p] * now[indices[p]]
+            new = min(max(weights[j] - slope * stretch[j], lower[j]), upper[j])
+            step = new - weights[j]
+            if step != 0.0:
+                weights[j] = new
+                held[0] += lanes * step
+                for p in range(start, stop):
+                    now[indices[p]] += whole[indices[p]] * data[p] * step
+        _turn_page(current, -1, list_ptr, list_rows, up_ptr, up_of, own, above, whole, base, up, now, before,
+                   change)  # fmt: skip
+    for k in range(now.shape[0]):
+        if up_ptr[k] == up_ptr[k + 1] and whole[k] > 0.0:
+            change[k] += (now[k] - base[k]) / whole[k]

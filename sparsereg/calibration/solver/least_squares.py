@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsereg.calibration.solver.interior_point import BoxQuadratic, InteriorPoint
 from sparsereg.calibration.solver.losses import Quadratic
 from sparsereg.calibration.solver.matrix import CompiledMatrix, HouseholdMatrix
+from sparsereg.calibration.solver.nested import NestedMatrix
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +82,15 @@ class System:
         """Half the second derivative of the quadratic along each household, shape (households,)."""
         return self.matrix.squared_norms(self.quadratic.weight)
 
+    @cached_property
+    def _stretch(self) -> Tensor:
+        """One over the curvature; 0 for households that touch nothing."""
+        return torch.where(self.curvature > 0, 1.0 / self.curvature, torch.zeros_like(self.curvature))
+
+    @cached_property
+    def _is_bounded(self) -> bool:
+        return bool(torch.isfinite(self.upper).any())
+
     def with_quadratic(self, quadratic: Quadratic) -> System:
         """Return the same problem with other weights of the targets."""
         return replace(self, quadratic=quadratic)
@@ -94,10 +104,11 @@ class System:
         Returns:
             Decreases >= 0, shape (households,).
         """
-        slope = self.matrix.gradient(residual).clamp(max=0.0)
-        curvature = self.curvature
-        step = torch.minimum(-slope / curvature.clamp(min=torch.finfo(torch.float64).tiny), self.upper)
-        return torch.where(curvature > 0, -step * (2.0 * slope + curvature * step), torch.zeros_like(slope))
+        slope = self.matrix.gradient(residual).clamp_(max=0.0)
+        if not self._is_bounded:
+            return slope.square_().mul_(self._stretch)
+        step = torch.minimum(slope * -self._stretch, self.upper)
+        return slope.mul_(2.0).addcmul_(self.curvature, step).mul_(step).neg_()
 
 
 class LeastSquares:
@@ -178,7 +189,7 @@ class LeastSquares:
 
     def sweep(self, count: int = 1) -> None:
         """Improve the weights by ``count`` rounds over the households."""
-        if isinstance(self.matrix, CompiledMatrix):
+        if isinstance(self.matrix, CompiledMatrix | NestedMatrix):
             self.matrix.descend(
                 self.quadratic.weight, self._residual, self.weights, self.lower, self.upper,
                 self.curvature, self.pull, self.center, self._held, count,
@@ -243,7 +254,7 @@ class LeastSquares:
     def is_small(self) -> bool:
         """Whether ``solve_densely`` is quick."""
         return min(self.matrix.num_households, self.matrix.num_targets) <= _MOST_DENSE and isinstance(
-            self.matrix, CompiledMatrix
+            self.matrix, CompiledMatrix | NestedMatrix
         )
 
     def solve_densely(self, tolerance: float = 1e-9, max_steps: int = 60) -> float:
@@ -285,7 +296,7 @@ class LeastSquares:
 
     def _scaled(self, free: Tensor, norm: Tensor) -> BoxQuadratic:
         """The problem of some households in contributions w_j norm_j; the others stay where they are."""
-        assert isinstance(self.matrix, CompiledMatrix)
+        assert isinstance(self.matrix, CompiledMatrix | NestedMatrix)
         root = self.quadratic.weight.sqrt().numpy()
         rest = self.weights.index_fill(0, free, 0.0)
         missing = (self.quadratic.targets - self.matrix.totals(rest)).numpy()

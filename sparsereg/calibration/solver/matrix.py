@@ -68,7 +68,7 @@ def household_matrix(
         ValueError: the backend is unknown or does not run on the device.
     """
     device = torch.device(device)
-    can_compile = device.type == "cpu" and importlib.util.find_spec("numba") is not None
+    can_compile = _can_compile(device)
     if backend not in ("auto", "compiled", "torch"):
         raise ValueError(f"backend must be one of auto, compiled, torch, got {backend!r}")
     if backend == "compiled" and not can_compile:
@@ -78,6 +78,15 @@ def household_matrix(
     if backend == "torch" or not can_compile:
         return TorchMatrix.from_scipy(by_household, device)
     return CompiledMatrix(by_household)
+
+
+def compiles(device: str | torch.device, backend: str) -> bool:
+    """Whether ``household_matrix`` would use compiled loops, in this process alone."""
+    return backend != "torch" and _can_compile(torch.device(device)) and _num_processes() == 1
+
+
+def _can_compile(device: torch.device) -> bool:
+    return device.type == "cpu" and importlib.util.find_spec("numba") is not None
 
 
 class CompiledMatrix:
@@ -117,7 +126,7 @@ class CompiledMatrix:
         from sparsereg.calibration.solver import kernels
 
         calls = [
-            (self._indptr[lane.start : lane.stop + 1], self._indices, self._data, *arguments)
+            (*self.entries_of(lane), *arguments)
             for lane, arguments in zip(self._lanes, per_lane, strict=True)
         ]
         in_turns(getattr(kernels, name), calls)
@@ -153,17 +162,21 @@ class CompiledMatrix:
         kernels.uniform(np.uint64(seed), np.uint64(epoch), out)
         return torch.from_numpy(out)
 
+    def entries_of(self, households: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pointers of some households, and the indices and values of all entries."""
+        return self._indptr[households.start : households.stop + 1], self._indices, self._data
+
     def by_household(self) -> sp.csr_array:
         """The entries, households x targets, float64."""
         parts = (self._data.astype(np.float64), self._indices.astype(np.int32), self._indptr)
         return sp.csr_array(parts, shape=(self.num_households, self.num_targets))
 
-    def descend(self, *arguments: Any) -> float:
+    def descend(self, *arguments: Any) -> None:
         """Coordinate descent over the households, one after the other; see ``kernels.descend``."""
         from sparsereg.calibration.solver import kernels
 
         values = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
-        return float(kernels.descend(self._indptr, self._indices, self._data, *values))
+        kernels.descend(self._indptr, self._indices, self._data, *values)
 
     def take(self, households: Tensor) -> CompiledMatrix:
         """See ``HouseholdMatrix``."""

@@ -1,0 +1,164 @@
+"""A matrix of which rows that are sums of others are not stored: fewer operations in every product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from sparsereg.calibration.solver.matrix import CompiledMatrix
+from sparsereg.linalg.nesting import Nesting
+from sparsereg.linalg.threads import in_turns
+
+_ENTRIES_FOR_LANES = 150_000
+"""Stored entries from which two lanes descend beside each other (a sweep of half a millisecond)."""
+
+
+class NestedMatrix:
+    """A matrix on the CPU with the rows that nest in each other stored once; see ``HouseholdMatrix``.
+
+    Sweeps go page by page: on a page of households, a stored target is seen together with its sums. Large
+    matrices are swept in two lanes of pages that do not race: each works on its own copy of what both touch
+    and expects the other to move it as far as it does itself, which makes their sum a step down (adding, with
+    the safe factor, of CoCoA+: Ma et al., ICML 2015). How many there are depends on the matrix alone.
+
+    Args:
+        by_household: Households x stored targets, canonical CSR; households of a page next to each other.
+        nesting: How the other targets follow.
+        page: Page of each household.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, by_household: sp.csr_array, nesting: Nesting, page: np.ndarray) -> None:
+        lists = _lists(by_household, nesting, page)
+        self._set(CompiledMatrix(by_household), nesting, np.ascontiguousarray(page, dtype=np.int32), lists)
+
+    def _set(
+        self, inner: CompiledMatrix, nesting: Nesting, page: np.ndarray, lists: tuple[np.ndarray, np.ndarray]
+    ) -> None:
+        self._inner, self._nesting, self._page, self._lists = inner, nesting, page, lists
+        self.num_households, self.num_targets = inner.num_households, nesting.num_rows
+        self.num_entries = inner.num_entries
+        self._lanes: list[slice] | None = None
+
+    def totals(self, weights: Tensor) -> Tensor:
+        """See ``HouseholdMatrix``."""
+        return torch.from_numpy(self._nesting.expand(self._inner.totals(weights).numpy()))
+
+    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+        """See ``HouseholdMatrix``."""
+        return self._inner.gradient(torch.from_numpy(self._nesting.collapse(residual.numpy())), where)
+
+    def squared_norms(self, row_weights: Tensor) -> Tensor:
+        """See ``HouseholdMatrix``: a household is in one part of a sum at most, so squares add up as well."""
+        return self._inner.squared_norms(torch.from_numpy(self._nesting.collapse(row_weights.numpy())))
+
+    def noise(self, seed: int, epoch: int) -> Tensor:
+        """See ``HouseholdMatrix``."""
+        return self._inner.noise(seed, epoch)
+
+    def by_household(self) -> sp.csr_array:
+        """The entries, households x targets, float64."""
+        stored, n = self._inner.by_household(), self._nesting
+        both = sp.hstack([stored, stored @ n.wholes], format="csr")
+        place = np.empty(n.num_rows, dtype=np.int64)
+        place[np.concatenate([n.stored, n.sums])] = np.arange(n.num_rows)
+        return sp.csr_array(both[:, place])
+
+    def take(self, households: Tensor) -> NestedMatrix:
+        """See ``HouseholdMatrix``."""
+        part = NestedMatrix.__new__(NestedMatrix)
+        inner = self._inner.take(households)
+        part._set(inner, self._nesting, self._page[households.numpy()], self._lists)
+        return part
+
+    def descend(
+        self,
+        row_weights: Tensor,
+        residual: Tensor,
+        weights: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+        curvature: Tensor,
+        pull: Tensor,
+        center: Tensor,
+        held: Tensor,
+        sweeps: int,
+    ) -> None:
+        """Coordinate descent over the households; see ``kernels.descend``."""
+        n, rw = self._nesting, row_weights.numpy()
+        lanes = self._lanes or self._cut()
+        own = rw[n.stored] * np.where(self._is_shared, float(len(lanes)), 1.0)
+        above = len(lanes) * rw[n.sums]
+        whole = own + n.wholes @ above
+        if len(lanes) > 1:
+            more = torch.from_numpy(whole - n.collapse(rw))
+            curvature = curvature + self._inner.squared_norms(more) + (len(lanes) - 1) * float(held[2])
+        stretch = torch.where(curvature > 0, 1.0 / curvature, torch.zeros_like(curvature))
+        per_household = [v.numpy() for v in (weights, lower, upper, stretch, pull, center)]
+        rounds, each = (1, sweeps) if len(lanes) == 1 else (sweeps, 1)
+        for _ in range(rounds):
+            self._round(lanes, (own, above, whole), (rw, residual.numpy(), held.numpy()), per_household, each)
+
+    def _round(
+        self,
+        lanes: list[slice],
+        moves: tuple[np.ndarray, np.ndarray, np.ndarray],
+        state: tuple[np.ndarray, np.ndarray, np.ndarray],
+        per_household: list[np.ndarray],
+        sweeps: int,
+    ) -> None:
+        """Sweep every lane from the same state, then add up what they did."""
+        from sparsereg.calibration.solver import kernels
+
+        n, (row_weights, residual, held) = self._nesting, state
+        changes, sums, calls = np.zeros((len(lanes), len(n.stored))), [held.copy() for _ in lanes], []
+        for lane, change, own_held in zip(lanes, changes, sums, strict=True):
+            base = residual[n.stored]
+            memory: tuple[Any, ...] = (base, residual[n.sums], base.copy(), base.copy(), change)
+            calls.append((
+                *self._inner.entries_of(lane), self._page[lane], *self._lists, n.wholes.indptr,
+                n.wholes.indices, *moves, *memory, *(v[lane] for v in per_household), own_held, len(lanes),
+                sweeps,
+            ))  # fmt: skip
+        in_turns(kernels.descend_pages, calls)
+        residual += row_weights * n.expand(changes.sum(axis=0))
+        held[0] += sum(own[0] - held[0] for own in sums) / len(lanes)
+
+    def _cut(self) -> list[slice]:
+        """Share pages out to lanes, and note which stored targets both lanes touch."""
+        from sparsereg.calibration.solver import kernels
+
+        middle = 0
+        indptr, indices, _ = self._inner.entries_of(slice(0, self.num_households))
+        if self.num_entries >= _ENTRIES_FOR_LANES:
+            turns = np.flatnonzero(np.diff(self._page)) + 1
+            far = np.abs(indptr[turns] - self.num_entries / 2)
+            middle = int(turns[far.argmin()]) if len(turns) else 0
+        lanes = (
+            [slice(0, middle), slice(middle, self.num_households)]
+            if middle
+            else [slice(0, self.num_households)]
+        )
+        seen = np.zeros((2, len(self._nesting.stored)), dtype=np.uint8)
+        for lane, mine in zip(lanes, seen, strict=False):
+            kernels.touched(indices, indptr[lane.start], indptr[lane.stop], mine)
+        self._is_shared, self._lanes = seen.all(axis=0), lanes
+        return lanes
+
+
+def _lists(by_household: sp.csr_array, nesting: Nesting, page: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Stored parts that each page touches: pointers by page, and rows."""
+    from sparsereg.calibration.solver import kernels
+
+    is_part = np.diff(nesting.wholes.indptr) > 0
+    seen = np.full(len(is_part), -1, dtype=np.int32)
+    rows, row_page = np.empty((2, by_household.nnz), dtype=np.int32)
+    number = kernels.page_rows(by_household.indptr, by_household.indices, page, is_part, seen, rows, row_page)
+    pairs = np.unique(row_page[:number].astype(np.int64) * len(is_part) + rows[:number])
+    pages, rows = pairs // len(is_part), pairs % len(is_part)
+    return np.searchsorted(pages, np.arange(int(nesting.page.max()) + 2)), rows
