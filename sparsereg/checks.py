@@ -2,7 +2,10 @@
 
 import math
 import numbers
+import os
 from typing import Any
+
+from sparsereg.errors import InputError
 
 
 def check_count(name: str, value: Any, at_most: int | None = None) -> int:
@@ -92,3 +95,22 @@ def check_finite(name: str, value: Any) -> float:
 def _is(value: Any, kind: Any) -> bool:
     """Whether a value is a number of that kind; True and False are none."""
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_memory(needed: float, what: str) -> None:
+    """Refuse what cannot fit into this machine, before anything of it is made.
+
+    Args:
+        needed: bytes.
+        what: needs them, for the message.
+
+    Raises:
+        InputError: the machine has less.
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return
+    if needed > memory:
+        has = f"this machine has {memory / 2**30:,.1f} GiB"
+        raise InputError(f"{what} need at least {needed / 2**30:,.1f} GiB of memory, {has}")

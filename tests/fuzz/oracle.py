@@ -37,6 +37,9 @@ def violations(outcome: Outcome, arguments: list[str], folder: Path, expected: s
         found = _done(outcome, arguments, folder)
     elif outcome.code == 2:
         found = _refused(outcome, arguments)
+    elif outcome.code == 3 and any(a.startswith("require.") for a in arguments):
+        short = any(line.startswith("short: ") for line in outcome.err.splitlines())
+        found = _done(outcome, arguments, folder) + ([] if short else ["exit code 3 without a word"])
     else:
         found = [f"exit code {outcome.code}"]
     if outcome.code in (0, 2) and expected != "any" and (outcome.code == 0) != (expected == "accept"):

@@ -30,6 +30,15 @@ def test_the_oracle_sees_every_wrong_end(outcome, said, tmp_path):
     assert (said is None and not found) or any(said in f for f in found)
 
 
+def test_the_oracle_knows_what_was_required(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    missed = Outcome(3, "results: results.json\n", "short: ess is 3\n", 0.1)
+    assert oracle.violations(missed, ["require.ess=4"], tmp_path) == []
+    assert oracle.violations(missed, [], tmp_path) == ["exit code 3"]
+    silent = Outcome(3, "results: results.json\n", "", 0.1)
+    assert oracle.violations(silent, ["require.ess=4"], tmp_path) == ["exit code 3 without a word"]
+
+
 def test_the_oracle_sees_files(tmp_path):
     outputs = tmp_path / "outputs"
     outputs.mkdir()

@@ -14,6 +14,7 @@ import io
 import itertools
 import logging
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,9 @@ _START = 1_000_000
 _BLOCK = 1 << 24
 LARGE = 1 << 27
 """Bytes of a file from which it is read in parts; packed ones count eightfold."""
+_EXPANSION, _UNPACKED = 200, 1 << 28
+"""A packed file may unpack to so many times its size, and to so many bytes in any case: tables of households
+shrink to a tenth or a twentieth."""
 _MAGIC = {
     b"PAR1": "is a Parquet file, though its name says CSV",
     b"PK\x03\x04": "is a zip or Excel file, though its name says CSV",
@@ -139,9 +143,9 @@ def _known(encoding: str) -> str:
 def _checked_header(file: Path, header: list[str]) -> list[str]:
     """Return the names without blanks around them; refuse one that is there twice."""
     names = [name.strip() for name in header]
-    twice = {name for name in names if name and names.count(name) > 1}
-    if twice:
-        raise InputError(f"{file}: the column {min(twice, key=names.index)!r} is there twice")
+    twice = next((name for name, times in Counter(names).items() if name and times > 1), None)
+    if twice is not None:
+        raise InputError(f"{file}: the column {twice!r} is there twice")
     return names
 
 
@@ -264,7 +268,37 @@ def _gathered(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.Table
 
 
 def _opened(file: Path) -> IO[bytes]:
-    return gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb")  # type: ignore[return-value]
+    return _Packed(file) if file.name.lower().endswith(".gz") else file.open("rb")  # type: ignore[return-value]
+
+
+class _Packed(gzip.GzipFile):
+    """A file packed by gzip that does not fill the memory from a few kilobytes.
+
+    Raises:
+        InputError: when more comes out of it than a table can have shrunk to so little.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, "rb")
+        self.file, self.most = file, max(_UNPACKED, _EXPANSION * file.stat().st_size)
+
+    def read(self, size: int | None = -1) -> bytes:
+        """See ``io.BufferedIOBase``."""
+        if size is None or size < 0:
+            return b"".join(iter(lambda: self.read(_BLOCK), b""))
+        return self._counted(super().read(size))
+
+    def read1(self, size: int = -1) -> bytes:
+        """See ``io.BufferedIOBase``."""
+        return self._counted(super().read1(size))
+
+    def _counted(self, part: bytes) -> bytes:
+        if self.tell() > self.most:
+            raise InputError(
+                f"{self.file} unpacks to more than {self.most / 2**20:,.0f} MiB, over {_EXPANSION} times its"
+                " size, which no table of households does: unpack it, and give the .csv, if it is meant so"
+            )
+        return part
 
 
 def _text(file: Path, encoding: str) -> io.TextIOWrapper:
@@ -449,7 +483,12 @@ def _rows(file: Path, lines: Iterator[str], separator: str) -> Iterator[list[str
             yield cells
             number += 1
     except csv.Error as error:
-        raise InputError(f"{file} cannot be read as CSV: {error} in row {number}") from error
+        said = str(error)
+        if "field larger" in said:
+            said = (
+                f"a cell of more than {_MOST_CHARACTERS:,} characters, or a quotation mark without another,"
+            )
+        raise InputError(f"{file} cannot be read as CSV: {said} in row {number}") from error
 
 
 def _at_line(line: int, row: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import scipy.sparse as sp
 
 from sparsereg import archives
 from sparsereg.calibration.reading.tables import existing
+from sparsereg.checks import check_memory
 from sparsereg.errors import DamagedFile, InputError
 from sparsereg.linalg.checked import as_csr, check_indices, widened
 
@@ -133,15 +133,7 @@ def _shape(array: np.ndarray) -> tuple[int, int]:
 def _check_memory(shape: tuple[int, int], members: list[zipfile.ZipInfo]) -> None:
     """Refuse what cannot fit: a few kilobytes of zip may announce terabytes."""
     needed = sum(member.file_size for member in members) + 8 * sum(shape)
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not on every system
-        return
-    if needed > memory:
-        raise ValueError(
-            f"{shape[0]:,} x {shape[1]:,} needs {needed / 2**30:,.1f} GiB, this machine has"
-            f" {memory / 2**30:,.1f} GiB"
-        )
+    check_memory(needed, f"{shape[0]:,} x {shape[1]:,}")
 
 
 def _assembled(kind: str, shape: tuple[int, int], parts: dict[str, np.ndarray]) -> Any:

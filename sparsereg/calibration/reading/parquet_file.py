@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsereg.calibration.reading.cells import to_series
+from sparsereg.checks import check_memory
 from sparsereg.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ class ParquetFile:
         content = self._content
         chosen = self.names if columns is None else columns
         try:
-            if rows is None or content.metadata.num_rows <= rows:
+            count = content.metadata.num_rows  # a few kilobytes may announce billions
+            if rows is None or count <= rows:
+                check_memory(8 * count * len(chosen), f"{self.file}: {count:,} rows of {len(chosen)} columns")
                 yield from_arrow(content.read(columns=chosen), self.id)
                 return
             for batch in content.iter_batches(batch_size=rows, columns=chosen):

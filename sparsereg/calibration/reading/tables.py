@@ -6,6 +6,7 @@ chooses how it is read, and what stands behind ``::`` which of its tables.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,11 +225,9 @@ def _suffix(file: Path) -> str:
 
 
 def _refuse_twice(names: Sequence[str], place: str) -> None:
-    twice = (
-        [name for i, name in enumerate(names) if name in names[:i]] if len(set(names)) < len(names) else []
-    )
-    if twice:
-        raise InputError(f"{place}: the column {twice[0]!r} is there twice")
+    twice = next((name for name, times in Counter(names).items() if times > 1), None)
+    if twice is not None:
+        raise InputError(f"{place}: the column {twice!r} is there twice")
 
 
 def require_column(table: pd.DataFrame, column: str, file: object, what: str) -> None:

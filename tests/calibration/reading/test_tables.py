@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import gzip
+import os
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sparsereg.calibration.reading import csv_file
 from sparsereg.calibration.reading.households import build, initial_weights, target_table, unique_ids
-from sparsereg.calibration.reading.tables import read_table
+from sparsereg.calibration.reading.tables import open_table, read_table
 from sparsereg.errors import InputError
 
 
@@ -40,8 +42,14 @@ def write(folder, text, name="H.csv"):
         ("id,w\nh0,1\nh\0,1\n", "is not text, though its name says CSV: a NUL byte in line 3"),
         ("id,w\n" + "h,1\n" * 5_000 + "h\0,1\n", "a NUL byte in line 5002"),
         ("id,w\nh0,1\nä,1\n".encode("latin-1"), r"is not UTF-8 text \(line 3\): say problem.encoding="),
-        ("id,w\n" + "x" * 200_000 + ",1\n", r"field larger than field limit \(131072\) in row 2"),
-        ("id,w\n" + "x" * 2_000_000 + ",1\n", r"field larger than field limit \(131072\) in row 2"),
+        (
+            "id,w\n" + "x" * 200_000 + ",1\n",
+            "more than 131,072 characters, or a quotation mark without another, in row 2",
+        ),
+        (
+            "id,w\n" + "x" * 2_000_000 + ",1\n",
+            "more than 131,072 characters, or a quotation mark without another, in row 2",
+        ),
         ("a;b,c\n1;2,5\n", "a comma and a semicolon separate cells in the header"),
         ("id,w\n", "has a header but no rows"),
         (" \n", "is empty"),
@@ -261,3 +269,38 @@ def test_a_damaged_parquet_file_is_refused(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(InputError, match="cannot be read as Parquet"):
             read_table(file)
+
+
+def test_a_packed_file_that_is_a_bomb_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(csv_file, "_UNPACKED", 1 << 20)
+    row = b"h,1,2\n"
+    bomb = tmp_path / "H.csv.gz"
+    bomb.write_bytes(gzip.compress(b"id,w,age\n" + row * 600_000))  # 3.6 MB, shrunk more than 200 times
+    assert bomb.stat().st_size * csv_file._EXPANSION < 6 * 600_000
+    for large in (1 << 40, 1):  # read whole, and in parts
+        monkeypatch.setattr(csv_file, "LARGE", large)
+        with pytest.raises(InputError, match=r"unpacks to more than 1 MiB, over 200 times its size"):
+            list(open_table(bomb).parts(rows=1000))
+    few = tmp_path / "few.csv.gz"
+    few.write_bytes(gzip.compress(b"id,w,age\n" + row * 1000))
+    assert len(read_table(few)) == 1000
+
+
+def test_rows_of_parquet_that_this_machine_cannot_hold_are_refused(tmp_path, monkeypatch):
+    file = tmp_path / "H.parquet"
+    pq.write_table(pa.table({"w": np.ones(200_000), "x": np.ones(200_000)}), file)
+    assert file.stat().st_size < 20_000
+    assert len(read_table(file)) == 200_000
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)  # a machine of 1 MB
+    said = "200,000 rows of 2 columns need at least 0.0 GiB of memory, this machine has 0.0 GiB"
+    with pytest.raises(InputError, match=f"H.parquet: {said}"):
+        read_table(file)
+    assert len(next(open_table(file).parts(rows=100))) == 100  # part by part it fits
+
+
+def test_many_columns_are_read_and_a_name_twice_is_found(tmp_path):
+    names = [f"c{i}" for i in range(30_000)]
+    file = tmp_path / "wide.csv"
+    file.write_text(",".join([*names, "c7"]) + "\n" + ",".join(["1"] * 30_001) + "\n")
+    with pytest.raises(InputError, match="the column 'c7' is there twice"):
+        read_table(file)
