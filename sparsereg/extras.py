@@ -19,6 +19,8 @@ MODULES = {
     ),
     "formats": ("pyreadstat", "openpyxl", "duckdb"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
+    "timm": ("timm",),
+    "huggingface": ("transformers",),
     "track": ("wandb", "mlflow"),
 }
 """What is imported from the packages of each extra."""

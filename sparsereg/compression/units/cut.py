@@ -51,6 +51,9 @@ class Cut:
 
     def alive_along(self, labels: Labels, axis: int) -> Tensor:
         """Which positions along an axis are left, (size,)."""
+        for other in range(labels.dim()):
+            if other != axis and labels.stride(other) == 0 and labels.shape[other]:
+                labels = labels.narrow(other, 0, 1)
         flat = labels.movedim(axis, 0).reshape(labels.shape[axis], -1).long()
         stays = self.stays[flat] & (flat != BLANK)
         return stays.any(1) | (flat == BLANK).all(1)
@@ -92,7 +95,9 @@ class Cut:
         return value
 
     def _masked_call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """A mean, or a norm, over the units that stay."""
+        """A mean, or a norm, over the units that stay; the norm of weights that are gone divides nothing."""
+        if name_of(node) == "_weight_norm":
+            return plain_call(node, args, kwargs).nan_to_num(0.0)
         dims = averages(node)
         labels = self.labels.get(node.args[0]) if dims else None
         kept = {d: self.alive_along(labels, d) for d in dims} if isinstance(labels, Tensor) else {}

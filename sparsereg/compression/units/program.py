@@ -233,6 +233,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported, args, kwargs = _export(model, args, kwargs)
+    _unwrap(model, exported)
     signature = exported.graph_signature
     named = {
         **signature.inputs_to_parameters,
@@ -265,6 +266,30 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     program.values.update(weights)
     program.values.update(zip(inputs, flat, strict=True))
     return program
+
+
+def _unwrap(model: nn.Module, exported: torch.export.ExportedProgram) -> None:
+    """Put the operations of blocks without gradients, or without autocast, where the blocks stand."""
+    graph = exported.graph
+    for node in [n for n in graph.nodes if str(n.target).startswith("wrap_with_")]:
+        at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+        if str(node.target) == "wrap_with_autocast" and node.args[2]:
+            raise InputError(
+                f"{type(model).__name__} cannot be traced: autocast is switched on inside of "
+                f"{module_of(node) or 'it'}; switch it on outside, around the whole network"
+            )
+        inside = getattr(exported.graph_module, node.args[at].target).graph
+        places = [n for n in inside.nodes if n.op == "placeholder"]
+        copied = dict(zip(places, node.args[at + 1 :], strict=True))
+        with graph.inserting_before(node):
+            made = graph.graph_copy(inside, copied)
+        for user in list(node.users):  # it returns a tuple, whose parts are taken
+            user.replace_all_uses_with(made[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+    for node in list(graph.nodes):
+        if not node.users and (node.op == "get_attr" or name_of(node) == "_assert_tensor_metadata"):
+            graph.erase_node(node)
 
 
 def _once(exported: torch.export.ExportedProgram, tensors: dict[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:

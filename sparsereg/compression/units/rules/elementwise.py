@@ -34,7 +34,7 @@ def zero_stays(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """What is gone stays zero."""
     labels = x.labels(node.args[0])
     if name_of(node) == "prelu":
-        return _pair(x, node, [labels, _prelu_weight(x, node, labels)])
+        return pair(x, node, [labels, _prelu_weight(x, node, labels)])
     return labels
 
 
@@ -54,12 +54,18 @@ def _prelu_weight(x: Labeller, node: fx.Node, labels: Labels) -> Labels:
 @rule(*_ZERO_MOVES)
 def zero_moves(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """What is gone becomes some constant."""
-    if not _keeps_zero(node, a):
+    if not _keeps_zero(node, {name: _number(x, value) for name, value in a.items()}):
         x.dead[node] = max(x.dead[node], Dead.CONSTANT)
     labels = _together(x, node, list(node.all_input_nodes))  # the tensor need not come first: 2 ** x
     if name_of(node).startswith("cum"):
         _keep_along(x, node, labels, a)
     return labels
+
+
+def _number(x: Labeller, value: Any) -> Any:
+    """The number behind a weight that is one, as a bound that a layer has stored."""
+    weight = x.program.weights.get(value) if isinstance(value, fx.Node) else None
+    return weight.item() if weight is not None and weight.numel() == 1 else value
 
 
 def _keeps_zero(node: fx.Node, a: dict[str, Any]) -> bool:
@@ -86,7 +92,7 @@ def sums(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     if any(not isinstance(o, fx.Node) and o != 0 for o in operands):
         x.dead[node] = max(x.dead[node], Dead.CONSTANT)
     for o in operands:
-        if isinstance(o, fx.Node) and o not in x.program.weights and not x.has_units(o):
+        if isinstance(o, fx.Node) and not _has(x, o):
             state = Dead.ANYTHING if o in x.depends else Dead.CONSTANT
             x.dead[node] = max(x.dead[node], state)
     return _together(x, node, operands)
@@ -110,7 +116,9 @@ def products(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
 
 
 def _has(x: Labeller, source: fx.Node) -> bool:
-    return source in x.program.weights or x.has_units(source)
+    """Whether what is gone makes zeros in a tensor: it has units, or is a weight of more than a number."""
+    value = x.program.weights.get(source)
+    return x.has_units(source) if value is None else value.numel() > 1
 
 
 @rule(*_QUOTIENTS)
@@ -137,6 +145,14 @@ def where(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     return _together(x, node, [condition, first, second])
 
 
+@rule("copy")
+def copied(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """The values of the second tensor in place of those of the first."""
+    if not isinstance(a["src"], fx.Node) or not _has(x, a["src"]):
+        x.dead[node] = Dead.ANYTHING if a["src"] in x.depends else Dead.CONSTANT
+    return _together(x, node, [a["self"], a["src"]])
+
+
 @rule("addcmul", "addcdiv", "lerp")
 def three(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """Sums of a tensor and a product."""
@@ -149,21 +165,21 @@ def gated_half(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     labels = x.labels(node.args[0])
     one, two = labels.chunk(2, a["dim"])
     x.dead[node] = Dead.ZERO
-    return _pair(x, node, [one, two])
+    return pair(x, node, [one, two])
 
 
 def _together(x: Labeller, node: fx.Node, operands: list[Any]) -> Labels:
     """Labels of operands that are broadcast to each other; a full-size operand without units keeps theirs."""
     out = x.program.values[node]
     labels = [x.labels(o) for o in operands if isinstance(o, fx.Node) and _is_tensor(x, o)]
-    return _pair(x, node, labels).expand(out.shape)
+    return pair(x, node, labels).expand(out.shape)
 
 
 def _is_tensor(x: Labeller, source: fx.Node) -> bool:
     return isinstance(x.program.values[source], Tensor)
 
 
-def _pair(x: Labeller, node: fx.Node, labels: list[Labels]) -> Labels:
+def pair(x: Labeller, node: fx.Node, labels: list[Labels]) -> Labels:
     """Labels of tensors that are broadcast to each other.
 
     Units at the same place go together. Where one tensor has one place for many units of the other, as a

@@ -9,7 +9,15 @@ from torch import fx
 
 from sparsereg.compression.units.labels import LIVE, Grid, Ints, Labels, along
 from sparsereg.compression.units.program import Call, name_of
-from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule, weight_of
+from sparsereg.compression.units.rules.table import (
+    TURNS,
+    Dead,
+    Labeller,
+    Smaller,
+    replaced,
+    rule,
+    weight_of,
+)
 
 
 @rule("linear")
@@ -37,9 +45,6 @@ def dense(x: Labeller, node: fx.Node, source: Any, weight: Any, bias: Any, out: 
     return along(units, len(shape) - 1, shape)
 
 
-_TURNS = ("t", "transpose", "permute", "numpy_T", "mT", "swapaxes", "swapdims")
-
-
 def weight_behind(x: Labeller, source: Any) -> tuple[fx.Node, bool] | None:
     """A matrix of weights that a product reads, as it is or turned around; None if it is no such."""
     if not isinstance(source, fx.Node):
@@ -53,7 +58,7 @@ def weight_behind(x: Labeller, source: Any) -> tuple[fx.Node, bool] | None:
 
 def is_turned_weight(x: Labeller, node: fx.Node) -> bool:
     """Whether a node is a matrix of weights turned around, for products only."""
-    if node.op != "call_function" or name_of(node) not in _TURNS or node.args[0] not in x.program.parameters:
+    if node.op != "call_function" or name_of(node) not in TURNS or node.args[0] not in x.program.parameters:
         return False
     return x.program.values[node].dim() == 2 and _only_multiplied(node)
 

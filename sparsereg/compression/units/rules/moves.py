@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import Labels, compacted, varying
 from sparsereg.compression.units.program import Call, Scaled, bound, name_of, plain_call
+from sparsereg.compression.units.rules.elementwise import pair
 from sparsereg.compression.units.rules.mixing import is_turned_weight
 from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, Smaller, replaced, rule
 
@@ -25,7 +26,7 @@ _COPIES = """
 _MOVES = """
     transpose permute movedim moveaxis swapaxes swapdims t numpy_T mT unsqueeze squeeze roll flip cat concat
     concatenate stack unbind getitem repeat repeat_interleave tril triu index_select narrow diagonal
-    select_scatter slice_scatter rot90 tile broadcast_to hstack vstack column_stack take_along_dim
+    rot90 tile broadcast_to hstack vstack column_stack take_along_dim
 """.split()  # noqa: SIM905
 _VIEWS = """
     view reshape _unsafe_view flatten unflatten expand expand_as view_as reshape_as
@@ -202,6 +203,40 @@ def sliced(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule("select", call=_select_call)
 def selected(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """One position along an axis."""
+    return _moved(x, node)
+
+
+def _scatter_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    """Write to the positions that are left of those that are written to."""
+    labels = cut.labels[node]
+    axis = (a["dim"] or 0) % labels.dim()
+    alive = cut.alive_along(labels, axis)
+    if bool(alive.all()):
+        return replaced(node)
+    chosen = torch.zeros(len(alive), dtype=torch.bool)
+    chosen[_written(a)] = True
+    index = chosen[alive].nonzero().flatten()
+    if name_of(node) == "select_scatter" and len(index):
+        return replaced(node, index=int(index[0]))
+    if not len(index):
+        return Call(torch.ops.aten.clone.default, (node.args[0],))
+    return Call(torch.ops.aten.index_copy.default, (node.args[0], axis, index, node.args[1]))
+
+
+def _written(a: dict[str, Any]) -> Any:
+    return a["index"] if "index" in a else slice(a["start"], a["end"], a["step"])
+
+
+@rule("slice_scatter", "select_scatter", call=_scatter_call)
+def scattered(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
+    """A tensor of which one part is another tensor; units that come to lie over others go with them."""
+    labels, source = x.labels(node.args[0]), x.labels(node.args[1])
+    axis = (a["dim"] or 0) % labels.dim()
+    written = labels.movedim(axis, 0)[_written(a)]
+    pair(x, node, [written if "index" in a else written.movedim(0, axis), source])
+    for side in node.args[:2]:
+        if isinstance(side, fx.Node) and not x.has_units(side):
+            x.dead[node] = max(x.dead[node], Dead.ANYTHING)
     return _moved(x, node)
 
 

@@ -64,6 +64,8 @@ class Rule:
 
 RULES: dict[str, Rule] = {}
 """Rules by the name of the operation in ``torch.ops.aten``, without a trailing underscore."""
+TURNS = ("t", "transpose", "permute", "numpy_T", "mT", "swapaxes", "swapdims")
+"""Operations that turn a matrix around."""
 MOVING: set[str] = set()
 """Names of operations that only move elements, or leave some out."""
 
@@ -222,7 +224,7 @@ class Labeller:
     def raw(self, source: fx.Node) -> Labels:
         """Labels of a weight that is added, multiplied or looked up: each element is its own unit."""
         value = self.program.weights[source]
-        if not value.is_floating_point() or value.dim() == 0:
+        if not value.is_floating_point() or value.numel() == 1:  # one number for all goes with none
             return live(value.shape)
         if source in self.axes.weight_axes:
             return self._from_axes(source, value)
@@ -253,6 +255,9 @@ class Labeller:
         source = weight_of(source)
         value = self.program.values[source]
         size = value.shape[axis]
+        if source not in self.program.weights and value.dim() == 1 and units is not None:
+            self.axes.equal(self.labels(source).numpy(), units, f"{name_of(node)} adds it", node)
+            return units
         if source not in self.program.weights:
             self.fix(source, "the weight is computed", node)
             if units is not None:
@@ -336,5 +341,12 @@ def _tensors(value: Any) -> bool:
 
 
 def _weighs(program: Program, node: fx.Node) -> bool:
-    """Whether an operation reads a floating-point weight."""
-    return any(n in program.weights and program.weights[n].is_floating_point() for n in node.all_input_nodes)
+    """Whether an operation reads a floating-point weight, or one that was turned around or normed."""
+    return any(_is_weight(program, source) for source in node.all_input_nodes)
+
+
+def _is_weight(program: Program, source: fx.Node) -> bool:
+    source = weight_of(source)
+    if source.op == "call_function" and name_of(source) in TURNS:
+        source = source.args[0]  # type: ignore[assignment]
+    return source in program.weights and program.weights[source].is_floating_point()

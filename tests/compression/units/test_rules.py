@@ -1,0 +1,241 @@
+"""Each kind of operation in a small network of its own: what goes, and that what is left is exact."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import sparsereg
+from benchmarks.coverage_checks import difference, random_half
+from sparsereg.compression.units.cut import Cut
+from sparsereg.compression.units.program import trace
+from sparsereg.compression.units.rules.table import Labeller
+from sparsereg.compression.units.solve import solve
+from sparsereg.errors import InputError
+
+
+@torch.no_grad()
+def halved(network, *example):
+    """Largest difference of the network without half of its choices to the masked one."""
+    network, example = (
+        network.double().eval(),
+        [e.double() if e.is_floating_point() else e for e in example],
+    )
+    program = trace(network, *example)
+    assert difference(tree_leaves(program.values_of_output), tree_leaves(network(*example))) < 1e-12
+    units = solve(Labeller(program))
+    gone = random_half(units, 0)
+    assert gone
+    cut = Cut(units, gone)
+    smaller = tree_leaves(cut.run(*example))
+    assert cut.num_parameters < sum(p.numel() for p in network.parameters())
+    return difference(smaller, tree_leaves(cut.masked(*example)))
+
+
+def free(network, *example):
+    """Sizes of what can go, by parameter and axis."""
+    table = sparsereg.explain(network, example).to_frame()
+    table = table[table.state == "can go"]
+    return {(r.parameter, r.axis): r.size for r in table.itertuples()}
+
+
+class Positions(nn.Module):
+    """A table of twenty places of which a sequence reads as many as it has tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(9, 12), nn.Parameter(torch.randn(20, 12))
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 3)
+
+    def forward(self, ids):
+        here = self.places[torch.arange(ids.shape[1]) + 2]
+        return self.head(self.norm(self.tokens(ids) + here))
+
+
+def test_a_table_of_which_a_part_is_read_goes_by_its_columns():
+    ids = torch.randint(0, 9, (2, 7))
+    assert free(Positions(), ids) == {("places", 1): 12}  # and with it all that writes the stream
+    assert halved(Positions(), ids) < 1e-12
+
+
+class Turned(nn.Module):
+    """Products with matrices of weights, as they are and turned around."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.randn(8, 6))
+        self.c = nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x):
+        return torch.relu(torch.relu(x @ self.a.T) @ self.b) @ self.c.transpose(0, 1)
+
+
+def test_products_with_turned_weights_are_layers():
+    x = torch.randn(2, 4, 5)
+    assert free(Turned(), x) == {("a", 0): 8, ("b", 1): 6}
+    assert halved(Turned(), x) < 1e-12
+
+
+def test_weight_norms_do_not_see_what_is_gone():
+    def net():
+        convolution = nn.Conv1d(6, 8, 3)
+        return nn.Sequential(
+            nn.Conv1d(2, 6, 3),
+            nn.ReLU(),
+            nn.utils.parametrizations.weight_norm(convolution),
+            nn.ReLU(),
+            nn.Conv1d(8, 3, 3),
+        )
+
+    x = torch.randn(2, 2, 12)
+    assert set(free(net(), x).values()) == {6, 8}
+    assert halved(net(), x) < 1e-12
+
+
+class Looked(nn.Module):
+    """Scores by relative distance: an index that is the same for all heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 12) for _ in range(3))
+        self.distances, self.head = nn.Linear(12, 12), nn.Linear(12, 2)
+        self.register_buffer("between", torch.randn(9, 12))
+
+    def heads(self, x):
+        return x.unflatten(-1, (3, 4)).transpose(-3, -2)
+
+    def forward(self, x):
+        q, k, v = (self.heads(f(x)) for f in (self.q, self.k, self.v))
+        by_distance = q @ self.heads(self.distances(self.between)).transpose(-1, -2)
+        places = torch.arange(5)
+        index = (places[:, None] - places[None] + 4).expand(x.shape[0], 3, 5, 5)
+        scores = q @ k.transpose(-1, -2) + torch.gather(by_distance, -1, index)
+        return self.head((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_an_index_that_heads_share_is_read_by_those_that_stay():
+    x = torch.randn(2, 5, 12)
+    found = sparsereg.explain(Looked(), x).to_frame().query("state == 'can go'")
+    assert 3 in found[found.family == "heads"]["size"].to_list()
+    assert halved(Looked(), x) < 1e-12
+
+
+def test_a_norm_of_one_group_is_over_all_channels_that_stay():
+    def net():
+        return nn.Sequential(nn.Conv2d(3, 10, 3), nn.GroupNorm(1, 10), nn.ReLU(), nn.Conv2d(10, 2, 1))
+
+    x = torch.randn(2, 3, 6, 6)
+    assert 10 in free(net(), x).values()
+    assert halved(net(), x) < 1e-12
+
+
+class InPlace(nn.Module):
+    """What is written in place is read later, through another name."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.a, self.b, self.c = kind, nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.a(x)
+        if self.kind == "view":
+            x[:, :3].mul_(2)
+        elif self.kind == "before":
+            y = self.b(F.relu(x, inplace=True))
+            return self.c(x + y)
+        elif self.kind == "forgotten":
+            x.add_(1)
+        else:
+            half = x.view(-1, 2, 4)
+            x.mul_(3)
+            return self.c(self.b(half.flatten(1)))
+        return self.c(self.b(x))
+
+
+@pytest.mark.parametrize("kind", ["view", "before", "forgotten", "through a view"])
+def test_what_is_written_in_place_is_seen_by_all_that_read_it(kind):
+    torch.manual_seed(0)
+    assert halved(InPlace(kind), torch.randn(3, 4)) < 1e-12
+
+
+def test_a_weight_with_two_names_counts_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+            self.norm = nn.LayerNorm(6)
+            self.head.weight = self.tokens.weight
+
+        def forward(self, ids):
+            return self.head(self.norm(self.tokens(ids)))
+
+    ids = torch.randint(0, 9, (2, 4))
+    explanation = sparsereg.explain(Tied(), ids)
+    assert explanation.parameters == 9 * 6 + 12
+    assert set(explanation.to_frame().parameter) == {"tokens.weight", "norm.weight", "norm.bias"}
+    assert halved(Tied(), ids) < 1e-12
+
+
+class Blocks(nn.Module):
+    """Blocks without gradients and without autocast, as code that minds its precision has them."""
+
+    def __init__(self, on):
+        super().__init__()
+        self.on, self.a, self.b = on, nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = x - x.mean()
+        with torch.autocast("cpu", enabled=self.on):
+            x, y = torch.relu(self.a(x)), x
+        return self.b(x) + y.sum()
+
+
+def test_blocks_without_gradients_or_autocast_are_unwrapped():
+    x = torch.randn(3, 4)
+    assert free(Blocks(False), x) == {("a.weight", 0): 6}
+    assert halved(Blocks(False), x) < 1e-12
+    with pytest.raises(InputError, match="Blocks cannot be traced: autocast is switched on inside of it"):
+        sparsereg.explain(Blocks(True), x)
+
+
+class Joined(nn.Module):
+    """One layer whose bias is made of three parts, one of which is constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 5))
+        self.one, self.two = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.register_buffer("zero", torch.zeros(4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = F.linear(x, self.weight, torch.cat([self.one, self.zero, self.two]))
+        return self.head(sum(x.chunk(3, -1)))
+
+
+def test_a_bias_that_is_put_together_goes_with_the_units():
+    x = torch.randn(3, 5)
+    assert free(Joined(), x) == {("weight", 0): 4}
+    assert halved(Joined(), x) < 1e-12
+
+
+class Scalars(nn.Module):
+    """A factor, or a summand, that is one number for all channels."""
+
+    def __init__(self, adds):
+        super().__init__()
+        self.adds, self.a, self.b = adds, nn.Linear(4, 6), nn.Linear(6, 2)
+        self.number = nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return self.b(x + self.number if self.adds else x * self.number)
+
+
+def test_one_number_for_all_channels_ties_none():
+    x = torch.randn(3, 4)
+    assert free(Scalars(False), x) == {("a.weight", 0): 6}
+    assert halved(Scalars(False), x) < 1e-12
+    assert free(Scalars(True), x) == {}  # what is gone would be that number
