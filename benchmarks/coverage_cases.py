@@ -118,8 +118,9 @@ def _torchvision(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 # ---- timm
 
 SMALL_FIRST = """
-    zepto atto femto pico nano mini xxxs xxtiny xxsmall xxs xtiny xsmall xs extra_small ultra_small t0 tiny
-    small s0 m0 a0 b0 x0 e0 _s _t lite light mobile medium base _b _m large huge giant gigantic enormous _xl _g
+    zepto atto femto pico nano mini xxxs xxtiny xxsmall xxs xtiny xsmall xs extra_small ultra_small t0
+    tiny small s0 m0 a0 b0 x0 e0 _s _t lite light mobile medium base _b _m large huge giant gigantic enormous
+    _xl _g
 """.split()  # noqa: SIM905
 SEVERAL = {
     "byobnet": "repvgg_a0 mobileone_s0 gernet_s resnet51q",

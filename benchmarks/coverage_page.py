@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,17 +28,19 @@ def _head() -> str:
     found = ", ".join(f"{name} {_version(name)}" for name in ("torch", "torchvision", "timm", "transformers"))
     return f"""# Coverage
 
-Written by `python -m benchmarks.coverage --page docs/coverage.md` ({found}, Torch-Pruning {_version("torch-pruning")},
-Python {platform.python_version()}, one core).
+Written by `python -m benchmarks.coverage --page docs/coverage.md` ({found},
+Torch-Pruning {_version("torch-pruning")}, Python {platform.python_version()}, one core).
 
-Every network has random weights in float64, with scales, biases and statistics as training might leave them. It is traced,
-a random half of all its [choices](any-network.md) goes, and what the smaller network gives is compared with the whole network in
-which the same units are masked and norms take means over what stays. It *holds* if the largest difference is at most 1e-9 of the
-output's spread. Seconds are of one core. *Can go* is the share of the parameters that go with some unit that can go.
+Every network has random weights in float64, with scales, biases and statistics as training might leave
+them. It is traced, a random half of all its [choices](any-network.md) goes, and what the smaller network
+gives is compared with the whole network in which the same units are masked and norms take means over what
+stays. It *holds* if the largest difference is at most 1e-9 of the output's spread. Seconds are of one core.
+*Can go* is the share of the parameters that go with some unit that can go.
 
-Torch-Pruning halves the same networks with random importance, as its documentation shows: the layers that make the output stay,
-and it is told the number of heads of modules that have `qkv` and `num_heads`. What it gives is compared with the whole network
-in which the weights that it removed are zero and LayerNorm and RMSNorm take means over what stays.
+Torch-Pruning halves the same networks with random importance, as its documentation shows: the layers that
+make the output stay, and it is told the number of heads of modules that have `qkv` and `num_heads`. What it
+gives is compared with the whole network in which the weights that it removed are zero and LayerNorm and
+RMSNorm take means over what stays.
 """
 
 
@@ -60,7 +61,7 @@ def _theirs_holds(row: dict[str, str]) -> bool:
 
 def _summary(rows: Rows) -> str:
     lines = [
-        "| library | networks | hold | families | families of which all hold | Torch-Pruning tried | runs | holds |",
+        "| library | networks | hold | families | of which all hold | Torch-Pruning tried | runs | holds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for library, shown in NAMES.items():
@@ -122,8 +123,3 @@ def _theirs(row: dict[str, str]) -> str:
     if row["torch_pruning_runs"] != "yes":
         return row["torch_pruning_why"][:120]
     return row["torch_pruning_difference"]
-
-
-def reasons(rows: Rows) -> Counter[str]:
-    """How often each reason was given why a network does not hold."""
-    return Counter(row["why"] for row in rows if row["why"])
