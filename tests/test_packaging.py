@@ -148,6 +148,17 @@ def test_make_without_the_usual_torch_installs_the_rest_of_the_lock(tmp_path):
     assert rest.count("--hash") < locked.count("--hash")
 
 
+def test_the_workflow_runs_the_jobs_that_one_runs_by_hand():
+    script = (ROOT / ".ci" / "run").read_text()
+    known = set(re.search(r"known: (.*)\" >&2", script).group(1).split(", "))
+    assert known == set(re.findall(r"^#   \.ci/run (\w+)", script, re.M))
+    runs = re.findall(r"run: bash \.ci/run (.*)", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert {job for line in runs for job in line.split()} == known
+    wrong = subprocess.run(["bash", str(ROOT / ".ci" / "run"), "tests"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "unknown job tests; known: test, slow" in wrong.stderr
+
+
 # ---- the command
 
 
