@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 LOCK   := requirements.lock
+# Large files over a slow line: uv would give up after 30 seconds.
+export UV_HTTP_TIMEOUT ?= 300
 
 # TORCH=cpu (or cu128, ...): PyTorch's own builds of the locked versions, without the usual CUDA libraries.
 # .venv remembers it, so that the next make needs not say it again; another one makes .venv anew.
