@@ -60,7 +60,7 @@ def make(folder: Path) -> Path:
         ("test", [f"ckpt_path={GATED}", "compact=true", *TEST]),
         ("calibrate", SURVEY),
     ):
-        outcome = process.run(script, arguments, folder)
+        outcome = process.run(script, arguments, folder, limit=900)  # compiled code is made now
         if outcome.code:
             raise RuntimeError(f"{process.command(script, arguments)}: {outcome.err}")
     _interrupt(folder)
