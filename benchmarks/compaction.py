@@ -77,11 +77,10 @@ def trained(path: Path) -> tuple[nn.Module, nn.Module, torch.Tensor]:
     """
     from sparsereg.training.build import restore
     from sparsereg.training.checkpoint import read
-    from sparsereg.zoo.networks import Task, build
+    from sparsereg.zoo.networks import build
 
     checkpoint = read(path)
-    task = Task(checkpoint.num_classes, checkpoint.image_shape)
-    dense = build(checkpoint.config["model"], task, gated=False)
+    dense = build(checkpoint.config["model"], checkpoint.form, gated=False)
     example = torch.randn(2, *checkpoint.image_shape, generator=torch.Generator().manual_seed(0))
     return restore(checkpoint).eval(), dense.eval(), example
 

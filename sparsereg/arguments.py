@@ -66,13 +66,17 @@ def swept_keys(job: Iterable[str], given: Sequence[str]) -> list[str]:
 
 LISTS = ("logger",)
 """Groups of which several choices can be taken together: ``logger=[csv,tensorboard]``."""
-OWN_GROUPS = ("model", "data", "optimizer", "logger")
+OWN_GROUPS = ("model", "data", "task", "optimizer", "logger")
 """Groups of configurations with a choice ``own``, for code of the user's."""
 
 
+OPEN = {"model=timm": "model", "model=huggingface": "model"}
+"""Choices whose group takes arguments of another library."""
+
+
 def opened(arguments: Sequence[str]) -> list[str]:
-    """Let the keys beside a ``_target_`` be any: ``model._target_=M.Net model.width=3`` as Hydra's ``++``."""
-    own = [path for a in arguments if (path := _own_path(a))]
+    """Let keys of code that is not ours be any: ``model._target_=M.Net model.width=3`` as Hydra's ``++``."""
+    own = [path for a in arguments if (path := _own_path(a) or OPEN.get(a, ""))]
     return [
         f"++{a.lstrip('+')}" if any(a.lstrip("+").startswith(f"{path}.") for path in own) else a
         for a in arguments

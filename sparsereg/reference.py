@@ -27,6 +27,7 @@ SETTINGS = {
 GROUPS = {
     "data": ("sparsereg.data.config", "CONFIGS"),
     "model": ("sparsereg.zoo.config", "CONFIGS"),
+    "task": ("sparsereg.training.tasks.config", "CONFIGS"),
     "problem": ("sparsereg.calibration.config", "PROBLEMS"),
     "temperature/constant": ("sparsereg.temperature", "Temperature"),
     "optimizer/adamw_cosine": ("sparsereg.training.config", "Optimizer"),

@@ -97,8 +97,8 @@ def _named(job: dict[str, Any]) -> str:
 
 def _objective(cfg: DictConfig, results: Path | None) -> "float | list[float]":
     """Return the numbers that ``objective`` names, for Hydra's sweeper; NaN where there are none."""
-    asked = cfg.get("objective")
     found = {} if results is None else _read(results)
+    asked = cfg.get("objective") or found.get("objective")
     names = [asked] if asked is None or isinstance(asked, str) else list(asked)
     values = [found.get(str(name)) for name in names]
     numbers = [float("nan") if v is None else float(v) for v in values]
@@ -191,7 +191,8 @@ class SweepReport(Callback):
 
     Args:
         x: key of results.json on the horizontal axis of the plot.
-        panels: keys of results.json on the vertical axis, a list for each panel beside the others.
+        panels: keys of results.json on the vertical axis, a list for each panel beside the others, where
+            results name no objective.
     """
 
     def __init__(self, x: str, panels: list[list[str]]) -> None:
@@ -209,7 +210,9 @@ class SweepReport(Callback):
         rows = [_row(job, ["job", "status", *columns]) for job in jobs]
         if rows:
             _write_csv(folder / "sweep.csv", rows)
-        return jobs, draw(folder / "sweep.png", rows, self.x, self.panels)
+        objectives = {str(row["objective"]) for row in rows if row.get("objective")}
+        figures = sorted(name.replace("val_", "test_") for name in objectives)
+        return jobs, draw(folder / "sweep.png", rows, self.x, [[name] for name in figures] or self.panels)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Say what became of the jobs."""

@@ -18,13 +18,20 @@ Row = dict[str, Any]
 PERCENT = {
     "test_acc": "test accuracy (%)",
     "val_acc": "validation accuracy (%)",
+    "test_mean_iou": "test mean intersection over union (%)",
+    "val_mean_iou": "validation mean intersection over union (%)",
     "exact_sparsity": "parameters removed (%)",
     "expected_sparsity": "gates expected shut (%)",
     "mean_are": "mean absolute relative error (%)",
     "held_out_mean": "mean absolute relative error, targets left out (%)",
 }
 """Shares of results.json, shown in per cent."""
-PLAIN = {"kept": "households kept", "ess": "effective sample size (households)"}
+PLAIN = {
+    "kept": "households kept",
+    "ess": "effective sample size (households)",
+    "test_bits_per_byte": "test bits per byte",
+    "val_bits_per_byte": "validation bits per byte",
+}
 SHORT = {"mean_are": "calibrated targets", "held_out_mean": "targets left out"}
 """What tells lines of one panel apart."""
 SAME = {"kept": "num_households"}

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from lightning_fabric.utilities.apply_func import move_data_to_device
+from torch import nn
 
 from sparsereg.compression import benchmark, compact, export, fuse, load_compacted, save_compacted
+from sparsereg.data.batches import call
 from sparsereg.data.own import RunData
 from sparsereg.files import write_new
 from sparsereg.layers import GatedLayer, save_csr
 from sparsereg.layers.storage import Storage
 from sparsereg.training.checkpoint import Checkpoint
 from sparsereg.training.config import Evaluation, Training
+from sparsereg.training.tasks.task import SHARES, Task
 from sparsereg.zoo import networks
 from sparsereg.zoo.config import OwnNetwork
 
@@ -25,8 +28,9 @@ def run(
     cfg: Training,
     checkpoint: Checkpoint,
     net: nn.Module,
-    example: Tensor,
+    example: Any,
     data: RunData,
+    task: Task,
     device: torch.device,
     folder: Path,
 ) -> dict[str, Any]:
@@ -37,8 +41,9 @@ def run(
         cfg: of the checkpoint.
         checkpoint: what is tested.
         net: the gated (or plain) network, on the CPU.
-        example: one image, (1, channels, height, width).
-        data: with the test images.
+        example: one example.
+        data: with the test examples.
+        task: what is measured.
         device: where to test.
         folder: of this test, for plots.
     """
@@ -47,8 +52,7 @@ def run(
     if given.compact:
         notes = {
             "config": checkpoint.config,
-            "num_classes": checkpoint.num_classes,
-            "image_shape": list(checkpoint.image_shape),
+            **checkpoint.form.described(),
             "data": data.describe(),
             "checkpoint": str(checkpoint.path),
         }
@@ -57,8 +61,10 @@ def run(
         # What is tested is what the file holds.
         small = load_compacted(path).to(device)
         results["compacted"] = str(path)
-        results["compacted_test_acc"] = accuracy(small, data.test_dataloader())
-        print(f"compacted: {path}, test accuracy {results['compacted_test_acc']:.4f}")
+        figures = measure(small, task, data.test_dataloader(), device)
+        results |= {f"compacted_test_{name}": value for name, value in figures.items()}
+        word = SHARES.get(task.figure, task.figure)
+        print(f"compacted: {path}, test {word} {figures[task.figure]:.4f}")
         if any(isinstance(m, GatedLayer) and m.per_weight for m in net.modules()):
             results |= store_sparse(small, beside / "compacted.csr")
     if given.export:
@@ -92,23 +98,26 @@ def store_sparse(net: nn.Module, path: Path) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def accuracy(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return the share of images whose largest logit is that of their class.
+def measure(net: nn.Module, task: Task, batches: Iterable[Any], device: torch.device) -> dict[str, float]:
+    """Return the figures of a task.
 
     Args:
         net: in eval mode.
-        batches: (images, labels), on any device.
+        task: that tells what is measured.
+        batches: of test examples, on any device.
+        device: of the network.
     """
-    right = total = 0
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    for images, labels in batches:
-        right += int((net(images.to(device)).argmax(1) == labels.to(device)).sum())
-        total += len(labels)
-    return right / total
+    metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
+    for batch in batches:
+        inputs, labels = task.split(move_data_to_device(batch, device))
+        predictions, labels = task.predictions(call(net, inputs), labels)
+        for metric in metrics.values():
+            metric.update(predictions, labels)
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 def time_networks(
-    cfg: Training, checkpoint: Checkpoint, net: nn.Module, example: Tensor, folder: Path
+    cfg: Training, checkpoint: Checkpoint, net: nn.Module, example: Any, folder: Path
 ) -> list[dict[str, Any]]:
     """Time the dense network, the gated one and the compacted one in turns; print a table, write a plot.
 
@@ -120,8 +129,7 @@ def time_networks(
     """
     networks_by_name: dict[str, nn.Module] = {"gated": net, "compacted": fuse(compact(net, example))}
     if checkpoint.gated and not isinstance(cfg.model, OwnNetwork):  # which may have no form without gates
-        task = networks.Task(checkpoint.num_classes, checkpoint.image_shape)
-        dense = networks.build(cfg.model, task, gated=False).eval()
+        dense = networks.build(cfg.model, checkpoint.form, gated=False).eval()
         networks_by_name = {"dense": dense, **networks_by_name}
     runtimes = ["eager", "compiled"]
     if importlib.util.find_spec("onnxruntime"):

@@ -16,10 +16,10 @@ def run(composed: DictConfig) -> Path:
 
     given = settings_of(Evaluation, composed)
     from sparsereg.commands import handover
-    from sparsereg.compression import Accountant
     from sparsereg.files import new_version, write_json
     from sparsereg.training import build
-    from sparsereg.training.results import block_table, count_summary, gate_summary, headline, metric
+    from sparsereg.training.accounting import accountant_of
+    from sparsereg.training.results import block_table, count_summary, gate_summary, headline, measured, names
     from sparsereg.training.start_line import start_line
 
     with wrong_input():
@@ -28,6 +28,7 @@ def run(composed: DictConfig) -> Path:
         cfg, checkpoint = build.rebuild(given, named())
         build.check_trainer(cfg, multirun=False)
         data = build.build_data(cfg, checkpoint)
+        cfg = build.resolved(cfg, data)
         build.check_shares(cfg, data)
         net = build.rebuild_network(cfg, checkpoint, data)
         module = build.build_module(cfg, net, data, checkpoint.structure)
@@ -36,17 +37,18 @@ def run(composed: DictConfig) -> Path:
         folder = new_version(Path("outputs") / "test")
         log.info(start_line(cfg.model.group, net, data, trainer.strategy.root_device, folder))
 
-    val_acc = None
+    task = module.task
+    val: dict[str, float | None] = dict.fromkeys(names("val", task))
     if data.num_val:
         trainer.validate(module, datamodule=data, verbose=False)
-        val_acc = metric(trainer, "val_acc")
+        val = measured(trainer, "val", task)
     trainer.test(module, datamodule=data, verbose=False)
     net.cpu()
     example = build.example_input(data, net)
-    count = Accountant(net, example).count()
+    count = accountant_of(net, example).count()
     results = {
-        "val_acc": val_acc,
-        "test_acc": metric(trainer, "test_acc"),
+        **val,
+        **measured(trainer, "test", task),
         **gate_summary(net),
         **count_summary(count, net),
         "lambda_l0": checkpoint.config.get("lambda_l0") if checkpoint.gated else None,
@@ -54,13 +56,15 @@ def run(composed: DictConfig) -> Path:
         "epochs": checkpoint.epoch,
         "seconds_per_epoch": None,
         "checkpoint": str(checkpoint.path),
+        "task": cfg.task.name,
+        "objective": f"val_{task.figure}",
         "data": data.describe(),
     }
     device = trainer.strategy.root_device
-    results |= handover.run(given, cfg, checkpoint, net, example, data, device, folder)
+    results |= handover.run(given, cfg, checkpoint, net, example, data, task, device, folder)
     write_json(folder / "results.json", results)
     print(block_table(count, net))
-    print(headline(results))
+    print(headline(results, task))
     return folder / "results.json"
 
 

@@ -35,6 +35,7 @@ def run(composed: DictConfig) -> Path:
         cfg, checkpoint = build.start_from(given, named())
         build.check_trainer(cfg, multirun=hydra.mode == RunMode.MULTIRUN)
         data = build.build_data(cfg, checkpoint)
+        cfg = build.resolved(cfg, data)
         build.check_shares(cfg, data)
         stage = stages.begin(cfg, data, checkpoint, Path("outputs"))
 
@@ -51,14 +52,16 @@ def run(composed: DictConfig) -> Path:
     results = stages.carry_out(cfg, stage, first_keys())
     if stage.trainer.is_global_zero:
         write_json(stage.folder / "results.json", results)
-        print(headline(results))
+        print(headline(results, stage.module.task))
     return stage.folder / "results.json"
 
 
 def choices(arguments: list[str]) -> list[str]:
-    """Take model and data from the checkpoint, if one is named."""
+    """Take model, data and task from the checkpoint, if one is named; else what goes with what is named."""
     if not any(a.startswith("ckpt_path=") for a in arguments):
-        return []  # and PyTorch need not be loaded to print a help text
+        from sparsereg.training.config import that_go_with
+
+        return that_go_with(arguments)  # and PyTorch need not be loaded to print a help text
     from sparsereg.training.checkpoint import group_choices
 
     return group_choices(arguments)

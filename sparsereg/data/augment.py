@@ -180,8 +180,33 @@ def _largest_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
     return height, width
 
 
+def resample_masks(
+    masks: Tensor, rows: Tensor, affine: bool = False, warp: Tensor | None = None, cropped: bool = True
+) -> Tensor:
+    """Move masks as ``resample`` moves their images: each pixel has the class of the nearest one.
+
+    What comes from outside has no class.
+
+    Args:
+        masks: uint8, (images, height, width).
+        rows: as for ``resample``.
+        affine: likewise.
+        warp: likewise.
+        cropped: likewise.
+    """
+    # 0 is what comes from outside: classes are moved up by one and no class, 255, becomes 0.
+    raised = (masks + 1)[:, None]
+    moved = resample(raised, rows, affine, warp, cropped, mode="nearest")
+    return (moved[:, 0].round().to(torch.int16) - 1).remainder(256).to(torch.uint8)
+
+
 def resample(
-    images: Tensor, rows: Tensor, affine: bool = False, warp: Tensor | None = None, cropped: bool = True
+    images: Tensor,
+    rows: Tensor,
+    affine: bool = False,
+    warp: Tensor | None = None,
+    cropped: bool = True,
+    mode: str = "bilinear",
 ) -> Tensor:
     """Crop, enlarge, mirror, and rotate, shift, zoom and warp each image: one bilinear interpolation in all.
 
@@ -195,12 +220,13 @@ def resample(
         affine: whether the last four columns are used, and ``warp``.
         warp: of ``Augmentation.warp``, on the device of ``images``; None for no displacements.
         cropped: whether the columns before are used; without them there is less to compute.
+        mode: of the interpolation, ``bilinear`` or ``nearest``.
 
     Returns:
         float32, of the shape of ``images``, on the scale of ``images``.
     """
     if affine and not cropped:
-        return _moved(images, rows, warp)
+        return _moved(images, rows, warp, mode)
     height, width = images.shape[2:]
     # Pixel centres of the result, relative to the image's centre.
     x = (torch.arange(width, device=images.device, dtype=torch.float32) - (width - 1) / 2).expand(1, 1, -1)
@@ -220,11 +246,13 @@ def resample(
     grid = torch.stack(
         [((2 * x + 1) / width - 1).expand(shape), ((2 * y + 1) / height - 1).expand(shape)], dim=-1
     )
-    moved = functional.grid_sample(images.float(), grid, mode="bilinear", align_corners=False)
+    moved = functional.grid_sample(images.float(), grid, mode=mode, align_corners=False)
+    if mode == "nearest":
+        return moved if inside is None else moved * (inside >= 0.5)[:, None]
     return moved if inside is None else moved * inside[:, None]
 
 
-def _moved(images: Tensor, rows: Tensor, warp: Tensor | None) -> Tensor:
+def _moved(images: Tensor, rows: Tensor, warp: Tensor | None, mode: str) -> Tensor:
     """Rotate, shift, zoom and warp whole images, with what is outside of them black."""
     height, width = images.shape[2:]
     cos, sin = torch.cos(rows[:, ANGLE]) / rows[:, ZOOM], torch.sin(rows[:, ANGLE]) / rows[:, ZOOM]
@@ -241,7 +269,7 @@ def _moved(images: Tensor, rows: Tensor, warp: Tensor | None) -> Tensor:
         before_y -= warp[:, 1]
     # -1 and 1 are the outer edges of the border pixels.
     grid = torch.stack([before_x.mul_(2 / width), before_y.mul_(2 / height)], dim=-1)
-    return functional.grid_sample(images.float(), grid, mode="bilinear", align_corners=False)
+    return functional.grid_sample(images.float(), grid, mode=mode, align_corners=False)
 
 
 def _unmoved(x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

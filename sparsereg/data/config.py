@@ -69,27 +69,25 @@ class Augment(Settings):
 
 @dataclass(frozen=True)
 class Data(Settings):
-    """What every source has; see ``sparsereg.data.module.ImageDataModule``."""
+    """What every source has."""
+
+    TASKS: ClassVar[tuple[str, ...]] = ()
+    """Tasks that the source has labels for; () where that is seen in the data only."""
+    MODEL: ClassVar[tuple[str, ...]] = ()
+    """Choice of a network, and its keys, where the user names none; () for that of train.yaml."""
 
     name: str = setting("", "the source")
     batch_size: int = setting(
-        128, "images per training batch and process; more processes make the global batch larger", count()
+        128,
+        "examples per training batch and process; more processes make the global batch larger",
+        count(),
     )
-    eval_batch_size: int = setting(250, "images per validation and test batch and process", count())
+    eval_batch_size: int = setting(250, "examples per validation and test batch and process", count())
     val_size: int | float = setting(
-        0.1, "training images that validate: a count, or a fraction in (0, 1); 0: none", VAL_SIZE
+        0.1, "training examples that validate: a count, or a fraction in (0, 1); 0: none", VAL_SIZE
     )
-    split_seed: int = setting(42, "of the draw of those images: a fixed split, whatever the run's seed", SEED)
-    limit_train_images: int | None = setting(
-        None, "train on the first so many images of the (randomly drawn) training part; null: all", count()
-    )
-    device_resident: bool | str = setting(
-        "auto",
-        "hold the uint8 images on the training device; auto: if they take half of its free memory at most",
-        choices=("auto",),
-    )
-    augment: Augment | None = setting(
-        Augment, "random changes of training images; null switches them all off"
+    split_seed: int = setting(
+        42, "of the draw of those examples: a fixed split, whatever the run's seed", SEED
     )
 
     @classmethod
@@ -102,6 +100,30 @@ class Data(Settings):
         one_of(given["name"], f"{where}.name", list(CONFIGS))
         return CONFIGS[given["name"]]
 
+    @property
+    def said(self) -> str:
+        """As the user gives it."""
+        return f"data={self.name}"
+
+
+@dataclass(frozen=True)
+class ImageData(Data):
+    """What every source of images has; see ``sparsereg.data.module.ImageDataModule``."""
+
+    TASKS: ClassVar[tuple[str, ...]] = ("classification",)
+
+    limit_train_images: int | None = setting(
+        None, "train on the first so many images of the (randomly drawn) training part; null: all", count()
+    )
+    device_resident: bool | str = setting(
+        "auto",
+        "hold the uint8 images on the training device; auto: if they take half of its free memory at most",
+        choices=("auto",),
+    )
+    augment: Augment | None = setting(
+        Augment, "random changes of training images; null switches them all off"
+    )
+
 
 def _colour_photographs() -> Augment:
     return Augment(flip=True, crop_scale=(0.8, 1.0))
@@ -111,17 +133,17 @@ _KEPT_IN = "folder that keeps the files, relative to where you stand"
 
 
 @dataclass(frozen=True)
-class Cifar10Data(Data):
+class Cifar10Data(ImageData):
     """CIFAR-10: 50,000 + 10,000 colour images, 32 x 32, ten classes; fetched by torchvision."""
 
     name: str = again(Data, "name", "cifar10")
     root: str = setting("data", _KEPT_IN)
     val_size: int | float = again(Data, "val_size", 5000)
-    augment: Augment | None = again(Data, "augment", _colour_photographs)
+    augment: Augment | None = again(ImageData, "augment", _colour_photographs)
 
 
 @dataclass(frozen=True)
-class MnistData(Data):
+class MnistData(ImageData):
     """MNIST: 60,000 + 10,000 grey images, 28 x 28, ten digits; fetched by torchvision."""
 
     name: str = again(Data, "name", "mnist")
@@ -130,7 +152,7 @@ class MnistData(Data):
 
 
 @dataclass(frozen=True)
-class DigitsData(Data):
+class DigitsData(ImageData):
     """scikit-learn's digits: 1,437 + 360 grey images, enlarged from 8 x 8; needs no network."""
 
     name: str = again(Data, "name", "digits")
@@ -140,15 +162,20 @@ class DigitsData(Data):
 
 
 @dataclass(frozen=True)
-class NpzData(Data):
-    """Your own arrays: train_images, train_labels, test_images, test_labels; see docs/data.md."""
+class NpzData(ImageData):
+    """Your own arrays: train_images, train_labels, test_images, test_labels; see docs/data.md.
+
+    For segmentation train_masks and test_masks instead of labels.
+    """
+
+    TASKS: ClassVar[tuple[str, ...]] = ()
 
     name: str = again(Data, "name", "npz")
     path: str | None = setting(None, "the archive: data.path=FILE.npz")
 
 
 @dataclass(frozen=True)
-class ImageFolderData(Data):
+class ImageFolderData(ImageData):
     """Your own images: root/train/CLASS/* and root/test/CLASS/*; see docs/data.md."""
 
     name: str = again(Data, "name", "image_folder")
@@ -165,14 +192,76 @@ class ImageFolderData(Data):
     num_workers: int = setting(
         2, "processes that decode; 0: the training process itself", within("[0, 1024]", "an integer")
     )
-    augment: Augment | None = again(Data, "augment", _colour_photographs)
+    augment: Augment | None = again(ImageData, "augment", _colour_photographs)
+
+
+@dataclass(frozen=True)
+class TextData(Data):
+    """A text, byte by byte: windows, and the byte that comes next at each place; see docs/tasks.md."""
+
+    TASKS: ClassVar[tuple[str, ...]] = ("language_model",)
+    MODEL: ClassVar[tuple[str, ...]] = ("model=gpt",)
+
+    name: str = again(Data, "name", "text")
+    path: str | None = setting(
+        None,
+        "a file, or a folder of files; null: the sources of Python's standard library, found where it is",
+    )
+    pattern: str = setting("*", "of the names of the files of a folder, such as *.txt")
+    context: int = setting(128, "bytes of a window", within("[1, 65536]", "an integer"))
+    train_windows: int = setting(1024, "windows of an epoch, drawn anew in each", count())
+    eval_windows: int | None = setting(
+        512, "windows of validation and of test at most, spread evenly; null: all", count()
+    )
+    batch_size: int = again(Data, "batch_size", 16)
+    eval_batch_size: int = again(Data, "eval_batch_size", 64)
+    val_size: float = setting(
+        0.05, "share of the bytes that validates; 0: none", within("[0, 0.5]", "a share")
+    )
+    test_size: float = setting(0.05, "share of the bytes that tests", within("(0, 0.5]", "a share"))
+    max_memory_gb: float = setting(
+        1.0,
+        "files are read into memory up to this size (GiB); a single larger one stays on the disk",
+        NOT_NEGATIVE,
+    )
+
+    def check(self) -> None:
+        """Something is left to train on."""
+        if self.val_size + self.test_size >= 0.9:
+            raise Contradiction(
+                f"{{}}val_size={self.val_size:g} and {{}}test_size={self.test_size:g} leave too little"
+                " to train on"
+            )
+
+
+@dataclass(frozen=True)
+class LabelledTextData(Data):
+    """Texts with a class each, byte by byte: a CSV file, or PATH/CLASS/*; see docs/tasks.md."""
+
+    TASKS: ClassVar[tuple[str, ...]] = ("text_classification",)
+    MODEL: ClassVar[tuple[str, ...]] = ("model=gpt",)
+
+    name: str = again(Data, "name", "labelled_text")
+    path: str | None = setting(
+        None,
+        "a CSV file with a header, or a folder: PATH/CLASS/*, or PATH/train/CLASS/* and PATH/test/CLASS/*",
+    )
+    text: str = setting("text", "column of the texts, of a CSV file")
+    label: str = setting("label", "column of the classes, of a CSV file")
+    context: int = setting(256, "bytes that are read of each text", within("[1, 65536]", "an integer"))
+    batch_size: int = again(Data, "batch_size", 32)
+    eval_batch_size: int = again(Data, "eval_batch_size", 64)
+    test_size: float = setting(
+        0.1, "share of the texts that tests, where the folder does not say it", within("(0, 0.5]", "a share")
+    )
+    max_memory_gb: float = setting(1.0, "texts are held in memory, up to this size (GiB)", NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
 class OwnData(Data):
     """Data of yours: data._target_=my_module.Data data.KEY=VALUE; docs/extending.md.
 
-    A LightningDataModule whose batches are (images, labels). All keys are its arguments.
+    A LightningDataModule whose batches are (inputs, labels) or dictionaries. All keys are its arguments.
     """
 
     OTHERS: ClassVar[str | None] = "arguments"
@@ -182,9 +271,6 @@ class OwnData(Data):
     eval_batch_size: int = again(Data, "eval_batch_size", 250, key=False)
     val_size: int | float = again(Data, "val_size", 0.1, key=False)
     split_seed: int = again(Data, "split_seed", 42, key=False)
-    limit_train_images: int | None = again(Data, "limit_train_images", None, key=False)
-    device_resident: bool | str = again(Data, "device_resident", "auto", key=False)
-    augment: Augment | None = again(Data, "augment", None, key=False)
     _target_: str | None = setting(None, "package.module.Class, of a LightningDataModule")
     arguments: Mapping[str, Any] = setting(dict, "of that class")
 
@@ -193,6 +279,11 @@ class OwnData(Data):
         """What is called, with its arguments."""
         return {TARGET: self._target_, **self.arguments}
 
+    @property
+    def said(self) -> str:
+        """As the user gives it."""
+        return f"data._target_={self._target_}"
+
 
 CONFIGS: dict[str, type[Data]] = {
     "cifar10": Cifar10Data,
@@ -200,6 +291,8 @@ CONFIGS: dict[str, type[Data]] = {
     "digits": DigitsData,
     "npz": NpzData,
     "image_folder": ImageFolderData,
+    "text": TextData,
+    "labelled_text": LabelledTextData,
     "own": OwnData,
 }
 """Settings of each ``data=NAME``."""

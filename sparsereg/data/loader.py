@@ -1,6 +1,6 @@
 """Batches of normalised images on the training device, in an order that only the epoch decides."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsereg.data.augment import Augmentation, resample
+from sparsereg.data.augment import Augmentation, resample, resample_masks
 from sparsereg.errors import InputError
 
-_ORDER, _AUGMENT, _WARP = 0, 1, 2
+_ORDER, _AUGMENT, _WARP, _WINDOWS = 0, 1, 2, 3
 """Streams of random numbers of an epoch: adding another changes none of them."""
 
 
@@ -109,6 +109,10 @@ class EpochOrder:
         """A fresh generator on the CPU for this epoch's elastic displacements."""
         return self._generator(_WARP)
 
+    def window_generator(self) -> np.random.Generator:
+        """A fresh generator for this epoch's windows of a text."""
+        return np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch, _WINDOWS]))
+
     def _generator(self, stream: int) -> torch.Generator:
         # SeedSequence mixes, so neighbouring seeds, epochs and streams have nothing in common; the CPU's
         # Mersenne twister uses 32 bits of a seed.
@@ -165,7 +169,7 @@ class DeviceLoader:
 
     Args:
         store: the images.
-        labels: int64 labels of all images of the store, on the device.
+        labels: int64 labels of all images of the store, on the device; or their masks, uint8.
         positions: int64 positions in the store of the images to iterate.
         normalise: from uint8 to float32.
         batch_size: images per batch and process, >= 1.
@@ -234,7 +238,13 @@ class DeviceLoader:
         generator, warping = self.sampler.augmentation_generator(), self.sampler.warp_generator()
         parts = [self.share.of(*bounds) for bounds in self.bounds]
         own = [order[first:last] for first, last in parts]
-        own_labels = self.labels.index_select(0, torch.cat(own).to(self.device)).split([len(p) for p in own])
+        # The labels of an epoch are picked together; masks, which are as large as the images, batch by batch.
+        own_labels: Iterable[Tensor]
+        if self.labels.dim() == 1:
+            picked = self.labels.index_select(0, torch.cat(own).to(self.device))
+            own_labels = picked.split([len(p) for p in own])
+        else:
+            own_labels = (self.labels.index_select(0, p.to(self.device)) for p in own)
         for (start, stop), (first, last), images, labels in zip(
             self.bounds, parts, self.store.batches(own, self.device), own_labels, strict=True
         ):
@@ -246,8 +256,10 @@ class DeviceLoader:
             warp = self.augmentation.warp(*size, warping)
             if warp is not None:
                 warp = self._own(warp, first - start, last - start)
-            moved = resample(images, rows, self.augmentation.affine, warp, self.augmentation.cropped)
-            yield self.normalise(moved), labels
+            how = (rows, self.augmentation.affine, warp, self.augmentation.cropped)
+            if labels.dim() > 1:
+                labels = resample_masks(labels, *how)
+            yield self.normalise(resample(images, *how)), labels
 
     def _own(self, drawn: Tensor, first: int, last: int) -> Tensor:
         return drawn[first:last].to(self.device, non_blocking=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsereg.data.arrays import ImageArrays
 from sparsereg.data.augment import Augmentation
+from sparsereg.data.form import Form
 from sparsereg.data.image_folder import FileStore, ImageFiles
 from sparsereg.data.loader import DeviceLoader, ImageStore, Normalise, Share, TensorStore
 from sparsereg.data.split import Split
@@ -134,6 +135,13 @@ class ImageDataModule(pl.LightningDataModule):
         log.info("%s: %d training, %d validation, %d test images of %d classes, shape %s; mean %s, std %s",
                  data.name, self.num_train, self.num_val, self.num_test, self.num_classes, self.image_shape,
                  _rounded(self.mean), _rounded(self.std))  # fmt: skip
+
+    @property
+    def form(self) -> Form:
+        """What a network for these images is built for."""
+        data = self._load()
+        masked = isinstance(data, ImageArrays) and data.masked
+        return Form(self.num_classes, self.image_shape, "segmentation" if masked else "classification")
 
     @property
     def device(self) -> torch.device:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from sparsereg import archives
-from sparsereg.data.arrays import ImageArrays
+from sparsereg.data.arrays import IGNORED, ImageArrays
 from sparsereg.errors import InputError
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+MASKS = ("train_images", "train_masks", "test_images", "test_masks")
+"""Of an archive for segmentation."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,9 @@ class Npz:
     It holds ``train_images`` and ``test_images`` (uint8; images x height x width for grey images, or
     images x height x width x channels with 1 to 4 channels), ``train_labels`` and ``test_labels``
     (integers from 0, one per image), and optionally ``class_names`` (strings, one per class). Without
-    class names every class from 0 to the largest label must occur in the training images.
+    class names every class from 0 to the largest label must occur in the training images. For segmentation
+    ``train_masks`` and ``test_masks`` take the place of labels: uint8, images x height x width, 255 where a
+    pixel has no class.
 
     Args:
         path: the file.
@@ -42,7 +46,10 @@ class Npz:
         path = Path(self.path).expanduser()
         arrays = _read(path)
         images = {part: _images(path, f"{part}_images", arrays) for part in ("train", "test")}
-        labels = {part: _labels(path, f"{part}_labels", arrays) for part in ("train", "test")}
+        if "train_masks" in arrays:
+            labels = {part: _masks(path, f"{part}_masks", arrays) for part in ("train", "test")}
+        else:
+            labels = {part: _labels(path, f"{part}_labels", arrays) for part in ("train", "test")}
         return ImageArrays(
             str(path),
             images["train"],
@@ -64,13 +71,14 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"data.path={path}: a single array, not an .npz archive of {_listed()}")
             archives.check(path)
-            missing = [key for key in ARRAYS if key not in archive.files]
+            wanted = MASKS if "train_masks" in archive.files else ARRAYS
+            missing = [key for key in wanted if key not in archive.files]
             if missing:
                 found = ", ".join(archive.files) or "nothing"
                 raise InputError(
                     f"data.path={path}: no array named {missing[0]}; needed: {_listed()}; found: {found}"
                 )
-            arrays = {key: archive[key] for key in (*ARRAYS, "class_names") if key in archive.files}
+            arrays = {key: archive[key] for key in (*wanted, "class_names") if key in archive.files}
     except InputError:
         raise
     except (*archives.BROKEN, MemoryError) as error:
@@ -112,6 +120,16 @@ def _labels(path: Path, key: str, arrays: dict[str, np.ndarray]) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
+def _masks(path: Path, key: str, arrays: dict[str, np.ndarray]) -> Tensor:
+    array = arrays[key]
+    where = f"data.path={path}: {key}"
+    if array.dtype != np.uint8:
+        raise InputError(f"{where} must be uint8 (a class for each pixel, 255 for none), got {array.dtype}")
+    if array.ndim != 3:
+        raise InputError(f"{where} must be images x height x width, got {_shape(array)}")
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
 def _class_names(path: Path, names: Any, train_labels: Tensor) -> tuple[str, ...]:
     if names is not None:
         if names.dtype.kind != "U" or names.ndim != 1:
@@ -121,6 +139,9 @@ def _class_names(path: Path, names: Any, train_labels: Tensor) -> tuple[str, ...
     if train_labels.numel() == 0:
         return ()
     present = torch.unique(train_labels)
+    if train_labels.dim() > 1:
+        present = present[present != IGNORED]
+        return tuple(str(k) for k in range(int(present[-1]) + 1)) if len(present) else ()
     num_classes = int(present[-1]) + 1
     if len(present) < num_classes:
         gaps = set(range(min(num_classes, len(present) + 1))) - set(present.tolist())

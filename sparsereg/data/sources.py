@@ -6,14 +6,17 @@ from typing import Any
 
 from sparsereg.data.augment import Augmentation
 from sparsereg.data.cifar10 import Cifar10
-from sparsereg.data.config import Data, OwnData
+from sparsereg.data.config import Data, ImageData, OwnData
+from sparsereg.data.corpus import TextSource
 from sparsereg.data.digits import Digits
 from sparsereg.data.image_folder import ImageFolder
+from sparsereg.data.labelled_text import LabelledTextModule, TextClasses
 from sparsereg.data.mnist import Mnist
 from sparsereg.data.module import ImageDataModule, Source
 from sparsereg.data.npz import Npz
 from sparsereg.data.own import RunData
 from sparsereg.data.own import build as build_own
+from sparsereg.data.text import TextDataModule
 from sparsereg.errors import InputError
 from sparsereg.settings import keys, read
 
@@ -26,7 +29,13 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 """The class that reads each ``data=NAME``; its arguments are the keys that only this source has."""
 
-_COMMON = {f.name for f in fields(Data)} - {"name", "augment"}
+TEXTS: dict[str, tuple[Callable[..., Any], Callable[..., RunData], tuple[str, ...]]] = {
+    "text": (TextSource, TextDataModule, ("path", "pattern", "max_memory_gb")),
+    "labelled_text": (TextClasses, LabelledTextModule, ("path", "text", "label", "max_memory_gb")),
+}
+"""The class that reads each source of texts, its data module, and the keys that the first one gets."""
+
+_COMMON = {f.name for f in fields(ImageData)} - {"name", "augment"}
 
 
 def build(
@@ -49,6 +58,9 @@ def build(
             raise InputError(f"data._target_={settings._target_} comes from a file, which is data")
         return build_own(settings, seed, channels_last)
     values = {name: getattr(settings, name) for name in keys(type(settings))}
+    if settings.name in TEXTS:
+        source, module, own = TEXTS[values.pop("name")]
+        return module(source(**{key: values.pop(key) for key in own}), seed=seed, **values)
     augment, name = values.pop("augment"), values.pop("name")
     common = {key: values.pop(key) for key in _COMMON}
     return ImageDataModule(

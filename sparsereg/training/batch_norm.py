@@ -10,11 +10,13 @@ from typing import Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from sparsereg.data.own import first_images
+from sparsereg.data.batches import call
+from sparsereg.data.form import Inputs
+from sparsereg.data.own import first_inputs
 from sparsereg.model.basic_l0_blocks import BatchNorm2d
 from sparsereg.training.lightning import with_own_workers
 
@@ -23,14 +25,14 @@ from sparsereg.training.lightning import with_own_workers
 class EstimationData(Protocol):
     """A data module that says which images BatchNorm statistics are taken from."""
 
-    def estimation_batches(self, num_images: int, batch_size: int | None = None) -> Iterator[Tensor]:
-        """Yield images on the device that trains, always the same ones."""
+    def estimation_batches(self, num_images: int, batch_size: int | None = None) -> Iterator[Inputs]:
+        """Yield images (or other inputs) on the device that trains, always the same ones."""
         ...
 
 
 def estimation_batches(
     trainer: pl.Trainer, module: pl.LightningModule, num_images: int, batch_size: int
-) -> Iterable[Tensor] | None:
+) -> Iterable[Inputs] | None:
     """Return training images for `estimate_batch_norm_`; None where there is no training data.
 
     Args:
@@ -47,11 +49,11 @@ def estimation_batches(
     loader = trainer.train_dataloader if data is None else data.train_dataloader()
     if isinstance(loader, DataLoader):
         loader = with_own_workers(loader)
-    return None if loader is None else first_images(loader, num_images, module.device)
+    return None if loader is None else first_inputs(loader, num_images, module.device)
 
 
 @torch.no_grad()
-def estimate_batch_norm_(net: nn.Module, batches: Iterable[Tensor]) -> int:
+def estimate_batch_norm_(net: nn.Module, batches: Iterable[Inputs]) -> int:
     """Replace running means and variances by their averages over batches, with test-time gates.
 
     Everything but the BatchNorm layers runs in eval mode. Modes and momenta are as before afterwards, and so
@@ -59,7 +61,8 @@ def estimate_batch_norm_(net: nn.Module, batches: Iterable[Tensor]) -> int:
 
     Args:
         net: changed in place.
-        batches: images (batch, channels, height, width), on the device of the network, of equal sizes.
+        batches: images (batch, channels, height, width), or inputs by name, on the device of the network, of
+            equal sizes.
 
     Returns:
         The number of batches used; 0 if the network has no BatchNorm.
@@ -80,8 +83,8 @@ def estimate_batch_norm_(net: nn.Module, batches: Iterable[Tensor]) -> int:
             norm.training = True  # not .train(): the gates below stay in eval mode
         for norm in synchronised:
             norm.synchronised = False  # every process sees the same batches
-        for images in batches:
-            net(images)
+        for inputs in batches:
+            call(net, inputs)
             count += 1
     finally:
         for module, mode in modes.items():

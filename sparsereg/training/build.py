@@ -24,7 +24,9 @@ from sparsereg import data as data_sources
 from sparsereg import targets
 from sparsereg.compression import Accountant, storage
 from sparsereg.data import ImageDataModule
+from sparsereg.data.batches import only
 from sparsereg.data.cifar10 import Cifar10
+from sparsereg.data.form import Form
 from sparsereg.data.mnist import Mnist
 from sparsereg.data.own import RunData
 from sparsereg.errors import InputError, nearest
@@ -36,18 +38,22 @@ from sparsereg.temperature import update_temperatures
 from sparsereg.training import callbacks as ours
 from sparsereg.training import checkpoint as checkpoints
 from sparsereg.training import resume
+from sparsereg.training.accounting import PlainAccountant
 from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.batch_norm import estimate_batch_norm_
 from sparsereg.training.checkpoint import Checkpoint, FirstStage
 from sparsereg.training.checkpoint_io import WholeCheckpoints
 from sparsereg.training.compaction import Compaction
-from sparsereg.training.config import Callbacks, Evaluation, Training, two_ways
+from sparsereg.training.config import Callbacks, Evaluation, Training, check_pair, two_ways
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.ending import EndsTogether
-from sparsereg.training.module import Classifier, Provenance
+from sparsereg.training.module import Learner, Provenance
 from sparsereg.training.progress_bar import ProgressBar
-from sparsereg.training.results import metric
+from sparsereg.training.results import measured, names
 from sparsereg.training.target import SparsityTarget, TargetSettings, asked_for
+from sparsereg.training.tasks import registry
+from sparsereg.training.tasks.config import CONFIGS as TASKS
+from sparsereg.training.tasks.task import Task
 from sparsereg.zoo import networks
 from sparsereg.zoo.config import Network, weights_file
 from sparsereg.zoo.torchvision import load_weights_file_
@@ -57,7 +63,7 @@ log = logging.getLogger(__name__)
 RUN_FOLDER = "SPARSEREG_RUN_FOLDER"
 """Environment variable by which the first process tells the others of a DDP run its folder."""
 OWN_TRAINER_KEYS = ("compile", "channels_last", "sync_batchnorm")
-INHERITED = ("model", "data")
+INHERITED = ("model", "data", "task")
 NEVER_INHERITED = ("ckpt_path", "resume_training", "without_using_gate", "rerun", "objective")
 
 
@@ -181,7 +187,7 @@ def start_from(cfg: Training, named: Set[str]) -> tuple[Training, Checkpoint | N
     if cfg.resume_training:
         settings = resumed_settings(cfg, checkpoint.run_config, named)
     else:
-        settings = {k: checkpoint.config[k] for k in INHERITED}
+        settings = {k: checkpoint.config[k] for k in INHERITED if k in checkpoint.config}
     cfg = inherit(cfg, settings, named - {"trainer"}, checkpoint.named)
     _check_same_model(cfg, checkpoint)
     if cfg.resume_training:
@@ -348,19 +354,19 @@ def build_network(cfg: Training, data: RunData, checkpoint: Checkpoint | None = 
 
     Args:
         cfg: the configuration.
-        data: its classes and image shape.
+        data: loaded.
         checkpoint: has the structure of a compacted network.
     """
     torch.manual_seed(cfg.seed)  # the initial weights
     if checkpoint is not None and checkpoint.structure is not None:
         _check_data(checkpoint, data)
         return in_memory_format(cfg, restore(checkpoint).train())
-    task = networks.Task(data.num_classes, data.image_shape)
     with _made_from(checkpoint):
         net = networks.build(
             cfg.model,
-            task,
+            form_of(cfg, data),
             gated=not cfg.without_using_gate,
+            pretrained=checkpoint is None,
             droprate_init=cfg.droprate_init,
             temperature=cfg.temperature.initial,
         )
@@ -375,14 +381,46 @@ def in_memory_format(cfg: Training, net: nn.Module) -> nn.Module:
     return net.to(memory_format=torch.channels_last) if cfg.trainer.channels_last else net
 
 
+def form_of(cfg: Training, data: RunData) -> Form:
+    """Return what a network for these data and this task is built for."""
+    return replace(data.form, task=cfg.task.name)
+
+
+def resolved(cfg: Training, data: RunData) -> Training:
+    """Return the settings with what their files hold, and with the task of the data where none is named.
+
+    Raises:
+        InputError: network, data and task do not go together.
+    """
+    if cfg.task.name == "auto":
+        if data.form.task not in registry.TASKS:
+            raise InputError(
+                f"{cfg.data.said}: its labels are of none of the tasks {', '.join(registry.TASKS)}: name one,"
+                " or your own with task._target_=my_module.Task"
+            )
+        cfg = replace(cfg, task=TASKS[data.form.task]())
+    elif isinstance(data, ImageDataModule):
+        check_pair(cfg.data.said, (data.form.task,), cfg.task, "labels")
+    check_pair(cfg.model.said, cfg.model.TASKS, cfg.task, "a network")
+    return replace(cfg, model=networks.resolved(cfg.model))
+
+
 def _check_data(checkpoint: Checkpoint, data: RunData) -> None:
     """Raise an InputError unless the data have the classes and the shape that the network was made for."""
-    if (data.num_classes, tuple(data.image_shape)) != (checkpoint.num_classes, checkpoint.image_shape):
+    have, made = data.form, checkpoint.form
+    same = all(
+        getattr(have, key) == getattr(made, key) for key in ("num_classes", "image_shape", "vocabulary")
+    )
+    if not same or not set(made.inputs or ()) <= set(have.inputs or ()):
         raise InputError(
-            f"the data have {data.num_classes} classes of images {tuple(data.image_shape)}, but "
-            f"{checkpoint.named} was trained on {checkpoint.num_classes} classes of images "
-            f"{checkpoint.image_shape}"
+            f"the data have {_in_words(have)}, but {checkpoint.named} was trained on {_in_words(made)}"
         )
+
+
+def _in_words(form: Form) -> str:
+    noun = "images" if form.vocabulary is None else f"texts of {form.vocabulary} tokens,"
+    by_name = "" if form.inputs is None else f" by name, {', '.join(form.inputs)}"
+    return f"{form.num_classes} classes of {noun} {tuple(form.image_shape)}{by_name}"
 
 
 def build_module(
@@ -392,29 +430,35 @@ def build_module(
     structure: str | None = None,
     distillation: Distillation | None = None,
     before: FirstStage | None = None,
-) -> Classifier:
+) -> Learner:
     """Build the LightningModule around a network.
 
     Args:
         cfg: the configuration.
         net: the network.
-        data: its classes and image shape.
+        data: loaded.
         structure: of a compacted network.
         distillation: a teacher, see ``build_teacher``.
         before: of fine-tuning, the stage under gates.
     """
+    form = form_of(cfg, data).taken_by(net)
+    task = registry.build(cfg.task, form)
+    if cfg.label_smoothing and not task.smooths:
+        raise InputError(
+            f"label_smoothing={cfg.label_smoothing:g}: the loss of {cfg.task.said} takes no label_smoothing; "
+            "leave it out"
+        )
     provenance = Provenance(
         config=plain(cfg),
-        num_classes=data.num_classes,
-        image_shape=data.image_shape,
+        form=form,
         gated=bool(hard_concretes(net)),
         structure=structure,
         before=None if before is None else asdict(before),
         data=data.describe(),
     )
-    module = Classifier(
+    module = Learner(
         net,
-        data.num_classes,
+        task,
         0.0 if cfg.lambda_l0 is None or cfg.target_key else cfg.lambda_l0,
         cfg.optimizer,
         provenance,
@@ -445,7 +489,8 @@ def build_teacher(cfg: Training, data: RunData) -> Distillation | None:
     if not checkpoint.batch_norm_is_current:  # it teaches as the network that test.py would test
         settings = checkpoint.config.get("callbacks", {}).get("batch_norm", plain(cfg.callbacks.batch_norm))
         if settings["num_images"]:
-            estimate_batch_norm_(teacher, data.estimation_batches(**settings))
+            taken = tuple(form_of(cfg, data).taken_by(teacher).inputs or ()) or None
+            estimate_batch_norm_(teacher, (only(x, taken) for x in data.estimation_batches(**settings)))
     return Distillation(teacher, d.weight, d.temperature)
 
 
@@ -481,7 +526,7 @@ def restore(checkpoint: Checkpoint, settings: Network | None = None) -> nn.Modul
             return storage.rebuild(checkpoint.structure, checkpoint.weights)
         net = networks.build(
             checkpoint.config["model"] if settings is None else settings,
-            networks.Task(checkpoint.num_classes, checkpoint.image_shape),
+            checkpoint.form,
             gated=checkpoint.gated,
         )
     checkpoints.load_all_weights_(net, checkpoint)
@@ -608,7 +653,8 @@ def batches_per_epoch(cfg: Training, data: RunData) -> int:
 def build_callbacks(
     cfg: Training,
     data: RunData,
-    accountant: Accountant,
+    task: Task,
+    accountant: Accountant | PlainAccountant,
     folder: Path,
     logging_on: bool,
     resumed: Path | None = None,
@@ -620,7 +666,8 @@ def build_callbacks(
 
     Args:
         cfg: the configuration.
-        data: for the number of validation images.
+        data: for the number of validation examples.
+        task: whose main figure tells which epoch is the best.
         accountant: counts the network.
         folder: of the run.
         logging_on: whether there is a logger.
@@ -632,20 +679,24 @@ def build_callbacks(
         ours.ReproducibleEpochs(cfg.seed),
         ours.FiniteLoss(),
     ]
+    traced = accountant if isinstance(accountant, Accountant) else None  # as every network with gates is
     if cfg.compacts:  # in front of all that looks at the network: it then has its original size
         every = cfg.callbacks.compact_every_n_epochs
-        callbacks.append(Compaction(accountant, every, cfg.callbacks.compact_below))
+        assert traced is not None
+        callbacks.append(Compaction(traced, every, cfg.callbacks.compact_below))
     average = WeightAverage(cfg.ema_decay) if cfg.ema_decay is not None else None
     if average is not None:
         callbacks.append(average)
     asked = asked_for(cfg)
     if asked is not None:
-        callbacks.append(SparsityTarget(accountant, target_settings(cfg, *asked), average))
+        assert traced is not None
+        callbacks.append(SparsityTarget(traced, target_settings(cfg, *asked), average))
     callbacks.append(batch_norm_estimation(cfg, average))
     if not cfg.without_using_gate:
+        assert traced is not None
         callbacks += [
             ours.TemperatureSchedule(cfg.temperature.scheduler()),
-            ours.SparsityMonitor(accountant, cfg.callbacks.histogram_every_n_epochs),
+            ours.SparsityMonitor(traced, cfg.callbacks.histogram_every_n_epochs),
         ]
         if cfg.callbacks.penalty_warmup_epochs > 0:
             callbacks.append(ours.PenaltyWarmUp(cfg.callbacks.penalty_warmup_epochs))
@@ -654,7 +705,10 @@ def build_callbacks(
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     if cfg.trainer.enable_checkpointing:
         if data.num_val and keeps_best(cfg):
-            callbacks.append(ours.BestCheckpoint(folder / "checkpoints", resumed))
+            best = ours.BestCheckpoint(
+                folder / "checkpoints", resumed, f"val_{task.figure}", task.larger_is_better
+            )
+            callbacks.append(best)
         callbacks.append(ours.LastCheckpoint(folder / "checkpoints"))
     return callbacks, timer
 
@@ -708,15 +762,19 @@ def statistics_fit(cfg: Training, net: nn.Module, checkpoint: Checkpoint | None)
     return checkpoint.batch_norm_is_current and checkpoint.gated == bool(hard_concretes(net))
 
 
-def tested_checkpoint(cfg: Training, trainer: pl.Trainer, folder: Path) -> tuple[float | None, str | None]:
-    """Return the validation accuracy and the path of the checkpoint to test; no path if none was written."""
+def tested_checkpoint(
+    cfg: Training, trainer: pl.Trainer, folder: Path, task: Task
+) -> tuple[dict[str, float | None], str | None]:
+    """Return what validation measured of the checkpoint to test, and its path if one was written."""
     written = folder / "checkpoints"
     best = [c for c in trainer.checkpoint_callbacks if isinstance(c, ours.BestCheckpoint)]
     if cfg.test_checkpoint == "best" and best and best[0].best_model_score is not None:
         score = float(f"{float(best[0].best_model_score):.7g}")
-        return score, str(written / Path(best[0].best_model_path).name)
+        known: dict[str, float | None] = dict.fromkeys(names("val", task))
+        path = str(written / Path(best[0].best_model_path).name)
+        return {**known, f"val_{task.figure}": score}, path
     last = written / "last.ckpt"
-    return metric(trainer, "val_acc"), str(last) if last.is_file() else None
+    return measured(trainer, "val", task), str(last) if last.is_file() else None
 
 
 def rebuild(given: Evaluation, named: Set[str]) -> tuple[Training, Checkpoint]:
@@ -747,10 +805,10 @@ def synchronise(cfg: Training, net: nn.Module) -> nn.Module:
     return synchronise_batch_norm(net) if cfg.trainer.sync_batchnorm else net
 
 
-def example_input(data: RunData, net: nn.Module) -> torch.Tensor:
-    """Return one image of zeros where a network is and of its type, for tracing."""
+def example_input(data: RunData, net: nn.Module) -> Any:
+    """Return one example of zeros where a network is and of its type, for tracing."""
     like = next(p for p in net.parameters() if p.is_floating_point())
-    return torch.zeros(1, *data.image_shape, device=like.device, dtype=like.dtype)
+    return data.form.taken_by(net).example(1, like.device, like.dtype)
 
 
 def hyperparameters(config: dict[str, Any]) -> dict[str, Any]:

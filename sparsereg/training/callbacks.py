@@ -102,7 +102,7 @@ class BatchNormEstimation(Callback):
     and more in networks with a small momentum) and know sampled gates only. Statistics that fit, since
     nothing was trained after they were taken, are kept: the network that is tested is the one measured.
 
-    Works in any LightningModule that answers to ``forward(images)``, with any data. The images are those of
+    Works in any LightningModule that answers to ``forward(inputs)``, with any data. The images are those of
     the data module's ``estimation_batches`` if it has that (ours do), else of its training batches.
 
     Args:
@@ -289,20 +289,28 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Write ``best.ckpt`` whenever the validation accuracy is higher than ever.
+    """Write ``best.ckpt`` whenever a figure of validation is better than ever.
 
     Args:
         folder: where to.
         resumed: the checkpoint that is resumed, if one is.
+        figure: name of the figure.
+        larger_is_better: or smaller.
     """
 
-    def __init__(self, folder: Path, resumed: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        resumed: Path | None = None,
+        figure: str = "val_acc",
+        larger_is_better: bool = True,
+    ) -> None:
         self.resumed = resumed
         super().__init__(
             dirpath=folder,
             filename="best",
-            monitor="val_acc",
-            mode="max",
+            monitor=figure,
+            mode="max" if larger_is_better else "min",
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )

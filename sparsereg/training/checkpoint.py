@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,8 +16,11 @@ from sparsereg.archives import load_torch, not_finite
 from sparsereg.compression import storage
 from sparsereg.data.config import CONFIGS as SOURCES
 from sparsereg.data.config import source_of
+from sparsereg.data.form import Form, is_described
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import DamagedFile, InputError
+from sparsereg.training.tasks.config import CONFIGS as TASKS
+from sparsereg.training.tasks.config import FIGURES, task_of
 from sparsereg.zoo.config import CONFIGS as NETWORKS
 from sparsereg.zoo.config import group_of
 
@@ -50,15 +54,14 @@ class Checkpoint:
         path: the file.
         weights: state dict of the network.
         config: resolved configuration of the run that wrote it.
-        num_classes: classes of its data.
-        image_shape: (channels, height, width) of its images.
+        form: what its network was built for.
         gated: whether its network has gates.
         epoch: number of finished epochs.
         content: everything in the file.
         structure: of a compacted network, see ``sparsereg.compression.storage.describe``; else None.
         batch_norm_is_current: whether its BatchNorm statistics were taken for exactly these weights.
         before: of a network that is being fine-tuned, the run's stage under gates; else None.
-        data: description of the images that it was trained on.
+        data: description of the data that it was trained on.
         version: of sparsereg that wrote it; "" for one that did not say.
         changed: of a run that is resumed, the settings that are honoured from here on: (was, is).
     """
@@ -67,8 +70,7 @@ class Checkpoint:
     path: Path
     weights: dict[str, Tensor]
     config: dict[str, Any]
-    num_classes: int
-    image_shape: tuple[int, ...]
+    form: Form
     gated: bool
     epoch: int
     content: dict[str, Any]
@@ -134,6 +136,11 @@ _SWITCH = Part(lambda v: isinstance(v, bool), "true or false")
 _WEIGHTS = Part(_are_weights, "tensors by name, without NaN")
 _COUNT = Part(_is_count, "an integer >= 0")
 _SHARE = Part(lambda v: v is None or (isinstance(v, int | float) and 0 <= v <= 1), "a share in [0, 1]")
+_FIGURE = Part(
+    lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < math.inf,
+    "a number >= 0",
+    optional=True,
+)
 _LIST = Part(lambda v: isinstance(v, list) and all(map(_is_mapping, v)), "a list of states")
 
 PARTS: dict[str, Part] = {
@@ -151,6 +158,9 @@ PARTS: dict[str, Part] = {
         lambda v: isinstance(v, list) and 1 <= len(v) <= 3 and all(_is_count(n, 1) for n in v),
         "one to three integers >= 1",
     ),
+    "sparsereg.config.task": Part(_is_mapping, "settings by name", optional=True),
+    "sparsereg.vocabulary": Part(lambda v: _is_count(v, 1), "an integer >= 1 or null", optional=True),
+    "sparsereg.inputs": Part(is_described, "types and shapes of inputs by name", optional=True),
     "sparsereg.gated": _SWITCH,
     "sparsereg.batch_norm_is_current": _SWITCH,
     "sparsereg.structure": Part(_TEXT.fits, "a network's structure or null", optional=True),
@@ -167,8 +177,8 @@ BEFORE: dict[str, Part] = {
     "config.data.name": _NAME,
     "results": _MAPPING,
     "results.checkpoint": Part(_TEXT.fits, "a file", optional=True),
-    **{f"results.{key}": _SHARE for key in ("val_acc", "test_acc", "L_C0")},
-    **{f"results.{key}": _SHARE for key in ("expected_sparsity", "exact_sparsity")},
+    **{f"results.{stage}_{name}": _FIGURE for stage in ("val", "test") for name in FIGURES},
+    **{f"results.{key}": _SHARE for key in ("L_C0", "expected_sparsity", "exact_sparsity")},
     **{
         f"results.{key}": _COUNT
         for key in (
@@ -302,8 +312,7 @@ def read(path: str | Path, key: str = "ckpt_path", resume: bool = False) -> Chec
         path=path,
         weights={k[len(prefix) :]: v for k, v in content["state_dict"].items() if k.startswith(prefix)},
         config=ours["config"],
-        num_classes=ours["num_classes"],
-        image_shape=tuple(ours["image_shape"]),
+        form=Form.read(ours, task_of(ours["config"].get("task"))),
         gated=ours["gated"],
         epoch=int(content["epoch"]) + 1,
         content=content,
@@ -329,8 +338,7 @@ def _compacted(path: Path, named: str) -> Checkpoint:
         path=path,
         weights=net.state_dict(),
         config={**notes["config"], "model": {"name": COMPACTED}},
-        num_classes=notes["num_classes"],
-        image_shape=tuple(notes["image_shape"]),
+        form=Form.read(notes, task_of(notes["config"].get("task"))),
         gated=False,
         epoch=0,
         content={},
@@ -339,7 +347,7 @@ def _compacted(path: Path, named: str) -> Checkpoint:
 
 
 def group_choices(arguments: list[str]) -> list[str]:
-    """Return the choices ``model=...`` and ``data=...`` of the checkpoint that the arguments name.
+    """Return the choices ``model=``, ``data=`` and ``task=`` of the checkpoint that the arguments name.
 
     Args:
         arguments: of train.py or test.py, such as ``ckpt_path=F``.
@@ -356,6 +364,8 @@ def group_choices(arguments: list[str]) -> list[str]:
     checkpoint = read(paths[-1], resume=resume[-1:] == ["true"])
     config = checkpoint.run_config if resume[-1:] == ["true"] else checkpoint.config
     chosen = {"model": group_of(config["model"]), "data": source_of(config["data"])}
+    if config.get("task") is not None:
+        chosen["task"] = task_of(config["task"])
     given = {a.lstrip("+").partition("=")[0] for a in arguments}
     stored = {
         f"{key}.{name}": value
@@ -364,8 +374,8 @@ def group_choices(arguments: list[str]) -> list[str]:
         for name, value in targets.code_in(config[key]).items()
     }
     targets.check_repeated(stored, dict.fromkeys(given), checkpoint.named)
-    for key, known in (("model", NETWORKS), ("data", SOURCES)):
-        if chosen[key] not in known:
+    for key, known in (("model", NETWORKS), ("data", SOURCES), ("task", TASKS)):
+        if key in chosen and chosen[key] not in known:
             raise InputError(
                 f"{checkpoint.named} is of {key}={chosen[key]}, which is none of {', '.join(known)}"
             )

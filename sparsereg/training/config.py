@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sparsereg.data.config import CONFIGS as SOURCES
 from sparsereg.data.config import Cifar10Data, Data
 from sparsereg.errors import InputError, nearest
 from sparsereg.settings import (
@@ -31,7 +32,9 @@ from sparsereg.settings import (
 from sparsereg.targets import TARGET, is_own
 from sparsereg.temperature import Temperature
 from sparsereg.training.schedules import SCHEDULES
-from sparsereg.zoo.config import GoogleNetModel, Network, OwnNetwork, TorchvisionModel
+from sparsereg.training.tasks.config import FIGURES, TaskSettings
+from sparsereg.zoo.config import CONFIGS as NETWORKS
+from sparsereg.zoo.config import GoogleNetModel, GptModel, Network, OwnNetwork, TorchvisionModel, UNetModel
 
 
 @dataclass(frozen=True)
@@ -270,10 +273,59 @@ PENALTIES = ("gates", "weights")
 
 
 OBJECTIVES = (
-    *("val_acc", "test_acc", "L_C0", "expected_sparsity", "exact_sparsity", "parameters", "macs"),
+    *(f"{stage}_{figure}" for figure in FIGURES for stage in ("val", "test")),
+    *("L_C0", "expected_sparsity", "exact_sparsity", "parameters", "macs"),
     *("compacted_parameters", "compacted_macs", "gates", "open_gates", "seconds_per_epoch"),
 )
-"""Numbers of results.json that a sweeper can be given."""
+"""Numbers of results.json that a sweeper can be given, besides the figures of a task of yours."""
+
+
+def check_pair(said: str, tasks: tuple[str, ...], task: TaskSettings, noun: str) -> None:
+    """Raise an InputError unless a network or data serve a task.
+
+    Args:
+        said: setting that names them.
+        tasks: that they serve; () for any.
+        task: to be learnt.
+        noun: what they are, for the message.
+    """
+    if tasks and task.name not in ("auto", "own", *tasks):
+        raise InputError(
+            f"{said} has {noun} for task={' or '.join(tasks)}, not for {task.said}: change one of them"
+        )
+
+
+def that_go_with(arguments: list[str]) -> list[str]:
+    """Return the choices of network and data that go with what the arguments name of model, data and task.
+
+    Args:
+        arguments: of train.py.
+    """
+    given = dict(a.lstrip("+").partition("=")[::2] for a in arguments)
+    own = {key.partition(".")[0] for key in given if key.endswith("._target_")}
+    if "experiment" in given:
+        return []
+    task = given.get("task", "")
+    data, model = given.get("data"), given.get("model")
+    found: list[str] = []
+    if data is None and "data" not in own:
+        network = NETWORKS.get(model or "")
+        found += network.DATA if network is not None and network.DATA else DATA_OF.get(task, ())
+        data = next((f.partition("=")[2] for f in found), None)
+    if model is None and "model" not in own:
+        source = SOURCES.get(data or "")
+        found += MODEL_OF.get(task, source.MODEL if source is not None else ())
+    return [choice for choice in found if choice.partition("=")[0] not in given]
+
+
+DATA_OF: dict[str, tuple[str, ...]] = {"language_model": ("data=text",)}
+"""The data of a task where the user names none."""
+MODEL_OF: dict[str, tuple[str, ...]] = {
+    "language_model": GptModel.CHOICE,
+    "text_classification": GptModel.CHOICE,
+    "segmentation": UNetModel.CHOICE,
+}
+"""The network of a task where the user names none."""
 
 
 @dataclass(frozen=True)
@@ -318,14 +370,16 @@ class Training(Settings):
         Finetune, "then the gates are folded and the compacted network is trained further"
     )
     distill: Distill = setting(Distill, "learn from a trained network, too")
-    objective: str | tuple[str, ...] = setting(
-        "val_acc",
-        "in a sweep: the number of results.json that Hydra's sweeper gets, or a list of them",
+    objective: str | tuple[str, ...] | None = setting(
+        None,
+        "in a sweep: the number of results.json that Hydra's sweeper gets, or a list of them; null: the main"
+        " figure of validation",
         empty=False,
     )
     rerun: bool = setting(False, "in a sweep (-m): do jobs again that finished in an earlier sweep")
     model: Network = setting(GoogleNetModel, "the network")
-    data: Data = setting(Cifar10Data, "the images")
+    data: Data = setting(Cifar10Data, "what it learns from")
+    task: TaskSettings = setting(TaskSettings, "what it learns: that of the data unless you name it")
     temperature: Temperature = setting(Temperature, "beta of the gates")
     optimizer: Optimizer = setting(Optimizer, "optimizer and learning rate")
     trainer: Trainer = setting(Trainer, "any key of Lightning's Trainer")
@@ -348,7 +402,9 @@ class Training(Settings):
             raise InputError(
                 "resume_training=true needs a checkpoint: give ckpt_path=RUN/checkpoints/last.ckpt"
             )
-        check_objective(self.objective, OBJECTIVES)
+        if self.objective is not None and self.task.name != "own":
+            check_objective(self.objective, OBJECTIVES)
+        self._check_pairs()
         if self.penalty == "weights" and isinstance(self.model, TorchvisionModel | OwnNetwork):
             whose = "torchvision network" if isinstance(self.model, TorchvisionModel) else "network of yours"
             raise InputError(
@@ -363,6 +419,20 @@ class Training(Settings):
         self._check_target()
         if self.compacts:
             self._check_compaction()
+
+    def _check_pairs(self) -> None:
+        """Network, data and task go together, as far as their names tell."""
+        for said, tasks, noun in (
+            (self.data.said, self.data.TASKS, "labels"),
+            (self.model.said, self.model.TASKS, "a network"),
+        ):
+            check_pair(said, tasks, self.task, noun)
+        data, model = self.data.TASKS, self.model.TASKS
+        if data and model and not set(data) & set(model):
+            raise InputError(
+                f"{self.model.said} is for task={' or '.join(model)}, {self.data.said} for task="
+                f"{' or '.join(data)}: change one of them"
+            )
 
     def _check_target(self) -> None:
         key = self.target_key
@@ -428,7 +498,8 @@ class Evaluation(Settings):
     )
     benchmark: bool = setting(False, "time gated against dense against compacted")
     model: Network = setting(GoogleNetModel, "the network; that of the checkpoint unless you name another")
-    data: Data = setting(Cifar10Data, "the images; those of the checkpoint unless you name others")
+    data: Data = setting(Cifar10Data, "the data; those of the checkpoint unless you name others")
+    task: TaskSettings = setting(TaskSettings, "the task; that of the checkpoint unless you name another")
     trainer: Trainer = setting(Trainer, "any key of Lightning's Trainer")
     callbacks: Callbacks = setting(Callbacks, "only batch_norm matters here")
 

@@ -3,9 +3,15 @@
 Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sparsereg.data.batches import call
+from sparsereg.data.form import Inputs
 
 
 class Distillation:
@@ -14,7 +20,7 @@ class Distillation:
     It is no nn.Module, so that the teacher is neither trained nor saved with the pupil.
 
     Args:
-        teacher: images to logits; put into eval mode.
+        teacher: of the same task; put into eval mode.
         weight: of the divergence, in [0, 1]; cross-entropy gets the rest.
         temperature: by which both networks' logits are divided, > 0.
     """
@@ -24,18 +30,26 @@ class Distillation:
         self.weight = weight
         self.temperature = temperature
 
-    def mixed(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+    @torch.no_grad()
+    def answer(self, inputs: Inputs) -> Any:
+        """Return what the teacher answers to a batch as the pupil saw it."""
+        device = next(iter(inputs.values())).device if isinstance(inputs, Mapping) else inputs.device
+        if next(self.teacher.parameters()).device != device:
+            self.teacher.to(device)
+        return call(self.teacher, inputs)
+
+    def mixed(self, loss: Tensor, logits: Tensor, taught: Tensor) -> Tensor:
         """Return (1 - weight) loss + weight T^2 KL(teacher || pupil), a scalar.
+
+        The divergence is the mean over all predictions, of each pixel or token where there are several.
 
         Args:
             loss: the pupil's on the labels, a scalar.
-            images: the batch as the pupil saw it.
-            logits: the pupil's, (batch, classes).
+            logits: the pupil's, (examples, classes, ...).
+            taught: the teacher's, likewise.
         """
-        with torch.no_grad():
-            if next(self.teacher.parameters()).device != images.device:
-                self.teacher.to(images.device)
-            taught = F.log_softmax(self.teacher(images).float() / self.temperature, dim=1)
+        taught = F.log_softmax(taught.float() / self.temperature, dim=1)
         learned = F.log_softmax(logits.float() / self.temperature, dim=1)
-        divergence = F.kl_div(learned, taught, reduction="batchmean", log_target=True)
+        num_predictions = logits.numel() / logits.shape[1]
+        divergence = F.kl_div(learned, taught, reduction="sum", log_target=True) / num_predictions
         return (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence

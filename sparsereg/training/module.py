@@ -1,4 +1,4 @@
-"""The LightningModule: a gated (or plain) classifier and its loss."""
+"""The LightningModule: a gated (or plain) network, its task and its loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,12 +6,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 import sparsereg
+from sparsereg.data.batches import call, num_examples, only
+from sparsereg.data.form import Form, Inputs
 from sparsereg.distributions import draw_together
 from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.model.synchronised import several_processes
@@ -21,6 +21,7 @@ from sparsereg.training.constraint import Constraint
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.lightning import logs_now, show_learning_rates_, steps_per_epoch
 from sparsereg.training.optimizers import build_optimizer, learning_rate
+from sparsereg.training.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -29,34 +30,32 @@ class Provenance:
 
     Attributes:
         config: the resolved configuration, plain dicts and numbers.
-        num_classes: classes of the data.
-        image_shape: (channels, height, width) of the images.
+        form: what the network was built for.
         gated: whether the network has gates.
         structure: of a compacted network, which no configuration describes, see
             ``sparsereg.compression.storage.describe``; None for others.
         before: while a compacted network is fine-tuned, configuration and results of the run's stage under
             gates; else None.
-        data: description of the images, see ``sparsereg.data.ImageDataModule.describe``.
+        data: its description, see ``sparsereg.data.ImageDataModule.describe``.
     """
 
     config: dict[str, Any]
-    num_classes: int
-    image_shape: tuple[int, ...]
+    form: Form
     gated: bool
     structure: str | None = None
     before: dict[str, Any] | None = None
     data: dict[str, Any] = field(default_factory=dict)
 
 
-class Classifier(pl.LightningModule):
-    """Minimises cross-entropy + lambda_l0 * L_C0, where L_C0 is the mean of P(z > 0) over all gates.
+class Learner(pl.LightningModule):
+    """Minimises the loss of a task + lambda_l0 * L_C0, where L_C0 is the mean of P(z > 0) over all gates.
 
     Where a constraint is set (see ``sparsereg.training.target``), its penalty takes the place of
     lambda_l0's.
 
     Args:
-        net: images (batch, channels, height, width) to logits (batch, num_classes).
-        num_classes: number of classes.
+        net: what the task's batches hold to what its loss takes.
+        task: what is learnt.
         lambda_l0: weight of the penalty, >= 0.
         lambda_l2: weight of half the expected squared norm of the weights under their gates, >= 0: the
             L2 norm inside the L0 penalty of the paper, see ``sparsereg.penalties.expected_l2``.
@@ -66,7 +65,8 @@ class Classifier(pl.LightningModule):
         penalty: ``gates`` or, as in the paper, ``weights``: lambda_l0 is then the price of
             ``sparsereg.penalties.expected_l0`` instead of L_C0.
         distillation: a teacher; None trains on the labels alone.
-        label_smoothing: share of each label that is spread over all classes, in [0, 1).
+        label_smoothing: share of each label that is spread over all classes, in [0, 1); > 0 for tasks whose
+            loss takes it.
         steady_gates: the gates keep their learning rate when that of the weights falls, so that a
             constraint can still move them.
     """
@@ -74,7 +74,7 @@ class Classifier(pl.LightningModule):
     def __init__(
         self,
         net: nn.Module,
-        num_classes: int,
+        task: Task,
         lambda_l0: float,
         optimizer: Optimizer,
         provenance: Provenance,
@@ -87,6 +87,7 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.net = net
+        self.task = task
         self.penalty = penalty
         self.distillation = distillation
         self.label_smoothing = label_smoothing
@@ -106,28 +107,28 @@ class Classifier(pl.LightningModule):
         self._vectors = tuple(
             m.gates for m in net.modules() if isinstance(m, L0Gate) and m.sampling == "batch" and not compiled
         )
-        accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        self.train_acc = accuracy
-        self.val_acc = accuracy.clone()
-        self.test_acc = accuracy.clone()
+        inputs = provenance.form.inputs
+        self._taken = None if inputs is None else tuple(inputs)
+        self.train_metrics, self.val_metrics, self.test_metrics = (
+            nn.ModuleDict(task.metrics()) for _ in range(3)
+        )
 
     @property
     def gated(self) -> bool:
         """Whether the network has gates."""
         return bool(self._gates)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
-        logits: Tensor = self.net(images)
-        return logits
+    def forward(self, *inputs: Any, **by_name: Any) -> Any:
+        """Return what the network answers; inputs by name that it does not take are left out."""
+        return self.net(*inputs, **only(by_name, self._taken))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch; log its parts every ``trainer.log_every_n_steps`` steps."""
-        images, labels = batch
+        inputs, labels = self._split(batch)
         self.batch_norm_is_current = False
         draw_together(self._vectors)
-        logits = self.net(images)
-        acc_loss = self._task_loss(images, logits, labels)
+        predictions, labels = self.task.predictions(call(self.net, inputs), labels)
+        acc_loss = self._task_loss(inputs, predictions, labels)
         scalars: dict[str, Tensor | float] = {"acc_loss": acc_loss.detach()}
         loss = acc_loss
         if self._gates:
@@ -136,16 +137,25 @@ class Classifier(pl.LightningModule):
             norm = expected_l2(self.net)
             loss = loss + self.lambda_l2 / 2 * norm
             scalars["expected_l2"] = norm.detach()
-        self.train_acc.update(logits.detach(), labels)
+        _update(self.train_metrics, predictions, labels)
         # Every self.log call costs about half a millisecond, whether or not anything is written.
         if logs_now(self.trainer):
             scalars["train_loss"] = loss.detach()
             self.log_dict(scalars, prog_bar=True, sync_dist=several_processes())
-        return loss * _share(labels)
+        return loss * _share(num_examples(inputs), self.device)
 
-    def _task_loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
-        return loss if self.distillation is None else self.distillation.mixed(loss, images, logits)
+    def _split(self, batch: Any) -> tuple[Inputs, Any]:
+        """Return what the network reads of a batch, and what it is to answer."""
+        inputs, labels = self.task.split(batch)
+        return only(inputs, self._taken), labels
+
+    def _task_loss(self, inputs: Inputs, predictions: Any, labels: Any) -> Tensor:
+        smoothing = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+        loss = self.task.loss(predictions, labels, **smoothing)
+        if self.distillation is None:
+            return loss
+        taught, _ = self.task.predictions(self.distillation.answer(inputs), labels)
+        return self.distillation.mixed(loss, predictions, taught)
 
     def _gate_penalty(self, scalars: dict[str, Tensor | float]) -> Tensor | float:
         """Return what open gates cost, and note L_C0 and the state of a constraint."""
@@ -158,25 +168,30 @@ class Classifier(pl.LightningModule):
         return self.penalty_scale * self.lambda_l0 * price
 
     def on_train_epoch_end(self) -> None:
-        """Log the accuracy on the training images as they were seen (augmented, under sampled gates)."""
-        self.log("train_acc", self.train_acc.compute(), prog_bar=True, sync_dist=several_processes())
-        self.train_acc.reset()
+        """Log the figures on the training examples as they were seen (augmented, under sampled gates)."""
+        for name, metric in self.train_metrics.items():
+            assert isinstance(metric, Metric)
+            self.log(f"train_{name}", metric.compute(), prog_bar=True, sync_dist=several_processes())
+            metric.reset()
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count what is right among a batch of validation images."""
-        self._evaluate("val", self.val_acc, batch)
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure on a batch of validation examples."""
+        self._evaluate("val", self.val_metrics, batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count what is right among a batch of test images."""
-        self._evaluate("test", self.test_acc, batch)
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure on a batch of test examples."""
+        self._evaluate("test", self.test_metrics, batch)
 
-    def _evaluate(self, stage: str, accuracy: Metric, batch: tuple[Tensor, Tensor]) -> None:
-        images, labels = batch
-        logits = self.net(images)
-        accuracy.update(logits, labels)
-        loss = F.cross_entropy(logits.float(), labels)
-        self.log(f"{stage}_loss", loss, on_epoch=True, batch_size=len(labels), sync_dist=several_processes())
-        self.log(f"{stage}_acc", accuracy, on_step=False, on_epoch=True, prog_bar=True)
+    def _evaluate(self, stage: str, metrics: nn.ModuleDict, batch: Any) -> None:
+        inputs, labels = self._split(batch)
+        predictions, labels = self.task.predictions(call(self.net, inputs), labels)
+        _update(metrics, predictions, labels)
+        loss = self.task.loss(predictions, labels)
+        size = num_examples(inputs)
+        self.log(f"{stage}_loss", loss, on_epoch=True, batch_size=size, sync_dist=several_processes())
+        for name, metric in metrics.items():
+            assert isinstance(metric, Metric)
+            self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and step its schedule after every batch."""
@@ -225,8 +240,7 @@ class Classifier(pl.LightningModule):
         checkpoint["sparsereg"] = {
             "version": sparsereg.__version__,
             "config": p.config,
-            "num_classes": p.num_classes,
-            "image_shape": list(p.image_shape),
+            **p.form.described(),
             "gated": p.gated,
             "structure": p.structure,
             "before": p.before,
@@ -241,10 +255,17 @@ class Classifier(pl.LightningModule):
         self._resumed_steps_per_epoch = checkpoint["sparsereg"].get("steps_per_epoch")
 
 
-def _share(labels: Tensor) -> Tensor | float:
+def _update(metrics: nn.ModuleDict, predictions: Any, labels: Any) -> None:
+    found = predictions.detach() if isinstance(predictions, Tensor) else predictions
+    for metric in metrics.values():
+        assert isinstance(metric, Metric)
+        metric.update(found, labels)
+
+
+def _share(size: int, device: torch.device) -> Tensor | float:
     """Weight of this process's mean loss, so that the mean over processes is the mean over examples."""
     if not several_processes():
         return 1.0
-    total = torch.tensor(float(len(labels)), device=labels.device)
+    total = torch.tensor(float(size), device=device)
     torch.distributed.all_reduce(total)
-    return len(labels) * torch.distributed.get_world_size() / total
+    return size * torch.distributed.get_world_size() / total

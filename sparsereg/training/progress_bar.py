@@ -3,33 +3,45 @@
 import math
 import shutil
 import sys
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar as LightningBar
 from tqdm import tqdm
 
+from sparsereg.training.tasks.task import SHARES, Task
+
 WIDTH = 80
-FIGURES = {
-    "loss": ("train_loss",),
-    "acc": ("val_acc", "test_acc", "train_acc"),
-    "sparsity": ("exact_sparsity", "expected_sparsity"),
-}
-"""What the bar shows, and the metrics that it is taken from: the first that was logged."""
+SPARSITY = ("exact_sparsity", "expected_sparsity")
+"""Where the sparsity that the bar shows is taken from: the first that was logged."""
 
 
-def figures(metrics: dict[str, Any]) -> str:
+@runtime_checkable
+class HasTask(Protocol):
+    """A LightningModule whose main figure the bar shows."""
+
+    task: Task
+
+
+def figures(metrics: dict[str, Any], figure: str = "acc") -> str:
     """Return the figures of the bar as text; those that are not known yet are left out.
 
     Args:
         metrics: by name, as Lightning collects them.
+        figure: the main one of the task.
     """
+    shown = {
+        "loss": ("train_loss",),
+        figure: tuple(f"{stage}_{figure}" for stage in ("val", "test", "train")),
+        "sparsity": SPARSITY,
+    }
     known = {
         short: float(metrics[found])
-        for short, names in FIGURES.items()
+        for short, names in shown.items()
         if (found := next((name for name in names if name in metrics), None)) is not None
     }
-    return ", ".join(f"{k} {v:#.4g}" if k == "loss" else f"{k} {100 * v:.1f}%" for k, v in known.items())
+    shares = {*SHARES, "sparsity"}
+    return ", ".join(f"{k} {100 * v:.1f}%" if k in shares else f"{k} {v:#.4g}" for k, v in known.items())
 
 
 class ProgressBar(LightningBar):
@@ -43,6 +55,13 @@ class ProgressBar(LightningBar):
         super().__init__()
         self._enabled = sys.stdout.isatty()
         self._bar: Any = None
+        self._figure = "acc"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Ask the module what its main figure is."""
+        super().setup(trainer, pl_module, stage)
+        if isinstance(pl_module, HasTask):
+            self._figure = pl_module.task.figure
 
     def disable(self) -> None:
         """Show nothing from now on."""
@@ -117,7 +136,7 @@ class ProgressBar(LightningBar):
 
     def _show(self, trainer: pl.Trainer) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(figures(dict(trainer.callback_metrics)))
+            self._bar.set_postfix_str(figures(dict(trainer.callback_metrics), self._figure))
 
     def _close(self) -> None:
         if self._bar is not None:

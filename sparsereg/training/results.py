@@ -9,8 +9,10 @@ from torch import nn
 
 from sparsereg.compression import Accountant, Count, original_size
 from sparsereg.penalties import hard_concretes
+from sparsereg.training.accounting import PlainAccountant
 from sparsereg.training.config import Training
 from sparsereg.training.target import SparsityTarget, asked_for, exact_share
+from sparsereg.training.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,9 @@ def count_summary(count: Count, net: nn.Module) -> dict[str, Any]:
     }
 
 
-def target_summary(cfg: Training, trainer: Trainer, accountant: Accountant) -> dict[str, Any]:
+def target_summary(
+    cfg: Training, trainer: Trainer, accountant: Accountant | PlainAccountant
+) -> dict[str, Any]:
     """Return lambda_l0, or the target with the lambda that was found; warn where the target is missed.
 
     Args:
@@ -67,6 +71,7 @@ def target_summary(cfg: Training, trainer: Trainer, accountant: Accountant) -> d
     if key is None or asked is None:
         return {"lambda_l0": cfg.lambda_l0}
     cost, allowed = asked
+    assert isinstance(accountant, Accountant)  # a target needs gates
     kept = exact_share(accountant, cost)
     if abs(kept - allowed) > 0.01:
         few = "is not met: %.1f %% of the %s stay; training ended early, or the gates are too few"
@@ -76,10 +81,17 @@ def target_summary(cfg: Training, trainer: Trainer, accountant: Accountant) -> d
     return {"lambda_l0": None, key: getattr(cfg, key), "lambda_target": found}
 
 
-def headline(results: dict[str, Any]) -> str:
-    """Return the few lines that a script prints at the end."""
-    keys = ("val_acc", "test_acc", "L_C0", "expected_sparsity", "exact_sparsity")
-    lines = [f"{key:18s} {results[key]:.4f}" for key in keys if results[key] is not None]
+def headline(results: dict[str, Any], task: Task) -> str:
+    """Return the few lines that a script prints at the end.
+
+    Args:
+        results: of results.json.
+        task: whose figures come first.
+    """
+    figures = [name for figure in task.figures for name in (f"val_{figure}", f"test_{figure}")]
+    keys = (*figures, "L_C0", "expected_sparsity", "exact_sparsity")
+    width = max(18, *(len(key) for key in figures))
+    lines = [f"{key:{width}s} {results[key]:.4f}" for key in keys if results.get(key) is not None]
     if "original_parameters" in results:
         left = results["compacted_parameters"] / results["original_parameters"]
         lines.append(
@@ -96,6 +108,16 @@ def metric(trainer: Trainer, name: str) -> float | None:
     """
     value = trainer.callback_metrics.get(name)
     return None if value is None else float(f"{float(value):.7g}")
+
+
+def names(stage: str, task: Task) -> list[str]:
+    """Return the names that a task's figures have in results.json: ``val_acc``, say."""
+    return [f"{stage}_{figure}" for figure in task.figures]
+
+
+def measured(trainer: Trainer, stage: str, task: Task) -> dict[str, float | None]:
+    """Return the figures that were measured in a stage, ``val`` or ``test``; None for those that were not."""
+    return {name: metric(trainer, name) for name in names(stage, task)}
 
 
 def block_table(count: Count, net: nn.Module) -> str:

@@ -71,7 +71,7 @@ FREE = Rule(silent=True)
 COMMAND = Rule(silent=True)
 """Of the command, not of the run; start_from has checked it."""
 SPLIT = Rule(False, "other images would train and validate")
-DATA = Rule(False, "the images would be others")
+DATA = Rule(False, "the data would be others")
 NETWORK = Rule(False, "the checkpoint holds another network")
 GATES = Rule(False, "the gates are in the checkpoint")
 STATE = Rule(False, "the optimizer's state is in the checkpoint")
@@ -101,6 +101,9 @@ CHANGES: dict[str, Rule] = {
     "data.val_size": SPLIT,
     "data.split_seed": SPLIT,
     "data.limit_train_images": SPLIT,
+    "data.test_size": SPLIT,
+    "data.eval_windows": TOLD,
+    "data.train_windows": DATA,
     "data.batch_size": TOLD,
     "data.eval_batch_size": FREE,
     "data.device_resident": FREE,
@@ -109,6 +112,8 @@ CHANGES: dict[str, Rule] = {
     "data.augment": TOLD,
     "data.augment.*": TOLD,
     "data.*": DATA,
+    "task.name": Rule(False, "another task is another run"),
+    "task.*": TOLD,
     "optimizer.name": STATE,
     "optimizer._target_": STATE,
     "optimizer.decay_all": STATE,
@@ -259,6 +264,7 @@ DATA_IDENTITY = (
     "num_val",
     "num_classes",
     "image_shape",
+    "sha256",
     "mean",
     "std",
     "split_sha256",
@@ -277,7 +283,7 @@ def check_same_data(was: dict[str, Any], now: dict[str, Any], named: str) -> Non
     for key in DATA_IDENTITY:
         if key in was and was[key] != now.get(key):
             raise InputError(
-                f"{named} cannot be resumed with other images: {key} was {was[key]}, is {now.get(key)}"
+                f"{named} cannot be resumed with other data: {key} was {was[key]}, is {now.get(key)}"
             )
 
 

@@ -27,13 +27,14 @@ from sparsereg.files import write_atomically
 from sparsereg.settings import plain
 from sparsereg.training import build, resume
 from sparsereg.training import callbacks as ours
+from sparsereg.training.accounting import PlainAccountant, accountant_of
 from sparsereg.training.checkpoint import Checkpoint, FirstStage, load_all_weights_
 from sparsereg.training.config import Training
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.loggers import build_loggers
-from sparsereg.training.module import Classifier
+from sparsereg.training.module import Learner
 from sparsereg.training.optimizers import check_own_code
-from sparsereg.training.results import count_summary, gate_summary, metric, target_summary
+from sparsereg.training.results import count_summary, gate_summary, measured, names, target_summary
 from sparsereg.training.tensorboard import METRICS, in_order
 from sparsereg.zoo.config import CompactedModel
 
@@ -47,7 +48,7 @@ class Stage:
 
     Attributes:
         cfg: the configuration of this stage.
-        data: the images.
+        data: loaded.
         net: the network.
         accountant: counts it.
         module: trains it.
@@ -63,8 +64,8 @@ class Stage:
     cfg: Training
     data: RunData
     net: nn.Module
-    accountant: Accountant
-    module: Classifier
+    accountant: Accountant | PlainAccountant
+    module: Learner
     trainer: pl.Trainer
     timer: ours.EpochTimer
     loggers: list[Logger]
@@ -90,16 +91,17 @@ class Stage:
             _copy(self.trainer, Path(path), last)
 
     def test(self) -> dict[str, Any]:
-        """Test the checkpoint that ``test_checkpoint`` names; return accuracies and where it is."""
-        val_acc, tested = build.tested_checkpoint(self.cfg, self.trainer, self.folder)
+        """Test the checkpoint that ``test_checkpoint`` names; return its figures and where it is."""
+        task = self.module.task
+        val, tested = build.tested_checkpoint(self.cfg, self.trainer, self.folder, task)
         self.trainer.test(
             self.module, datamodule=self.data, ckpt_path=tested, weights_only=True, verbose=False
         )
-        test_acc = metric(self.trainer, "test_acc")
-        if val_acc is None and self.data.num_val and build.keeps_best(self.cfg):
+        test = measured(self.trainer, "test", task)
+        if None in val.values() and self.data.num_val and build.keeps_best(self.cfg):
             self.trainer.validate(self.module, datamodule=self.data, verbose=False)
-            val_acc = metric(self.trainer, "val_acc")
-        return {"val_acc": val_acc, "test_acc": test_acc, "checkpoint": tested}
+            val = measured(self.trainer, "val", task)
+        return {**val, **test, "checkpoint": tested}
 
 
 def begin(cfg: Training, data: RunData, checkpoint: Checkpoint | None, outputs: Path) -> Stage:
@@ -107,7 +109,7 @@ def begin(cfg: Training, data: RunData, checkpoint: Checkpoint | None, outputs: 
 
     Args:
         cfg: the checked configuration.
-        data: loaded images.
+        data: loaded.
         checkpoint: to start from or to resume.
         outputs: below which the folder of the run is made.
 
@@ -171,6 +173,8 @@ def _first_results(stage: Stage) -> dict[str, Any]:
         "seed": stage.cfg.seed,
         "epochs": stage.trainer.current_epoch,
         "seconds_per_epoch": stage.timer.seconds_per_epoch,
+        "task": stage.cfg.task.name,
+        "objective": f"val_{stage.module.task.figure}",
         "data": stage.data.describe(),
     }
 
@@ -178,7 +182,8 @@ def _first_results(stage: Stage) -> dict[str, Any]:
 def _second_results(stage: Stage) -> dict[str, Any]:
     assert stage.before is not None
     before = stage.before.results
-    gated = {key: before[key] for key in ("val_acc", "test_acc", "checkpoint")}
+    task = stage.module.task
+    gated = {key: before.get(key) for key in (*names("val", task), *names("test", task), "checkpoint")}
     if gated["checkpoint"] is not None:
         kept = stage.checkpoints / Path(gated["checkpoint"]).name
         gated["checkpoint"] = str(kept) if kept.is_file() else None
@@ -246,7 +251,8 @@ def log_results(
     cfg: Training, loggers: Sequence[Logger], results: dict[str, Any], named: Sequence[str]
 ) -> None:
     """Write settings and results into every logger (TensorBoard's HParams tab), once, at the end."""
-    metrics = {f"final/{k}": results[k] for k in METRICS if results[k] is not None}
+    compared = sorted(name for name in results if name.startswith(("test_", "val_")))
+    metrics = {f"final/{k}": results[k] for k in (*compared, *METRICS) if results.get(k) is not None}
     settings = in_order(build.hyperparameters(plain(cfg)), named)
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -268,19 +274,21 @@ def _assemble(
     resumed: Checkpoint | None = None,
 ) -> Stage:
     net = build.synchronise(cfg, net)
-    accountant = Accountant(net, build.example_input(data, net))
+    accountant = accountant_of(net, build.example_input(data, net))
+    module = build.build_module(cfg, net, data, structure, teacher, before)
     path = None if resumed is None else resumed.path
     if resumed is not None:
-        callbacks, _ = build.build_callbacks(cfg, data, accountant, Path("unused"), False, path)
+        callbacks, _ = build.build_callbacks(cfg, data, module.task, accountant, Path("unused"), False, path)
         resume.check_state(resumed, net, cfg.optimizer, build.build_trainer(cfg, []), callbacks)
-    module = build.build_module(cfg, net, data, structure, teacher, before)
     num_batches = build.batches_per_epoch(cfg, data)
     steps = max(num_batches / cfg.trainer.accumulate_grad_batches, 1.0)
     check_own_code(net, cfg.optimizer, cfg.trainer.max_epochs, steps)
     folder = make_folder()  # last of what can fail, so that a wrong input leaves none
     try:
         loggers = build_loggers(cfg.logger, folder if before is None else folder / "finetune")
-        callbacks, timer = build.build_callbacks(cfg, data, accountant, folder, bool(loggers), path)
+        callbacks, timer = build.build_callbacks(
+            cfg, data, module.task, accountant, folder, bool(loggers), path
+        )
         trainer = build.build_trainer(cfg, callbacks, loggers, folder, num_batches, data.num_val == 0)
     except InputError:
         with contextlib.suppress(OSError):

@@ -15,7 +15,7 @@ def start_line(name: str, net: nn.Module, data: RunData, device: torch.device, f
     Args:
         name: of the network.
         net: the network.
-        data: loaded images.
+        data: loaded.
         device: that it runs on.
         folder: that the run writes into.
     """

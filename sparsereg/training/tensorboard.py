@@ -16,15 +16,16 @@ from torch import Tensor
 from sparsereg.distributions import HardConcrete
 
 GROUPS = {
-    "train": ("train_loss", "acc_loss", "train_acc", "expected_l2", "seconds_per_epoch", "temperature"),
-    "val": ("val_loss", "val_acc"),
-    "test": ("test_loss", "test_acc"),
+    "train": ("acc_loss", "expected_l2", "seconds_per_epoch", "temperature"),
+    "val": (),
+    "test": (),
     "gates": ("L_C0", "expected_sparsity", "exact_sparsity", "open_gates", "gates_removed"),
     "target": ("lambda_target", "target_kept", "expected_kept"),
 }
-"""The groups of scalars, and the names in each; a name is the last part of its tag."""
-METRICS = ("test_acc", "val_acc", "exact_sparsity", "expected_sparsity")
-"""What the HParams tab compares runs by; the first three are what most look for."""
+"""The groups of scalars, and the names in each, besides those that start with the group's; a name is the last
+part of its tag."""
+METRICS = ("exact_sparsity", "expected_sparsity")
+"""What the HParams tab compares runs by, besides the figures of the task."""
 _PIXELS = 256
 _LONGEST_NAME = 120
 
@@ -38,7 +39,7 @@ def tag_of(name: str) -> str:
     first = name.partition("/")[0]
     if first == "open_gates" or name in GROUPS["gates"]:
         return f"gates/{name}"
-    group = next((group for group, names in GROUPS.items() if name in names), None)
+    group = next((g for g, names in GROUPS.items() if name in names or name.startswith(f"{g}_")), None)
     if group is None and ("/" in name or name in ("epoch", "hp_metric")):
         return name
     return f"{group or 'train'}/{name}"

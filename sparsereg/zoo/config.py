@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsereg.errors import InputError
-from sparsereg.settings import RATE, Settings, count, one_of, setting, within
+from sparsereg.settings import POSITIVE, RATE, Contradiction, Settings, again, count, one_of, setting, within
 from sparsereg.targets import TARGET, is_own
 
 _DROPOUT = within("[0, 1)", "a rate")
@@ -17,6 +17,11 @@ _DROPOUT = within("[0, 1)", "a rate")
 @dataclass(frozen=True)
 class Network(Settings):
     """A network by name."""
+
+    TASKS: ClassVar[tuple[str, ...]] = ("classification",)
+    """What it can learn; () for anything."""
+    DATA: ClassVar[tuple[str, ...]] = ()
+    """Choice of the data where the user names none; () for that of train.yaml."""
 
     name: str = setting("", "the network")
 
@@ -35,6 +40,11 @@ class Network(Settings):
     def group(self) -> str:
         """The choice of the configuration group ``model`` that has these settings."""
         return group_of(vars(self))
+
+    @property
+    def said(self) -> str:
+        """As the user gives it."""
+        return f"model={self.group}"
 
 
 def _sampling() -> Any:
@@ -104,8 +114,66 @@ class SparseMlpModel(Network):
 
 
 @dataclass(frozen=True)
+class _Transformer(Network):
+    """Sizes and kinds of parts of a transformer."""
+
+    width: int = setting(128, "of the residual stream, a multiple of heads", count())
+    depth: int = setting(4, "number of blocks", count())
+    heads: int = setting(4, "of each attention", count())
+    mlp_ratio: float = setting(4.0, "units of an MLP over the width; two thirds of that for swiglu", POSITIVE)
+    mlp: str = setting("gelu", "kind of the MLPs", choices=("gelu", "swiglu"))
+    norm: str = setting("layer", "kind of the norms", choices=("layer", "rms"))
+    dropout: float = setting(0.0, "rate of what attention and MLP add, dropped in training", _DROPOUT)
+
+    def check(self) -> None:
+        """Heads share the width."""
+        if self.width % self.heads:
+            raise Contradiction(f"{{}}width={self.width} is no multiple of {{}}heads={self.heads}")
+
+
+@dataclass(frozen=True)
+class GptModel(_Transformer):
+    """A small decoder of bytes or other tokens: a language model, or a classifier of texts."""
+
+    TASKS: ClassVar[tuple[str, ...]] = ("language_model", "text_classification")
+    DATA: ClassVar[tuple[str, ...]] = ("data=text",)
+    CHOICE: ClassVar[tuple[str, ...]] = ("model=gpt",)
+
+    name: str = setting("gpt", "", choices=("gpt",))
+    positions: str = setting("rotary", "how places are told apart", choices=("rotary", "learned"))
+    tied: bool = setting(True, "the output layer of a language model has the weights of the embedding")
+
+
+@dataclass(frozen=True)
+class VitModel(_Transformer):
+    """A small vision transformer: images in patches."""
+
+    name: str = setting("vit", "", choices=("vit",))
+    width: int = again(_Transformer, "width", 64)
+    depth: int = again(_Transformer, "depth", 6)
+    patch_size: int = setting(4, "height and width of a patch, in pixels", count())
+
+
+@dataclass(frozen=True)
+class UNetModel(Network):
+    """A small U-Net for segmentation."""
+
+    TASKS: ClassVar[tuple[str, ...]] = ("segmentation",)
+    CHOICE: ClassVar[tuple[str, ...]] = ("model=unet",)
+
+    name: str = setting("unet", "", choices=("unet",))
+    width: int = setting(16, "channels of the first level; each further one has twice as many", count())
+    depth: int = setting(3, "how often height and width are halved", within("[1, 12]", "an integer"))
+
+
+@dataclass(frozen=True)
 class TorchvisionModel(Network):
-    """A classification network of torchvision, e.g. model.name=mobilenet_v2, gated where channels can go."""
+    """A network of torchvision, e.g. model.name=mobilenet_v2, gated where channels can go.
+
+    Its segmentation networks, e.g. model.name=lraspp_mobilenet_v3_large, for data with masks.
+    """
+
+    TASKS: ClassVar[tuple[str, ...]] = ("classification", "segmentation")
 
     source: str = setting("torchvision", "", choices=("torchvision",))
     name: str = setting("resnet18", "torchvision's name of it")
@@ -120,8 +188,42 @@ class TorchvisionModel(Network):
 
 
 @dataclass(frozen=True)
+class TimmModel(Network):
+    """A network of timm with random weights, e.g. model.name=convnext_atto; other keys are its arguments."""
+
+    OTHERS: ClassVar[str | None] = "arguments"
+
+    source: str = setting("timm", "", choices=("timm",))
+    name: str = setting("resnet18", "timm's name of it")
+    weights: str | None = again(TorchvisionModel, "weights", None)
+    arguments: Mapping[str, Any] = setting(dict, "of timm.create_model")
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel(Network):
+    """A network of Hugging Face's transformers; other keys change its configuration. Nothing is fetched."""
+
+    OTHERS: ClassVar[str | None] = "arguments"
+    TASKS: ClassVar[tuple[str, ...]] = (
+        *("classification", "segmentation", "language_model", "text_classification"),
+    )
+
+    source: str = setting("huggingface", "", choices=("huggingface",))
+    name: str = setting(
+        "", "its type, such as bert or llama; null or empty: that of model.config", empty=True
+    )
+    config: str | None = setting(
+        None, "a config.json, for random weights; or a local folder with one, and perhaps with weights"
+    )
+    described: Mapping[str, Any] | None = setting(None, "what model.config held: a run notes it here")
+    arguments: Mapping[str, Any] = setting(dict, "of its configuration, such as num_hidden_layers")
+
+
+@dataclass(frozen=True)
 class CompactedModel(Network):
     """A network that was made smaller; its structure is in the file that ckpt_path names."""
+
+    TASKS: ClassVar[tuple[str, ...]] = ()
 
     name: str = setting("compacted", "", choices=("compacted",))
 
@@ -130,14 +232,16 @@ class CompactedModel(Network):
 class OwnNetwork(Network):
     """A network of yours: model._target_=my_module.Net model.KEY=VALUE; docs/extending.md.
 
-    All keys are arguments of that class or function. num_classes, image_shape, in_channels, droprate_init,
-    temperature and gated are given, too, where its signature has them. One without gates gets some.
+    All keys are arguments of that class or function. num_classes, image_shape, in_channels (of texts
+    vocabulary and context), droprate_init, temperature and gated are given, too, where its signature has
+    them. One without gates gets some.
     """
 
     OTHERS: ClassVar[str | None] = "arguments"
+    TASKS: ClassVar[tuple[str, ...]] = ()
 
     name: str = setting("own", "", key=False)
-    _target_: str | None = setting(None, "package.module.Class, of an nn.Module from images to logits")
+    _target_: str | None = setting(None, "package.module.Class, of an nn.Module")
     arguments: Mapping[str, Any] = setting(dict, "of that class")
 
     @property
@@ -145,13 +249,23 @@ class OwnNetwork(Network):
         """What is called, with its arguments."""
         return {TARGET: self._target_, **self.arguments}
 
+    @property
+    def said(self) -> str:
+        """As the user gives it."""
+        return f"model._target_={self._target_}"
+
 
 CONFIGS: dict[str, type[Network]] = {
     "googlenet": GoogleNetModel,
     "lenet300": LeNet300Model,
     "lenet5": LeNet5Model,
     "sparse_mlp": SparseMlpModel,
+    "gpt": GptModel,
+    "vit": VitModel,
+    "unet": UNetModel,
     "torchvision": TorchvisionModel,
+    "timm": TimmModel,
+    "huggingface": HuggingFaceModel,
     "compacted": CompactedModel,
     "own": OwnNetwork,
 }
@@ -165,4 +279,4 @@ def group_of(given: Mapping[str, Any]) -> str:
 
 def weights_file(network: Network) -> str | None:
     """Return the file that a network's weights are read from, if its kind has one."""
-    return network.weights if isinstance(network, TorchvisionModel) else None
+    return network.weights if isinstance(network, TorchvisionModel | TimmModel) else None

@@ -29,6 +29,7 @@ def torchvision_network(
     image_shape: tuple[int, ...],
     *,
     gated: bool = True,
+    task: str = "classification",
     small_images: bool = False,
     residual: bool = True,
     **gate_settings: Any,
@@ -40,6 +41,7 @@ def torchvision_network(
         num_classes: number of classes, >= 2.
         image_shape: (channels, height, width) of the images.
         gated: False leaves every gate out.
+        task: ``classification`` or ``segmentation``, whose networks answer with a dictionary.
         small_images: the first convolution becomes 3x3 with stride 1, pooling behind it is left out.
         residual: whether channels that residual additions tie together get a gate, too.
         **gate_settings: keyword arguments of L0Gate.
@@ -54,13 +56,15 @@ def torchvision_network(
     for key, switch in {"small_images": small_images, "residual": residual}.items():
         if not isinstance(switch, bool):
             raise InputError(f"model.{key}={switch}: expected true or false")
-    known = models.list_models(module=models)
+    known = models.list_models(module=models if task == "classification" else models.segmentation)
     if name not in known:
         raise InputError(
-            f"model.name={name}: torchvision has no classification network of that name"
+            f"model.name={name}: torchvision has no {task} network of that name"
             f"{nearest(name, known) or '; there are ' + ', '.join(known)}"
         )
     settings: dict[str, Any] = {"weights": None, "num_classes": num_classes}
+    if task == "segmentation":
+        settings["weights_backbone"] = None
     if name in WITHOUT_AUXILIARY:
         settings |= {"aux_logits": False, "init_weights": True}
     net: nn.Module = models.get_model(name, **settings)
@@ -70,7 +74,10 @@ def torchvision_network(
     _check_runs(net, name, image_shape)
     if not gated:
         return net
-    return gate(net, torch.zeros(1, *image_shape), residual=residual, **gate_settings)
+    try:
+        return gate(net, torch.zeros(1, *image_shape), residual=residual, **gate_settings)
+    except TypeError as error:
+        raise InputError(f"model.name={name}: cannot be gated: {error}") from error
 
 
 def _first_convolution(net: nn.Module) -> tuple[str, nn.Conv2d]:

@@ -6,7 +6,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as reference
 
 from sparsereg.data import augment
-from sparsereg.data.augment import Augmentation, crop_boxes, resample
+from sparsereg.data.augment import Augmentation, crop_boxes, resample, resample_masks
 from sparsereg.errors import InputError
 
 
@@ -182,3 +182,22 @@ def test_a_warp_moves_what_it_says():
     torch.testing.assert_close(moved[..., :13, 2:], batch[..., 1:, :12].float(), rtol=0, atol=1e-2)
     assert (moved[..., 13, :] == 0).all()
     assert (moved[..., :2] == 0).all()
+
+
+def test_masks_move_with_their_images():
+    """A mask of few classes is moved to where its own picture, which is sharp at whole pixels, goes."""
+    masks = torch.randint(0, 4, (5, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    masks[0, :3] = 255
+    settings = Augmentation(flip=True, translate=3, whole_pixels=True)
+    rows = settings.draw(5, 12, 12, torch.Generator().manual_seed(1))
+    moved = resample_masks(masks, rows, settings.affine, None, settings.cropped)
+    lifted = (masks.int() + 1) % 256
+    pictures = resample(lifted[:, None].float(), rows, settings.affine, None, settings.cropped)[:, 0]
+    assert moved.dtype == torch.uint8
+    assert torch.equal(moved.int(), (pictures.round().int() - 1) % 256)
+    assert (moved == 255).sum() > (masks == 255).sum()  # what comes from outside has no class
+    rows = Augmentation(flip=True).draw(5, 12, 12, torch.Generator().manual_seed(3))
+    flipped = resample_masks(masks, rows)
+    for before, after in zip(masks, flipped, strict=True):
+        assert torch.equal(after, before) or torch.equal(after, before.flip(1))
+    assert not torch.equal(flipped, masks)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsereg.training import stages
-from sparsereg.training.module import Classifier
+from sparsereg.training.module import Learner
 
 from .test_resume import assert_same_weights
 
@@ -109,14 +109,14 @@ def cut_off(monkeypatch, when: str) -> None:
         monkeypatch.setattr(stages.Stage, "test", lambda s: test(s) if s.before is None else die())
     else:
         epoch = {"in the first epoch of fine-tuning": 0, "in the second epoch of fine-tuning": 1}[when]
-        step = Classifier.training_step
+        step = Learner.training_step
 
         def training_step(self, batch, batch_idx):
             if self.provenance.structure is not None and self.current_epoch == epoch and batch_idx == 2:
                 die()
             return step(self, batch, batch_idx)
 
-        monkeypatch.setattr(Classifier, "training_step", training_step)
+        monkeypatch.setattr(Learner, "training_step", training_step)
 
 
 MOMENTS = [

@@ -65,7 +65,7 @@ def test_other_images_in_the_same_place_are_refused(run, tiny, images):
     write_images(images, num=99)
     refused = run("train", f"ckpt_path={done.folder}", "resume_training=true", "trainer.max_epochs=2")
     assert refused.code == 2
-    assert "cannot be resumed with other images: num_train was 72, is 75" in refused.err
+    assert "cannot be resumed with other data: num_train was 72, is 75" in refused.err
 
 
 def test_what_is_honoured_is_said_used_and_recorded(run, tiny):

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from sparsereg.compression import Accountant, count
+from sparsereg.data.form import Form
 from sparsereg.penalties import expected_l0, hard_concretes
 from sparsereg.training.constraint import Constraint
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.target import Multiplier, TargetSettings, exact_share, meet_
-from sparsereg.zoo.networks import Task, build
+from sparsereg.zoo.networks import build
 
 LENET = {"name": "lenet300", "sampling": "batch"}
 
@@ -66,7 +67,7 @@ def test_multiplier_solves_a_constrained_problem():
 @pytest.mark.parametrize("kept", [0.7, 0.3, 0.05])
 @pytest.mark.parametrize("model", [LENET, {"name": "lenet5", "sampling": "batch"}])
 def test_exact_count_meets_the_target_from_below(model, kept, cost):
-    net = build(model, Task(10, (1, 28, 28)), gated=True)
+    net = build(model, Form(10, (1, 28, 28)), gated=True)
     for seed, gate in enumerate(hard_concretes(net).values()):
         noise = torch.randn(gate.log_alpha.shape, generator=torch.Generator().manual_seed(seed))
         gate.log_alpha.data.copy_(2 * noise)
@@ -89,7 +90,7 @@ def test_exact_count_meets_the_target_from_below(model, kept, cost):
 
 
 def test_meeting_the_target_hardly_changes_the_output():
-    net = build(LENET, Task(10, (1, 28, 28)), gated=True).eval()
+    net = build(LENET, Form(10, (1, 28, 28)), gated=True).eval()
     for gate in hard_concretes(net).values():
         polarised = torch.where(torch.arange(gate.log_alpha.numel()) % 3 == 0, 8.0, -8.0)
         gate.log_alpha.data.copy_(polarised + 0.01 * torch.arange(gate.log_alpha.numel()))
@@ -102,7 +103,7 @@ def test_meeting_the_target_hardly_changes_the_output():
 
 
 def test_gates_that_are_surely_open_are_still_ranked():
-    net = build(LENET, Task(10, (1, 28, 28)), gated=True)
+    net = build(LENET, Form(10, (1, 28, 28)), gated=True)
     for seed, gate in enumerate(hard_concretes(net).values()):
         noise = torch.randn(gate.log_alpha.shape, generator=torch.Generator().manual_seed(seed))
         gate.log_alpha.data.copy_(30 + noise)
@@ -121,7 +122,7 @@ def test_penalty_has_the_value_and_the_gradient_of_the_lagrangian():
 
 
 def test_expected_l0_weighs_gates_by_their_weights():
-    net = build(LENET, Task(10, (1, 28, 28)), gated=True)
+    net = build(LENET, Form(10, (1, 28, 28)), gated=True)
     sizes = {"input_gate": 784 * 300, "hidden_gate1": 300 * 100, "hidden_gate2": 100 * 10}
     total = sum(
         getattr(net, name).gates.p_active().double().mean() * size for name, size in sizes.items()
@@ -134,12 +135,14 @@ def test_distillation_is_cross_entropy_or_divergence_at_its_ends():
     x, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
     logits = pupil(x)
     loss = nn.functional.cross_entropy(logits, labels)
-    assert torch.equal(Distillation(teacher, 0.0, 4.0).mixed(loss, x, logits), loss)
-    same = Distillation(teacher, 1.0, 4.0).mixed(loss, x, teacher(x))
+    assert torch.equal(Distillation(teacher, 0.0, 4.0).mixed(loss, logits, teacher(x)), loss)
+    same = Distillation(teacher, 1.0, 4.0).mixed(loss, teacher(x), teacher(x))
     assert same.abs() < 1e-6
     p, q = (teacher(x) / 2).softmax(1), (logits / 2).softmax(1)
     expected = 4 * (p * (p.log() - q.log())).sum(1).mean()
-    assert torch.allclose(Distillation(teacher, 1.0, 2.0).mixed(loss, x, logits), expected, atol=1e-6)
+    assert torch.allclose(
+        Distillation(teacher, 1.0, 2.0).mixed(loss, logits, teacher(x)), expected, atol=1e-6
+    )
     assert not any(p.requires_grad for p in teacher.parameters())
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sparsereg.compression import load_compacted
+from sparsereg.data.form import Form
 from sparsereg.errors import InputError
-from sparsereg.zoo.networks import Task, build
+from sparsereg.zoo.networks import build
 from sparsereg.zoo.torchvision import load_weights_file_, torchvision_network
 
 MODEL = ["model=torchvision", "model.small_images=true"]
@@ -47,8 +48,8 @@ def test_it_is_resumed_and_fine_tuned_from_a_plain_one(run, quick):
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "densenet121", "squeezenet1_1", "vgg11_bn"])
 def test_others_take_gates_by_name(name):
-    net = build({**SETTINGS, "name": name}, Task(7, (1, 32, 32)), gated=True, droprate_init=0.3)
-    plain = build({**SETTINGS, "name": name}, Task(7, (1, 32, 32)), gated=False)
+    net = build({**SETTINGS, "name": name}, Form(7, (1, 32, 32)), gated=True, droprate_init=0.3)
+    plain = build({**SETTINGS, "name": name}, Form(7, (1, 32, 32)), gated=False)
     assert net.eval()(torch.randn(2, 1, 32, 32)).shape == (2, 7)
     assert {k for k in net.state_dict() if ".gate." not in k} == set(plain.state_dict())
     assert any(".gate." in k for k in net.state_dict())

@@ -95,7 +95,7 @@ def test_an_internal_failure_leaves_its_traceback_in_a_log(run, tiny, monkeypatc
     def broken(*args):
         raise RuntimeError("something of ours")
 
-    monkeypatch.setattr(module.Classifier, "training_step", broken)
+    monkeypatch.setattr(module.Learner, "training_step", broken)
     outcome = run("train", *tiny)
     assert outcome.code == 1
     assert "something of ours" in outcome.err

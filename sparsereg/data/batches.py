@@ -1,0 +1,103 @@
+"""Batches of any kind: which part a network reads, which part it is to answer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsereg.data.form import Inputs
+
+LABELS = ("labels", "label", "targets", "target")
+"""Names that labels have in batches that are dictionaries; the first that is there counts."""
+
+ANSWERS = ("logits", "out", "last_hidden_state")
+"""What of an answer that is a dictionary counts: the first of these that it has."""
+
+
+def inputs_and_labels(batch: Any) -> tuple[Any, Any]:
+    """Divide a batch into what the network reads and what it is to answer; None where there are no labels.
+
+    A pair is (inputs, labels); in a dictionary labels have one of the names ``LABELS`` and all else is
+    input.
+
+    Args:
+        batch: of a loader.
+
+    Raises:
+        TypeError: it is neither, nor a single tensor.
+
+    Example:
+        >>> inputs_and_labels({"input_ids": 1, "labels": 2})
+        ({'input_ids': 1}, 2)
+    """
+    if isinstance(batch, Mapping):
+        name = next((name for name in LABELS if name in batch), None)
+        inputs = {key: value for key, value in batch.items() if key not in LABELS}
+        return inputs, None if name is None else batch[name]
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    if isinstance(batch, Tensor):
+        return batch, None
+    length = f" of length {len(batch)}" if isinstance(batch, list | tuple) else ""
+    raise TypeError(
+        f"expected batches (inputs, labels) or dictionaries of tensors, got a {type(batch).__name__}{length}"
+    )
+
+
+def tensor_of(answer: Any) -> Any:
+    """Return the part of an answer that counts.
+
+    That is the answer itself, its ``logits`` or ``out`` (Hugging Face, torchvision's segmentation networks),
+    the only part of a dictionary or the first of a tuple.
+
+    Args:
+        answer: of a network.
+
+    Raises:
+        TypeError: none of several parts of a dictionary is known to count.
+
+    Example:
+        >>> tensor_of({"out": 1, "aux": 2}), tensor_of((3, 4))
+        (1, 3)
+    """
+    if isinstance(answer, Mapping):
+        name = next((name for name in ANSWERS if name in answer), None)
+        if name is None and len(answer) == 1:
+            name = next(iter(answer))
+        if name is None:
+            raise TypeError(
+                f"the network answers with a dictionary of {', '.join(map(str, answer))}: expected one of "
+                f"{', '.join(ANSWERS)} in it, or a task of yours with a method predictions(answer, labels)"
+            )
+        return answer[name]
+    return answer[0] if isinstance(answer, list | tuple) and answer else answer
+
+
+def call(net: nn.Module, inputs: Inputs) -> Any:
+    """Return what a network answers; inputs by name become its arguments."""
+    return net(**inputs) if isinstance(inputs, Mapping) else net(inputs)
+
+
+def num_examples(inputs: Inputs) -> int:
+    """Return the number of examples of a batch."""
+    return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
+
+
+def moved(inputs: Inputs, device: torch.device) -> Inputs:
+    """Return inputs on a device."""
+    if isinstance(inputs, Mapping):
+        return {name: value.to(device) for name, value in inputs.items()}
+    return inputs.to(device)
+
+
+def only(inputs: Any, names: tuple[str, ...] | None) -> Any:
+    """Return inputs without those that a network does not take.
+
+    Args:
+        inputs: of a batch.
+        names: of the arguments that it takes; None for all.
+    """
+    if names is None or not isinstance(inputs, Mapping):
+        return inputs
+    return {name: inputs[name] for name in names if name in inputs}
