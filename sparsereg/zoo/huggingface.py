@@ -84,8 +84,10 @@ def huggingface_network(
     need("huggingface", "transformers")
     for switch in OFFLINE:
         os.environ[switch] = "1"
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # also where somebody has imported it before
     messages: Any = transformers.utils.logging
     messages.set_verbosity_error()
     messages.disable_progress_bar()
