@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--names", nargs="+", help="of networks, as their libraries name them")
     parser.add_argument("--again", nargs="*", help="examine anew: these, or without names all that failed")
-    parser.add_argument("--out", type=Path, default=Path("coverage.csv"), help="the table, gone on with")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/coverage.csv"), help="the table")
     parser.add_argument("--page", type=Path, help="write the page there, as docs/coverage.md")
     parser.add_argument("--seconds", type=float, default=900, help="each process may take")
     parser.add_argument("--gigabytes", type=float, default=12, help="each process may take")
