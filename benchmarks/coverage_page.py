@@ -35,7 +35,8 @@ Every network has random weights in float64, with scales, biases and statistics 
 them. It is traced, a random half of all its [choices](any-network.md) goes, and what the smaller network
 gives is compared with the whole network in which the same units are masked and norms take means over what
 stays. It *holds* if the largest difference is at most 1e-9 of the output's spread. Seconds are of one core.
-*Can go* is the share of the parameters that go with some unit that can go.
+*Can go* is the share of the parameters that go with some unit that can go. Networks of the list that are not
+below have not been examined yet: the command goes on where it stopped.
 
 Torch-Pruning halves the same networks with random importance, as its documentation shows: the layers that
 make the output stay, and it is told the number of heads of modules that have `qkv` and `num_heads`. What it
