@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 
+from sparsereg.choices import choices
 from sparsereg.errors import InputError
 from sparsereg.settings import flat, shown
 
@@ -35,7 +36,7 @@ def check(arguments: Sequence[str], configs: Path, keys: Collection[str]) -> Non
     folders = [configs, *([Path(flags.config_dir)] if flags.config_dir else [])]
     overrides = [_parsed(text) for text in flags.overrides]
     for override in overrides:
-        known = _choices(folders, override.key_or_group)
+        known = choices(folders, str(override.key_or_group))
         if override.is_delete() and (known or override.key_or_group in keys):
             raise InputError(f"{override.input_line}: a setting cannot be taken away; give it another value")
         if known:
@@ -146,11 +147,6 @@ def _unreadable(text: str, error: object) -> InputError:
         f"cannot read the argument {shown(text)}{reason}; expected KEY=VALUE, in quotes where the value holds"
         " spaces or any of , : = { } [ ] ( )"
     )
-
-
-def _choices(folders: Sequence[Path], key: str) -> list[str]:
-    """Return the choices of a configuration group; nothing where the key is none of ours."""
-    return sorted({file.stem for folder in folders for file in (folder / key).glob("*.yaml") if key})
 
 
 def _check_choice(override: Override, known: list[str]) -> None:

@@ -32,6 +32,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from sparsereg import interruption
 from sparsereg.arguments import OWN_GROUPS, check, named_keys, opened, own_choices, swept_keys
+from sparsereg.choices import store_tables
 from sparsereg.errors import SAID, FellShort, InputError, OutputError, interpolation_error, nearest
 from sparsereg.extras import advice, plugin_advice
 from sparsereg.files import new_folder, no_room, write_text
@@ -102,6 +103,7 @@ class _Task:
         OmegaConf.register_new_resolver("sweep_folder", folder, replace=True, use_cache=True)
         OmegaConf.register_new_resolver("settings_of", _settings_told, replace=True)
         OmegaConf.register_new_resolver("command", command, replace=True)
+        store_tables(CONFIGS)
 
     def __call__(self, cfg: DictConfig) -> Any:
         """Run a job; return the objective of one of a sweep."""

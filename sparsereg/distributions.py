@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsereg.checks import check_count, check_finite, check_not_negative, check_positive, check_probability
+from sparsereg.shapes import Float
 
 GAMMA = -0.1
 """Lower end of the stretch interval (section 4.1 of the paper)."""
@@ -40,8 +41,11 @@ def shift(temperature: float, gamma: float = GAMMA, zeta: float = ZETA) -> float
 
 
 def p_active(
-    log_alpha: Tensor, temperature: float = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
-) -> Tensor:
+    log_alpha: Float[Tensor, "*gates"],
+    temperature: float = TEMPERATURE,
+    gamma: float = GAMMA,
+    zeta: float = ZETA,
+) -> Float[Tensor, "*gates"]:
     """Probability that a gate is not zero, P(z > 0) = sigmoid(log_alpha - beta log(-gamma / zeta)).
 
     Args:
@@ -59,7 +63,10 @@ def p_active(
 
 
 def log_alpha_at(
-    p: float | Tensor, temperature: float = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
+    p: float | Float[Tensor, "..."],
+    temperature: float = TEMPERATURE,
+    gamma: float = GAMMA,
+    zeta: float = ZETA,
 ) -> Any:
     """Location at which P(z > 0) equals ``p``: the inverse of ``p_active``.
 
@@ -78,12 +85,12 @@ def log_alpha_at(
 
 
 def quantile(
-    log_alpha: Tensor,
-    u: Tensor | float,
+    log_alpha: Float[Tensor, "*#gates"],
+    u: Float[Tensor, "*#gates"] | float,
     temperature: float = TEMPERATURE,
     gamma: float = GAMMA,
     zeta: float = ZETA,
-) -> Tensor:
+) -> Float[Tensor, "*gates"]:
     """Quantile function of the Hard Concrete: the z with P(Z <= z) = u. Sampling is u ~ Uniform(0, 1).
 
     Args:
@@ -104,7 +111,7 @@ def quantile(
     return torch.clamp(s * (zeta - gamma) + gamma, 0.0, 1.0)
 
 
-def _logit(u: Tensor) -> Tensor:
+def _logit(u: Float[Tensor, "*levels"]) -> Float[Tensor, "*levels"]:
     """log(u / (1 - u)) of noise; levels below half the machine precision count as 0.
 
     As accurate and as fast as torch.logit, which however splits even three numbers over all threads:
@@ -114,8 +121,11 @@ def _logit(u: Tensor) -> Tensor:
 
 
 def gate_median(
-    log_alpha: Tensor, temperature: float = TEMPERATURE, gamma: float = GAMMA, zeta: float = ZETA
-) -> Tensor:
+    log_alpha: Float[Tensor, "*gates"],
+    temperature: float = TEMPERATURE,
+    gamma: float = GAMMA,
+    zeta: float = ZETA,
+) -> Float[Tensor, "*gates"]:
     """Median of the Hard Concrete, the gate used at test time.
 
     clip(sigmoid(log_alpha / beta) (zeta - gamma) + gamma, 0, 1) is the quantile at u = 1/2. It is zero
@@ -141,14 +151,14 @@ def gate_median(
 
 
 def sample(
-    log_alpha: Tensor,
+    log_alpha: Float[Tensor, "*gates"],
     temperature: float = TEMPERATURE,
     gamma: float = GAMMA,
     zeta: float = ZETA,
     *,
     batch_shape: Sequence[int] = (),
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Float[Tensor, "..."]:
     """Draw gates. The noise is drawn on the device of ``log_alpha``, in float32 or wider.
 
     ``log_alpha`` is not clamped: a clamp would keep shut gates opening at random for ever.
@@ -174,14 +184,14 @@ def sample(
 
 
 def gated_product(
-    weight: Tensor,
-    log_alpha: Tensor,
+    weight: Float[Tensor, "*gates"],
+    log_alpha: Float[Tensor, "*gates"],
     temperature: float = TEMPERATURE,
     gamma: float = GAMMA,
     zeta: float = ZETA,
     *,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Float[Tensor, "*gates"]:
     """Return weight * z for a fresh draw z: ``sample`` and a product in one pass over memory.
 
     A matrix with a gate on every weight is far larger than its activations, and each temporary of
@@ -262,7 +272,9 @@ def _in_blocks(weight: Tensor, log_alpha: Tensor) -> bool:
     return same and weight.shape == log_alpha.shape and weight.is_contiguous() and log_alpha.is_contiguous()
 
 
-def _slope(z: Tensor, temperature: float, gamma: float, zeta: float) -> Tensor:
+def _slope(
+    z: Float[Tensor, "*gates"], temperature: float, gamma: float, zeta: float
+) -> Float[Tensor, "*gates"]:
     """dz / dlog_alpha as a function of z: (z - gamma)(zeta - z) / (beta (zeta - gamma)), 0 at 0 and 1."""
     # With t = z (1 - z), which is 0 at both ends, the product is t + (zeta + gamma - 1) z - gamma zeta.
     t = torch.addcmul(z, z, z, value=-1.0)
@@ -285,7 +297,7 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _wide(x: Tensor) -> Tensor:
+def _wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(_wide_dtype(x.dtype))
 
 
@@ -386,7 +398,7 @@ class HardConcrete(nn.Module):
 
     def forward(
         self, input_shape: Sequence[int] | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    ) -> Float[Tensor, "..."]:
         """Return the gates: a draw in training mode, the medians in eval mode.
 
         Args:
@@ -408,11 +420,15 @@ class HardConcrete(nn.Module):
             z = z.reshape(*z.shape, *(1,) * (len(input_shape) - z.dim()))
         return z
 
-    def sample(self, batch_shape: Sequence[int] = (), generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, batch_shape: Sequence[int] = (), generator: torch.Generator | None = None
+    ) -> Float[Tensor, "..."]:
         """Draw gates of shape (\\*batch_shape, \\*gate_size), whatever the mode. See ``sample``."""
         return sample(self.log_alpha, *self._shape, batch_shape=batch_shape, generator=generator)
 
-    def times(self, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def times(
+        self, weight: Float[Tensor, "*gates"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*gates"]:
         """Multiply weights of the shape of the gates by them, as ``weight * self()`` but faster.
 
         Args:
@@ -432,18 +448,18 @@ class HardConcrete(nn.Module):
         gated: Tensor = weight * self(generator=generator).to(weight.dtype)
         return gated
 
-    def median(self) -> Tensor:
+    def median(self) -> Float[Tensor, "*gates"]:
         """Test-time gates. See ``gate_median``."""
         return gate_median(self.log_alpha, *self._shape)
 
-    def p_active(self) -> Tensor:
+    def p_active(self) -> Float[Tensor, "*gates"]:
         """P(z > 0) of every gate, differentiable. See ``p_active``."""
         return p_active(self.log_alpha, *self._shape)
 
     get_active_prob = p_active
     """``p_active`` under the name that l0-python uses."""
 
-    def get_penalty(self) -> Tensor:
+    def get_penalty(self) -> Float[Tensor, ""]:
         """Expected number of gates that are not zero: the sum of P(z > 0), a scalar."""
         return self.p_active().sum()
 
@@ -470,7 +486,7 @@ class HardConcrete(nn.Module):
         # A draw belongs to one forward pass and its graph: copies and pickles go without it.
         return {**self.__dict__, "_drawn": None}
 
-    def get_extra_state(self) -> Tensor:
+    def get_extra_state(self) -> Float[Tensor, ""]:
         """The temperature as a float64 scalar, for the state dict."""
         return torch.tensor(self.temperature, dtype=torch.float64)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsereg.checks import check_not_negative
 from sparsereg.distributions import HardConcrete, p_active
+from sparsereg.shapes import Float, Shaped
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
 from sparsereg.tracker import History
 
@@ -42,7 +43,7 @@ def hard_concretes(model: nn.Module) -> dict[str, HardConcrete]:
     return {name: m for name, m in model.named_modules() if isinstance(m, HardConcrete)}
 
 
-def l_c0(model: nn.Module) -> Tensor:
+def l_c0(model: nn.Module) -> Float[Tensor, ""]:
     """L_C0: the mean of P(z > 0) over all gates of a network, a differentiable scalar in [0, 1].
 
     The gates are put end to end first, so that the cost does not grow with the number of layers.
@@ -62,7 +63,7 @@ def l_c0(model: nn.Module) -> Tensor:
     return active.sum() / (active.numel() + num_removed) if num_removed else active.mean()
 
 
-def _all_active(gates: Iterable[HardConcrete]) -> Tensor | None:
+def _all_active(gates: Iterable[HardConcrete]) -> Float[Tensor, "all_gates"] | None:
     """P(z > 0) of all gates, end to end; None without gates."""
     groups: dict[tuple[float, float, float], list[Tensor]] = {}
     for gate in gates:
@@ -102,7 +103,7 @@ class GatedTensor:
         assert parameter is not None
         return parameter
 
-    def spread(self, x: Tensor) -> Tensor:
+    def spread(self, x: Shaped[Tensor, "*gates"]) -> Shaped[Tensor, "..."]:
         """Reshape a tensor of the gates' shape so that it multiplies the parameter."""
         if self.dim is None:
             return x.reshape(self.parameter.shape)
@@ -154,7 +155,7 @@ def all_gated_tensors(model: nn.Module) -> list[GatedTensor]:
     ]
 
 
-def compute_l0_penalty(model: nn.Module) -> Tensor:
+def compute_l0_penalty(model: nn.Module) -> Float[Tensor, ""]:
     """Expected number of open gates, the sum of P(z > 0) over every gate of a network.
 
     Args:
@@ -172,7 +173,7 @@ def compute_l0_penalty(model: nn.Module) -> Tensor:
     return _zero(model) if active is None else active.sum()
 
 
-def compute_l2_penalty(model: nn.Module) -> Tensor:
+def compute_l2_penalty(model: nn.Module) -> Float[Tensor, ""]:
     """Sum of the squared weights of all layers, without biases, frozen weights and the gates' own parameters.
 
     Args:
@@ -189,7 +190,9 @@ def compute_l2_penalty(model: nn.Module) -> Tensor:
     return _sum((w.float().square().sum() for w in _weights(model)), model)
 
 
-def compute_l0l2_penalty(model: nn.Module, l0_lambda: float = 1e-3, l2_lambda: float = 1e-4) -> Tensor:
+def compute_l0l2_penalty(
+    model: nn.Module, l0_lambda: float = 1e-3, l2_lambda: float = 1e-4
+) -> Float[Tensor, ""]:
     """l0_lambda times ``compute_l0_penalty`` plus l2_lambda times ``compute_l2_penalty``.
 
     Args:
@@ -210,7 +213,7 @@ def compute_l0l2_penalty(model: nn.Module, l0_lambda: float = 1e-3, l2_lambda: f
     return l0_lambda * compute_l0_penalty(model) + l2_lambda * compute_l2_penalty(model)
 
 
-def expected_l0(model: nn.Module) -> Tensor:
+def expected_l0(model: nn.Module) -> Float[Tensor, ""]:
     """Expected share of the gated weights whose own gate is open: the L0 norm of the paper, over all.
 
     A gate on a group of weights counts as often as the group has members, where L_C0 counts it once.
@@ -236,7 +239,7 @@ def expected_l0(model: nn.Module) -> Tensor:
     return means @ means.new_tensor(sizes) / sum(sizes)
 
 
-def expected_l2(model: nn.Module) -> Tensor:
+def expected_l2(model: nn.Module) -> Float[Tensor, ""]:
     """Expected squared norm of the weights under the gates: each square times P(its gates are open).
 
     This is the L2 norm inside the L0 penalty: a weight that is gone costs nothing, so weight decay
@@ -399,14 +402,14 @@ def _weights(model: nn.Module) -> Iterator[nn.Parameter]:
                 yield parameter
 
 
-def _sum(terms: Iterable[Tensor], model: nn.Module) -> Tensor:
+def _sum(terms: Iterable[Float[Tensor, ""]], model: nn.Module) -> Float[Tensor, ""]:
     total: Tensor | None = None
     for term in terms:
         total = term if total is None else total + term.to(total.device)
     return _zero(model) if total is None else total
 
 
-def _zero(model: nn.Module) -> Tensor:
+def _zero(model: nn.Module) -> Float[Tensor, ""]:
     parameter = next(model.parameters(), None)
     return torch.zeros((), device=None if parameter is None else parameter.device)
 

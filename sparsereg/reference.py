@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from sparsereg.choices import choices
 from sparsereg.settings import Declared, Settings, declared, keys, plain
 
 WIDTH = 110
@@ -76,7 +77,7 @@ def help_of(name: str, composed: Mapping[str, Any], configs: Path) -> str:
     defaults = yaml.safe_load((configs / f"{name}.yaml").read_text())["defaults"]
     lines = ["Choices"]
     for group in (key for entry in defaults if isinstance(entry, dict) for key in entry):
-        known = sorted(file.stem for file in (configs / group).glob("*.yaml"))
+        known = choices([configs], group)
         lines += _wrapped(f"  {group}={' | '.join(known)}", WIDTH - 6) if known else []
     lines.append("Settings: value and meaning; given as KEY=VALUE, below a group as GROUP.KEY=VALUE")
     lines += [f"  {line}" for line in commented(cls, composed).splitlines()]

@@ -21,6 +21,7 @@ from sparsereg.distributions import HardConcrete
 from sparsereg.linalg.adam import adam_step
 from sparsereg.linalg.csr import CsrMatrix, Matrix, TorchMatrix, mean_squared_error, multiply
 from sparsereg.linalg.threads import quiet_threads
+from sparsereg.shapes import Float, Int
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +133,13 @@ class SparseL0Linear(nn.Module):
     def _seeded(self, device: str | torch.device) -> torch.Generator | None:
         return None if self.seed is None else torch.Generator(device=device).manual_seed(self.seed)
 
-    def get_deterministic_gates(self) -> Tensor:
+    def get_deterministic_gates(self) -> Float[Tensor, "features={self.n_features}"]:
         """Test-time gates, the medians, (n_features,)."""
         return self.gates.median()
 
     def forward(
         self, X: Any, deterministic: bool = False, generator: torch.Generator | None = None
-    ) -> Tensor:
+    ) -> Float[Tensor, "rows"]:
         """Predict, differentiably.
 
         Args:
@@ -167,7 +168,7 @@ class SparseL0Linear(nn.Module):
             raise ValueError(f"X must have n_features = {self.n_features} columns, got {matrix.shape[1]}")
         return matrix
 
-    def get_l0_penalty(self) -> Tensor:
+    def get_l0_penalty(self) -> Float[Tensor, ""]:
         """Expected number of coefficients that are not zero: the sum of P(z > 0), differentiable."""
         return self.gates.get_penalty()
 
@@ -176,7 +177,7 @@ class SparseL0Linear(nn.Module):
         return self.gates.get_sparsity()
 
     @torch.no_grad()
-    def get_selected_features(self, threshold: float = 0.01) -> Tensor:
+    def get_selected_features(self, threshold: float = 0.01) -> Int[Tensor, "selected"]:
         """Indices of the features whose test-time gate is above a threshold.
 
         Args:
@@ -189,7 +190,7 @@ class SparseL0Linear(nn.Module):
         return torch.nonzero(self.get_deterministic_gates() > least).flatten()
 
     @torch.no_grad()
-    def get_coefficients(self, threshold: float = 0.0) -> Tensor:
+    def get_coefficients(self, threshold: float = 0.0) -> Float[Tensor, "features={self.n_features}"]:
         """Coefficients w * z at test time, (n_features,), zero where the gate is not above a threshold.
 
         Args:
@@ -264,7 +265,7 @@ class SparseL0Linear(nn.Module):
         num_open = self.gates.get_num_active()
         logger.info("epoch %d: mse %.4g, L0 %.2f, open %d", epoch, error.item(), penalty.item(), num_open)
 
-    def _target(self, y: Any, rows: int) -> Tensor:
+    def _target(self, y: Any, rows: int) -> Float[Tensor, "rows={rows}"]:
         target = torch.as_tensor(y).detach().to(self.device, self.weight.dtype)
         # A finite sum means that every term is finite, and is found on one thread.
         total = float(target.cpu().numpy().sum(dtype=np.float64))
@@ -275,7 +276,7 @@ class SparseL0Linear(nn.Module):
         return target.reshape(-1)
 
     @torch.no_grad()
-    def _start(self, target: Tensor) -> None:
+    def _start(self, target: Float[Tensor, "rows"]) -> None:
         """Small random weights, the mean as intercept, gates as in the constructor."""
         self.gates.log_alpha.copy_(self._first_log_alpha)
         generator = self._seeded("cpu")
@@ -287,7 +288,7 @@ class SparseL0Linear(nn.Module):
             self.bias.fill_(target.double().mean().item())
 
     @torch.no_grad()
-    def predict(self, X_sparse: Any) -> Tensor:
+    def predict(self, X_sparse: Any) -> Float[Tensor, "rows"]:
         """Predict with the test-time gates.
 
         Args:

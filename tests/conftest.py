@@ -4,7 +4,12 @@ import logging
 import signal
 from collections.abc import Iterator
 
+import jaxtyping
 import pytest
+
+from tests.arrays import CHECKED
+
+jaxtyping.install_import_hook(CHECKED, "tests.arrays.check_arrays")
 
 # A shell that starts the tests in the background, or nohup, ignores these signals for them and for all that
 # they start: what the tests start is to meet them as at a terminal.
@@ -22,3 +27,11 @@ def _no_logger_writes_to_the_stream_of_an_earlier_test() -> Iterator[None]:
     for handler in root.handlers[:]:
         if type(handler) is logging.StreamHandler and handler not in before:
             root.removeHandler(handler)
+
+
+@pytest.fixture
+def unchecked_arrays() -> Iterator[None]:
+    """Leave the shapes of arrays unchecked: PyTorch's tracers cannot look into the checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,14 @@ def examples(offer: object) -> list[doctest.DocTest]:
     return [found] if found.examples else []
 
 
-@pytest.mark.parametrize("name", sparsereg.__all__)
-def test_every_name_of_the_package_has_an_example(name):
+@pytest.mark.parametrize("name", OFFERS)
+def test_every_public_name_has_an_example(name):
     assert examples(OFFERS[name]), f"the docstring of {name} has no example"
 
 
-@pytest.mark.parametrize("name", [name for name, offer in OFFERS.items() if examples(offer)])
-def test_examples_are_true(name):
+@pytest.mark.parametrize("name", OFFERS)
+def test_examples_are_true(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for example in examples(OFFERS[name]):
         said: list[str] = []
         result = doctest.DocTestRunner(verbose=False).run(example, out=said.append)

@@ -33,8 +33,9 @@ from sparsereg.temperature import Temperature, TemperatureScheduler
 METHODS = ("auto", "pruning", "hard_concrete", "hybrid", "random", "pps", "all", "calibrate")
 """Ways to choose; auto: pruning with num_households, hard_concrete with lambda_l0 alone, else all."""
 LOSSES = ("relative", "mse", "mape", "capped")
-"""relative: squared error over the target's scale squared; mse: squared error; mape: absolute error over
-the scale; capped: the same, no more than ``cap`` for any one target."""
+"""Of one target, relative: squared error over its scale squared; mse: squared error; mape: absolute error
+over its scale, which is the target itself only where that is its size; capped: the same, at most ``cap``.
+What is minimised is their mean; ``SparseCalibrationWeights`` takes their sum."""
 LAMBDA_SCALES = ("sum", "mean")
 """sum: sum of the targets' losses + lambda_l0 * expected number kept, as l0-python. mean: both are means."""
 LAMBDA = 0.01
@@ -93,7 +94,12 @@ class Settings(Group):
         "sum: as in l0-python; mean: prices per share of the households, comparable across sizes",
         choices=LAMBDA_SCALES,
     )
-    loss: str = setting("relative", "relative, mse, mape or capped", choices=LOSSES)
+    loss: str = setting(
+        "relative",
+        "of an error e and its scale s, relative: (e / s)^2; mape: |e| / s, a percentage only where s is the"
+        " target; capped: that, at most cap; mse: e^2, in the targets' units",
+        choices=LOSSES,
+    )
     cap: float = setting(CAP, "capped: the largest relative error that counts", above(0, "a relative error"))
     method: str = setting(
         "auto",
@@ -227,7 +233,8 @@ class Require(Group):
         None, "largest standard error over its estimate, of report.variables: 0.05 is 5 %", NOT_NEGATIVE
     )
     ess: float | None = setting(None, "least effective sample size", NOT_NEGATIVE)
-    design_effect: float | None = setting(None, "largest kept / ess", NOT_NEGATIVE)
+    weighting_effect: float | None = setting(None, "largest kept / ess", NOT_NEGATIVE)
+    design_effect: float | None = setting(None, "weighting_effect under its old name", NOT_NEGATIVE)
     max_ratio: float | None = setting(None, "largest weight over initial weight", NOT_NEGATIVE)
     max_weight: float | None = setting(None, "largest weight", NOT_NEGATIVE)
     bounds_hit: int | None = setting(None, "most weights at a bound", count(0))

@@ -44,6 +44,10 @@ class Finding:
         target: Index of the target.
         name: Its name.
         detail: What is so, with the numbers.
+
+    Example:
+        >>> Finding("zero", 3, "farms", "its value is 0").name
+        'farms'
     """
 
     kind: str
@@ -70,6 +74,11 @@ def check(
 
     Returns:
         The findings, by kind in the order of ``KINDS``, then by target.
+
+    Example:
+        >>> problem = CalibrationProblem(sp.csr_array([[1.0, 1.0], [1.0, 1.0]]), np.array([8.0, 9.0]))
+        >>> [finding.kind for finding in check(problem)]
+        ['contradictory']
     """
     given, problem = problem, problem.linear
     found = [

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 
 from sparsereg.calibration.problem import CalibrationProblem, exact_totals
+from sparsereg.shapes import Bool, Float
 
 
-def relative_errors(estimates: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def relative_errors(
+    estimates: Float[np.ndarray, "targets"], targets: Float[np.ndarray, "targets"]
+) -> Float[np.ndarray, "targets"]:
     """Return (estimate - target) / |target|, NaN where the target is 0 and no relative error exists.
 
     Args:
@@ -64,7 +67,7 @@ def measure(problem: CalibrationProblem, weights: np.ndarray) -> dict[str, Any]:
     }
 
 
-def error_summary(errors: np.ndarray) -> dict[str, float | None]:
+def error_summary(errors: Float[np.ndarray, "targets"]) -> dict[str, float | None]:
     """Summarise absolute relative errors, leaving out NaN (targets of 0); None where nothing is left.
 
     Args:
@@ -86,9 +89,11 @@ def error_summary(errors: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def _largest(values: np.ndarray) -> float | None:
+def _largest(values: Float[np.ndarray, "values"]) -> float | None:
     return None if np.isnan(values).any() else float(values.max(initial=0.0))
 
 
-def _untouched(problem: CalibrationProblem, kept: np.ndarray) -> int:
+def _untouched(
+    problem: CalibrationProblem, kept: Bool[np.ndarray, "households={problem.num_households}"]
+) -> int:
     return int((np.diff(problem.matrix[:, np.flatnonzero(kept)].tocsr().indptr) == 0).sum())

@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from sparsereg.calibration.target_scale import target_scale
 from sparsereg.linalg.checked import as_csr, smallest_exact
 from sparsereg.linalg.nesting import Nesting, find_nesting
+from sparsereg.shapes import Bool, Float
 from sparsereg.summary import in_html, in_lines
 
 _INT32_MAX = np.iinfo(np.int32).max
@@ -157,7 +158,7 @@ class CalibrationProblem:
         return int(self.matrix.shape[1])
 
     @property
-    def starting_weights(self) -> np.ndarray:
+    def starting_weights(self) -> Float[np.ndarray, "households={self.num_households}"]:
         """The initial weights, shape (households,), float64; ones where none were given."""
         assert self.initial_weights is not None
         return self.initial_weights
@@ -175,26 +176,26 @@ class CalibrationProblem:
         return self.ids
 
     @cached_property
-    def is_ratio(self) -> np.ndarray:
+    def is_ratio(self) -> Bool[np.ndarray, "targets={self.num_targets}"]:
         """Which targets are ratios of two totals, shape (targets,)."""
         if self.denominators is None:
             return np.zeros(self.num_targets, dtype=bool)
         return np.asarray(np.diff(self.denominators.indptr) > 0)
 
     @cached_property
-    def target_shares(self) -> np.ndarray:
+    def target_shares(self) -> Float[np.ndarray, "targets={self.num_targets}"]:
         """How much each target counts, shape (targets,), float64, >= 0; 1 where nothing was given."""
         if self.target_weights is None:
             return np.ones(self.num_targets)
         return np.asarray(np.nan_to_num(self.target_weights, nan=1.0))
 
     @cached_property
-    def tolerance(self) -> np.ndarray:
+    def tolerance(self) -> Float[np.ndarray, "targets={self.num_targets}"]:
         """How far each total may be from its target without being wrong, shape (targets,), >= 0."""
         return np.zeros(self.num_targets) if self.target_tolerances is None else self.target_tolerances
 
     @cached_property
-    def gross(self) -> np.ndarray:
+    def gross(self) -> Float[np.ndarray, "targets={self.num_targets}"]:
         """What goes into each target with the initial weights, signs left aside, in the target's unit.
 
         For a total the sum of |entry| x weight; for a ratio with target t that of |numerator -
@@ -206,12 +207,12 @@ class CalibrationProblem:
         return np.asarray(np.where(size > 0, size, everybody) / self._unit)
 
     @cached_property
-    def scale(self) -> np.ndarray:
+    def scale(self) -> Float[np.ndarray, "targets={self.num_targets}"]:
         """What errors are compared with, shape (targets,), > 0, in the unit of each target."""
         return target_scale(self.targets, self.target_scales, self.gross)
 
     @cached_property
-    def _unit(self) -> np.ndarray:
+    def _unit(self) -> Float[np.ndarray, "targets={self.num_targets}"]:
         """One unit of each target in units of its linear row: the initial denominator of a ratio, else 1."""
         unit = np.ones(self.num_targets)
         if self.denominators is not None:
@@ -248,7 +249,7 @@ class CalibrationProblem:
         """Which targets are exact sums of others, found on first use; None where too few are to pay."""
         return find_nesting(self.matrix, self.matrix_t, self.parent)
 
-    def estimates(self, weights: np.ndarray) -> np.ndarray:
+    def estimates(self, weights: np.ndarray) -> Float[np.ndarray, "targets={self.num_targets}"]:
         """Weighted totals ``matrix @ weights`` and ratios of them in float64, shape (targets,).
 
         Args:
@@ -263,7 +264,9 @@ class CalibrationProblem:
         below = np.where(self.is_ratio, exact_totals(self.denominators, w), 1.0)
         return np.asarray(np.divide(totals, below, out=np.full(len(totals), np.nan), where=below != 0))
 
-    def scaled_errors(self, estimates: np.ndarray) -> np.ndarray:
+    def scaled_errors(
+        self, estimates: Float[np.ndarray, "targets={self.num_targets}"]
+    ) -> Float[np.ndarray, "targets={self.num_targets}"]:
         """How far estimates lie outside their targets' tolerance, signed, over ``scale``.
 
         Args:
@@ -299,7 +302,11 @@ class CalibrationProblem:
         )
 
 
-def exact_totals(matrix: sp.csr_array, weights: np.ndarray, entries_at_once: int = 1_000_000) -> np.ndarray:
+def exact_totals(
+    matrix: sp.csr_array,
+    weights: Float[np.ndarray, "households={matrix.shape[1]}"],
+    entries_at_once: int = 1_000_000,
+) -> Float[np.ndarray, "targets={matrix.shape[0]}"]:
     """Multiply a CSR matrix by float64 weights, summing in float64, without a float64 copy of it.
 
     Args:
@@ -318,7 +325,9 @@ def exact_totals(matrix: sp.csr_array, weights: np.ndarray, entries_at_once: int
     return np.concatenate(parts)
 
 
-def _gross_totals(matrix: sp.csr_array, weights: np.ndarray) -> np.ndarray:
+def _gross_totals(
+    matrix: sp.csr_array, weights: Float[np.ndarray, "households"]
+) -> Float[np.ndarray, "targets"]:
     """Weighted totals of the entries without their signs."""
     if (matrix.data < 0).any():
         matrix = sp.csr_array((np.abs(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape)

@@ -59,6 +59,10 @@ class Design:
     Raises:
         ValueError: shapes differ, a primary sampling unit lies in two strata, a stratum has a single one, or
             a finite population is smaller than its sample.
+
+    Example:
+        >>> Design(strata=["a", "a", "b", "b"]).units(np.ones(4)).degrees_of_freedom
+        2
     """
 
     method: str = "linearized"

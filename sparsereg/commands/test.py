@@ -15,7 +15,7 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.training.config import Evaluation
 
     given = settings_of(Evaluation, composed)
-    from sparsereg.commands import handover
+    from sparsereg.commands import deployment
     from sparsereg.files import new_version, write_json
     from sparsereg.training import build
     from sparsereg.training.accounting import accountant_of
@@ -61,7 +61,7 @@ def run(composed: DictConfig) -> Path:
         "data": data.describe(),
     }
     device = trainer.strategy.root_device
-    results |= handover.run(given, cfg, checkpoint, net, example, data, task, device, folder)
+    results |= deployment.run(given, cfg, checkpoint, net, example, data, task, device, folder)
     write_json(folder / "results.json", results)
     print(block_table(count, net))
     print(headline(results, task))

@@ -109,7 +109,13 @@ def _smaller(
 
 
 def original_size(model: nn.Module) -> dict[str, int]:
-    """Return ``parameters`` and ``macs`` of the network that a compacted one was made from; else nothing."""
+    """Return ``parameters`` and ``macs`` of the network that a compacted one was made from; else nothing.
+
+    Example:
+        >>> from sparsereg import SparseMLP
+        >>> original_size(compact(SparseMLP(6, 8, 3), torch.ones(1, 6)))["parameters"]
+        155
+    """
     found: dict[str, int] = model.meta.get(ORIGINAL, {}) if isinstance(model, fx.GraphModule) else {}
     return found
 

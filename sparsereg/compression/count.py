@@ -33,6 +33,12 @@ class LayerCount:
         kept_parameters: those that stay.
         macs: multiply-accumulate operations for one example.
         kept_macs: those that stay.
+
+    Example:
+        >>> from sparsereg import SparseMLP
+        >>> net, x = SparseMLP(6, 8, 3), torch.ones(1, 6)
+        >>> [layer.parameters for layer in count(net, x).layers]
+        [56, 72, 27]
     """
 
     name: str
@@ -66,6 +72,12 @@ class Count:
         gates: number of gates.
         open_gates: gates whose median is not zero.
         layers: one row for each layer with weights.
+
+    Example:
+        >>> from sparsereg import SparseMLP
+        >>> net, x = SparseMLP(6, 8, 3), torch.ones(1, 6)
+        >>> count(net, x).parameters
+        155
     """
 
     parameters: int
@@ -118,6 +130,14 @@ class Accountant:
 
     Raises:
         InputError: the network cannot be traced.
+
+    Example:
+        >>> from sparsereg import SparseMLP
+        >>> net, x = SparseMLP(6, 8, 3), torch.ones(1, 6)
+        >>> accountant = Accountant(net, x)
+        >>> accountant.expected_parameters().backward()  # differentiable in every log_alpha
+        >>> 0 <= accountant.exact_sparsity() <= 1
+        True
     """
 
     def __init__(self, model: nn.Module, example_input: Any) -> None:

@@ -45,6 +45,14 @@ def export(model: nn.Module, example_input: Example, path: str | Path) -> Path:
         ValueError: another suffix.
         InputError: the network cannot be traced, or a package is missing.
         RuntimeError: the file gives other answers.
+
+    Example:
+        >>> import tempfile
+        >>> from sparsereg import SparseMLP
+        >>> net, x = SparseMLP(6, 8, 3), torch.ones(1, 6)
+        >>> path = export(net, x, Path(tempfile.mkdtemp()) / "net.pt2")
+        >>> torch.export.load(path).module()(torch.ones(5, 6)).shape
+        torch.Size([5, 3])
     """
     path = Path(path)
     if path.suffix not in _WRITERS:
@@ -77,6 +85,11 @@ def fuse(network: fx.GraphModule) -> fx.GraphModule:
 
     Args:
         network: a compacted network; left as it is.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
+        >>> [type(layer).__name__ for layer in fuse(compact(net, torch.ones(1, 1, 5, 5))).children()]
+        ['Conv2d']
     """
     fused = copy.deepcopy(network).eval()
     for node in list(fused.graph.nodes):
@@ -104,6 +117,12 @@ def shift_pools(network: fx.GraphModule) -> fx.GraphModule:
 
     Args:
         network: a compacted network; left as it is.
+
+    Example:
+        >>> x = torch.ones(1, 2, 5, 5)
+        >>> pools = compact(nn.Sequential(nn.Conv2d(2, 2, 1), nn.MaxPool2d(3, 1, padding=1)), x)
+        >>> torch.equal(shift_pools(pools)(x), pools(x))
+        True
     """
     shifted = copy.deepcopy(network)
     for node in list(shifted.graph.nodes):

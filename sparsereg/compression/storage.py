@@ -38,6 +38,16 @@ def save_compacted(module: fx.GraphModule, path: str | Path, notes: dict[str, An
     Raises:
         InputError: the network holds an operation that the format has no word for.
         ValueError: the module is not a torch.fx.GraphModule.
+
+    Example:
+        >>> import tempfile
+        >>> from sparsereg import SparseMLP
+        >>> from sparsereg.compression import compact
+        >>> small = compact(SparseMLP(6, 8, 3), torch.ones(1, 6))
+        >>> path = Path(tempfile.mkdtemp()) / "small.pt"
+        >>> path = save_compacted(small, path, notes={"classes": ["a", "b", "c"]})
+        >>> load_compacted(path).meta["notes"]
+        {'classes': ['a', 'b', 'c']}
     """
     if not isinstance(module, fx.GraphModule):
         raise ValueError(f"module must be a torch.fx.GraphModule from compact(), got {type(module).__name__}")
@@ -61,6 +71,15 @@ def load_compacted(path: str | Path) -> fx.GraphModule:
 
     Raises:
         InputError: the file is missing, damaged, or something else.
+
+    Example:
+        >>> import tempfile
+        >>> from sparsereg import SparseMLP
+        >>> from sparsereg.compression import compact
+        >>> small = compact(SparseMLP(6, 8, 3), torch.ones(1, 6))
+        >>> path = save_compacted(small, Path(tempfile.mkdtemp()) / "small.pt")
+        >>> torch.equal(load_compacted(path)(torch.ones(1, 6)), small(torch.ones(1, 6)))
+        True
     """
     path = Path(path)
     if not path.is_file():
@@ -123,7 +142,17 @@ def _parse(text: Any, what: str) -> dict[str, Any]:
 
 
 def is_compacted(path: str | Path) -> bool:
-    """Whether a file holds a compacted network (and not, say, a checkpoint of training)."""
+    """Whether a file holds a compacted network (and not, say, a checkpoint of training).
+
+    Example:
+        >>> import tempfile
+        >>> from sparsereg import SparseMLP
+        >>> from sparsereg.compression import compact
+        >>> small = compact(SparseMLP(6, 8, 3), torch.ones(1, 6))
+        >>> path = save_compacted(small, Path(tempfile.mkdtemp()) / "small.pt")
+        >>> is_compacted(path)
+        True
+    """
     try:
         content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except Exception:

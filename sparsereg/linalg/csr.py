@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsereg.linalg.checked import check_indices
 from sparsereg.linalg.threads import in_turns
+from sparsereg.shapes import Float
 
 MAX_PARTS = 16
 """Ranges of rows. Their number depends on the matrix alone, so that sums do not depend on the threads."""
@@ -52,7 +53,7 @@ class CsrMatrix:
         bounds = itertools.pairwise(self._bounds.tolist())
         return in_turns(work, ((part, first, last) for part, (first, last) in enumerate(bounds)))
 
-    def product(self, w: Tensor) -> Tensor:
+    def product(self, w: Float[Tensor, "columns={self.shape[1]}"]) -> Float[Tensor, "rows={self.shape[0]}"]:
         """X w, (rows,), in the dtype of ``w`` (columns,)."""
         from sparsereg.linalg.kernels import product
 
@@ -61,7 +62,9 @@ class CsrMatrix:
         self._each(lambda k, first, last: product(*self._csr, vector, first, last, out))
         return torch.from_numpy(out)
 
-    def transposed_product(self, r: Tensor) -> Tensor:
+    def transposed_product(
+        self, r: Float[Tensor, "rows={self.shape[0]}"]
+    ) -> Float[Tensor, "columns={self.shape[1]}"]:
         """X^T r, (columns,), in the dtype of ``r`` (rows,), accumulated in float64."""
         from sparsereg.linalg.kernels import transposed_product
 
@@ -70,7 +73,12 @@ class CsrMatrix:
         self._each(lambda k, first, last: transposed_product(*self._csr, vector, first, last, out[k]))
         return torch.from_numpy(out.sum(0)).to(r.dtype)
 
-    def squared_error(self, w: Tensor, bias: float, y: Tensor) -> tuple[float, Tensor, float]:
+    def squared_error(
+        self,
+        w: Float[Tensor, "columns={self.shape[1]}"],
+        bias: float,
+        y: Float[Tensor, "rows={self.shape[0]}"],
+    ) -> tuple[float, Float[Tensor, "columns={self.shape[1]}"], float]:
         """Mean of (X w + bias - y)^2 over the rows, and its gradients by ``w`` and ``bias``.
 
         Args:
@@ -109,15 +117,22 @@ class TorchMatrix:
         self._rows = _torch_csr(csr, device)
         self._columns = _torch_csr(csr.T.tocsr(), device)
 
-    def product(self, w: Tensor) -> Tensor:
+    def product(self, w: Float[Tensor, "columns={self.shape[1]}"]) -> Float[Tensor, "rows={self.shape[0]}"]:
         """X w, (rows,)."""
         return (self._rows @ w.detach().to(self._rows.dtype)).to(w.dtype)
 
-    def transposed_product(self, r: Tensor) -> Tensor:
+    def transposed_product(
+        self, r: Float[Tensor, "rows={self.shape[0]}"]
+    ) -> Float[Tensor, "columns={self.shape[1]}"]:
         """X^T r, (columns,)."""
         return (self._columns @ r.detach().to(self._columns.dtype)).to(r.dtype)
 
-    def squared_error(self, w: Tensor, bias: float, y: Tensor) -> tuple[float, Tensor, float]:
+    def squared_error(
+        self,
+        w: Float[Tensor, "columns={self.shape[1]}"],
+        bias: float,
+        y: Float[Tensor, "rows={self.shape[0]}"],
+    ) -> tuple[float, Float[Tensor, "columns={self.shape[1]}"], float]:
         """See ``CsrMatrix.squared_error``."""
         residual = self.product(w) + bias - y
         rows = self.shape[0]
@@ -128,13 +143,18 @@ class TorchMatrix:
 Matrix = CsrMatrix | TorchMatrix
 
 
-def multiply(w: Tensor, matrix: Matrix) -> Tensor:
+def multiply(w: Float[Tensor, "columns"], matrix: Matrix) -> Float[Tensor, "rows"]:
     """X w, (rows,), differentiable in w (columns,)."""
     product: Tensor = _Product.apply(w, matrix)
     return product
 
 
-def mean_squared_error(w: Tensor, bias: Tensor | None, matrix: Matrix, y: Tensor) -> Tensor:
+def mean_squared_error(
+    w: Float[Tensor, "columns"],
+    bias: Float[Tensor, "1"] | None,
+    matrix: Matrix,
+    y: Float[Tensor, "rows"],
+) -> Float[Tensor, ""]:
     """Mean of (X w + bias - y)^2, differentiable in w and bias; the gradient is made with the value.
 
     Args:

@@ -171,6 +171,7 @@ def test_half_precision_networks():
     assert net.fc1.weight_gates.log_alpha.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("unchecked_arrays")
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ["nested", "mlp"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -188,6 +189,7 @@ def test_compiled_networks(name, backend):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked_arrays")
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_by_inductor():
     net = make("mlp")

@@ -111,10 +111,10 @@ def run(cfg: CalibrationRun) -> Path:
         _drive(calibration, recorder, saver, folder / "checkpoint.pt")
         with wrong_input():  # the penalty shut every household, or the bounds cannot hold the total
             result = calibration.result().of(task.problem)
-        if not calibration.is_exact and result.optimality is not None and result.optimality > TOLERANCE:
+        if not calibration.is_exact and result.kkt_violation is not None and result.kkt_violation > TOLERANCE:
             log.info(
-                "refit: optimality %.1e (%g is exact); more rounds gained little",
-                result.optimality,
+                "refit: violates the optimality conditions by %.1e (%g is exact); more rounds gained little",
+                result.kkt_violation,
                 TOLERANCE,
             )
         solved = time.perf_counter()
@@ -122,7 +122,11 @@ def run(cfg: CalibrationRun) -> Path:
             estimated = estimates.estimate(result, task.variables, task.design)
         recorder.finish(result.loss, result.weights)
     results = measure(task.problem, result.weights)
-    results |= {"loss": result.loss, "optimality": result.optimality, "kkt_violation": result.optimality}
+    results |= {
+        "loss": result.loss,
+        "kkt_violation": result.kkt_violation,
+        "optimality": result.kkt_violation,
+    }
     results |= {"seconds": solved - read, "steps": result.steps} | _bounds_told(result, solver)
     results |= _settings_told(cfg)
     results["integer_weights"] = _rounding_told(result)

@@ -25,6 +25,14 @@ def problem_from_frames(
 
     Raises:
         InputError: A column is unknown, a condition is none, a value is missing; the message names the place.
+
+    Example:
+        >>> import pandas as pd
+        >>> households = pd.DataFrame({"state": ["CA", "TX", "CA"], "weight": [2.0, 1.0, 1.0]})
+        >>> targets = pd.DataFrame({"name": ["all", "CA"], "value": [5.0, 3.0]})
+        >>> targets["where"] = ["", "state == 'CA'"]
+        >>> problem_from_frames(households, targets, weight="weight").matrix.toarray().tolist()
+        [[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]]
     """
     from sparsereg.calibration.reading.households import build, target_table
 

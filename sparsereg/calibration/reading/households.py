@@ -229,6 +229,11 @@ def target_table(
 
     Raises:
         InputError: A column is missing or misspelt, a cell is wrong, or a name is there twice.
+
+    Example:
+        >>> import pandas as pd
+        >>> target_table(pd.DataFrame({"name": ["people"], "value": [5.0], "measure": ["size"]})).measures
+        ('size',)
     """
     if not with_values:
         table = table.assign(value=0.0)
@@ -299,6 +304,14 @@ def build(
     Raises:
         InputError: An unknown column, a condition that is none, a measure that is not numeric, a missing
             value in a measure, a weight or an id, an id twice; the message names the place.
+
+    Example:
+        >>> import pandas as pd
+        >>> households = pd.DataFrame({"state": ["CA", "TX", "CA"], "weight": [2.0, 1.0, 1.0]})
+        >>> targets = pd.DataFrame({"name": ["all", "CA"], "value": [5.0, 3.0]})
+        >>> targets["where"] = ["", "state == 'CA'"]
+        >>> build(households, target_table(targets), weight="weight").problem.names
+        ('all', 'CA')
     """
     measures = [m for m in (*targets.measures, *targets.of) if m and m != _COUNT]
     missing.check(measures)

@@ -14,6 +14,9 @@ from sparsereg.calibration.measures import relative_errors
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.reporting import progress_bar
 
+TAGS = ("fit/loss", "errors/mean_are", "weights/kept")
+"""What TensorBoard shows while a calibration runs: a group, and the name that results.json has."""
+
 
 class Recorder:
     """Takes what the solver tells once per report; use it as a context manager.
@@ -77,8 +80,8 @@ class Recorder:
         if not self.totals or epoch >= self.totals[-1][0] + max(1, epochs // self.moments):
             self.totals.append((epoch, float(loss), np.array(totals, dtype=np.float64)))
         if self._writer is not None:
-            for key in ("loss", "mean_are", "kept"):
-                self._writer.add_scalar(key, row[key], epoch)
+            for tag in TAGS:
+                self._writer.add_scalar(tag, row[tag.rpartition("/")[2]], epoch)
         if self._bar is not None:
             progress_bar.show(self._bar, epoch, epochs, loss, mean, kept)
 
@@ -93,7 +96,7 @@ class Recorder:
         totals = self.problem.estimates(weights)
         self.record(epoch, 0, loss, int((weights > 0).sum()), totals)  # of a run of 0, each moment is kept
         if self._writer is not None:
-            self._writer.add_histogram("weights/kept", weights[weights > 0], epoch)
+            self._writer.add_histogram("weights/of_the_kept", weights[weights > 0], epoch)
             errors = relative_errors(totals, self.problem.targets)
             errors = errors[~np.isnan(errors)]
             if len(errors):

@@ -83,8 +83,8 @@ class CalibrationResult:
         selected: Shape (households,), which are kept.
         estimates: Weighted totals in float64, shape (targets,).
         loss: The loss of the final weights: a mean over the targets by their weights.
-        optimality: Largest violation of the optimality conditions by the refit, dimensionless (see
-            ``LeastSquares.optimality``); None without refit. For losses of absolute values: of the last
+        kkt_violation: Largest violation of the optimality conditions by the refit, dimensionless (see
+            ``LeastSquares.kkt_violation``); None without refit. For losses of absolute values: of the last
             weighted least-squares problem.
         method: How the households were chosen.
         seconds: Wall clock time.
@@ -94,6 +94,13 @@ class CalibrationResult:
         settings: How it was calibrated.
         steps: Steps of Newton's method that the final weights took, where they were found by it.
         real_weights: With ``weights="integer"`` what was rounded, shape (households,); else None.
+
+    Example:
+        >>> matrix = sp.csr_array([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0]])
+        >>> problem = CalibrationProblem(matrix, np.array([8.0, 3.0]), np.full(4, 1.5))
+        >>> result = calibrate(problem, method="calibrate")
+        >>> result.weights.round(6).tolist(), result.num_kept
+        ([1.5, 2.5, 1.5, 2.5], 4)
     """
 
     problem: CalibrationProblem
@@ -101,7 +108,7 @@ class CalibrationResult:
     selected: np.ndarray
     estimates: np.ndarray
     loss: float
-    optimality: float | None
+    kkt_violation: float | None
     method: str
     seconds: float
     history: list[dict[str, float]]
@@ -140,9 +147,9 @@ class CalibrationResult:
         }
 
     @property
-    def kkt_violation(self) -> float | None:
-        """What ``optimality`` is: the largest violation of the conditions of Karush, Kuhn and Tucker."""
-        return self.optimality
+    def optimality(self) -> float | None:
+        """``kkt_violation`` under its old name."""
+        return self.kkt_violation
 
     @property
     def multipliers(self) -> np.ndarray:
@@ -286,6 +293,15 @@ class Calibration:
 
     Raises:
         ValueError: the number, the method, or the bounds do not fit the problem.
+
+    Example:
+        >>> matrix = sp.csr_array([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0]])
+        >>> problem = CalibrationProblem(matrix, np.array([8.0, 3.0]), np.full(4, 1.5))
+        >>> run = Calibration(problem)
+        >>> while not run.done:
+        ...     run.step()
+        >>> run.result().estimates.round(3).tolist()
+        [8.0, 3.0]
     """
 
     def __init__(
@@ -432,13 +448,13 @@ class Calibration:
         kept = self.selection.kept()
         if len(kept) == 0:
             raise ValueError(f"lambda_l0={self.settings.price!r} shut every household: choose a smaller one")
-        weights, optimality = weights[kept], None
+        weights, violation = weights[kept], None
         if self.settings.refit:
             with quiet_threads():
-                kept, weights, optimality = self._refit(kept, weights)
+                kept, weights, violation = self._refit(kept, weights)
         full = torch.zeros_like(system.initial_weights)
         full[kept] = weights
-        return self._described(self._in_order_of_the_problem(full), optimality)
+        return self._described(self._in_order_of_the_problem(full), violation)
 
     def _rounded(self, real: np.ndarray) -> np.ndarray:
         """Whole weights in the place of real ones, within the same bounds."""
@@ -453,7 +469,7 @@ class Calibration:
             high = np.full(len(real), np.inf) if ratio is None else ratio * initial
         return whole_weights(self.problem, real, low, high, s.seed)
 
-    def _described(self, final: np.ndarray, optimality: float | None) -> CalibrationResult:
+    def _described(self, final: np.ndarray, violation: float | None) -> CalibrationResult:
         """The result with these weights."""
         real = None
         if self.settings.weights == "integer":
@@ -464,7 +480,7 @@ class Calibration:
         totals = exact_totals(self.problem.linear.matrix, final)
         loss = float(self._mean_loss().value(torch.from_numpy(totals).to(self.goal.loss.targets.device)))
         return CalibrationResult(
-            self.problem, final, final != 0, self.problem.estimates(final), loss, optimality, self.method,
+            self.problem, final, final != 0, self.problem.estimates(final), loss, violation, self.method,
             time.perf_counter() - self._start, list(self.history), self.set_aside, self._exact,
             self.settings, self._steps, real,
         )  # fmt: skip
@@ -492,7 +508,7 @@ class Calibration:
         )  # fmt: skip
         self._steps = best.steps
         self._tell_missed(kept, best.weights)
-        return kept, best.weights, best.optimality
+        return kept, best.weights, best.kkt_violation
 
     def _tell_missed(self, kept: Tensor, weights: Tensor) -> None:
         """Warn about targets marked hard that these weights do not meet."""
@@ -618,6 +634,12 @@ def polish(
         callback: As for ``calibrate``.
         progress: Show a progress bar on stderr.
         **settings: As for ``calibrate``.
+
+    Example:
+        >>> matrix = sp.csr_array([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 1.0, 0.0]])
+        >>> problem = CalibrationProblem(matrix, np.array([8.0, 3.0]), np.full(4, 1.5))
+        >>> polish(problem, np.array([0, 1])).num_kept
+        2
     """
     run = Calibration(problem, settings=Settings(**settings), selected=selected)
     return _drive(run, callback, progress)
@@ -733,7 +755,7 @@ def _indices(selected: np.ndarray, households: int) -> Tensor:
 def _goal(
     problem: CalibrationProblem,
     rows: _Rows,
-    num_households: int | None,
+    num_kept: int | None,
     settings: Settings,
     order: np.ndarray,
 ) -> Goal:
@@ -763,7 +785,7 @@ def _goal(
     upper = unbounded if ratio is None else ratio * initial
     total = float(initial.sum()) if settings.hold_total else None
     chi2 = _CHOOSING_PULL if settings.chi2 is None else settings.chi2
-    chi2 *= _pull_growth(problem.num_targets, num_households)
+    chi2 *= _pull_growth(problem.num_targets, num_kept)
     system = System(matrix, mean.quadratic(), initial, upper, chi2, total)
     per_household = 1.0
     if settings.lambda_scale == "mean":
@@ -776,18 +798,18 @@ def _goal(
         num_epochs=settings.epochs,
     )
     return Goal(
-        system, loss, num_households, gates, settings.droprate_init, settings.schedule,
+        system, loss, num_kept, gates, settings.droprate_init, settings.schedule,
         settings.gate_share, settings.seed, settings.log_weight_jitter, settings.log_alpha_jitter,
     )  # fmt: skip
 
 
-def _pull_growth(num_targets: int, num_households: int | None) -> float:
+def _pull_growth(num_targets: int, num_kept: int | None) -> float:
     """Factor on the pull, 1 from half as many households as targets on.
 
     Fewer cannot meet the targets, and the larger the remaining errors, the more pull it takes to matter
     beside them. The power makes the effective sample size that of the gated method or more.
     """
-    shortage = num_targets / (2.0 * num_households) if num_households else 1.0
+    shortage = num_targets / (2.0 * num_kept) if num_kept else 1.0
     return min(_MOST_GROWTH, max(1.0, shortage) ** 6)
 
 

@@ -19,6 +19,7 @@ import scipy.linalg as sl
 import scipy.sparse as sp
 
 from sparsereg.calibration.solver.distances import Distance
+from sparsereg.shapes import Float, Int
 
 TOLERANCE = 1e-13
 """Largest error of a total, over its scale, that is taken for none."""
@@ -49,18 +50,20 @@ class Slack:
         stiffness: Slope within the tolerance: so large that the multiplier is next to zero there.
     """
 
-    price: np.ndarray
-    band: np.ndarray
-    stiffness: np.ndarray
+    price: Float[np.ndarray, "targets"]
+    band: Float[np.ndarray, "targets"]
+    stiffness: Float[np.ndarray, "targets"]
 
-    def value(self, multipliers: np.ndarray) -> float:
+    def value(self, multipliers: Float[np.ndarray, "targets"]) -> float:
         """Integral of what is added, from 0 to these multipliers."""
         size = np.abs(multipliers)
         edge = np.divide(self.band, self.stiffness, out=np.zeros_like(size), where=self.stiffness > 0)
         banded = np.where(size < edge, 0.5 * self.stiffness * size**2, self.band * (size - 0.5 * edge))
         return float((0.5 * np.square(multipliers) / self.price + banded).sum())
 
-    def respond(self, multipliers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def respond(
+        self, multipliers: Float[np.ndarray, "targets"]
+    ) -> tuple[Float[np.ndarray, "targets"], Float[np.ndarray, "targets"]]:
         """What is added to each total, and its slope."""
         within = self.stiffness * multipliers
         free = (np.abs(within) < self.band).astype(np.float64)
@@ -90,25 +93,25 @@ class Rows:
         is_full = self.by_target.nnz > _DENSE_SHARE * num_targets * num_households
         return self.by_target.toarray() if is_full else None
 
-    def take(self, targets: np.ndarray) -> Rows:
+    def take(self, targets: Int[np.ndarray, "some"]) -> Rows:
         """The rows of some targets only."""
         return Rows(sp.csr_array(self.by_target[targets]))
 
-    def totals(self, weights: np.ndarray) -> np.ndarray:
+    def totals(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets"]:
         """Weighted totals, shape (targets,)."""
         return np.asarray(self.by_target @ weights)
 
-    def reach(self, multipliers: np.ndarray) -> np.ndarray:
+    def reach(self, multipliers: Float[np.ndarray, "targets"]) -> Float[np.ndarray, "households"]:
         """What the multipliers come to for each household, shape (households,)."""
         return np.asarray(self.by_household @ multipliers)
 
-    def squares(self, weights: np.ndarray) -> np.ndarray:
+    def squares(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets"]:
         """Sum of the squared entries of each target, households weighted."""
         rows = self.by_target
         squared = sp.csr_array((np.square(rows.data), rows.indices, rows.indptr), shape=rows.shape)
         return np.asarray(squared @ weights)
 
-    def gram(self, weights: np.ndarray) -> np.ndarray:
+    def gram(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets targets"]:
         """Products of the rows with each other, households weighted; at least the lower triangle."""
         if self.dense is None:
             return _gram(self.by_household, weights)
@@ -133,18 +136,18 @@ class Dual:
     """
 
     rows: Rows
-    targets: np.ndarray
-    weights: np.ndarray
-    factors: np.ndarray
+    targets: Float[np.ndarray, "targets"]
+    weights: Float[np.ndarray, "households"]
+    factors: Float[np.ndarray, "households"]
     distance: Distance
     slack: Slack
 
-    def take(self, targets: np.ndarray) -> Dual:
+    def take(self, targets: Int[np.ndarray, "some"]) -> Dual:
         """Return the problem of some targets only."""
         slack = Slack(self.slack.price[targets], self.slack.band[targets], self.slack.stiffness[targets])
         return replace(self, rows=self.rows.take(targets), targets=self.targets[targets], slack=slack)
 
-    def primal(self, weights: np.ndarray) -> float:
+    def primal(self, weights: Float[np.ndarray, "households"]) -> float:
         """Distance of weights from the initial ones, and the price of what they miss of soft targets."""
         far = (self.weights / self.factors) @ self.distance.value(weights / self.weights)
         soft = np.isfinite(self.slack.price)
@@ -152,17 +155,17 @@ class Dual:
         missed = np.maximum(np.abs(missed) - self.slack.band[soft], 0.0)
         return float(far + 0.5 * (self.slack.price[soft] * missed**2).sum())
 
-    def value(self, multipliers: np.ndarray) -> float:
+    def value(self, multipliers: Float[np.ndarray, "targets"]) -> float:
         """The largest lower bound of `primal` that these multipliers prove."""
         return -_State(self, multipliers, self.rows.reach(multipliers)).value
 
-    def violation(self, weights: np.ndarray) -> float:
+    def violation(self, weights: Float[np.ndarray, "households"]) -> float:
         """Largest error of a hard target beyond its tolerance."""
         hard = np.isinf(self.slack.price)
         missed = np.abs(self.rows.totals(weights) - self.targets) - self.slack.band
         return float(missed[hard].max(initial=0.0))
 
-    def diagonal(self) -> np.ndarray:
+    def diagonal(self) -> Float[np.ndarray, "targets"]:
         """Slope of each total by its own multiplier where no bound holds, > 0."""
         diagonal = self.rows.squares(self.weights * self.factors)
         return np.where(diagonal > 0, diagonal, 1.0)
@@ -179,8 +182,8 @@ class Solution:
         steps: How many steps were taken.
     """
 
-    weights: np.ndarray
-    multipliers: np.ndarray
+    weights: Float[np.ndarray, "households"]
+    multipliers: Float[np.ndarray, "targets"]
     error: float
     steps: int
 
@@ -193,7 +196,9 @@ class Solution:
 class _State:
     """Weights, slopes and errors at some multipliers."""
 
-    def __init__(self, dual: Dual, multipliers: np.ndarray, reach: np.ndarray) -> None:
+    def __init__(
+        self, dual: Dual, multipliers: Float[np.ndarray, "targets"], reach: Float[np.ndarray, "households"]
+    ) -> None:
         ratio, slope = dual.distance.respond(dual.factors * reach)
         self.multipliers, self.reach = multipliers, reach
         self.weights = dual.weights * ratio
@@ -210,18 +215,18 @@ class _State:
 class _Equations:
     """What ``_Newton`` solves: (A diag(slope) A' + diag(slack_slope)) p = -gradient, to about ``error``."""
 
-    slope: np.ndarray
-    slack_slope: np.ndarray
-    gradient: np.ndarray
+    slope: Float[np.ndarray, "households"]
+    slack_slope: Float[np.ndarray, "targets"]
+    gradient: Float[np.ndarray, "targets"]
     error: float = 1e-6
 
 
 def solve(
     dual: Dual,
-    start: np.ndarray | None = None,
+    start: Float[np.ndarray, "targets"] | None = None,
     *,
-    weights: np.ndarray | None = None,
-    chosen: np.ndarray | None = None,
+    weights: Float[np.ndarray, "households"] | None = None,
+    chosen: Int[np.ndarray, "chosen"] | None = None,
     tolerance: float = TOLERANCE,
     most_steps: int = _MOST_STEPS,
 ) -> Solution:
@@ -251,7 +256,9 @@ def solve(
     return Solution(part.weights, multipliers, float(error.max(initial=0.0)), part.steps)
 
 
-def _first(dual: Dual, start: np.ndarray | None, weights: np.ndarray | None) -> np.ndarray | None:
+def _first(
+    dual: Dual, start: Float[np.ndarray, "targets"] | None, weights: Float[np.ndarray, "households"] | None
+) -> Float[np.ndarray, "targets"] | None:
     """Multipliers to start from: those given, or those of weights where they are better than none."""
     if start is not None or weights is None:
         return start
@@ -261,7 +268,7 @@ def _first(dual: Dual, start: np.ndarray | None, weights: np.ndarray | None) -> 
     return found if ahead < cold else none
 
 
-def multipliers_of(dual: Dual, weights: np.ndarray) -> np.ndarray:
+def multipliers_of(dual: Dual, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets"]:
     """Multipliers whose weights come closest to these; exactly theirs if they are calibrated weights.
 
     A regression of what the distance answers to on the rows, over households within their bounds.
@@ -279,7 +286,7 @@ def multipliers_of(dual: Dual, weights: np.ndarray) -> np.ndarray:
     return _Newton(dual).direction(equations, _LEAST_DAMPING)[0]
 
 
-def independent(dual: Dual) -> np.ndarray:
+def independent(dual: Dual) -> Int[np.ndarray, "some"]:
     """Indices of targets of which no hard one is a sum of others, ascending."""
     num_targets = len(dual.targets)
     hard = np.flatnonzero(np.isinf(dual.slack.price) & (dual.slack.band == 0))
@@ -292,7 +299,9 @@ def independent(dual: Dual) -> np.ndarray:
     return np.setdiff1d(np.arange(num_targets), left_out)
 
 
-def _iterate(dual: Dual, start: np.ndarray | None, tolerance: float, most_steps: int) -> Solution:
+def _iterate(
+    dual: Dual, start: Float[np.ndarray, "targets"] | None, tolerance: float, most_steps: int
+) -> Solution:
     """Newton's iteration from some multipliers."""
     newton = _Newton(dual)
     multipliers = np.zeros(len(dual.targets)) if start is None else start
@@ -314,7 +323,9 @@ def _iterate(dual: Dual, start: np.ndarray | None, tolerance: float, most_steps:
     return Solution(best.weights, best.multipliers, best.error, steps)
 
 
-def _length(dual: Dual, state: _State, direction: np.ndarray, along: np.ndarray) -> float:
+def _length(
+    dual: Dual, state: _State, direction: Float[np.ndarray, "targets"], along: Float[np.ndarray, "households"]
+) -> float:
     """Length of a step: about where the dual is smallest along it.
 
     The slope along the line costs no product with the matrix. It is used instead of the value, which
@@ -353,7 +364,9 @@ class _Newton:
         self._dual, self._rows = dual, dual.rows
         self._diagonal = dual.diagonal()
 
-    def direction(self, state: _State | _Equations, damping: float) -> tuple[np.ndarray, float]:
+    def direction(
+        self, state: _State | _Equations, damping: float
+    ) -> tuple[Float[np.ndarray, "targets"], float]:
         """The step, and the damping it took to find one."""
         if len(self._diagonal) > _MOST_DENSE:
             return self._by_gradients(state, damping), damping
@@ -373,7 +386,7 @@ class _Newton:
                 continue
             return -root * sl.cho_solve(factor, root * state.gradient, check_finite=False), damping
 
-    def _by_gradients(self, state: _State | _Equations, damping: float) -> np.ndarray:
+    def _by_gradients(self, state: _State | _Equations, damping: float) -> Float[np.ndarray, "targets"]:
         """Conjugate gradients, preconditioned by the diagonal, to a share of the error."""
         extra = state.slack_slope + damping * self._diagonal
         diagonal = self._rows.squares(state.slope) + extra
@@ -394,7 +407,9 @@ class _Newton:
         return solution
 
 
-def _gram(columns: sp.csr_array, weights: np.ndarray) -> np.ndarray:
+def _gram(
+    columns: sp.csr_array, weights: Float[np.ndarray, "households"]
+) -> Float[np.ndarray, "targets targets"]:
     """Products of targets' rows with each other, households weighted; at least the lower triangle.
 
     Args:

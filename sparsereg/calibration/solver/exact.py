@@ -22,6 +22,7 @@ from sparsereg.calibration.solver.bounds import Bounds, bounded_weights, ratio_b
 from sparsereg.calibration.solver.distances import distance_of
 from sparsereg.calibration.solver.dual_newton import ROUNDED, Dual, Rows, Slack, Solution, solve
 from sparsereg.linalg.threads import in_turns
+from sparsereg.shapes import Bool, Float, Int
 
 _log = logging.getLogger(__name__)
 
@@ -57,24 +58,24 @@ class Exact:
             (targets,); infinity: it had to be met.
     """
 
-    weights: np.ndarray
-    multipliers: np.ndarray
+    weights: Float[np.ndarray, "households"]
+    multipliers: Float[np.ndarray, "targets"]
     error: float
-    gave_way: np.ndarray
+    gave_way: Int[np.ndarray, "gave_way"]
     certificate: list[dict[str, Any]]
     bounds_hit: int
     steps: int
-    prices: np.ndarray
+    prices: Float[np.ndarray, "targets"]
 
 
 @dataclass(frozen=True, eq=False)
 class Domain:
     """Some targets and the households they touch, over the targets' scales."""
 
-    targets: np.ndarray
-    households: np.ndarray
+    targets: Int[np.ndarray, "targets"]
+    households: Int[np.ndarray, "households"]
     dual: Dual
-    natural: np.ndarray  # weight of an error over its scale where somebody has to give way
+    natural: Float[np.ndarray, "targets"]  # weight of an error over its scale where somebody has to give way
     total: float
     start: np.ndarray | None = None  # weights of an earlier calibration
 
@@ -133,7 +134,7 @@ def _described(
     multipliers: np.ndarray,
     prices: tuple[np.ndarray, np.ndarray],
     certificates: list[dict[str, Any]],
-    bounds: tuple[np.ndarray, np.ndarray],
+    bounds: tuple[Float[np.ndarray, "households"], Float[np.ndarray, "households"]],
     steps: int,
 ) -> Exact:
     linear = problem.linear
@@ -156,7 +157,7 @@ def _described(
 
 
 def _contradiction(
-    problem: CalibrationProblem, refused: np.ndarray, certificates: list[dict[str, Any]]
+    problem: CalibrationProblem, refused: Int[np.ndarray, "refused"], certificates: list[dict[str, Any]]
 ) -> str:
     conflict = sorted({i for c in certificates if c["feasible"] is False for i in c["targets"]})
     named = ", ".join(problem.names[i] for i in conflict[:8])
@@ -169,7 +170,7 @@ def _contradiction(
     )
 
 
-def near_zero(linear: CalibrationProblem) -> np.ndarray:
+def near_zero(linear: CalibrationProblem) -> Bool[np.ndarray, "targets={linear.num_targets}"]:
     """Which totals are asked to be so small beside what goes into them that their scale says nothing.
 
     Where such a target contradicts others, it is judged by all that goes into it.
@@ -177,7 +178,7 @@ def near_zero(linear: CalibrationProblem) -> np.ndarray:
     return np.asarray(linear.scale <= _SMALL_BESIDE_GROSS * linear.gross)
 
 
-def is_hard(problem: CalibrationProblem) -> np.ndarray:
+def is_hard(problem: CalibrationProblem) -> Bool[np.ndarray, "targets={problem.num_targets}"]:
     """Which targets must be met: those marked so, else those without a weight."""
     if problem.target_hard is not None:
         return problem.target_hard
@@ -186,7 +187,7 @@ def is_hard(problem: CalibrationProblem) -> np.ndarray:
     return np.asarray(np.isnan(problem.target_weights))
 
 
-def unit_factors(factors: Any, households: int) -> np.ndarray:
+def unit_factors(factors: Any, households: int) -> Float[np.ndarray, "households={households}"]:
     """Factors q of the households, ones where none are given.
 
     Raises:
@@ -208,10 +209,10 @@ def unit_factors(factors: Any, households: int) -> np.ndarray:
 def domains(
     linear: CalibrationProblem,
     distance: str,
-    low: np.ndarray,
-    high: np.ndarray,
-    factors: np.ndarray,
-    prices: np.ndarray,
+    low: Float[np.ndarray, "households"],
+    high: Float[np.ndarray, "households"],
+    factors: Float[np.ndarray, "households"],
+    prices: Float[np.ndarray, "targets"],
 ) -> Iterator[Domain]:
     """Cut a problem into parts that share neither targets nor households, without what nothing touches."""
     initial, scale = linear.starting_weights, linear.scale
@@ -230,7 +231,9 @@ def domains(
         yield Domain(targets, households, replace(dual, slack=slack), natural[targets], total)
 
 
-def blocks(matrix: sp.csr_array, there: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, sp.csr_array]]:
+def blocks(
+    matrix: sp.csr_array, there: Bool[np.ndarray, "households"]
+) -> Iterator[tuple[np.ndarray, np.ndarray, sp.csr_array]]:
     """Targets, households and rows of each connected part of a matrix with an entry."""
     columns = np.flatnonzero(there)
     if len(columns) < len(there):
@@ -266,7 +269,7 @@ def blocks(matrix: sp.csr_array, there: np.ndarray) -> Iterator[tuple[np.ndarray
         yield by_target[first:last], columns[by_column[left:right]], rows
 
 
-def _connected(matrix: sp.csr_array) -> np.ndarray:
+def _connected(matrix: sp.csr_array) -> Int[np.ndarray, "targets_and_households"]:
     """Number of the part that each target, then each household, belongs to."""
     num_targets, households = matrix.shape
     indptr = np.concatenate([matrix.indptr, np.full(households, matrix.nnz, dtype=matrix.indptr.dtype)])
@@ -277,7 +280,7 @@ def _connected(matrix: sp.csr_array) -> np.ndarray:
     return np.asarray(connected_components(edges, directed=False)[1])
 
 
-def over_scales(rows: sp.csr_array, scales: np.ndarray) -> sp.csr_array:
+def over_scales(rows: sp.csr_array, scales: Float[np.ndarray, "targets"]) -> sp.csr_array:
     """Rows divided by their scales, float64."""
     data = rows.data / np.repeat(scales, np.diff(rows.indptr))
     return sp.csr_array((data, rows.indices, rows.indptr), shape=rows.shape)
@@ -298,7 +301,9 @@ def _solve(domain: Domain) -> tuple[Solution, Slack, dict[str, Any] | None]:
     return found, slack, certificate
 
 
-def soften(domain: Domain, dual: Dual, gives_way: np.ndarray, otherwise: Solution) -> tuple[Solution, Slack]:
+def soften(
+    domain: Domain, dual: Dual, gives_way: Bool[np.ndarray, "targets"], otherwise: Solution
+) -> tuple[Solution, Slack]:
     """Solve with a price for the targets that give way; the highest with which the iteration ends well.
 
     Args:
@@ -321,7 +326,7 @@ def soften(domain: Domain, dual: Dual, gives_way: np.ndarray, otherwise: Solutio
     return found, slack
 
 
-def certify(domain: Domain) -> tuple[dict[str, Any], np.ndarray]:
+def certify(domain: Domain) -> tuple[dict[str, Any], Bool[np.ndarray, "targets"]]:
     """Ask a linear programme whether the hard targets of a domain can be met together.
 
     It minimises the sum of what is missing, over what goes into each target.

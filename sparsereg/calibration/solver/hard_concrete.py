@@ -20,6 +20,7 @@ from sparsereg.calibration.solver.matrix import HouseholdMatrix
 from sparsereg.distributions import GAMMA, ZETA, gate_median, p_active
 from sparsereg.linalg.adam import adam_step
 from sparsereg.linalg.threads import quiet_threads
+from sparsereg.shapes import Float, Int
 
 _TIDY_EVERY = 50
 """Epochs between two removals of moments so small that the processor would treat them slowly, and between
@@ -42,7 +43,7 @@ class GateSettings:
         lr: Learning rate of Adam, > 0.
         temperature: beta as a function of the epoch.
         num_epochs: How long the run is, for the schedule of the number of households.
-        num_households: Steer lambda_l0 so that this many are kept; None: leave it.
+        num_open: Steer lambda_l0 so that this many gates are open; None: leave it.
         gamma: Lower end of the stretch interval, < 0.
         zeta: Upper end of the stretch interval, > 1.
         use_gates: False: no gates, weights only.
@@ -53,7 +54,7 @@ class GateSettings:
     lr: float = 0.15
     temperature: Callable[[float], float] = field(default=lambda epoch: 0.65)
     num_epochs: int = 1000
-    num_households: int | None = None
+    num_open: int | None = None
     gamma: float = GAMMA
     zeta: float = ZETA
     use_gates: bool = True
@@ -75,8 +76,8 @@ class GateSolver:
         self,
         matrix: HouseholdMatrix,
         loss: TargetLoss,
-        log_weight: Tensor,
-        log_alpha: Tensor,
+        log_weight: Float[Tensor, "households"],
+        log_alpha: Float[Tensor, "households"],
         settings: GateSettings,
         seed: int = 0,
     ) -> None:
@@ -98,13 +99,13 @@ class GateSolver:
         """beta of the current epoch."""
         return self.settings.temperature(self.epoch)
 
-    def gates(self) -> Tensor:
+    def gates(self) -> Float[Tensor, "households"]:
         """Test-time gates, float32."""
         if not self.settings.use_gates:
             return torch.ones_like(self.log_alpha)
         return gate_median(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
 
-    def weights(self) -> Tensor:
+    def weights(self) -> Float[Tensor, "households"]:
         """Weights times test-time gates, float64, zero where shut."""
         return self.log_weight.double().exp() * self.gates().double()
 
@@ -126,8 +127,8 @@ class GateSolver:
         totals = self._draw()
         self.last_loss = float(self.loss.value(totals))
         where = self._weight if self.settings.use_gates else None
-        residual = self.loss.residual(totals)
-        gradient = self._buffers[3].copy_(self._products.gradient(residual, where))
+        by_totals = self.loss.gradient_by_totals(totals)
+        gradient = self._buffers[3].copy_(self._products.gradient(by_totals, where))
         down_weight = torch.mul(gradient, self._weight, out=self._buffers[4])
         if self.settings.lambda_l2 > 0:
             down_weight.addcmul_(self._positive, self._positive, value=2.0 * self.settings.lambda_l2)
@@ -137,7 +138,7 @@ class GateSolver:
             self._add_penalty(down_alpha)
             self._adam(self.log_alpha, down_alpha, self._moments[2:])
 
-    def _draw(self) -> Tensor:
+    def _draw(self) -> Float[Tensor, "targets"]:
         """Draw gates; keep the weights and the slope of the gates by location; return the totals."""
         torch.exp(self.log_weight, out=self._positive)
         if not self.settings.use_gates:
@@ -151,16 +152,16 @@ class GateSolver:
         self._slope.mul_(gate > 0.0).mul_(gate < 1.0)
         return self._products.totals(gate.clamp_(0.0, 1.0).mul_(self._positive))
 
-    def _add_penalty(self, gradient: Tensor) -> None:
+    def _add_penalty(self, gradient: Float[Tensor, "households"]) -> None:
         """Add the gradient of lambda_l0 * sum P(z > 0), with lambda_l0 steered if a number is wanted."""
         p = self._p_active()
         price = self.settings.lambda_l0
-        if self.settings.num_households is not None:
+        if self.settings.num_open is not None:
             price = self._steer(float(p.double().sum()))
         if price > 0:
             gradient.add_(p.addcmul_(p, p, value=-1.0), alpha=price)
 
-    def _p_active(self) -> Tensor:
+    def _p_active(self) -> Float[Tensor, "households"]:
         return p_active(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
 
     def _adam(self, value: Tensor, gradient: Tensor, moments: Tensor) -> None:
@@ -179,7 +180,7 @@ class GateSolver:
             often = torch.nonzero(p > _OFTEN).flatten()
             self._store_apart(often if len(often) < 0.5 * len(p) else None)
 
-    def _store_apart(self, often: Tensor | None) -> None:
+    def _store_apart(self, often: Int[Tensor, "often"] | None) -> None:
         """Keep the entries of these households together; None: leave all where they are."""
         self._often = often
         self._products = self.matrix if often is None else _OftenOpen(self.matrix, often)
@@ -192,7 +193,7 @@ class GateSolver:
         to the gradient of the data.
         """
         everyone = len(self.log_weight)
-        share = float(self.settings.num_households or 1) / everyone
+        share = float(self.settings.num_open or 1) / everyone
         progress = min(1.0, self.epoch / max(1.0, _RELEASE * self.settings.num_epochs))
         error = math.log(max(expected, 1e-30) / (everyone * share**progress))
         self._integral += _INTEGRAL_GAIN * max(-0.5, min(0.5, error))
@@ -240,17 +241,19 @@ class _OftenOpen:
         often: Indices of those to store apart, ascending.
     """
 
-    def __init__(self, matrix: HouseholdMatrix, often: Tensor) -> None:
+    def __init__(self, matrix: HouseholdMatrix, often: Int[Tensor, "often"]) -> None:
         self._matrix, self._part, self._often = matrix, matrix.take(often), often
 
-    def totals(self, weights: Tensor) -> Tensor:
+    def totals(self, weights: Float[Tensor, "households"]) -> Float[Tensor, "targets"]:
         """See ``HouseholdMatrix``."""
         rest = self._matrix.totals(weights.index_fill(0, self._often, 0.0))
         return rest.add_(self._part.totals(weights[self._often]))
 
-    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+    def gradient(
+        self, by_totals: Float[Tensor, "targets"], where: Float[Tensor, "households"] | None = None
+    ) -> Float[Tensor, "households"]:
         """See ``HouseholdMatrix``."""
         assert where is not None
-        gradient = self._matrix.gradient(residual, where.index_fill(0, self._often, 0.0))
-        gradient[self._often] = self._part.gradient(residual, where[self._often])
+        gradient = self._matrix.gradient(by_totals, where.index_fill(0, self._often, 0.0))
+        gradient[self._often] = self._part.gradient(by_totals, where[self._often])
         return gradient

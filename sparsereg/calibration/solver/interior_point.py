@@ -15,6 +15,8 @@ import numpy as np
 import scipy.linalg as sl
 import scipy.sparse as sp
 
+from sparsereg.shapes import Float
+
 _DENSE = 0.05
 """Share of the households from which a target's row is multiplied as a dense one."""
 _TO_BOUNDARY = 0.995
@@ -39,15 +41,15 @@ class BoxQuadratic:
     """
 
     rows: sp.csr_array
-    targets: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
-    pull: np.ndarray
-    center: np.ndarray
-    sum_of: np.ndarray | None = None
+    targets: Float[np.ndarray, "targets"]
+    lower: Float[np.ndarray, "households"]
+    upper: Float[np.ndarray, "households"]
+    pull: Float[np.ndarray, "households"]
+    center: Float[np.ndarray, "households"]
+    sum_of: Float[np.ndarray, "households"] | None = None
     total: float = 0.0
 
-    def slope(self, u: np.ndarray) -> np.ndarray:
+    def slope(self, u: Float[np.ndarray, "households"]) -> Float[np.ndarray, "households"]:
         """Gradient of the objective."""
         return np.asarray(self.rows @ (self.rows.T @ u - self.targets) + self.pull * (u - self.center))
 
@@ -59,13 +61,13 @@ class _Newton:
         self._rows, self._columns = rows, sp.csr_array(rows.T)
         self._gram = self._products() if rows.shape[0] <= rows.shape[1] else None
 
-    def _products(self) -> np.ndarray:
+    def _products(self) -> Float[np.ndarray, "households households"]:
         dense = np.diff(self._columns.indptr) > _DENSE * self._rows.shape[0]
         often, rest = self._rows[:, dense].toarray(), sp.csr_array(self._rows[:, ~dense])
         products: np.ndarray = often @ often.T + (rest @ rest.T).toarray()
         return products
 
-    def factor(self, diagonal: np.ndarray) -> None:
+    def factor(self, diagonal: Float[np.ndarray, "households"]) -> None:
         """Prepare for a diagonal > 0."""
         self._diagonal = diagonal
         if self._gram is not None:
@@ -76,12 +78,12 @@ class _Newton:
             square[np.diag_indices(len(square))] += 1.0
         self._factor = sl.cho_factor(square, lower=True, overwrite_a=True, check_finite=False)
 
-    def solve(self, right: np.ndarray) -> np.ndarray:
+    def solve(self, right: Float[np.ndarray, "households"]) -> Float[np.ndarray, "households"]:
         """Solve, and once more for what rounding has left."""
         x = self._once(right)
         return np.asarray(x + self._once(right - self._rows @ (self._columns @ x) - self._diagonal * x))
 
-    def _once(self, right: np.ndarray) -> np.ndarray:
+    def _once(self, right: Float[np.ndarray, "households"]) -> Float[np.ndarray, "households"]:
         if self._gram is not None:
             return np.asarray(sl.cho_solve(self._factor, right, check_finite=False))
         scaled = right / self._diagonal  # the formula of Woodbury
@@ -97,7 +99,7 @@ class InteriorPoint:
         start: A guess, shape (households,).
     """
 
-    def __init__(self, problem: BoxQuadratic, start: np.ndarray) -> None:
+    def __init__(self, problem: BoxQuadratic, start: Float[np.ndarray, "households"]) -> None:
         self.problem, self._newton = problem, _Newton(problem.rows)
         self._bounded = np.isfinite(problem.upper)
         typical = max(float(np.mean(start - problem.lower)), 1e-300)
@@ -109,7 +111,7 @@ class InteriorPoint:
         self._low, self._high = force / below, np.where(self._bounded, force / above, 0.0)
         self.multiplier = 0.0
 
-    def _room(self) -> tuple[np.ndarray, np.ndarray]:
+    def _room(self) -> tuple[Float[np.ndarray, "households"], Float[np.ndarray, "households"]]:
         """Distances from the lower and the upper bounds; 1 where there is no upper bound."""
         above = np.where(self._bounded, self.problem.upper - self.u, 1.0)
         return self.u - self.problem.lower, above
@@ -141,8 +143,13 @@ class InteriorPoint:
         self.multiplier += length * dmultiplier
 
     def _direction(
-        self, low_goal: np.ndarray, high_goal: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        self, low_goal: Float[np.ndarray, "households"], high_goal: Float[np.ndarray, "households"]
+    ) -> tuple[
+        Float[np.ndarray, "households"],
+        Float[np.ndarray, "households"],
+        Float[np.ndarray, "households"],
+        float,
+    ]:
         """Newton's direction towards distances times multipliers equal to these numbers."""
         p = self.problem
         below, above = self._room()

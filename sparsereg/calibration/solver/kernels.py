@@ -18,24 +18,24 @@ _compile = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "
 
 
 @_compile
-def gather(indptr, indices, data, residual, out):  # type: ignore[no-untyped-def]
-    """out[j] = sum over the entries of household j of data * residual[target]."""
+def gather(indptr, indices, data, by_totals, out):  # type: ignore[no-untyped-def]
+    """out[j] = sum over the entries of household j of data * by_totals[target]."""
     for j in range(out.shape[0]):
         total = 0.0
         # Unsigned bounds spare the check for negative indices.
         for p in range(np.uint64(indptr[j]), np.uint64(indptr[j + 1])):
-            total += data[p] * residual[indices[p]]
+            total += data[p] * by_totals[indices[p]]
         out[j] = total
 
 
 @_compile
-def gather_where(indptr, indices, data, residual, open_, out):  # type: ignore[no-untyped-def]
+def gather_where(indptr, indices, data, by_totals, open_, out):  # type: ignore[no-untyped-def]
     """Like ``gather`` for households with open_[j] != 0; zero for the others, unread."""
     for j in range(out.shape[0]):
         total = 0.0
         if open_[j] != 0:
             for p in range(np.uint64(indptr[j]), np.uint64(indptr[j + 1])):
-                total += data[p] * residual[indices[p]]
+                total += data[p] * by_totals[indices[p]]
         out[j] = total
 
 
@@ -76,11 +76,23 @@ def squared_norms(indptr, indices, data, row_weights, out):  # type: ignore[no-u
 
 @_compile
 def descend(  # type: ignore[no-untyped-def]
-    indptr, indices, data, row_weights, residual, weights, lower, upper, curvature, pull, center, held, sweeps
+    indptr,
+    indices,
+    data,
+    row_weights,
+    by_totals,
+    weights,
+    lower,
+    upper,
+    curvature,
+    pull,
+    center,
+    held,
+    sweeps,
 ):
     """Minimise a weighted sum of squares along one household after the other, within bounds.
 
-    ``residual`` is row_weights * (totals - targets) and is kept up to date; ``weights`` change in place.
+    ``by_totals`` is row_weights * (totals - targets) and is kept up to date; ``weights`` change in place.
     ``curvature`` is half the second derivative along each household; ``pull`` * (w - center)^2 is added
     to the objective. ``held`` = [sum of weights, its target, its weight, its multiplier].
     """
@@ -91,14 +103,14 @@ def descend(  # type: ignore[no-untyped-def]
             slope = pull[j] * (weights[j] - center[j]) + held[2] * (held[0] - held[1]) + held[3]
             start, stop = np.uint64(indptr[j]), np.uint64(indptr[j + 1])
             for p in range(start, stop):
-                slope += data[p] * residual[indices[p]]
+                slope += data[p] * by_totals[indices[p]]
             new = min(max(weights[j] - slope / curvature[j], lower[j]), upper[j])
             change = new - weights[j]
             if change != 0.0:
                 weights[j] = new
                 held[0] += change
                 for p in range(start, stop):
-                    residual[indices[p]] += row_weights[indices[p]] * data[p] * change
+                    by_totals[indices[p]] += row_weights[indices[p]] * data[p] * change
 
 
 @_compile
@@ -181,7 +193,7 @@ def descend_pages(  # type: ignore[no-untyped-def]
 
     A stored target k moves by whole[k] = own[k] + sum of above[its sums] times the change of its total.
     ``base`` and ``up`` are the residuals of stored targets and of sums, ``now`` what a household sees of a
-    stored target: its residual and those of its sums, right on the current page; ``change`` collects the
+    stored target: its gradient and those of its sums, right on the current page; ``change`` collects the
     changes of the stored totals. ``stretch`` is one over the curvature, or 0. ``lanes`` work beside each
     other, and each expects of the others what it does itself.
     """

@@ -20,6 +20,7 @@ from sparsereg.calibration.solver.interior_point import BoxQuadratic, InteriorPo
 from sparsereg.calibration.solver.losses import Quadratic
 from sparsereg.calibration.solver.matrix import CompiledMatrix, HouseholdMatrix
 from sparsereg.calibration.solver.nested import NestedMatrix
+from sparsereg.shapes import Float, Int, Shaped
 
 _log = logging.getLogger(__name__)
 
@@ -51,12 +52,17 @@ class System:
 
     matrix: HouseholdMatrix
     quadratic: Quadratic
-    initial_weights: Tensor
-    upper: Tensor
+    initial_weights: Float[Tensor, "households"]
+    upper: Float[Tensor, "households"]
     chi2: float = 0.0
     total: float | None = None
 
-    def of(self, households: Tensor, weights: Tensor, lower: Tensor | None = None) -> LeastSquares:
+    def of(
+        self,
+        households: Int[Tensor, "selected"],
+        weights: Float[Tensor, "selected"],
+        lower: Float[Tensor, "selected"] | None = None,
+    ) -> LeastSquares:
         """Return the problem of some households, starting from these weights of theirs.
 
         Args:
@@ -78,7 +84,7 @@ class System:
         )
 
     @cached_property
-    def curvature(self) -> Tensor:
+    def curvature(self) -> Float[Tensor, "households"]:
         """Half the second derivative of the quadratic along each household, shape (households,)."""
         return self.matrix.squared_norms(self.quadratic.weight)
 
@@ -95,16 +101,16 @@ class System:
         """Return the same problem with other weights of the targets."""
         return replace(self, quadratic=quadratic)
 
-    def gains(self, residual: Tensor) -> Tensor:
+    def gains(self, by_totals: Float[Tensor, "targets"]) -> Float[Tensor, "households"]:
         """How much the objective falls when the best step is taken along one unused household alone.
 
         Args:
-            residual: Half of the quadratic's gradient with respect to the totals.
+            by_totals: Half of the quadratic's gradient with respect to the totals.
 
         Returns:
             Decreases >= 0, shape (households,).
         """
-        slope = self.matrix.gradient(residual).clamp_(max=0.0)
+        slope = self.matrix.gradient(by_totals).clamp_(max=0.0)
         if not self._is_bounded:
             return slope.square_().mul_(self._stretch)
         step = torch.minimum(slope * -self._stretch, self.upper)
@@ -129,11 +135,11 @@ class LeastSquares:
         self,
         matrix: HouseholdMatrix,
         quadratic: Quadratic,
-        weights: Tensor,
-        lower: Tensor,
-        upper: Tensor,
-        pull: Tensor,
-        center: Tensor,
+        weights: Float[Tensor, "households"],
+        lower: Float[Tensor, "households"],
+        upper: Float[Tensor, "households"],
+        pull: Float[Tensor, "households"],
+        center: Float[Tensor, "households"],
         total: float | None = None,
     ) -> None:
         self.matrix, self.quadratic = matrix, quadratic
@@ -149,16 +155,16 @@ class LeastSquares:
         return _HELD_SHARE * self.size**2 / max(total, 1e-300) ** 2
 
     def refresh(self) -> None:
-        """Compute totals and residuals anew from the weights, which removes what rounding has piled up."""
+        """Compute totals and their gradient anew from the weights, without what rounding has piled up."""
         self._held[0] = self.weights.sum()
-        self._residual = self.quadratic.residual(self.matrix.totals(self.weights))
+        self._by_totals = self.quadratic.half_gradient_by_totals(self.matrix.totals(self.weights))
 
     @property
-    def residual(self) -> Tensor:
+    def by_totals(self) -> Float[Tensor, "targets"]:
         """Half of the quadratic's gradient with respect to the totals."""
-        return self._residual
+        return self._by_totals
 
-    def totals(self) -> Tensor:
+    def totals(self) -> Float[Tensor, "targets"]:
         """Weighted totals, computed anew."""
         return self.matrix.totals(self.weights)
 
@@ -171,12 +177,12 @@ class LeastSquares:
         """The objective with the held sum's error as a penalty: to compare fits that have not settled it."""
         return self.value() + self._held_weight * float(self.weights.sum() - self._held[1]) ** 2
 
-    def slope(self) -> Tensor:
+    def slope(self) -> Float[Tensor, "households"]:
         """Half of the gradient with respect to the weights, held sum and multiplier included."""
         held = self._held[2] * (self._held[0] - self._held[1]) + self._held[3]
-        return self.matrix.gradient(self._residual) + self.pull * (self.weights - self.center) + held
+        return self.matrix.gradient(self._by_totals) + self.pull * (self.weights - self.center) + held
 
-    def contributions(self) -> Tensor:
+    def contributions(self) -> Float[Tensor, "households"]:
         """w_j times the norm of household j: the root of what leaving it out costs, others unchanged.
 
         With an upper bound the others may be unable to take over the weight of a large household, so that
@@ -191,13 +197,13 @@ class LeastSquares:
         """Improve the weights by ``count`` rounds over the households."""
         if isinstance(self.matrix, CompiledMatrix | NestedMatrix):
             self.matrix.descend(
-                self.quadratic.weight, self._residual, self.weights, self.lower, self.upper,
+                self.quadratic.weight, self._by_totals, self.weights, self.lower, self.upper,
                 self.curvature, self.pull, self.center, self._held, count,
             )  # fmt: skip
         else:
             self.accelerate(count * _STEPS_PER_SWEEP)
 
-    def optimality(self) -> float:
+    def kkt_violation(self) -> float:
         """Largest violation of the optimality conditions, dimensionless; 0 at the exact minimum.
 
         With households scaled to unit norm, how far a step down the slope leads within the bounds, relative
@@ -222,13 +228,13 @@ class LeastSquares:
         """Improve until optimal: sweeps find which bounds hold, conjugate gradients solve for the rest.
 
         Args:
-            tolerance: ``optimality`` to reach.
+            tolerance: ``kkt_violation`` to reach.
             max_rounds: Give up after so many rounds.
             sweeps: Sweeps in each round.
             enough: Give up, too, when ten rounds have lowered the objective by less than this share of it.
 
         Returns:
-            The optimality reached.
+            The violation reached.
         """
         worst, steps, before = float("inf"), _FEWEST_STEPS, float("inf")
         for number in range(max_rounds):
@@ -237,7 +243,7 @@ class LeastSquares:
             while inside:
                 self.refresh()
                 self._held[3] += self._held[2] * (self._held[0] - self._held[1])
-                worst = self.optimality()
+                worst = self.kkt_violation()
                 if worst <= tolerance:
                     return worst
                 inside = self._conjugate_gradients(steps, tolerance) and steps < _MOST_STEPS
@@ -248,7 +254,7 @@ class LeastSquares:
                 if before - now < enough * now:
                     break
                 before = now
-        return self.optimality()
+        return self.kkt_violation()
 
     @property
     def is_small(self) -> bool:
@@ -261,14 +267,14 @@ class LeastSquares:
         """Improve until optimal by an interior-point method, for some thousands of households or targets.
 
         Args:
-            tolerance: ``optimality`` to reach.
+            tolerance: ``kkt_violation`` to reach.
             max_steps: Give up after so many steps; the weights are then the best there were.
 
         Returns:
-            The optimality reached.
+            The violation reached.
         """
         free = torch.nonzero((self.curvature > 0) & (self.upper > self.lower)).flatten()
-        best, best_weights, best_multiplier = self.optimality(), self.weights, float(self._held[3])
+        best, best_weights, best_multiplier = self.kkt_violation(), self.weights, float(self._held[3])
         if best <= tolerance or len(free) == 0:
             return best
         norm = self.curvature[free].sqrt()
@@ -281,7 +287,7 @@ class LeastSquares:
             weights = self.weights.clone()
             weights[free] = torch.from_numpy(point.u) / norm
             self._take_over(weights, point.multiplier)
-            now = self.optimality()
+            now = self.kkt_violation()
             if now < best:
                 best, best_weights, best_multiplier = now, self.weights, point.multiplier
             if best <= tolerance:
@@ -289,12 +295,12 @@ class LeastSquares:
         self._take_over(best_weights, best_multiplier)
         return best
 
-    def _take_over(self, weights: Tensor, multiplier: float) -> None:
+    def _take_over(self, weights: Float[Tensor, "households"], multiplier: float) -> None:
         self.weights = torch.minimum(torch.maximum(weights, self.lower), self.upper)
         self._held[3] = multiplier
         self.refresh()
 
-    def _scaled(self, free: Tensor, norm: Tensor) -> BoxQuadratic:
+    def _scaled(self, free: Int[Tensor, "free"], norm: Float[Tensor, "free"]) -> BoxQuadratic:
         """The problem of some households in contributions w_j norm_j; the others stay where they are."""
         assert isinstance(self.matrix, CompiledMatrix | NestedMatrix)
         root = self.quadratic.weight.sqrt().numpy()
@@ -313,7 +319,9 @@ class LeastSquares:
             total=float(self._held[1] - rest.sum()),
         )
 
-    def _curve(self, direction: Tensor, where: Tensor | None = None) -> Tensor:
+    def _curve(
+        self, direction: Float[Tensor, "households"], where: Shaped[Tensor, "households"] | None = None
+    ) -> Float[Tensor, "households"]:
         """Half of the second derivative times a direction of weights."""
         product = self.quadratic.weight * self.matrix.totals(direction)
         held = self._held[2] * direction.sum()
@@ -346,7 +354,7 @@ class LeastSquares:
             old = new
         return self._step_towards(solution)
 
-    def _step_towards(self, step: Tensor) -> bool:
+    def _step_towards(self, step: Float[Tensor, "households"]) -> bool:
         """Take the largest of the projected steps 1, 1/2, 1/4 ... that pays, or up to the first bound.
 
         Returns:
@@ -370,7 +378,7 @@ class LeastSquares:
         scale = torch.where(self.curvature > 0, 1.0 / self.curvature, torch.zeros_like(self.curvature))
         largest = self._largest_curvature(scale)
         ahead, momentum = self.weights.clone(), 1.0
-        self._residual = self.quadratic.residual(self.matrix.totals(ahead))
+        self._by_totals = self.quadratic.half_gradient_by_totals(self.matrix.totals(ahead))
         for _ in range(steps):
             before, point = self.weights, ahead
             self.weights, self._held[0] = point, point.sum()
@@ -384,10 +392,10 @@ class LeastSquares:
             new_momentum = (1.0 + (1.0 + 4.0 * momentum**2) ** 0.5) / 2.0
             ahead = self.weights + (momentum - 1.0) / new_momentum * change
             momentum = new_momentum
-            self._residual = self.quadratic.residual(self.matrix.totals(ahead))
+            self._by_totals = self.quadratic.half_gradient_by_totals(self.matrix.totals(ahead))
         self.refresh()
 
-    def _largest_curvature(self, scale: Tensor) -> float:
+    def _largest_curvature(self, scale: Float[Tensor, "households"]) -> float:
         """Largest eigenvalue of the scaled second derivative, by power iteration; kept after the first time.
 
         Entries may have both signs, so the start is not constant; it is fixed, so that runs repeat.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsereg.calibration.config import CAP, LOSSES
+from sparsereg.shapes import Float, Shaped
 
 
 def check_loss(name: str) -> str:
@@ -25,12 +26,12 @@ def check_loss(name: str) -> str:
 
 def group_shares(
     num_targets: int,
-    groups: np.ndarray | None = None,
+    groups: Shaped[np.ndarray, "targets={num_targets}"] | None = None,
     *,
     normalize: bool = True,
     multipliers: Mapping[Any, float] | None = None,
-    target_weights: np.ndarray | None = None,
-) -> np.ndarray:
+    target_weights: Float[np.ndarray, "targets={num_targets}"] | None = None,
+) -> Float[np.ndarray, "targets={num_targets}"]:
     """Weight of every target in the loss.
 
     Args:
@@ -79,13 +80,13 @@ class TargetLoss:
         ValueError: the loss is unknown, or the cap is not > 0.
     """
 
-    targets: Tensor
-    shares: Tensor
+    targets: Float[Tensor, "targets"]
+    shares: Float[Tensor, "targets"]
     loss: str = "relative"
     cap: float = CAP
-    scales: Tensor | None = None
-    tolerance: Tensor | None = None
-    scale: Tensor = field(init=False)
+    scales: Float[Tensor, "targets"] | None = None
+    tolerance: Float[Tensor, "targets"] | None = None
+    scale: Float[Tensor, "targets"] = field(init=False)
     """What an error is divided by: the scales, or 1 for "mse"."""
 
     def __post_init__(self) -> None:
@@ -102,7 +103,9 @@ class TargetLoss:
         """Whether the loss is a sum of squares, and ``bound`` therefore the loss itself."""
         return self.loss in ("relative", "mse") and self.tolerance is None
 
-    def _errors(self, totals: Tensor) -> Tensor:
+    def _errors(
+        self, totals: Float[Tensor, "targets={len(self.targets)}"]
+    ) -> Float[Tensor, "targets={len(self.targets)}"]:
         """What is wrong with each total, over its scale."""
         error = totals - self.targets
         if self.tolerance is not None:
@@ -117,7 +120,7 @@ class TargetLoss:
         assert shares is not None
         return TargetLoss(targets, shares, self.loss, self.cap, scales, tolerance)
 
-    def value(self, totals: Tensor) -> Tensor:
+    def value(self, totals: Float[Tensor, "targets={len(self.targets)}"]) -> Float[Tensor, ""]:
         """The loss, a float64 scalar."""
         error = self._errors(totals)
         if self.loss in ("relative", "mse"):
@@ -128,7 +131,9 @@ class TargetLoss:
             per_target = error.abs().clamp(max=self.cap)
         return (self.shares * per_target).sum()
 
-    def residual(self, totals: Tensor) -> Tensor:
+    def gradient_by_totals(
+        self, totals: Float[Tensor, "targets={len(self.targets)}"]
+    ) -> Float[Tensor, "targets={len(self.targets)}"]:
         """Gradient of the loss with respect to the totals, float64."""
         error = self._errors(totals)
         if self.loss in ("relative", "mse"):
@@ -139,7 +144,7 @@ class TargetLoss:
             slope = error.sign() * (error.abs() < self.cap)
         return self.shares * slope / self.scale
 
-    def bound(self, totals: Tensor, floor: float = 1e-12) -> Quadratic:
+    def bound(self, totals: Float[Tensor, "targets={len(self.targets)}"], floor: float = 1e-12) -> Quadratic:
         """Quadratic that touches the loss at ``totals`` and bounds it from above (itself if quadratic).
 
         Args:
@@ -172,9 +177,9 @@ class Quadratic:
         scales: What an error of each is compared with, > 0; None: the largest target.
     """
 
-    targets: Tensor
-    weight: Tensor
-    scales: Tensor | None = None
+    targets: Float[Tensor, "targets"]
+    weight: Float[Tensor, "targets"]
+    scales: Float[Tensor, "targets"] | None = None
 
     @property
     def size(self) -> float:
@@ -183,10 +188,12 @@ class Quadratic:
         size = float((self.weight * scales.square()).sum().sqrt())
         return size if size > 0 else 1.0
 
-    def value(self, totals: Tensor) -> Tensor:
+    def value(self, totals: Float[Tensor, "targets={len(self.targets)}"]) -> Float[Tensor, ""]:
         """The quadratic, a float64 scalar."""
         return (self.weight * (totals - self.targets).square()).sum()
 
-    def residual(self, totals: Tensor) -> Tensor:
+    def half_gradient_by_totals(
+        self, totals: Float[Tensor, "targets={len(self.targets)}"]
+    ) -> Float[Tensor, "targets={len(self.targets)}"]:
         """Half of its gradient with respect to the totals."""
         return self.weight * (totals - self.targets)

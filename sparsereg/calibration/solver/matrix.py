@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsereg.linalg.threads import in_turns
+from sparsereg.shapes import Float, Int, Shaped
 
 _ENTRIES_PER_LANE = 250_000
 """Fewer entries than this are not worth handing to a second thread (about 0.2 ms of work)."""
@@ -33,19 +34,27 @@ class HouseholdMatrix(Protocol):
     num_entries: int
     device: torch.device
 
-    def totals(self, weights: Tensor) -> Tensor:
+    def totals(
+        self, weights: Float[Tensor, "households={self.num_households}"]
+    ) -> Float[Tensor, "targets={self.num_targets}"]:
         """Sum of weights times entries for every target, float64; households of weight zero cost nothing."""
 
-    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
-        """Sum of residuals times entries for every household, float64; zero where ``where`` is zero."""
+    def gradient(
+        self,
+        by_totals: Float[Tensor, "targets={self.num_targets}"],
+        where: Shaped[Tensor, "households={self.num_households}"] | None = None,
+    ) -> Float[Tensor, "households={self.num_households}"]:
+        """Sum of by_totals times entries for every household, float64; zero where ``where`` is zero."""
 
-    def squared_norms(self, row_weights: Tensor) -> Tensor:
+    def squared_norms(
+        self, row_weights: Float[Tensor, "targets={self.num_targets}"]
+    ) -> Float[Tensor, "households={self.num_households}"]:
         """Sum of row_weights times squared entries for every household, float64."""
 
-    def noise(self, seed: int, epoch: int) -> Tensor:
+    def noise(self, seed: int, epoch: int) -> Float[Tensor, "households={self.num_households}"]:
         """Uniform numbers in [0, 1), float32, one per household: the same for the same seed and epoch."""
 
-    def take(self, households: Tensor) -> HouseholdMatrix:
+    def take(self, households: Int[Tensor, "selected"]) -> HouseholdMatrix:
         """Return the matrix of these households only, in this order (a copy)."""
 
 
@@ -131,16 +140,22 @@ class CompiledMatrix:
         ]
         in_turns(getattr(kernels, name), calls)
 
-    def totals(self, weights: Tensor) -> Tensor:
+    def totals(
+        self, weights: Float[Tensor, "households={self.num_households}"]
+    ) -> Float[Tensor, "targets={self.num_targets}"]:
         """See ``HouseholdMatrix``."""
         values = weights.numpy()
         private = np.zeros((len(self._lanes), self.num_targets))
         self._run("scatter", [(values[lane], private[k]) for k, lane in enumerate(self._lanes)])
         return torch.from_numpy(private[0] if len(private) == 1 else private.sum(axis=0))
 
-    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+    def gradient(
+        self,
+        by_totals: Float[Tensor, "targets={self.num_targets}"],
+        where: Shaped[Tensor, "households={self.num_households}"] | None = None,
+    ) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``."""
-        values, out = residual.numpy(), np.empty(self.num_households)
+        values, out = by_totals.numpy(), np.empty(self.num_households)
         if where is None:
             self._run("gather", [(values, out[lane]) for lane in self._lanes])
         else:
@@ -148,13 +163,15 @@ class CompiledMatrix:
             self._run("gather_where", [(values, mask[lane], out[lane]) for lane in self._lanes])
         return torch.from_numpy(out)
 
-    def squared_norms(self, row_weights: Tensor) -> Tensor:
+    def squared_norms(
+        self, row_weights: Float[Tensor, "targets={self.num_targets}"]
+    ) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``."""
         out = np.empty(self.num_households)
         self._run("squared_norms", [(row_weights.numpy(), out[lane]) for lane in self._lanes])
         return torch.from_numpy(out)
 
-    def noise(self, seed: int, epoch: int) -> Tensor:
+    def noise(self, seed: int, epoch: int) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``."""
         from sparsereg.calibration.solver import kernels
 
@@ -178,7 +195,7 @@ class CompiledMatrix:
         values = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
         kernels.descend(self._indptr, self._indices, self._data, *values)
 
-    def take(self, households: Tensor) -> CompiledMatrix:
+    def take(self, households: Int[Tensor, "selected"]) -> CompiledMatrix:
         """See ``HouseholdMatrix``."""
         from sparsereg.calibration.solver import kernels
 
@@ -212,16 +229,24 @@ class TorchMatrix:
         by_target = sp.csr_array(by_household.T.tocsr())
         return cls(_to_torch(by_household, device), _to_torch(by_target, device))
 
-    def totals(self, weights: Tensor) -> Tensor:
+    def totals(
+        self, weights: Float[Tensor, "households={self.num_households}"]
+    ) -> Float[Tensor, "targets={self.num_targets}"]:
         """See ``HouseholdMatrix``."""
         return self._by_target @ weights.double()
 
-    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+    def gradient(
+        self,
+        by_totals: Float[Tensor, "targets={self.num_targets}"],
+        where: Shaped[Tensor, "households={self.num_households}"] | None = None,
+    ) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``."""
-        gradient = self._by_household @ residual
+        gradient = self._by_household @ by_totals
         return gradient if where is None else gradient * (where != 0)
 
-    def squared_norms(self, row_weights: Tensor) -> Tensor:
+    def squared_norms(
+        self, row_weights: Float[Tensor, "targets={self.num_targets}"]
+    ) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``."""
         squares = _csr_tensor(
             self._by_household.crow_indices(),
@@ -231,13 +256,13 @@ class TorchMatrix:
         )
         return squares @ row_weights
 
-    def noise(self, seed: int, epoch: int) -> Tensor:
+    def noise(self, seed: int, epoch: int) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``."""
         mixed = (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1342543DE82EF95) % 2**63
         generator = torch.Generator(device=self.device).manual_seed(mixed)
         return torch.rand(self.num_households, generator=generator, device=self.device)
 
-    def take(self, households: Tensor) -> TorchMatrix:
+    def take(self, households: Int[Tensor, "selected"]) -> TorchMatrix:
         """See ``HouseholdMatrix``."""
         crow = self._by_household.crow_indices()
         columns, values = self._by_household.col_indices(), self._by_household.values()
@@ -279,25 +304,33 @@ class ShardedMatrix:
         local = household_matrix(sp.csr_array(by_household[:, first:last]), device, backend, local=True)
         return cls(local, first, num_targets)
 
-    def totals(self, weights: Tensor) -> Tensor:
+    def totals(
+        self, weights: Float[Tensor, "households={self.num_households}"]
+    ) -> Float[Tensor, "targets={self.num_targets}"]:
         """See ``HouseholdMatrix``."""
         totals = torch.zeros(self.num_targets, dtype=torch.float64, device=self.device)
         totals[self._rows] = self._local.totals(weights)
         return _sum_over_processes(totals)
 
-    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+    def gradient(
+        self,
+        by_totals: Float[Tensor, "targets={self.num_targets}"],
+        where: Shaped[Tensor, "households={self.num_households}"] | None = None,
+    ) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``."""
-        return _sum_over_processes(self._local.gradient(residual[self._rows], where))
+        return _sum_over_processes(self._local.gradient(by_totals[self._rows], where))
 
-    def squared_norms(self, row_weights: Tensor) -> Tensor:
+    def squared_norms(
+        self, row_weights: Float[Tensor, "targets={self.num_targets}"]
+    ) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``."""
         return _sum_over_processes(self._local.squared_norms(row_weights[self._rows]))
 
-    def noise(self, seed: int, epoch: int) -> Tensor:
+    def noise(self, seed: int, epoch: int) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``."""
         return self._local.noise(seed, epoch)
 
-    def take(self, households: Tensor) -> ShardedMatrix:
+    def take(self, households: Int[Tensor, "selected"]) -> ShardedMatrix:
         """See ``HouseholdMatrix``."""
         return ShardedMatrix(self._local.take(households), self._rows.start, self.num_targets)
 

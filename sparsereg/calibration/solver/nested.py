@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsereg.calibration.solver.matrix import CompiledMatrix
 from sparsereg.linalg.nesting import Nesting
 from sparsereg.linalg.threads import in_turns
+from sparsereg.shapes import Float, Int, Shaped
 
 _ENTRIES_FOR_LANES = 150_000
 """Stored entries from which two lanes descend beside each other (a sweep of half a millisecond)."""
@@ -45,19 +46,27 @@ class NestedMatrix:
         self.num_entries = inner.num_entries
         self._lanes: list[slice] | None = None
 
-    def totals(self, weights: Tensor) -> Tensor:
+    def totals(
+        self, weights: Float[Tensor, "households={self.num_households}"]
+    ) -> Float[Tensor, "targets={self.num_targets}"]:
         """See ``HouseholdMatrix``."""
         return torch.from_numpy(self._nesting.expand(self._inner.totals(weights).numpy()))
 
-    def gradient(self, residual: Tensor, where: Tensor | None = None) -> Tensor:
+    def gradient(
+        self,
+        by_totals: Float[Tensor, "targets={self.num_targets}"],
+        where: Shaped[Tensor, "households={self.num_households}"] | None = None,
+    ) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``."""
-        return self._inner.gradient(torch.from_numpy(self._nesting.collapse(residual.numpy())), where)
+        return self._inner.gradient(torch.from_numpy(self._nesting.collapse(by_totals.numpy())), where)
 
-    def squared_norms(self, row_weights: Tensor) -> Tensor:
+    def squared_norms(
+        self, row_weights: Float[Tensor, "targets={self.num_targets}"]
+    ) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``: a household is in one part of a sum at most, so squares add up as well."""
         return self._inner.squared_norms(torch.from_numpy(self._nesting.collapse(row_weights.numpy())))
 
-    def noise(self, seed: int, epoch: int) -> Tensor:
+    def noise(self, seed: int, epoch: int) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``."""
         return self._inner.noise(seed, epoch)
 
@@ -69,7 +78,7 @@ class NestedMatrix:
         place[np.concatenate([n.stored, n.sums])] = np.arange(n.num_rows)
         return sp.csr_array(both[:, place])
 
-    def take(self, households: Tensor) -> NestedMatrix:
+    def take(self, households: Int[Tensor, "selected"]) -> NestedMatrix:
         """See ``HouseholdMatrix``."""
         part = NestedMatrix.__new__(NestedMatrix)
         inner = self._inner.take(households)
@@ -79,7 +88,7 @@ class NestedMatrix:
     def descend(
         self,
         row_weights: Tensor,
-        residual: Tensor,
+        by_totals: Tensor,
         weights: Tensor,
         lower: Tensor,
         upper: Tensor,
@@ -102,7 +111,9 @@ class NestedMatrix:
         per_household = [v.numpy() for v in (weights, lower, upper, stretch, pull, center)]
         rounds, each = (1, sweeps) if len(lanes) == 1 else (sweeps, 1)
         for _ in range(rounds):
-            self._round(lanes, (own, above, whole), (rw, residual.numpy(), held.numpy()), per_household, each)
+            self._round(
+                lanes, (own, above, whole), (rw, by_totals.numpy(), held.numpy()), per_household, each
+            )
 
     def _round(
         self,
@@ -115,18 +126,18 @@ class NestedMatrix:
         """Sweep every lane from the same state, then add up what they did."""
         from sparsereg.calibration.solver import kernels
 
-        n, (row_weights, residual, held) = self._nesting, state
+        n, (row_weights, by_totals, held) = self._nesting, state
         changes, sums, calls = np.zeros((len(lanes), len(n.stored))), [held.copy() for _ in lanes], []
         for lane, change, own_held in zip(lanes, changes, sums, strict=True):
-            base = residual[n.stored]
-            memory: tuple[Any, ...] = (base, residual[n.sums], base.copy(), base.copy(), change)
+            base = by_totals[n.stored]
+            memory: tuple[Any, ...] = (base, by_totals[n.sums], base.copy(), base.copy(), change)
             calls.append((
                 *self._inner.entries_of(lane), self._page[lane], *self._lists, n.wholes.indptr,
                 n.wholes.indices, *moves, *memory, *(v[lane] for v in per_household), own_held, len(lanes),
                 sweeps,
             ))  # fmt: skip
         in_turns(kernels.descend_pages, calls)
-        residual += row_weights * n.expand(changes.sum(axis=0))
+        by_totals += row_weights * n.expand(changes.sum(axis=0))
         held[0] += sum(own[0] - held[0] for own in sums) / len(lanes)
 
     def _cut(self) -> list[slice]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsereg.calibration.config import PruningSchedule
 from sparsereg.calibration.solver.least_squares import LeastSquares, System
+from sparsereg.shapes import Float, Int
 
 _ROUGH = 1e-5
 """Optimality at which the households of weight zero are known well enough."""
@@ -27,7 +28,7 @@ def kept_at(stage: int, stages: int, num_households: int, num_kept: int, power: 
     return max(num_kept, round(num_kept * math.pow(num_households / num_kept, share)))
 
 
-def largest(values: Tensor, count: int) -> Tensor:
+def largest(values: Float[Tensor, "values"], count: int) -> Int[Tensor, "chosen"]:
     """Indices of the ``count`` largest values in ascending order; ties go to the lower index.
 
     Selection, not sorting: finding the smallest that is in takes a tenth of the time of ordering all.
@@ -61,10 +62,10 @@ class Pruning:
     def __init__(
         self,
         system: System,
-        weights: Tensor,
+        weights: Float[Tensor, "households"],
         num_kept: int,
         schedule: PruningSchedule,
-        candidates: Tensor | None = None,
+        candidates: Int[Tensor, "candidates"] | None = None,
     ) -> None:
         self.system, self.schedule, self.num_kept = system, schedule, num_kept
         everyone = torch.arange(len(weights), device=weights.device)
@@ -116,13 +117,13 @@ class Pruning:
         else:
             self._share *= self.schedule.swap_shrink
 
-    def weights(self) -> Tensor:
+    def weights(self) -> Float[Tensor, "households"]:
         """Weights of all households, zero where not kept."""
         weights = torch.zeros_like(self.system.initial_weights)
         weights[self._kept] = self.fit.weights
         return weights
 
-    def kept(self) -> Tensor:
+    def kept(self) -> Int[Tensor, "kept"]:
         """Indices of the households that are kept, ascending."""
         return self._kept
 
@@ -148,8 +149,8 @@ class Pruning:
 
 
 def _exchange(
-    system: System, kept: Tensor, fit: LeastSquares, count: int, schedule: PruningSchedule
-) -> tuple[Tensor, LeastSquares]:
+    system: System, kept: Int[Tensor, "kept"], fit: LeastSquares, count: int, schedule: PruningSchedule
+) -> tuple[Int[Tensor, "kept"], LeastSquares]:
     """Drop the ``count`` least useful, add the most useful others and a surplus, prune the surplus.
 
     They are added in parts, with sweeps in between, since two households that help in the same way look
@@ -173,10 +174,10 @@ def _exchange(
 
 
 def add(
-    system: System, kept: Tensor, fit: LeastSquares, count: int, sweeps: int
-) -> tuple[Tensor, LeastSquares]:
+    system: System, kept: Int[Tensor, "kept"], fit: LeastSquares, count: int, sweeps: int
+) -> tuple[Int[Tensor, "more"], LeastSquares]:
     """Add the ``count`` households that would help most one at a time, then improve everybody's weights."""
-    gains = system.gains(fit.residual)
+    gains = system.gains(fit.by_totals)
     gains[kept] = -1.0
     weights = torch.zeros_like(gains)
     weights[kept] = fit.weights
@@ -186,7 +187,9 @@ def add(
     return kept, fit
 
 
-def fill(system: System, kept: Tensor, fit: LeastSquares, rounds: int = 8) -> tuple[Tensor, LeastSquares]:
+def fill(
+    system: System, kept: Int[Tensor, "kept"], fit: LeastSquares, rounds: int = 8
+) -> tuple[Int[Tensor, "kept"], LeastSquares]:
     """Solve nearly to optimality, replacing households whose weight becomes zero by others that help.
 
     Args:

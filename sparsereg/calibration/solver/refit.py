@@ -14,9 +14,10 @@ from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, solve
 from sparsereg.calibration.solver.exact import blocks, over_scales
 from sparsereg.calibration.solver.least_squares import LeastSquares, System
 from sparsereg.calibration.solver.losses import TargetLoss
+from sparsereg.shapes import Bool, Float, Int
 
 TOLERANCE = 1e-9
-"""Optimality of a refit, see ``LeastSquares.optimality``."""
+"""Violation of the optimality conditions by a refit, see ``LeastSquares.kkt_violation``."""
 _FIRST_ROUNDS = 10
 """Rounds before a small problem is handed to dense linear algebra."""
 _MOST_ROUNDS = 150
@@ -43,26 +44,26 @@ class Refit:
 
     Args:
         weights: One weight per selected household, float64.
+        kkt_violation: By how much the weights may be from the minimum: with rows, by the dual, a share
+            of what is minimised, pull included; else the largest violation of the optimality conditions.
         steps: Steps of Newton's method, where the weights were found by the dual.
-        optimality: By how much the weights may be from the minimum: with rows, by the dual, a share of what
-            is minimised, pull included; else the largest violation of the optimality conditions.
     """
 
-    weights: Tensor
-    optimality: float
+    weights: Float[Tensor, "selected"]
+    kkt_violation: float
     steps: int | None = None
 
 
 def refit(
     system: System,
     loss: TargetLoss,
-    kept: Tensor,
-    weights: Tensor,
+    kept: Int[Tensor, "selected"],
+    weights: Float[Tensor, "selected"],
     *,
     smallest: float = 0.0,
     tolerance: float = TOLERANCE,
     rows: sp.csr_array | None = None,
-    hard: np.ndarray | None = None,
+    hard: Bool[np.ndarray, "targets"] | None = None,
     thorough: bool = False,
     warm: bool = False,
 ) -> Refit:
@@ -75,7 +76,7 @@ def refit(
         weights: Where to start, one for each of them.
         smallest: Each keeps at least this share of its initial weight, scaled so that the initial weights of
             the selection add up to those of all, >= 0.
-        tolerance: Optimality to reach.
+        tolerance: Violation of the optimality conditions to reach.
         rows: Entries of these households as they were read, households x targets. With them, and a pull, a
             squared loss of no more targets than households is solved exactly by its dual.
         hard: Which targets must be met, shape (targets,): then by the dual, whatever it costs.
@@ -88,31 +89,31 @@ def refit(
         exact = by_dual(system, fit, rows, hard, thorough, warm)
         if exact is not None:
             return exact
-    optimality = fit.solve(tolerance, _FIRST_ROUNDS)
-    if optimality > tolerance:
+    violation = fit.solve(tolerance, _FIRST_ROUNDS)
+    if violation > tolerance:
         if fit.is_small:
-            optimality = fit.solve_densely(tolerance)
+            violation = fit.solve_densely(tolerance)
         else:
-            optimality = fit.solve(tolerance, _MOST_ROUNDS, enough=_ENOUGH)
+            violation = fit.solve(tolerance, _MOST_ROUNDS, enough=_ENOUGH)
     if loss.is_quadratic:
-        return Refit(fit.weights, optimality)
+        return Refit(fit.weights, violation)
     best, best_value = fit.weights, float(loss.value(fit.totals()))
     for step in range(_OUTER_ROUNDS):
         floor = _FIRST_FLOOR * (_LAST_FLOOR / _FIRST_FLOOR) ** (step / (_OUTER_ROUNDS - 1))
         bound = loss.bound(fit.totals(), floor)
         fit = system.with_quadratic(bound).of(kept, fit.weights, lower)
-        optimality = fit.solve(tolerance, max_rounds=4)
+        violation = fit.solve(tolerance, max_rounds=4)
         value = float(loss.value(fit.totals()))
         if value < best_value:
             best, best_value = fit.weights, value
-    return Refit(best, optimality)
+    return Refit(best, violation)
 
 
 def by_dual(
     system: System,
     fit: LeastSquares,
     rows: sp.csr_array,
-    hard: np.ndarray | None,
+    hard: Bool[np.ndarray, "targets"] | None,
     thorough: bool,
     warm: bool = False,
 ) -> Refit | None:
@@ -159,8 +160,10 @@ def by_dual(
 
 
 def _priced(
-    system: System, rows: sp.csr_array, hard: np.ndarray | None
-) -> tuple[sp.csr_array, np.ndarray, np.ndarray, np.ndarray]:
+    system: System, rows: sp.csr_array, hard: Bool[np.ndarray, "given"] | None
+) -> tuple[
+    sp.csr_array, Float[np.ndarray, "targets"], Float[np.ndarray, "targets"], Float[np.ndarray, "targets"]
+]:
     """Rows, targets, scales and prices of the targets that count, and of a sum that is held."""
     weight = system.quadratic.weight.cpu().numpy()
     targets = system.quadratic.targets.cpu().numpy()
@@ -180,7 +183,9 @@ def _priced(
     return matrix, targets, scales, price
 
 
-def _smallest_weights(system: System, kept: Tensor, smallest: float) -> Tensor:
+def _smallest_weights(
+    system: System, kept: Int[Tensor, "selected"], smallest: float
+) -> Float[Tensor, "selected"]:
     """A small positive weight for everybody, below the upper bound."""
     initial = system.initial_weights[kept]
     positive = initial[initial > 0]

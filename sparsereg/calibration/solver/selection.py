@@ -15,6 +15,7 @@ from sparsereg.calibration.solver.hard_concrete import GateSettings, GateSolver
 from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import TargetLoss
 from sparsereg.calibration.solver.pruning import Pruning, add, largest
+from sparsereg.shapes import Bool, Float, Int
 
 _EPOCHS_PER_STEP = 10
 _GATE_MARGIN = 1.2
@@ -30,7 +31,7 @@ class Goal:
     Args:
         system: The least-squares problem of all households.
         loss: The loss with weights of the targets that are not normalised: what the gates minimise.
-        num_households: How many to keep, or None if the method decides.
+        num_kept: How many to keep, or None if the method decides.
         gates: Settings of the gates.
         droprate_init: Initial dropout rate d of the gates before they are stretched, in (0, 1): they start at
             log_alpha = log((1 - d) / d).
@@ -44,7 +45,7 @@ class Goal:
 
     system: System
     loss: TargetLoss
-    num_households: int | None
+    num_kept: int | None
     gates: GateSettings = field(default_factory=GateSettings)
     droprate_init: float = 0.001
     schedule: PruningSchedule = field(default_factory=PruningSchedule)
@@ -54,7 +55,7 @@ class Goal:
     log_alpha_jitter: float = 0.01
     start: Tensor | None = None
 
-    def without(self, targets: Tensor) -> Goal:
+    def without(self, targets: Int[Tensor, "left_out"]) -> Goal:
         """Return the goal with these targets left out of the loss."""
         shares = self.loss.shares.index_fill(0, targets, 0.0)
         weight = self.system.quadratic.weight.index_fill(0, targets, 0.0)
@@ -63,7 +64,7 @@ class Goal:
             self, loss=replace(self.loss, shares=shares), system=self.system.with_quadratic(quadratic)
         )
 
-    def starting_weights(self) -> Tensor:
+    def starting_weights(self) -> Float[Tensor, "households"]:
         """Initial weights times the one factor that brings all totals closest to their targets."""
         initial = self.system.initial_weights
         quadratic = self.system.quadratic
@@ -73,7 +74,7 @@ class Goal:
         factor = float(along / size) if size > 0 else 1.0
         return initial * factor if factor > 0 else initial
 
-    def scaled_to_all(self, households: Tensor) -> Tensor:
+    def scaled_to_all(self, households: Int[Tensor, "selected"]) -> Float[Tensor, "selected"]:
         """Starting weights of some households, > 0, scaled so that they add up to those of all."""
         start = self.starting_weights()
         share = start.sum() / start[households].sum().clamp(min=1e-300)
@@ -81,8 +82,8 @@ class Goal:
 
     def wanted(self) -> int:
         """How many households to keep, for methods that must be told."""
-        assert self.num_households is not None
-        return self.num_households
+        assert self.num_kept is not None
+        return self.num_kept
 
 
 class Selection(Protocol):
@@ -98,10 +99,10 @@ class Selection(Protocol):
     def step(self) -> None:
         """Work for a short while."""
 
-    def weights(self) -> Tensor:
+    def weights(self) -> Float[Tensor, "households"]:
         """Current weights of all households, float64, zero where not kept."""
 
-    def kept(self) -> Tensor:
+    def kept(self) -> Int[Tensor, "kept"]:
         """Indices of the households that are kept, ascending, also where a weight is zero at present."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,18 +121,18 @@ class Fixed:
 
     num_epochs = 1
 
-    def __init__(self, weights: Tensor) -> None:
+    def __init__(self, weights: Float[Tensor, "households"]) -> None:
         self.epoch, self.done, self._weights = 0, False, weights
 
     def step(self) -> None:
         """Nothing is left to do."""
         self.epoch, self.done = 1, True
 
-    def weights(self) -> Tensor:
+    def weights(self) -> Float[Tensor, "households"]:
         """See ``Selection``."""
         return self._weights
 
-    def kept(self) -> Tensor:
+    def kept(self) -> Int[Tensor, "kept"]:
         """See ``Selection``."""
         return torch.nonzero(self._weights > 0).flatten()
 
@@ -150,16 +151,16 @@ class Gated:
 
     Args:
         goal: The problem and the settings.
-        num_households: How many to keep; None: lambda_l0 decides.
+        num_kept: How many to keep; None: lambda_l0 decides.
     """
 
-    def __init__(self, goal: Goal, num_households: int | None) -> None:
-        self.goal, self.num_households = goal, num_households
+    def __init__(self, goal: Goal, num_kept: int | None) -> None:
+        self.goal, self.num_kept = goal, num_kept
         settings = goal.gates
         households = goal.system.matrix.num_households
-        if num_households is not None:
-            aim = min(households, round(_GATE_MARGIN * num_households))
-            settings = replace(settings, num_households=aim)
+        if num_kept is not None:
+            aim = min(households, round(_GATE_MARGIN * num_kept))
+            settings = replace(settings, num_open=aim)
         generator = torch.Generator().manual_seed(goal.seed)
         device = goal.system.matrix.device
         noise = torch.randn(2, households, generator=generator).to(device)
@@ -187,10 +188,10 @@ class Gated:
         self.epoch = self.solver.epoch
         if self.epoch >= self.num_epochs:
             self.done = True
-            if self.num_households is not None:
-                self._settled = self._settle(self.num_households)
+            if self.num_kept is not None:
+                self._settled = self._settle(self.num_kept)
 
-    def _settle(self, count: int) -> tuple[Tensor, Tensor]:
+    def _settle(self, count: int) -> tuple[Int[Tensor, "kept"], Float[Tensor, "households"]]:
         """Bring the open households to exactly ``count``: prune the rest away, or add what helps most.
 
         Returns:
@@ -206,11 +207,11 @@ class Gated:
         kept, fit = add(system, open_, system.of(open_, weights[open_]), count - len(open_), 1)
         return kept, torch.zeros_like(weights).index_put_((kept,), fit.weights)
 
-    def weights(self) -> Tensor:
+    def weights(self) -> Float[Tensor, "households"]:
         """See ``Selection``."""
         return self.solver.weights() if self._settled is None else self._settled[1]
 
-    def kept(self) -> Tensor:
+    def kept(self) -> Int[Tensor, "kept"]:
         """See ``Selection``."""
         if self._settled is not None:
             return self._settled[0]
@@ -237,7 +238,7 @@ class Hybrid(Gated):
         self._by_gates = round(goal.gate_share * goal.wanted())
         super().__init__(goal, max(1, self._by_gates))
 
-    def _settle(self, count: int) -> tuple[Tensor, Tensor]:
+    def _settle(self, count: int) -> tuple[Int[Tensor, "kept"], Float[Tensor, "households"]]:
         kept, weights = torch.zeros(0, dtype=torch.long), torch.zeros_like(self.solver.weights())
         if self._by_gates:
             kept, weights = super()._settle(count)
@@ -249,7 +250,12 @@ class Hybrid(Gated):
         return torch.cat([kept.to(drawn), drawn]).sort().values, weights
 
 
-def sample_in_proportion(sizes: Tensor, count: int, seed: int, excluded: Tensor | None = None) -> Tensor:
+def sample_in_proportion(
+    sizes: Float[Tensor, "households"],
+    count: int,
+    seed: int,
+    excluded: Bool[Tensor, "households"] | None = None,
+) -> Int[Tensor, "drawn"]:
     """Draw ``count`` different households with chances in proportion to their sizes; ascending indices.
 
     Keys log(u) / size; the largest are drawn (Efraimidis and Spirakis, 2006). Households of size zero come
@@ -264,7 +270,7 @@ def sample_in_proportion(sizes: Tensor, count: int, seed: int, excluded: Tensor 
     return largest(keys, count)
 
 
-def _random(goal: Goal, sizes: Tensor) -> Selection:
+def _random(goal: Goal, sizes: Float[Tensor, "households"]) -> Selection:
     drawn = sample_in_proportion(sizes, goal.wanted(), goal.seed)
     weights = torch.zeros_like(sizes)
     weights[drawn] = goal.scaled_to_all(drawn)
@@ -308,7 +314,7 @@ def _known_or_initial(goal: Goal) -> Tensor:
 
 METHODS: dict[str, Callable[[Goal], Selection]] = {
     "pruning": _pruning,
-    "hard_concrete": lambda goal: Gated(goal, goal.num_households),
+    "hard_concrete": lambda goal: Gated(goal, goal.num_kept),
     "hybrid": Hybrid,
     "random": lambda goal: _random(goal, torch.ones_like(goal.system.initial_weights)),
     "pps": lambda goal: _random(goal, goal.system.initial_weights),

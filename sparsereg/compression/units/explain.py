@@ -66,6 +66,11 @@ class Explanation:
         removable: number of those that go with some unit that can go.
         unknown: operations without a rule, with the place where they are first called.
         staying: for each parameter, how many of its numbers go with nothing that can go.
+
+    Example:
+        >>> from torch import nn, ones
+        >>> explain(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), ones(1, 6)).parameters
+        38
     """
 
     network: str

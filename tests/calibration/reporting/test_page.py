@@ -180,7 +180,7 @@ def test_every_run_has_its_page(tmp_path, monkeypatch):
     }
     targets = pd.read_csv(folder / "targets.csv")
     assert set(targets.name) <= {t.strip() for t in page.texts}
-    assert f"design effect {results['design_effect']:.2f}" in text
+    assert f"weighting effect {results['weighting_effect']:.2f}" in text
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")

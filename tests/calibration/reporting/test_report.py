@@ -125,5 +125,5 @@ def test_the_recorder_keeps_history_moments_and_events(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "mean_are", "kept"}
-    assert [e.value for e in events.Scalars("kept")][-1] == 2
+    assert set(events.Tags()["scalars"]) == {"fit/loss", "errors/mean_are", "weights/kept"}
+    assert [e.value for e in events.Scalars("weights/kept")][-1] == 2

@@ -79,7 +79,7 @@ def test_noise_is_uniform_and_repeatable(backend):
 
 
 def test_steering_meets_the_number():
-    settings = GateSettings(lr=0.15, num_epochs=600, num_households=20)
+    settings = GateSettings(lr=0.15, num_epochs=600, num_open=20)
     run = solver(settings, location=6.0)
     run.step(600)
     assert 14 <= run.expected_kept() <= 26

@@ -141,7 +141,7 @@ def test_gains_are_what_one_step_gains():
     s = system(a, t, q, w0, upper=np.full(30, 0.7))
     kept = torch.tensor([0, 3, 4])
     fit = s.of(kept, torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64))
-    gains = s.gains(fit.residual).numpy()
+    gains = s.gains(fit.by_totals).numpy()
     totals = fit.totals().numpy()
     steps = np.linspace(0, 0.7, 20_001)
     for j in range(5, 30):

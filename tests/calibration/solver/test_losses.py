@@ -10,12 +10,12 @@ SHARES = torch.tensor([1.0, 2.0, 0.5, 0.25, 1.0, 3.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_residual_is_the_gradient_and_never_nan(name):
+def test_gradient_by_totals_is_the_gradient_and_never_nan(name):
     loss = TargetLoss(TARGETS, SHARES, name)
     totals = TOTALS.clone().requires_grad_()
     loss.value(totals).backward()
     assert torch.isfinite(totals.grad).all()
-    torch.testing.assert_close(loss.residual(TOTALS), totals.grad, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss.gradient_by_totals(TOTALS), totals.grad, rtol=1e-12, atol=0)
 
 
 def test_values_by_hand():
@@ -39,8 +39,8 @@ def test_the_quadratic_bound_touches_and_lies_above(name):
     for _ in range(200):
         other = TOTALS + torch.randn(6, generator=generator, dtype=torch.float64) * TARGETS.abs()
         assert float(loss.value(other)) <= float(touching.value(other)) + constant + 1e-9
-    slope = 2.0 * touching.residual(TOTALS)
-    torch.testing.assert_close(slope, loss.residual(TOTALS), rtol=1e-10, atol=1e-14)
+    slope = 2.0 * touching.half_gradient_by_totals(TOTALS)
+    torch.testing.assert_close(slope, loss.gradient_by_totals(TOTALS), rtol=1e-10, atol=1e-14)
 
 
 def test_group_shares():

@@ -179,7 +179,7 @@ def _tiles(c: Contents) -> list[dict[str, str]]:
         ("Mean error", _percent(r["mean_are"]), f"median {_percent(r['median_are'])}"),
         ("Largest error", _percent(r["max_abs_scaled_error"]), "over its scale"),
         ("Within 10 %", _percent(r["within_10pct"]), f"{_percent(r['within_1pct'])} within 1 %"),
-        ("Effective sample", _whole(r["ess"]), f"design effect {_fixed(r['design_effect'])}"),
+        ("Effective sample", _whole(r["ess"]), f"weighting effect {_fixed(r['weighting_effect'])}"),
     ]
     if r.get("holdout"):
         before = _percent(r["holdout"]["initial_mean_are"])

@@ -16,6 +16,7 @@ import pkgutil
 from typing import TYPE_CHECKING, Protocol
 
 from sparsereg.settings import one_of
+from sparsereg.shapes import Float
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,24 +31,28 @@ class Distance(Protocol):
     """A convex distance G of the ratio g = w / d from 1, with G(1) = G'(1) = 0."""
 
     @property
-    def low(self) -> np.ndarray:
+    def low(self) -> Float[np.ndarray, "households"]:
         """Smallest ratios, shape (households,)."""
 
     @property
-    def high(self) -> np.ndarray:
+    def high(self) -> Float[np.ndarray, "households"]:
         """Largest ratios, shape (households,)."""
 
-    def respond(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def respond(
+        self, u: Float[np.ndarray, "households"]
+    ) -> tuple[Float[np.ndarray, "households"], Float[np.ndarray, "households"]]:
         """F(u) within the bounds, and its slope, 0 where a bound holds."""
 
-    def invert(self, ratio: np.ndarray) -> np.ndarray:
+    def invert(self, ratio: Float[np.ndarray, "households"]) -> Float[np.ndarray, "households"]:
         """The u with F(u) = ratio, for ratios strictly within the bounds."""
 
-    def value(self, ratio: np.ndarray) -> np.ndarray:
+    def value(self, ratio: Float[np.ndarray, "households"]) -> Float[np.ndarray, "households"]:
         """G of each ratio."""
 
 
-def distance_of(name: str, low: np.ndarray, high: np.ndarray) -> Distance:
+def distance_of(
+    name: str, low: Float[np.ndarray, "households"], high: Float[np.ndarray, "households"]
+) -> Distance:
     """Return a distance by its name, with bounds of the ratio per household.
 
     Args:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsereg.calibration.solver.distances import LARGEST_EXPONENT
+from sparsereg.shapes import Float
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,8 +19,8 @@ class Logit:
         high: Suprema of the ratios.
     """
 
-    low: np.ndarray
-    high: np.ndarray
+    low: Float[np.ndarray, "households"]
+    high: Float[np.ndarray, "households"]
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.high).all() and (self.low < 1).all() and (self.high > 1).all()):
@@ -29,11 +30,13 @@ class Logit:
             )
 
     @property
-    def _steepness(self) -> np.ndarray:
+    def _steepness(self) -> Float[np.ndarray, "households"]:
         steepness: np.ndarray = (self.high - self.low) / ((1.0 - self.low) * (self.high - 1.0))
         return steepness
 
-    def respond(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def respond(
+        self, u: Float[np.ndarray, "households"]
+    ) -> tuple[Float[np.ndarray, "households"], Float[np.ndarray, "households"]]:
         """See ``Distance``."""
         a, width = self._steepness, self.high - self.low
         odds = (1.0 - self.low) / (self.high - 1.0)
@@ -41,12 +44,12 @@ class Logit:
         share = growth / (1.0 + growth)
         return self.low + width * share, a * width * share / (1.0 + growth)
 
-    def invert(self, ratio: np.ndarray) -> np.ndarray:
+    def invert(self, ratio: Float[np.ndarray, "households"]) -> Float[np.ndarray, "households"]:
         """See ``Distance``."""
         odds = (ratio - self.low) / (self.high - ratio) * (self.high - 1.0) / (1.0 - self.low)
         return np.asarray(np.log(odds) / self._steepness)
 
-    def value(self, ratio: np.ndarray) -> np.ndarray:
+    def value(self, ratio: Float[np.ndarray, "households"]) -> Float[np.ndarray, "households"]:
         """See ``Distance``."""
         tiny = np.finfo(np.float64).tiny
         below, above = np.maximum(ratio - self.low, tiny), np.maximum(self.high - ratio, tiny)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsereg.calibration.solver.distances import LARGEST_EXPONENT
+from sparsereg.shapes import Float
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,20 +19,22 @@ class Raking:
         high: Largest ratios.
     """
 
-    low: np.ndarray
-    high: np.ndarray
+    low: Float[np.ndarray, "households"]
+    high: Float[np.ndarray, "households"]
 
-    def respond(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def respond(
+        self, u: Float[np.ndarray, "households"]
+    ) -> tuple[Float[np.ndarray, "households"], Float[np.ndarray, "households"]]:
         """See ``Distance``."""
         ratio = np.exp(np.clip(u, -LARGEST_EXPONENT, LARGEST_EXPONENT))
         inside = (ratio > self.low) & (ratio < self.high)
         return np.clip(ratio, self.low, self.high), np.where(inside, ratio, 0.0)
 
-    def invert(self, ratio: np.ndarray) -> np.ndarray:
+    def invert(self, ratio: Float[np.ndarray, "households"]) -> Float[np.ndarray, "households"]:
         """See ``Distance``."""
         return np.asarray(np.log(ratio))
 
-    def value(self, ratio: np.ndarray) -> np.ndarray:
+    def value(self, ratio: Float[np.ndarray, "households"]) -> Float[np.ndarray, "households"]:
         """See ``Distance``."""
         positive = np.maximum(ratio, np.finfo(np.float64).tiny)
         value: np.ndarray = ratio * np.log(positive) - ratio + 1.0

@@ -1,4 +1,4 @@
-"""What test.py hands over: the compacted network, its file for deployment, its speed."""
+"""What test.py writes for deployment: the compacted network, its file, its speed."""
 
 import importlib.util
 from collections.abc import Iterable
