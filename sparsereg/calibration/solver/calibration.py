@@ -18,15 +18,8 @@ from torch import Tensor
 from sparsereg.calibration.config import Settings
 from sparsereg.calibration.measures import relative_errors
 from sparsereg.calibration.problem import CalibrationProblem, exact_totals
-from sparsereg.calibration.solver.exact import (
-    GAVE_WAY,
-    Exact,
-    bounded_weights,
-    calibrate_exactly,
-    is_hard,
-    near_zero,
-    ratio_bounds,
-)
+from sparsereg.calibration.solver.bounds import bounded_weights, ratio_bounds
+from sparsereg.calibration.solver.exact import GAVE_WAY, Exact, calibrate_exactly, is_hard, near_zero
 from sparsereg.calibration.solver.hard_concrete import GateSettings
 from sparsereg.calibration.solver.integers import whole_weights
 from sparsereg.calibration.solver.least_squares import System
