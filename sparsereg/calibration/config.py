@@ -48,6 +48,7 @@ UNTOUCHABLE = ("error", "drop", "keep")
 PSEUDO_TARGETS = ("none", "own_columns")
 MISSING_VALUES = ("error", "zero", "drop")
 DECIMALS = ("point", "comma")
+RECONCILE = ("none", "proportional")
 VARIANCES = ("linearized", "jackknife", "bootstrap", "replicates")
 """How standard errors are found; see variance.py."""
 REPLICATE_TYPES = ("brr", "fay", "jk1", "acs")
@@ -271,6 +272,41 @@ class Replicates(Group):
 
 
 @dataclass(frozen=True)
+class Area(Group):
+    """Weights of its own for every area that the column ``area`` of the targets names."""
+
+    column: str | None = setting(None, "column of the households that says in which area each lives")
+    clones: int | None = setting(
+        None,
+        "each household stands for so many areas, drawn in proportion to their size, in equal parts",
+        count(),
+    )
+    crosswalk: str | None = setting(
+        None,
+        "FILE with area,share and optionally id: which areas a household may stand for; shares add up to 1",
+    )
+    reconcile: str = setting(
+        "none",
+        "targets of areas that do not add up to the nation's: none leaves them, proportional multiplies them",
+        choices=RECONCILE,
+    )
+    files: bool = setting(False, "also write the weights of each area to a file of its own")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether areas are to be calibrated."""
+        return any(getattr(self, name) is not None for name in ("column", "clones", "crosswalk"))
+
+    def check(self) -> None:
+        """One thing says who stands for which area."""
+        given = [n for n in ("column", "clones", "crosswalk") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise Contradiction(f"{{}}{given[0]} and {{}}{given[1]} contradict each other: give one of them")
+        if not given and (self.files or self.reconcile != "none"):
+            raise Contradiction("{}files and {}reconcile need {}column, {}clones or {}crosswalk")
+
+
+@dataclass(frozen=True)
 class Report(Group):
     """What is told besides the targets."""
 
@@ -450,6 +486,7 @@ class CalibrationRun(Settings):
     num_replicates: int = setting(500, "variance=bootstrap: how many", count(2))
     replicates: Replicates = setting(Replicates, "weights of replicates of the sample")
     report: Report = setting(Report, "what is told besides the targets")
+    area: Area = setting(Area, "weights for every area")
     compare: tuple[str, ...] | None = setting(
         None, "instead of a calibration: the folders of two runs, compare=RUN1,RUN2"
     )
@@ -485,6 +522,7 @@ class CalibrationRun(Settings):
         if self.require.held_out_error is not None and self.holdout.groups is None and not self.holdout.folds:
             raise Contradiction("{}require.held_out_error needs a hold-out: {}holdout.folds=5, for example")
         self._check_variance()
+        self._check_area()
         if self.pseudo_targets != "none":
             if isinstance(self.problem, MatrixProblem):
                 raise Contradiction("{}pseudo_targets needs the households' columns: {}problem=households")
@@ -494,6 +532,31 @@ class CalibrationRun(Settings):
             low, high = getattr(self, name) or (None, None)
             if isinstance(low, float) and isinstance(high, float) and low > high:
                 raise InputError(f"{name}=[{low:g}, {high:g}]: expected the smaller one first")
+
+    def _check_area(self) -> None:
+        """Areas are calibrated exactly, from households, with what belongs to that."""
+        if not self.area.is_given:
+            return
+        if self.method != "calibrate" or not isinstance(self.problem, HouseholdsProblem):
+            raise Contradiction(
+                "{}area.column, clones or crosswalk need {}method=calibrate problem=households"
+            )
+        if any(isinstance(side, str) for side in self.bounds or ()):
+            raise Contradiction("areas know bounds that are numbers: {}bounds=[low,high]")
+        usual = {"untouchable": "error", "normalize_groups": False, "pseudo_targets": "none"}
+        others = ("variance", "weight_bounds", "unit_factor", "start", "ckpt_path", "max_weight_ratio")
+        strange = [
+            name for name, value in (usual | dict.fromkeys(others)).items() if getattr(self, name) != value
+        ]
+        strange += ["problem.persons"] if self.problem.persons is not None else []
+        strange += ["report.variables"] if self.report.variables is not None else []
+        strange += ["holdout.folds"] if self.holdout.folds is not None else []
+        if strange:
+            raise Contradiction(f"{{}}{strange[0]} is not known where areas have weights of their own")
+        if self.missing == "drop" or "drop" in self.missing_in.values():
+            raise Contradiction("areas know {}missing=error and {}missing=zero")
+        if self.weights_format not in ("csv", "parquet"):
+            raise Contradiction("areas write {}weights_format=csv or parquet")
 
     @property
     def variance_method(self) -> str | None:

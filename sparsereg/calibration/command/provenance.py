@@ -20,7 +20,17 @@ from sparsereg.calibration.reading.tables import in_file
 from sparsereg.settings import flat, plain
 
 _PACKAGES = ("numpy", "scipy", "torch", "pandas", "pyarrow", "numba", "pyreadstat", "openpyxl", "duckdb")
-_FILES = ("households", "persons", "targets", "matrix", "weights", "variables", "start", "ckpt_path")
+_FILES = (
+    "households",
+    "persons",
+    "targets",
+    "matrix",
+    "weights",
+    "variables",
+    "start",
+    "ckpt_path",
+    "crosswalk",
+)
 """Settings that name files."""
 _CHUNK = 1 << 20
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from sparsereg import interruption
 from sparsereg.calibration import holdout
-from sparsereg.calibration.command import estimates
+from sparsereg.calibration.command import areas, estimates
 from sparsereg.calibration.command.checkpoint import Saver, fingerprint
 from sparsereg.calibration.command.provenance import Provenance
 from sparsereg.calibration.command.requirements import judged
@@ -83,6 +83,8 @@ def run(cfg: CalibrationRun) -> Path:
         InputError: Something that the user gave cannot be used; nothing has been written then.
         FellShort: All is written, but it is not what was required.
     """
+    if cfg.area.is_given:
+        return areas.run(cfg, OUTPUTS)
     start = time.perf_counter()
     with wrong_input():
         cfg = _with_method(cfg)

@@ -321,7 +321,7 @@ class Calibration:
         self._exact: Exact | None = None
         self._steps: int | None = None
         self._given = None if start is None else _checked_start(start, problem, self.method)
-        rows = _with_aggregates(problem.linear, self.settings)
+        rows = _with_aggregates(problem.linear, self.settings.consistency)
         gated = self.method in ("hard_concrete", "hybrid")
         order = _visiting_order(rows.by_household, rows.nesting, self.settings.seed, by_length=gated)
         self._order = order[problem.starting_weights[order] > 0]  # of weight zero: not in the survey
@@ -520,7 +520,7 @@ class Calibration:
 
     def _rows(self, kept: Tensor) -> sp.csr_array:
         """Entries of some households as they were read, households x targets, float64."""
-        rows = _with_aggregates(self.problem.linear, self.settings)
+        rows = _with_aggregates(self.problem.linear, self.settings.consistency)
         chosen = self._order[kept.cpu().numpy()]
         return sp.csr_array(rows.by_household[chosen].astype(np.float64))
 
@@ -813,7 +813,8 @@ class _Rows:
     Args:
         by_household: Households x rows, canonical CSR: the targets, then sums of parts.
         again: The target that each of those sums should be at, too.
-        nesting: Which rows are sums of others; None: all are stored.
+        nesting: Which rows are sums of others; None where too few are to pay. It decides in which order
+            households are visited in any case, so that groups of processes draw the same noise as one.
     """
 
     by_household: sp.csr_array
@@ -821,26 +822,25 @@ class _Rows:
     nesting: Nesting | None
 
 
-def _with_aggregates(problem: CalibrationProblem, settings: Settings) -> _Rows:
+def _with_aggregates(problem: CalibrationProblem, consistency: float) -> _Rows:
     """Append one row per target with parts: the sum of its parts' rows, at the same target.
 
     Being rows like all others, they need no treatment of their own by any method.
     """
-    nests = compiles(settings.device, settings.backend)
-    if settings.consistency == 0 or problem.parent is None:
-        return _Rows(problem.matrix_t, np.empty(0, dtype=np.int64), problem.nesting if nests else None)
+    if consistency == 0 or problem.parent is None:
+        return _Rows(problem.matrix_t, np.empty(0, dtype=np.int64), problem.nesting)
     part = np.flatnonzero(problem.parent >= 0)
     wholes, position = np.unique(problem.parent[part], return_inverse=True)
     shape = (len(wholes), problem.num_targets)
     sums = sp.csr_array((np.ones(len(part), np.float32), (position, part)), shape=shape)
     both = sp.csr_array(sp.hstack([problem.matrix_t, problem.matrix_t @ sums.T.tocsr()], format="csr"))
     parent = np.append(problem.parent, np.full(len(wholes), -1))
-    return _Rows(both, wholes, find_nesting(sp.csr_array(both.T.tocsr()), both, parent) if nests else None)
+    return _Rows(both, wholes, find_nesting(sp.csr_array(both.T.tocsr()), both, parent))
 
 
 def _matrix(rows: _Rows, order: np.ndarray, settings: Settings) -> HouseholdMatrix:
     """The matrix in the order in which households are visited, without rows that are sums of others."""
-    if rows.nesting is None:
+    if rows.nesting is None or not compiles(settings.device, settings.backend):
         return household_matrix(rows.by_household[order], settings.device, settings.backend)
     stored = sp.csr_array(sp.csr_array(rows.by_household.T.tocsr())[rows.nesting.stored].T.tocsr())
     return NestedMatrix(stored[order], rows.nesting, rows.nesting.page[order])

@@ -1,0 +1,230 @@
+"""From files to areas: the column, the draw or the crosswalk that says who may stand for which area."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from sparsereg.calibration.areas import AreaProblem, Placement
+from sparsereg.calibration.config import Area
+from sparsereg.calibration.reading.cells import numbers, row
+from sparsereg.calibration.reading.households import (
+    TARGET_TEXTS,
+    Source,
+    TargetTable,
+    initial_weights,
+    target_table,
+    unique_ids,
+)
+from sparsereg.calibration.reading.missing import Missing
+from sparsereg.calibration.reading.tables import read_table, require_column
+from sparsereg.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_EXACT_ONLY = ("weight", "tolerance", "hard", "scale", "of", "of_where")
+"""Columns of targets that areas do not know: their targets are totals, met exactly."""
+
+
+def read_areas(choice: Mapping[str, Any], area: Area, missing: Missing, seed: int) -> AreaProblem:
+    """Read households, targets with their areas, and who may stand for which area.
+
+    Args:
+        choice: The keys of configs/problem/households.yaml.
+        area: Which households stand for which area.
+        missing: What becomes of missing values in measures: "error" or "zero".
+        seed: Of the draw of clones.
+
+    Raises:
+        InputError: A file is missing or wrong, an area has targets and no household, or something else does
+            not fit; the message names the place.
+    """
+    written = {"decimal": choice["decimal"], "encoding": choice["encoding"]}
+    file, id = str(choice["households"]), choice["id"]
+    households = read_table(file, [area.column] if area.column else False, id=id, **written)
+    table = read_table(choice["targets"], (*TARGET_TEXTS, "area"), **written)
+    targets, names = _with_areas(table, str(choice["targets"]))
+    weights = initial_weights(households, choice["weight"], file)
+    there = np.ones(len(households), dtype=bool) if weights is None else weights > 0
+    households = households[there].reset_index(drop=True)
+    ids = unique_ids(households, id, file)
+    ids = np.flatnonzero(there) if ids is None else ids
+    placement = _placement(area, households, ids, file, targets, names, seed, written)
+    measure, first = _measures(targets)
+    zero = missing.columns("zero", [m for m in targets.measures if m])
+    matrix, hints = Source(households, file, zero=tuple(zero)).totals(_only(targets, first))
+    for k in np.flatnonzero(np.diff(matrix.indptr) == 0).tolist():
+        raise InputError(f"{targets.place(int(first[k]))}: no household touches it: {hints[k]}")
+    place = {name: i for i, name in enumerate(placement.areas)}
+    of_area = np.array([place[name] if name else -1 for name in names])
+    problem = AreaProblem(
+        measures=matrix,
+        initial_weights=np.ones(len(ids)) if weights is None else weights[there],
+        placement=placement,
+        targets=targets.values,
+        measure=measure,
+        area=of_area,
+        names=targets.names,
+        measure_names=tuple(_named(targets, int(i)) for i in first),
+        ids=ids,
+    )
+    _refuse_unreachable(problem, targets)
+    return problem
+
+
+def _with_areas(table: pd.DataFrame, file: str) -> tuple[TargetTable, list[str]]:
+    """Check a table of targets, and return the area of each; "" is the nation."""
+    require_column(table, "area", file, "which area each target is of; empty: the nation")
+    for column in _EXACT_ONLY:
+        if column in table.columns and (table[column].notna() & (table[column].astype(str) != "")).any():
+            raise InputError(
+                f"{file}: targets of areas are totals that are met exactly: leave the column {column!r} empty"
+            )
+    names = [str(name).strip() for name in table["area"].fillna("")]
+    if not any(names):
+        raise InputError(f"{file}: no target has an area: leave area.* out, or fill the column 'area'")
+    return target_table(table.drop(columns=["area"]), file), names
+
+
+def _placement(
+    area: Area,
+    households: pd.DataFrame,
+    ids: np.ndarray,
+    file: str,
+    targets: TargetTable,
+    names: list[str],
+    seed: int,
+    written: Mapping[str, Any],
+) -> Placement:
+    """Who may stand for which area; every area of a target is one."""
+    if area.column is not None:
+        require_column(households, area.column, file, "area.column")
+        missing = households[area.column].isna() | (households[area.column].astype(str).str.strip() == "")
+        if missing.any():
+            at = int(np.flatnonzero(missing)[0])
+            raise InputError(f"{file}: {area.column} is missing for household {ids[at]}, row {row(at)}")
+        placement = Placement.by_home(households[area.column].astype(str).str.strip().to_numpy())
+        where = f"household of {file} has {area.column} =="
+    elif area.crosswalk is not None:
+        placement = _crosswalk(area.crosswalk, ids, file, written)
+        where = f"row of {area.crosswalk} has the area"
+    else:
+        known = tuple(dict.fromkeys(name for name in names if name))
+        assert area.clones is not None
+        try:
+            sizes = _sizes(targets, names, known)
+            return Placement.by_clones(known, sizes, len(ids), area.clones, seed)
+        except ValueError as error:
+            raise InputError(f"area.clones={area.clones}: {error}") from None
+    for i, name in enumerate(names):
+        if name and name not in placement.areas:
+            hint = did_you_mean(name, list(placement.areas))
+            raise InputError(f"{targets.place(i)}: no {where} {name!r}{hint}")
+    return placement
+
+
+def _crosswalk(path: str, ids: np.ndarray, file: str, written: Mapping[str, Any]) -> Placement:
+    """Read area, share and optionally id; without id each area has its share of every household."""
+    import pandas as pd
+
+    table = read_table(path, ["area"], id="id", **written)
+    for column in ("area", "share"):
+        require_column(table, column, path, "a crosswalk has area,share and optionally id")
+    shares, areas = numbers(table, "share", path), table["area"].astype(str).str.strip()
+    wrong = np.flatnonzero(~((shares > 0) & (shares <= 1)))
+    if len(wrong):
+        at = int(wrong[0])
+        raise InputError(f"{path}: share must lie in (0, 1], got {shares[at]:g} in row {row(at)}")
+    keys = ["area"] if "id" not in table.columns else ["id", "area"]
+    twice = np.flatnonzero(table.assign(area=areas).duplicated(keys))
+    if len(twice):
+        at = int(twice[0])
+        whose = "" if keys == ["area"] else f", id {table['id'].iloc[at]!r}"
+        raise InputError(
+            f"{path}: the area {areas.iloc[at]!r}{whose} is there twice, the second in row {row(at)}"
+        )
+    names, place = np.unique(areas.to_numpy(dtype=str), return_inverse=True)
+    if keys == ["area"]:
+        whole = float(shares.sum())
+        if abs(whole - 1.0) > 1e-6:
+            raise InputError(f"{path}: shares must add up to 1, got {whole:.9g}")
+        by_area = np.empty(len(names))
+        by_area[place] = shares
+        return Placement(tuple(names.tolist()), by_area)
+    household = pd.Index(ids.astype(str)).get_indexer(table["id"].astype(str))
+    if (household < 0).any():
+        at = int(np.flatnonzero(household < 0)[0])
+        raise InputError(f"{path}: id {table['id'].iloc[at]!r} in row {row(at)} is not in {file}")
+    sums = np.bincount(household, weights=shares, minlength=len(ids))
+    wrong = np.flatnonzero(np.abs(sums - 1.0) > 1e-6)
+    if len(wrong):
+        at = int(wrong[0])
+        said = "it is not there" if sums[at] == 0 else f"they add up to {sums[at]:.9g}"
+        more = f" ({len(wrong):,} such households)" if len(wrong) > 1 else ""
+        raise InputError(f"{path}: shares of each household must add up to 1; of {ids[at]!r} {said}{more}")
+    matrix = sp.csr_array((shares, (place, household)), shape=(len(names), len(ids)))
+    return Placement(tuple(names.tolist()), matrix)
+
+
+def _sizes(targets: TargetTable, names: list[str], areas: tuple[str, ...]) -> np.ndarray:
+    """How large areas are: the first total > 0 that all of them ask for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    measure, first = _measures(targets)
+    for k in range(len(first)):
+        values = {names[i]: float(targets.values[i]) for i in np.flatnonzero(measure == k) if names[i]}
+        if len(values) == len(areas) and min(values.values()) > 0:
+            return np.array([values[area] for area in areas])
+    raise ValueError("no total above 0 is asked for by every area: their sizes are not known")
+
+
+def _measures(targets: TargetTable) -> tuple[np.ndarray, np.ndarray]:
+    """Index of what each target sums, and the first target of each."""
+    index: dict[tuple[str, str], int] = {}
+    measure, first = np.empty(len(targets.names), dtype=np.int64), []
+    for i, key in enumerate(zip(targets.measures, targets.wheres, strict=True)):
+        if key not in index:
+            index[key] = len(index)
+            first.append(i)
+        measure[i] = index[key]
+    return measure, np.array(first)
+
+
+def _only(targets: TargetTable, chosen: np.ndarray) -> TargetTable:
+    """Some targets, as totals."""
+
+    def some(texts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(texts[i] for i in chosen)
+
+    return replace(
+        targets, names=some(targets.names), values=targets.values[chosen], measures=some(targets.measures),
+        wheres=some(targets.wheres), units=some(targets.units), of=(), of_wheres=(), of_units=(),
+    )  # fmt: skip
+
+
+def _named(targets: TargetTable, i: int) -> str:
+    what = targets.measures[i] or "households"
+    return f"{what} where {targets.wheres[i]}" if targets.wheres[i] else what
+
+
+def _refuse_unreachable(problem: AreaProblem, targets: TargetTable) -> None:
+    """Refuse a target that is not 0 of which no household of its area has anything."""
+    for area, own in enumerate(problem.by_area):
+        households, _ = problem.placement.of(area, problem.num_households)
+        if len(households) == problem.num_households:
+            continue
+        there = np.zeros(problem.num_households)
+        there[households] = 1.0
+        touched = abs(problem.measures[problem.measure[own]]) @ there
+        for i in own[(touched == 0) & (problem.targets[own] != 0)][:1]:
+            raise InputError(
+                f"{targets.place(int(i))}: no household that may stand for area"
+                f" {problem.placement.areas[area]!r} has any of it"
+            )

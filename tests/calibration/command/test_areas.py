@@ -1,0 +1,196 @@
+"""calibrate.py with areas: the files that come out, and one line for each wrong input."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sparsereg.calibration.command import areas
+from sparsereg.errors import FellShort, InputError
+from tests.calibration.command.test_run import run
+
+AREAS = ("D1", "D2", "03")
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write(households=None, targets=None, crosswalk=None):
+    rng = np.random.default_rng(0)
+    n = 240
+    h = pd.DataFrame({
+        "id": [f"h{i:03d}" for i in range(n)],
+        "w": rng.lognormal(3, 0.3, n),
+        "district": rng.choice(AREAS, n),
+        "income": rng.lognormal(10, 1, n).round(),
+        "age": rng.integers(18, 90, n),
+    })  # fmt: skip
+    rows = []
+    for area in AREAS:
+        here = h.district == area
+        sums = {
+            "": h.w[here].sum(), "income": (h.w * h.income)[here].sum(),
+            "old": h.w[here & (h.age >= 65)].sum(),
+        }  # fmt: skip
+        for what, value in sums.items():
+            measure, where = ("", "age >= 65") if what == "old" else (what, "")
+            row = {"name": f"{area}/{what}", "area": area, "measure": measure, "where": where}
+            rows.append(row | {"value": value * rng.lognormal(0, 0.05)})
+    rows.append({"name": "nation", "area": "", "measure": "", "where": "", "value": 1.02 * h.w.sum()})
+    t = pd.DataFrame(rows)
+    (households or (lambda x: x))(h).to_csv("H.csv", index=False)
+    (targets or (lambda x: x))(t).to_csv("T.csv", index=False)
+    if crosswalk is not None:
+        crosswalk.to_csv("X.csv", index=False)
+    return h, t
+
+
+GIVEN = (
+    "num_households=null", "method=calibrate", "problem=households", "problem.households=H.csv",
+    "problem.targets=T.csv", "problem.weight=w", "problem.id=id",
+)  # fmt: skip
+SHARES = pd.DataFrame({"area": AREAS, "share": [0.5, 0.3, 0.2]})
+
+
+@pytest.mark.parametrize("who", ["area.column=district", "area.clones=2", "area.crosswalk=X.csv"])
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_the_long_table_meets_the_targets_of_every_area(who, form):
+    households, targets = write(crosswalk=SHARES)
+    folder, results = run(*GIVEN, who, f"weights_format={form}", "area.files=true")
+    long = pd.read_csv(folder / "weights.csv", dtype={"area": str}) if form == "csv" else pd.read_parquet(
+        folder / "weights.parquet"
+    )  # fmt: skip
+    assert not long.duplicated(["area", "id"]).any()
+    both = long.merge(households, on="id")
+    for row in targets[targets.area != ""].itertuples():
+        here = both[both.area == row.area]
+        some = here[here.age >= 65] if row.where else here
+        value = (some.weight * (some[row.measure] if row.measure else 1.0)).sum()
+        assert value == pytest.approx(row.value, rel=1e-9)
+    assert results["gave_way"] == 0
+    assert (results["areas"], results["targets"]) == (3, 9)
+    own = folder / "areas" / f"03.{form}"
+    part = pd.read_csv(own, dtype={"area": str}) if form == "csv" else pd.read_parquet(own)
+    pd.testing.assert_frame_equal(part, long[long.area == "03"].reset_index(drop=True))
+
+
+def test_tables_of_areas_households_and_the_nation_agree_with_the_weights():
+    households, _ = write(crosswalk=SHARES)
+    folder, results = run(*GIVEN, "area.crosswalk=X.csv", "distance=raking")
+    long = pd.read_csv(folder / "weights.csv", dtype={"area": str})
+    by_area = long.groupby("area").weight
+    table = pd.read_csv(folder / "areas.csv", dtype={"area": str}).set_index("area")
+    np.testing.assert_allclose(table.weight, by_area.sum()[table.index])
+    np.testing.assert_allclose(
+        table.ess, (by_area.sum() ** 2 / by_area.apply(lambda w: (w**2).sum()))[table.index]
+    )
+    np.testing.assert_allclose(table.largest_share, (by_area.max() / by_area.sum())[table.index])
+    used = pd.read_csv(folder / "exhaustion.csv").set_index("id")
+    sums = long.groupby("id").weight.sum()
+    np.testing.assert_allclose(used.sum_of_areas, sums[used.index])
+    np.testing.assert_allclose(used.exhaustion, sums[used.index] / households.set_index("id").w[used.index])
+    nation = pd.read_csv(folder / "nation.csv").set_index("measure")
+    assert nation.loc["households", "sum_of_areas"] == pytest.approx(long.weight.sum())
+    assert results["total_weight"] == pytest.approx(long.weight.sum())
+    read = json.loads((folder / "results.json").read_text())["provenance"]["inputs"]
+    assert "area.crosswalk" in [file["key"] for file in read]
+
+
+def test_targets_that_do_not_add_up_are_named_and_reconciled(caplog):
+    write()
+    with caplog.at_level("WARNING"):
+        folder, _ = run(*GIVEN, "area.column=district", "area.reconcile=proportional")
+    assert "the areas' targets for households add up to" in caplog.text
+    nation = pd.read_csv(folder / "nation.csv").set_index("measure")
+    assert nation.loc["households", "relative_error"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_what_is_required_of_the_areas():
+    write()
+    with pytest.raises(FellShort, match=r"ess is .*; require.ess=1000"):
+        run(*GIVEN, "area.column=district", "require.ess=1000")
+
+
+def _set(column, value, rows=slice(0, 1)):
+    def changed(table):
+        table = table.copy()
+        table[column] = table[column].astype(object)
+        table.iloc[rows, table.columns.get_loc(column)] = value
+        return table
+
+    return changed
+
+
+HOME, WALK = "area.column=district", "area.crosswalk=X.csv"
+IDS = [f"h{i:03d}" for i in range(240)]
+
+
+def walk(ids, areas="D1", share=1.0):
+    return {"crosswalk": pd.DataFrame({"id": ids, "area": areas, "share": share})}
+
+
+WRONG = {
+    "an area without households": (
+        {"targets": _set("area", "D9")}, HOME, "T.csv row 2 .*no household of H.csv has district == 'D9'",
+    ),
+    "no area at all": ({"targets": _set("area", "", slice(None))}, HOME, "no target has an area"),
+    "no such column": ({}, "area.column=distrct", "no column 'distrct'.*did you mean 'district'"),
+    "a home that is missing": ({"households": _set("district", None)}, HOME, "missing for household h000"),
+    "a weight of a target": (
+        {"targets": lambda t: t.assign(weight=1)}, HOME, "leave the column 'weight' empty",
+    ),
+    "too many clones": ({}, "area.clones=4", "clones=4: clones must be from 1 to the number of areas, 3"),
+    "shares of areas": ({"crosswalk": SHARES.assign(share=0.3)}, WALK, "shares must add up to 1, got 0.9"),
+    "an area twice": ({"crosswalk": pd.concat([SHARES, SHARES])}, WALK, "'D1' is there twice"),
+    "a share of nothing": (
+        {"crosswalk": SHARES.assign(share=[0.5, 0.5, 0.0])}, WALK, "in \\(0, 1\\], got 0 in row 4",
+    ),
+    "an unknown household": (walk(["h999"]), WALK, "'h999' in row 2 is not in H.csv"),
+    "a household left out": (walk(IDS[:-1]), WALK, "of 'h239' it is not there"),
+    "a pair twice": (
+        walk(["h000", "h000"], share=0.5), WALK, "'D1', id 'h000' is there twice, the second in row 3",
+    ),
+    "shares of a household": (
+        walk(IDS, share=0.9), WALK, "of 'h000' they add up to 0.9 \\(240 such households\\)",
+    ),
+    "the same total twice": (
+        {"targets": lambda t: pd.concat([t, t.iloc[:1].assign(name="again")])}, HOME,
+        "'D1/' and 'again' ask for the same",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_leaves_nothing(case, tmp_path):
+    change, who, message = WRONG[case]
+    write(**change)
+    with pytest.raises(InputError, match=message) as error:
+        run(*GIVEN, who)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("area.column=district", "area.clones=2"), "area.column and area.clones contradict each other"),
+        (("area.column=district", "method=all"), "need method=calibrate"),
+        (("area.files=true",), "area.files and area.reconcile need"),
+        (("area.column=district", "variance=linearized"), "variance is not known where areas"),
+        (("area.column=district", "bounds=[low,high]"), "bounds that are numbers"),
+        (("area.column=district", "weights_format=dta"), "csv or parquet"),
+    ],
+)
+def test_settings_that_contradict_each_other(more, message):
+    write()
+    with pytest.raises(InputError, match=message):
+        run(*GIVEN, *more)
+
+
+def test_names_of_files_differ_whatever_areas_are_called():
+    names = areas._names(("a/b", "a b", "A_b", "c", "ü"))
+    assert len({name.lower() for name in names}) == 5
+    assert "c" in names

@@ -1,0 +1,153 @@
+"""Areas with weights of their own: each one's are those of its own calibration; placements add up."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from sparsereg.calibration import CalibrationProblem, calibrate
+from sparsereg.calibration.areas import AreaProblem, Placement
+from sparsereg.calibration.solver.areas import calibrate_areas
+
+AREAS = ("north", "south", "east", "west")
+N, MEASURES = 800, 6
+
+
+def placements():
+    rng = np.random.default_rng(1)
+    size = np.array([0.1, 0.2, 0.3, 0.4])
+    uneven = rng.dirichlet(np.ones(4), N).T
+    return {
+        "everybody everywhere": Placement(AREAS, size),
+        "at home": Placement.by_home(np.array(AREAS)[rng.integers(0, 4, N)]),
+        "clones": Placement.by_clones(AREAS, size, N, 2),
+        "a crosswalk": Placement(AREAS, sp.csr_array(uneven)),
+    }
+
+
+def problem(placement, seed=0, spread=0.3, without=()):
+    rng = np.random.default_rng(seed)
+    measures = sp.csr_array(
+        ((rng.random((MEASURES, N)) < 0.5) * rng.lognormal(size=(MEASURES, N))).astype(np.float32)
+    )
+    weights = rng.lognormal(3, 0.4, N)
+    pairs = [(a, m) for a in range(4) for m in range(MEASURES) if (a, m) not in without]
+    targets = []
+    for a, m in pairs:
+        households, shares = placement.of(a, N)
+        noise = rng.lognormal(0, spread, len(households))
+        targets.append(float((measures[[m]][:, households] @ (weights[households] * shares * noise))[0]))
+    area, measure = (np.array(column) for column in zip(*pairs, strict=True))
+    names = tuple(f"{AREAS[a]} {m}" for a, m in pairs)
+    labels = tuple(f"measure {m}" for m in range(MEASURES))
+    return AreaProblem(
+        measures, weights, placement, np.array(targets), measure, area, names, labels, np.arange(N)
+    )
+
+
+@pytest.mark.parametrize("kind", placements())
+@pytest.mark.parametrize(
+    ("distance", "bounds"), [("linear", (0.2, 4.0)), ("raking", None), ("logit", (0.1, 8.0))]
+)
+def test_weights_are_those_of_each_area_by_itself(kind, distance, bounds):
+    p = problem(placements()[kind], without=[(1, 2)])
+    for ours in calibrate_areas(p, distance, bounds):
+        alone = CalibrationProblem(
+            p.measures[p.measure[ours.targets]][:, ours.households], p.targets[ours.targets], ours.initial
+        )
+        theirs = calibrate(alone, method="calibrate", distance=distance, bounds=bounds)
+        np.testing.assert_allclose(ours.weights, theirs.weights, rtol=1e-9)
+        np.testing.assert_allclose(ours.multipliers, theirs.multipliers, rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(ours.estimates, p.targets[ours.targets], rtol=1e-10)
+        assert ours.bounds_hit == theirs.exact.bounds_hit
+
+
+def test_all_areas_come_in_order_and_an_area_without_targets_keeps_its_weights():
+    placement = placements()["clones"]
+    p = problem(placement, without=[(2, m) for m in range(MEASURES)])
+    ours = list(calibrate_areas(p))
+    assert [a.area for a in ours] == [0, 1, 2, 3]
+    np.testing.assert_array_equal(ours[2].weights, ours[2].initial)
+
+
+@pytest.mark.parametrize("kind", ["at home", "everybody everywhere"])
+def test_what_cannot_be_met_gives_way_in_its_area_only(kind):
+    p = problem(placements()[kind])
+    targets = p.targets.copy()
+    targets[p.area == 1] *= 50
+    hard = AreaProblem(
+        p.measures,
+        p.initial_weights,
+        p.placement,
+        targets,
+        p.measure,
+        p.area,
+        p.names,
+        p.measure_names,
+        p.ids,
+    )
+    for area in calibrate_areas(hard, "linear", (0.5, 2.0)):
+        assert (len(area.gave_way) > 0) == (area.area == 1)
+        assert (area.weights >= 0.5 * area.initial * (1 - 1e-12)).all()
+        assert (area.weights <= 2.0 * area.initial * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("kind", placements())
+def test_shares_of_a_household_add_up_to_one(kind):
+    placement = placements()[kind]
+    total = np.zeros(N)
+    for area in range(4):
+        households, shares = placement.of(area, N)
+        assert (np.diff(households) > 0).all()
+        total[households] += shares
+    np.testing.assert_allclose(total, 1.0)
+
+
+def test_clones_are_drawn_by_size_without_repetition():
+    placement = Placement.by_clones(("a", "b", "c"), np.array([8.0, 1.0, 1.0]), 40_000, 1, seed=3)
+    counts = np.diff(placement.shares.indptr) / 40_000
+    np.testing.assert_allclose(counts, [0.8, 0.1, 0.1], atol=0.01)
+    twice = Placement.by_clones(("a", "b", "c"), np.array([8.0, 1.0, 1.0]), 500, 3)
+    assert twice.shares.nnz == 1_500
+    np.testing.assert_allclose(twice.shares.sum(axis=0), 1.0)
+    assert (twice.shares != Placement.by_clones(("a", "b", "c"), np.ones(3), 500, 3).shares).nnz == 0
+    with pytest.raises(ValueError, match="clones must be from 1 to the number of areas, 3, got 4"):
+        Placement.by_clones(("a", "b", "c"), np.ones(3), 10, 4)
+
+
+def test_targets_that_do_not_add_up_are_named_and_multiplied_to_the_nation():
+    p = problem(placements()["at home"])
+    nation = float(p.targets[p.measure == 3].sum()) * 1.1
+    with_nation = AreaProblem(
+        p.measures, p.initial_weights, p.placement, np.append(p.targets, nation), np.append(p.measure, 3),
+        np.append(p.area, -1), (*p.names, "nation"), p.measure_names, p.ids,
+    )  # fmt: skip
+    ((measure, asked, total),) = with_nation.disagreements()
+    assert (measure, asked) == (3, nation)
+    assert total == pytest.approx(nation / 1.1)
+    mended = with_nation.reconciled()
+    assert mended.disagreements() == []
+    sums = sum(float(a.estimates[p.measure[a.targets] == 3][0]) for a in calibrate_areas(mended))
+    assert sums == pytest.approx(nation)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shares": np.array([0.1, 0.2, 0.3, 0.5])}, "shares must add up to 1 over the areas, got 1.1"),
+        ({"shares": np.array([0.5, 0.5])}, "a row for each of 4 areas"),
+        ({"shares": np.array([-0.5, 0.5, 0.5, 0.5])}, "in \\(0, 1\\]"),
+        ({"areas": ("a", "a", "b", "c")}, "different names"),
+    ],
+)
+def test_wrong_placements(change, message):
+    with pytest.raises(ValueError, match=message):
+        Placement(**({"areas": AREAS, "shares": np.array([0.1, 0.2, 0.3, 0.4])} | change))
+
+
+def test_the_same_total_of_an_area_twice_is_refused():
+    p = problem(placements()["at home"])
+    with pytest.raises(ValueError, match="'north 0' and 'north 1' ask for the same total of one area"):
+        AreaProblem(
+            p.measures, p.initial_weights, p.placement, p.targets, p.measure * (p.measure != 1), p.area,
+            p.names, p.measure_names, p.ids,
+        )  # fmt: skip
