@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LARGE_CELL = 100
+"""Households from which the error of a target tells more about the weights than about chance."""
+
 Solve = Callable[[CalibrationProblem], np.ndarray]
 """From a problem to weights of shape (households,)."""
 
@@ -72,18 +75,22 @@ def hold_out(problem: CalibrationProblem, folds: Sequence[Sequence[str]], solve:
     Returns:
         One row per fold and group: fold, group, targets, initial_mean_are, mean_are, median_are (of the
         left-out targets), fitted_mean_are (of those that were calibrated to). Targets of 0 do not count.
-        ``attrs["errors"]`` has the absolute relative errors of the left-out targets, a list per fold.
+        ``attrs["errors"]`` has the absolute relative errors of the left-out targets, a list per fold;
+        ``attrs["large"]`` those of them that at least ``LARGE_CELL`` households touch, and
+        ``attrs["fitted_large"]`` the same of those that were calibrated to.
     """
     import pandas as pd
 
     labels = _label_of_each(problem)
     initial = np.abs(relative_errors(problem.estimates(problem.starting_weights), problem.targets))
     rows: list[dict[str, Any]] = []
-    left_out: list[list[float]] = []
+    told: dict[str, list[list[float]]] = {"errors": [], "large": [], "fitted_large": []}
+    large = np.diff(problem.linear.matrix.indptr) >= LARGE_CELL
     for number, groups in enumerate(folds):
         out = np.isin(labels, list(groups))
         errors = np.abs(relative_errors(problem.estimates(solve(problem.subset(~out))), problem.targets))
-        left_out.append(errors[out].tolist())
+        for key, which in (("errors", out), ("large", out & large), ("fitted_large", ~out & large)):
+            told[key].append(errors[which].tolist())
         for group in groups:
             member = labels == group
             rows.append(
@@ -99,7 +106,7 @@ def hold_out(problem: CalibrationProblem, folds: Sequence[Sequence[str]], solve:
             )
         log.info("hold-out %d of %d: %s", number + 1, len(folds), ", ".join(groups))
     table = pd.DataFrame(rows)
-    table.attrs["errors"] = left_out
+    table.attrs |= told
     return table
 
 
@@ -111,8 +118,7 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
     """
     known = table.dropna(subset=["mean_are"])
     share = known.targets / known.targets.sum()
-    errors = np.concatenate([np.empty(0), *table.attrs["errors"]])
-    errors = errors[~np.isnan(errors)]
+    errors, large, fitted_large = (_known(table.attrs[k]) for k in ("errors", "large", "fitted_large"))
     return {
         "groups": table.group.tolist(),
         "folds": int(table.fold.nunique()),
@@ -121,7 +127,15 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
         "mean_are": float((share * known.mean_are).sum()),
         "median_are": float(np.median(errors)) if len(errors) else None,
         "fitted_mean_are": float(table.groupby("fold").fitted_mean_are.first().mean()),
+        "large_targets": len(large),
+        "large_mean_are": float(large.mean()) if len(large) else None,
+        "fitted_large_mean_are": float(fitted_large.mean()) if len(fitted_large) else None,
     }
+
+
+def _known(parts: list[list[float]]) -> np.ndarray:
+    errors = np.concatenate([np.empty(0), *parts])
+    return np.asarray(errors[~np.isnan(errors)])
 
 
 def _label_of_each(problem: CalibrationProblem) -> np.ndarray:

@@ -44,6 +44,18 @@ def test_left_out_targets_are_not_seen_and_are_measured():
     assert total["mean_are"] == pytest.approx(error[[0, 1, 2, 3, 6, 7, 8, 9]].mean())
 
 
+def test_cells_of_a_hundred_households_are_told_apart():
+    rows = np.zeros((4, 300))
+    for row, size in zip(rows, (300, 100, 99, 5), strict=True):
+        row[:size] = 1.0
+    p = CalibrationProblem(rows, [600.0, 400.0, 99.0, 50.0], target_groups=["a", "b", "a", "b"])
+    total = summarise(hold_out(p, [("b",)], lambda part: np.ones(300)))
+    assert total["large_targets"] == 1
+    assert total["large_mean_are"] == pytest.approx(0.75)
+    assert total["fitted_large_mean_are"] == pytest.approx(0.5)
+    assert total["mean_are"] == pytest.approx((0.75 + 0.9) / 2)
+
+
 def test_a_group_of_zero_targets_has_no_relative_error():
     p = CalibrationProblem(np.ones((3, 4)), [0.0, 5.0, 5.0], target_groups=["z", "a", "b"])
     table = hold_out(p, [("z", "a")], lambda part: np.ones(4))

@@ -323,7 +323,10 @@ class Calibration:
         self._given = None if start is None else _checked_start(start, problem, self.method)
         rows = _with_aggregates(problem.linear, self.settings.consistency)
         gated = self.method in ("hard_concrete", "hybrid")
-        order = _visiting_order(rows.by_household, rows.nesting, self.settings.seed, by_length=gated)
+        if self.is_exact:  # everybody at once: no order matters
+            order = np.arange(problem.num_households)
+        else:
+            order = _visiting_order(rows.by_household, rows.nesting, self.settings.seed, by_length=gated)
         self._order = order[problem.starting_weights[order] > 0]  # of weight zero: not in the survey
         if given is not None:
             _refuse_weightless(problem, given.numpy())
