@@ -1,11 +1,12 @@
-"""A file of 280,005 tax units from end to end: every figure of docs/tax-units.md.
+"""A file of 280,005 tax units from end to end, by the command: the whole file, then 15,000 of it.
 
     python examples/tax_units.py --data FOLDER              all steps, one after the other
     python examples/tax_units.py --data FOLDER --step small
 
 FOLDER holds cps_households.csv.gz, one row per tax unit of the CPS file of the package taxcalc (CC0) with
 w, fips, agi, XTOT (persons), nu06 (children below 6), snap_ben, e00200 (wages), RECID; and
-cps_targets.csv.gz, totals that the IRS, the Census Bureau and the USDA publish by state (name, value, measure, where, group).
+cps_targets.csv.gz, totals that the IRS, the Census Bureau and the USDA publish by state (name, value, measure,
+where, group).
 """
 
 from __future__ import annotations
