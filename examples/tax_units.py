@@ -5,7 +5,7 @@
 
 FOLDER holds cps_households.csv.gz, one row per tax unit of the CPS file of the package taxcalc (CC0) with
 w, fips, agi, XTOT (persons), nu06 (children below 6), snap_ben, e00200 (wages), RECID; and
-cps_targets.csv.gz, totals that the IRS, the Census Bureau and the USDA publish by state (name, value, measure,
+cps_targets.csv.gz, totals that the IRS, the Census Bureau and the USDA publish (name, value, measure,
 where, group).
 """
 
