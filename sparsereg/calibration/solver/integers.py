@@ -1,8 +1,8 @@
 """``weights="integer"``: whole weights whose totals are those of the real ones, as far as whole numbers can.
 
 Systematic rounding first: households that are alike stand beside each other, and each one is rounded so that
-their running sum is off by less than one. Then swaps: one household goes up, another one down, where that brings
-totals nearer to those of the real weights. Every weight stays next to the real one, within its bounds.
+their running sum is off by less than one. Then swaps: one household goes up, another one down, where that
+brings totals nearer to those of the real weights. Every weight stays next to the real one, within its bounds.
 
 Source: systematic rounding is the controlled rounding of Cox (JASA 82, 1987) along one margin.
 """
