@@ -1,7 +1,7 @@
 """Weights of every district from one national file, beside Clarabel on some of them.
 
-    python benchmarks/areas.py --cps DIR                      436 areas, 215,000 records, 100 targets each
-    python benchmarks/areas.py --cps DIR --areas 8 --clarabel 1     the first 8 only, one of them by Clarabel
+    python -m benchmarks.areas --cps DIR                      436 areas, 215,000 records, 100 targets each
+    python -m benchmarks.areas --cps DIR --areas 8 --clarabel 1     the first 8 only, one of them by Clarabel
 
 Records are those of DIR/cps_households.csv.gz with a weight. Targets are counts, persons, incomes, wages and
 benefits in 20 classes of income; each area's are made from weights of its own that tilt towards rich or poor,

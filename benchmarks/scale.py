@@ -1,8 +1,8 @@
 """Operations, bytes and time of an entry with and without nesting, beside torch's CSR and l0-python.
 
-    python benchmarks/scale.py                        products and epochs of gates on four problems
-    python benchmarks/scale.py --problems cps --cps DIR   DIR/cps_households.csv.gz and cps_targets.csv.gz
-    python benchmarks/scale.py --calls                calibrate() from problem to weights as well
+    python -m benchmarks.scale                        products and epochs of gates on four problems
+    python -m benchmarks.scale --problems cps --cps DIR   DIR/cps_households.csv.gz and cps_targets.csv.gz
+    python -m benchmarks.scale --calls                calibrate() from problem to weights as well
 
 One thread for products and epochs, processor time; ratios are of the same run. ``calibrate()`` uses the
 threads it is given (OMP_NUM_THREADS). l0-python (0.6.2, on PYTHONPATH) is left out where it is missing.
