@@ -166,7 +166,7 @@ def run(cfg: CalibrationRun) -> Path:
 def _read(cfg: CalibrationRun) -> Task:
     """Read the problem and refuse what cannot be calibrated."""
     missing = Missing(cfg.missing, dict(cfg.missing_in))
-    built = read_problem(plain(cfg.problem), _columns_named(cfg), missing)
+    built = read_problem(plain(cfg.problem), _columns_named(cfg), missing, _columns_kept(cfg))
     problem, hints, dropped = touchable(built, cfg.untouchable)
     _check_budget(problem, cfg.num_households)
     found = check(problem, cfg.num_households, cfg.max_weight_ratio, cfg.hold_total, hints)
@@ -209,6 +209,14 @@ def _write_pseudo_targets(
     write_table(folder / "pseudo_targets.csv", table)
     errors = table.relative_error.abs()
     return {"targets": len(table), "mean_are": float(errors.mean()), "median_are": float(errors.median())}
+
+
+def _columns_kept(cfg: CalibrationRun) -> list[str] | None:
+    """Return the columns of households that are used beside the targets; None: it may be any."""
+    any_column = cfg.variance is not None and cfg.report.variables is None
+    if any_column or cfg.variance_method == "replicates" or cfg.pseudo_targets != "none":
+        return None
+    return [name for name in (cfg.strata, cfg.psu, cfg.fpc) if name is not None]
 
 
 def _columns_named(cfg: CalibrationRun) -> list[str]:

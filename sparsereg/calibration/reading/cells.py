@@ -19,6 +19,8 @@ SIGNS = {"point": ".", "comma": ","}
 _MOST_CHARACTERS = 400
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _COMMA = re.compile(r"[+-]?[0-9][0-9.']*,[0-9]+")
+_ABSENT = (".", "-", "na", "n/a", "nan", "null", "none", "#n/a")
+"""What programs write for a missing value; here it is a text."""
 _TRUTHS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _LAST_EXACT = 2**53
 
@@ -40,7 +42,9 @@ def number(cell: object) -> float:
         return np.inf
 
 
-def numbers(table: pd.DataFrame, column: str, file: object, allow_missing: bool = False) -> np.ndarray:
+def numbers(
+    table: pd.DataFrame, column: str, file: object, allow_missing: bool = False, first: int = 0
+) -> np.ndarray:
     """Return a column as float64; name the first cell that is not a finite number.
 
     Args:
@@ -48,6 +52,7 @@ def numbers(table: pd.DataFrame, column: str, file: object, allow_missing: bool 
         column: One of its columns.
         file: Where the table came from, for the message.
         allow_missing: Give NaN for a missing cell instead of refusing it.
+        first: How many rows stand before the table in its file.
     """
     series = table[column]
     values = _as_float64(series)
@@ -62,7 +67,7 @@ def numbers(table: pd.DataFrame, column: str, file: object, allow_missing: bool 
         cell = "is missing" if missing[at] else f"is {shown(series.iloc[at])}"
         more = f" ({int(wrong.sum())} such rows)" if wrong.sum() > 1 else ""
         raise InputError(
-            f"{file}: {column} must be a finite number, but it {cell} in row {row(at)}{more}"
+            f"{file}: {column} must be a finite number, but it {cell} in row {row(first + at)}{more}"
             f"{advice(series.iloc[at])}"
         )
     return values
@@ -115,6 +120,8 @@ def advice(cell: object) -> str:
     """Return what to do about a cell that is a number in another country, or nothing."""
     if isinstance(cell, str) and len(cell) <= _MOST_CHARACTERS and _COMMA.fullmatch(cell.strip()):
         return "; if the comma is the decimal sign, say problem.decimal=comma; thousands are not separated"
+    if isinstance(cell, str) and cell.strip().lower() in _ABSENT:
+        return "; a missing value is an empty cell"
     return ""
 
 

@@ -70,6 +70,7 @@ class Columns:
         zero: Columns whose missing values add nothing where they are measured.
         unit: What a row is called.
         elsewhere: Columns that the table does not have, and what to say about each.
+        first: How many rows stand before it, where it is a part of a table.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class Columns:
         zero: Sequence[str] = (),
         unit: str = "household",
         elsewhere: Mapping[str, str] = MappingProxyType({}),
+        first: int = 0,
     ):
+        self.first = first
         self.unit, self.elsewhere = unit, elsewhere
         self.table, self.file, self.zero = table, file, frozenset(zero)
         self.num_rows = len(table)
@@ -195,7 +198,7 @@ class Columns:
                 raise InputError(f"the measure {name!r} is not numeric: {said}")
             if self.values(name).kind == "boolean":  # its sum is a count
                 table = table[name].map({True: 1, False: 0}).to_frame()
-            values = numbers(table, name, self.file, allow_missing=name in self.zero)
+            values = numbers(table, name, self.file, name in self.zero, self.first)
             values = np.nan_to_num(values)
             if np.abs(values).max() > np.finfo(np.float32).max:
                 raise InputError(f"{self.file}: {name} has values beyond {np.finfo(np.float32).max:.3g}")

@@ -36,6 +36,7 @@ _MOST_CHARACTERS = 131_072
 """Of one cell, as Python's csv module has it: what is longer is a quotation mark that nobody closed."""
 _ROWS_AT_ONCE = 16_384
 _START = 1_000_000
+_ROWS_IN_PARTS = 1 << 17
 _BLOCK = 1 << 24
 LARGE = 1 << 27
 """Bytes of a file from which it is read in parts; packed ones count eightfold."""
@@ -111,9 +112,12 @@ class CsvFile:
         """See ``tables.Rows``."""
         import pandas as pd
 
-        if not self._large or rows is None:
+        if not self._large:
             table = self._whole
             yield table.copy(deep=False) if columns is None else table[columns]
+            return
+        if rows is None:
+            yield pd.concat(self.parts(columns, _ROWS_IN_PARTS), ignore_index=True)
             return
         chosen = self.names if columns is None else columns
         kinds = dict.fromkeys(chosen, "none")
@@ -123,6 +127,10 @@ class CsvFile:
             cells = {name: as_kind(kinds[name], c, SIGNS[self.decimal]) for name, c in some.items()}
             table = pd.DataFrame({name: to_series(values) for name, values in cells.items()})
             yield texts_as_they_were(table) if self._in_parts.apostrophes else table
+
+    def is_longer(self, rows: int) -> bool:
+        """See ``tables.Rows``."""
+        return self._large
 
     def _kind(self, name: str, texts: pa.ChunkedArray) -> str:
         return kind_of(self._converted(name, texts), texts)
@@ -182,6 +190,7 @@ class _Parts:
             start = stream.read(_START)
         found = encoding or next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
         _refuse_magic(file, start)
+        quotes, apostrophes, gap = _looked_through(file, found)
         with _text(file, found) as text:
             first, separator = _without_hint(text.read(_START).encode())
         skipped = int(separator is not None)
@@ -193,7 +202,6 @@ class _Parts:
             header = _checked_header(file, next(rows, []))
         except csv.Error as error:
             raise InputError(f"{file} cannot be read as CSV: {error} in row 1") from error
-        quotes, apostrophes, gap = _looked_through(file, found)
         return cls(file, found, separator, header, not (quotes or gap), apostrophes, skipped)
 
     def texts(self, columns: list[str], rows: int) -> Iterator[dict[str, pa.ChunkedArray]]:
@@ -309,7 +317,7 @@ def _text(file: Path, encoding: str) -> io.TextIOWrapper:
 
 
 def _looked_through(file: Path, encoding: str) -> tuple[bool, bool, bool]:
-    """Return whether there are quotation marks, apostrophes, and empty rows before the end.
+    """Return whether there are quotation marks, apostrophes, and empty rows.
 
     Raises:
         InputError: it is not text; the message names the line.
@@ -327,7 +335,7 @@ def _looked_through(file: Path, encoding: str) -> tuple[bool, bool, bool]:
             except (OSError, EOFError, zlib.error) as error:
                 raise InputError(f"{file} cannot be read: {error}") from error
             if not block:
-                return quotes, apostrophes, gap
+                return quotes, apostrophes, gap or len(tail.replace("\r\n", "\n")) > 1
             if "\0" in block:
                 line += block[: block.index("\0")].count("\n")
                 raise InputError(f"{file} is not text, though its name says CSV: a NUL byte in line {line}")

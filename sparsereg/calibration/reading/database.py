@@ -76,6 +76,11 @@ class Database:
         with self._reported():
             yield from self._engine.parts(self.table, chosen, rows)
 
+    def is_longer(self, rows: int) -> bool:
+        """See ``tables.Rows``."""
+        with self._reported():
+            return self._engine.count(self.table) > rows
+
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
         try:
@@ -110,6 +115,10 @@ class _Sqlite:
             n for n, kind, sql in found if kind == "view" or "virtual" in (sql or "").lower().split()[:2]
         ]
         return [n for n, *_ in found if n not in views], views
+
+    def count(self, table: str) -> int:
+        with self._connected() as connection:
+            return int(connection.execute(f"SELECT count(*) FROM {_quoted(table)}").fetchone()[0])
 
     def columns(self, table: str) -> list[str]:
         with self._connected() as connection:
@@ -171,6 +180,11 @@ class _DuckDB:
             found = connection.execute(query).fetchall()
         schema, name = next((s, n) for s, n in found if table == (n if s == "main" else f"{s}.{n}"))
         return f"{_quoted(schema)}.{_quoted(name)}"
+
+    def count(self, table: str) -> int:
+        place = self._place(table)
+        with self._connected() as connection:
+            return int(connection.execute(f"SELECT count(*) FROM {place}").fetchone()[0])
 
     def columns(self, table: str) -> list[str]:
         with self._connected() as connection:

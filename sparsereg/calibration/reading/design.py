@@ -180,7 +180,7 @@ def _dense(matrix: sp.csr_array) -> np.ndarray:
 
 def _variable_table(cfg: CalibrationRun, source: Source) -> TargetTable:
     given = cfg.report.variables
-    if isinstance(given, str) and is_table(given) and given not in source.households.columns:
+    if isinstance(given, str) and is_table(given) and given not in source.names:
         table = read_table(given, as_text=True)
         return target_table(table, given, with_values=False)
     names = _numeric_columns(cfg, source) if given is None else [given] if isinstance(given, str) else given
@@ -206,7 +206,7 @@ def _entry(text: str, source: Source) -> dict[str, str]:
 
 def _unit(column: str, source: Source) -> str:
     """Return whose column it is; of two of the same name that of the households."""
-    return source.units[0 if column in source.households.columns else 1]
+    return source.units[0 if column in source.names else 1]
 
 
 def _numeric_columns(cfg: CalibrationRun, source: Source) -> list[str]:

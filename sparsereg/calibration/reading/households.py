@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ from sparsereg.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sparsereg.calibration.reading.tables import Table
+
 log = logging.getLogger(__name__)
 
 TARGET_TEXTS = (
@@ -41,6 +43,8 @@ _SLIGHT = 1e-6
 """A tolerance of less than this share of the value was probably meant as a share."""
 ONE_BY_SIZE = "1/size"
 """As ``unit_factor``: one over the number of persons."""
+_MOST_HINTS = 20
+"""Of a table that is read in parts, rows without an entry whose reason is looked for."""
 _COUNT = "1"
 """As ``of``: the denominator counts households."""
 
@@ -119,6 +123,7 @@ class Source:
         zero: Columns whose missing values add nothing to a total.
         persons: Of two levels, the lower one.
         units: What a row of the households and of the persons is called.
+        rest: Where the other columns are read from, part by part, if they are not in memory.
     """
 
     households: pd.DataFrame
@@ -127,12 +132,32 @@ class Source:
     zero: tuple[str, ...] = ()
     persons: Persons | None = None
     units: tuple[str, str] = UNITS
+    rest: Table | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all columns of the households, also of those that are not in memory."""
+        return [str(c) for c in self.households.columns] if self.rest is None else self.rest.names
 
     @property
     def known(self) -> list[str]:
         """Names of all columns, those of persons behind those of households."""
-        below = [] if self.persons is None else list(self.persons.table.columns)
-        return [str(c) for c in dict.fromkeys([*self.households.columns, *below])]
+        return list(dict.fromkeys([*self.names, *([] if self.persons is None else self.persons.names)]))
+
+    def frame(self, columns: Collection[str]) -> pd.DataFrame:
+        """Return at least these columns of the households, those among them that there are."""
+        missing = self.rest is not None and not set(columns) <= set(self.households.columns)
+        return self.rest.read(columns) if missing and self.rest is not None else self.households
+
+    def parts(self, columns: Collection[str]) -> Iterator[tuple[int, pd.DataFrame]]:
+        """Yield the households with at least these columns, each part with the number of those before."""
+        if self.rest is None:
+            yield 0, self.households
+            return
+        start = 0
+        for part in self.rest.parts(columns):
+            yield start, part
+            start += len(part)
 
     def totals(
         self, targets: TargetTable, only: np.ndarray | None = None, zero: Sequence[str] = ()
@@ -149,14 +174,63 @@ class Source:
         """
         zero, wanted = (*self.zero, *zero), np.ones(len(targets.names), dtype=bool) if only is None else only
         below = self.of_persons(targets)
-        columns = Columns(self.households, self.file, zero, self.units[0], self._of_persons_only())
-        matrix, hints = _matrix(columns, targets, wanted & ~below)
-        if self.persons is None or not (wanted & below).any():
-            return matrix, hints
-        lower, more = _matrix(
-            self._person_columns(self.persons, targets, below, zero), targets, wanted & below
-        )
-        return sp.csr_array(matrix + self.persons.by_household(lower)), hints | more
+        matrix = self._of_households(targets, wanted & ~below, zero)
+        if self.persons is not None and (wanted & below).any():
+            matrix = sp.csr_array(matrix + self._by_persons(self.persons, targets, wanted & below, zero))
+        empty = np.flatnonzero(wanted & (np.diff(matrix.indptr) == 0))
+        return matrix, self._hints(targets, empty, below, zero)
+
+    def _of_households(self, targets: TargetTable, wanted: np.ndarray, zero: Sequence[str]) -> sp.csr_array:
+        """Rows over the households, built part by part."""
+        named = names_used(targets, wanted)
+        rows = []
+        for first, part in self.parts(named):
+            columns = self._household_columns(part, zero, first)
+            rows.append(_matrix(columns, targets, wanted))
+        return rows[0] if len(rows) == 1 else sp.csr_array(sp.hstack(rows, format="csr"))
+
+    def _household_columns(self, table: pd.DataFrame, zero: Sequence[str], first: int = 0) -> Columns:
+        columns = Columns(table, self.file, zero, self.units[0], self._of_persons_only(), first)
+        columns.known = self.names
+        return columns
+
+    def _by_persons(
+        self, persons: Persons, targets: TargetTable, wanted: np.ndarray, zero: Sequence[str]
+    ) -> sp.csr_array:
+        """Rows over the households of what persons add, built part by part."""
+        named = names_used(targets, wanted)
+        above = self.frame([n for n in named if n in self.names and n not in persons.names])
+        total = None
+        for first, part in persons.parts(named):
+            lower = _matrix(self._person_columns(part, above, named, zero, first), targets, wanted)
+            summed = part.by_household(lower)
+            total = summed if total is None else sp.csr_array(total + summed)
+        return total
+
+    def _hints(
+        self, targets: TargetTable, empty: np.ndarray, below: np.ndarray, zero: Sequence[str]
+    ) -> dict[int, str]:
+        """The likely reason of each row without an entry; of a table in parts only of the first ones."""
+        hints: dict[int, str] = {}
+        for of_persons in (False, True):
+            some = empty[below[empty] == of_persons]
+            if self.rest is not None or (self.persons is not None and self.persons.rest is not None):
+                some = some[:_MOST_HINTS]
+            if len(some) == 0:
+                continue
+            wanted = np.isin(np.arange(len(targets.names)), some)
+            named = names_used(targets, wanted)
+            if of_persons and self.persons is not None:
+                whole = replace(self.persons, table=self.persons.frame(named), rest=None)
+                above = self.frame([n for n in named if n in self.names and n not in whole.names])
+                columns = self._person_columns(whole, above, named, zero)
+            else:
+                columns = self._household_columns(self.frame(named), zero)
+            hints |= {
+                i: why_empty(_parsed(targets, i, columns), columns, targets.measures[i])
+                for i in some.tolist()
+            }
+        return hints
 
     def of_persons(self, targets: TargetTable) -> np.ndarray:
         """Which targets count or sum persons, shape (targets,).
@@ -179,23 +253,42 @@ class Source:
         if self.persons is None:
             return {}
         said = f": it is a column of {self.persons.file}, for targets with unit={self.units[1]}"
-        return {c: said for c in self.persons.table.columns if c not in self.households.columns}
+        return {c: said for c in self.persons.names if c not in self.names}
 
     def _person_columns(
-        self, persons: Persons, targets: TargetTable, below: np.ndarray, zero: Sequence[str]
+        self,
+        persons: Persons,
+        above: pd.DataFrame,
+        named: Collection[str],
+        zero: Sequence[str],
+        first: int = 0,
     ) -> Columns:
         """The persons with the columns of their households that targets name."""
-        named = set(targets.measures)
-        for i in np.flatnonzero(below).tolist():
-            try:
-                named |= set(names_in(_parse_once(targets.wheres[i])))
-            except InputError as error:
-                raise InputError(f"{targets.place(i)}: where {error}") from None
-        table = persons.joined(self.households, named)
+        table = persons.joined(above, named)
         file = persons.file if table is persons.table else f"{persons.file} with {self.file}"
-        columns = Columns(table, file, zero, self.units[1])
-        columns.known += [c for c in self.known if c not in columns.known and c not in named]
+        columns = Columns(table, file, zero, self.units[1], first=first)
+        columns.known += [c for c in self.known if c not in columns.known]
         return columns
+
+
+def names_used(targets: TargetTable, wanted: np.ndarray | None = None) -> set[str]:
+    """Return the columns that conditions and measures name.
+
+    Args:
+        targets: The targets.
+        wanted: A mask of those that count; None: all.
+
+    Raises:
+        InputError: a condition is none; the message names the target.
+    """
+    named: set[str] = set()
+    for i in range(len(targets.names)) if wanted is None else np.flatnonzero(wanted).tolist():
+        named.add(targets.measures[i])
+        try:
+            named |= set(names_in(_parse_once(targets.wheres[i])))
+        except InputError as error:
+            raise InputError(f"{targets.place(i)}: where {error}") from None
+    return named - {""}
 
 
 @dataclass(frozen=True)
@@ -287,6 +380,7 @@ def build(
     missing: Missing = REFUSED,
     persons: Persons | None = None,
     units: tuple[str, str] = UNITS,
+    rest: Table | None = None,
 ) -> BuiltProblem:
     """Build the problem: one row per target, one column per household, never dense.
 
@@ -300,6 +394,7 @@ def build(
         missing: What becomes of missing values in measures.
         persons: Those in the households, of whom targets with a ``unit`` speak; see ``in_households``.
         units: What a row of the households and of the persons is called.
+        rest: Where columns of the households are read from, part by part, that are not in memory.
 
     Raises:
         InputError: An unknown column, a condition that is none, a measure that is not numeric, a missing
@@ -317,7 +412,7 @@ def build(
     missing.check(measures)
     filled = [*missing.columns("zero", measures), *missing.columns("drop", measures)]
     used = tuple(c for c in (weight, id) if c is not None)
-    source = Source(households, file, used, tuple(filled), persons, units)
+    source = Source(households, file, used, tuple(filled), persons, units, rest)
     stay = _staying(source, targets, missing)
     matrix, hints = source.totals(targets)
     weights = initial_weights(households, weight, file)
@@ -338,11 +433,13 @@ def _staying(source: Source, targets: TargetTable, missing: Missing) -> np.ndarr
     for table in (targets, denominator_table(targets)):
         for name, of_person in zip(table.measures, source.of_persons(table), strict=True):
             persons = source.persons if of_person else None
-            measures[persons is not None and name in persons.table.columns].append(name)
-    stay = missing.staying(source.households, measures[False], source.file, source.units[0])
+            measures[persons is not None and name in persons.names].append(name)
+    own = source.frame(missing.columns("drop", measures[False]))
+    stay = missing.staying(own, measures[False], source.file, source.units[0])
     if source.persons is not None:
         p = source.persons
-        gone = ~missing.staying(p.table, measures[True], p.file, source.units[1])
+        below = p.frame(missing.columns("drop", measures[True]))
+        gone = ~missing.staying(below, measures[True], p.file, source.units[1])
         stay &= np.bincount(p.household[gone], minlength=p.num_households) == 0
     return stay
 
@@ -350,7 +447,7 @@ def _staying(source: Source, targets: TargetTable, missing: Missing) -> np.ndarr
 def _columns_and_factors(source: Source, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Return columns of numbers that settings name; 1/size is made from the number of persons."""
     made = {}
-    if ONE_BY_SIZE in names and ONE_BY_SIZE not in source.households.columns:
+    if ONE_BY_SIZE in names and ONE_BY_SIZE not in source.names:
         if source.persons is None:
             raise InputError(f"unit_factor={ONE_BY_SIZE} needs problem.persons=P.csv: whose number is it?")
         made[ONE_BY_SIZE] = 1.0 / source.persons.sizes
@@ -410,11 +507,12 @@ def target_matrix(
         InputError: As ``build``.
     """
     everything = np.ones(len(targets.names), dtype=bool)
-    return _matrix(Columns(households, file, zero), targets, everything if only is None else only)
+    source = Source(households, file, zero=tuple(zero))
+    return source.totals(targets, everything if only is None else only)
 
 
-def _matrix(columns: Columns, targets: TargetTable, only: np.ndarray) -> tuple[sp.csr_array, dict[int, str]]:
-    """Build rows over the units of some columns, and the likely reason of each one without an entry."""
+def _matrix(columns: Columns, targets: TargetTable, only: np.ndarray) -> sp.csr_array:
+    """Build rows over the units of some columns."""
     wanted = np.flatnonzero(only).tolist()
     conditions = {i: _parsed(targets, i, columns) for i in wanted}
     plans = {i: _plan(c, columns) for i, c in conditions.items()}
@@ -427,9 +525,7 @@ def _matrix(columns: Columns, targets: TargetTable, only: np.ndarray) -> tuple[s
         index = _EqualityIndex(names, columns)
         for i in members:
             rows[i] = _row(index, plans[i], targets, i, columns)
-    matrix = _stack(rows, columns.num_rows)
-    empty = [i for i in wanted if matrix.indptr[i] == matrix.indptr[i + 1]]
-    return matrix, {int(i): why_empty(conditions[i], columns, targets.measures[i]) for i in empty}
+    return _stack(rows, columns.num_rows)
 
 
 # Parsing and planning

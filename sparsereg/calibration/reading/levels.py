@@ -6,8 +6,8 @@ of their household.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from sparsereg.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from sparsereg.calibration.reading.tables import Table
 
 UNITS = ("household", "person")
 """What a row of the upper and of the lower table is called, if nothing else is said."""
@@ -38,6 +40,7 @@ class Persons:
         num_households: How many there are.
         units: What a row of the upper and of the lower table is called.
         used: Columns with a task of their own: ids.
+        rest: Where the other columns are read from, part by part, if they are not in memory.
     """
 
     table: pd.DataFrame
@@ -46,6 +49,27 @@ class Persons:
     num_households: int
     units: tuple[str, str] = UNITS
     used: tuple[str, ...] = ()
+    rest: Table | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all columns, also of those that are not in memory."""
+        return [str(c) for c in self.table.columns] if self.rest is None else self.rest.names
+
+    def frame(self, columns: Collection[str]) -> pd.DataFrame:
+        """Return at least these columns of the persons."""
+        return self.table if self.rest is None else self.rest.read(columns)
+
+    def parts(self, columns: Collection[str]) -> Iterator[tuple[int, Persons]]:
+        """Yield persons with at least these columns, part by part, each with the number of those before."""
+        if self.rest is None:
+            yield 0, self
+            return
+        start = 0
+        for part in self.rest.parts(columns):
+            end = start + len(part)
+            yield start, replace(self, table=part, household=self.household[start:end], rest=None)
+            start = end
 
     @property
     def sizes(self) -> np.ndarray:
@@ -88,6 +112,7 @@ def in_households(
     person_id: str | None = None,
     files: Sequence[str] = ("the household table", "the table of persons"),
     units: tuple[str, str] = UNITS,
+    rest: Table | None = None,
 ) -> Persons:
     """Find the household of each person.
 
@@ -99,6 +124,7 @@ def in_households(
         person_id: A column that names the persons, to be checked.
         files: Where households and persons came from, for messages.
         units: What a row of each is called.
+        rest: Where columns of the persons are read from that are not in memory.
 
     Raises:
         InputError: a column or an id is missing or twice, a person is in no household, or a household has
@@ -125,7 +151,7 @@ def in_households(
             f" {key} {_listed(households[key].iloc[empty])}"
         )
     used = tuple(dict.fromkeys(c for c in (household_id, person_id) if c is not None))
-    return Persons(persons, lower, at, len(households), units, used)
+    return Persons(persons, lower, at, len(households), units, used, rest)
 
 
 def _refuse_strangers(at: np.ndarray, ids: pd.Series, files: Sequence[str], units: tuple[str, str]) -> None:

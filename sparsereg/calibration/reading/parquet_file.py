@@ -67,6 +67,10 @@ class ParquetFile:
         except Exception as error:
             raise self._unreadable(error) from error
 
+    def is_longer(self, rows: int) -> bool:
+        """See ``tables.Rows``."""
+        return bool(self._content.metadata.num_rows > rows)
+
     def _unreadable(self, error: Exception) -> InputError:
         return InputError(f"{self.file} cannot be read as Parquet: {' '.join(str(error).split())}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from sparsereg.calibration.reading.households import (
     TargetTable,
     build,
     columns_of,
+    denominator_table,
     initial_weights,
+    names_used,
     target_table,
     unique_ids,
 )
@@ -25,13 +27,19 @@ from sparsereg.calibration.reading.levels import in_households
 from sparsereg.calibration.reading.matrix_file import read_matrix
 from sparsereg.calibration.reading.missing import REFUSED, Missing
 from sparsereg.calibration.reading.synthetic import synthetic_tables
-from sparsereg.calibration.reading.tables import read_table
+from sparsereg.calibration.reading.tables import Table, open_table, read_table
 from sparsereg.errors import InputError, did_you_mean
 from sparsereg.files import write_table
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 def read_problem(
-    choice: Mapping[str, Any], columns: Sequence[str] = (), missing: Missing = REFUSED
+    choice: Mapping[str, Any],
+    columns: Sequence[str] = (),
+    missing: Missing = REFUSED,
+    kept: Sequence[str] | None = (),
 ) -> BuiltProblem:
     """Read or make the problem that the configuration names.
 
@@ -39,6 +47,7 @@ def read_problem(
         choice: The keys of one of configs/problem/*.yaml; ``kind`` is a key of ``KINDS``.
         columns: Columns of the household table, or of the table of weights, that settings name.
         missing: What becomes of missing values in measured columns.
+        kept: Columns of households that stay in memory where a large table is read in parts; None: all.
 
     Raises:
         InputError: A file is missing or wrong; the message names the place.
@@ -48,10 +57,12 @@ def read_problem(
         raise InputError(
             f"problem.kind={kind}: expected one of {', '.join(KINDS)}{did_you_mean(kind, list(KINDS))}"
         )
-    return KINDS[kind](choice, columns, missing)
+    return KINDS[kind](choice, columns, missing, kept)
 
 
-def _synthetic(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing) -> BuiltProblem:
+def _synthetic(
+    choice: Mapping[str, Any], columns: Sequence[str], missing: Missing, kept: Sequence[str] | None
+) -> BuiltProblem:
     households, targets = synthetic_tables(
         choice["households"], choice["targets"], choice["seed"], choice["disagreement"]
     )
@@ -65,34 +76,48 @@ def _synthetic(choice: Mapping[str, Any], columns: Sequence[str], missing: Missi
     return build(households, checked, "weight", "household_id", "the synthetic survey", columns, missing)
 
 
-def _households(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing) -> BuiltProblem:
+def _households(
+    choice: Mapping[str, Any], columns: Sequence[str], missing: Missing, kept: Sequence[str] | None
+) -> BuiltProblem:
     targets = _read_targets(choice)
-    file, id = choice["households"], choice["id"]
-    above, below = (str(name) for name in choice["unit_names"])
-    if choice["persons"] is None:
-        households = read_table(file, id=id, **_written(choice))
-        return build(
-            households, targets, choice["weight"], id, str(file), columns, missing, units=(above, below)
-        )
-    key = choice["household_id"] or id
+    file, id, key = str(choice["households"]), choice["id"], choice["household_id"] or choice["id"]
+    with_persons = choice["persons"] is not None
     texts = [key] if id and key != id else False  # an id of its own beside the one that is given back
-    households = read_table(file, texts, id or key, **_written(choice))
-    persons = in_households(
-        read_table(choice["persons"], id=key, **_written(choice)),
-        households,
-        key,
-        id,
-        choice["person_id"],
-        (str(file), str(choice["persons"])),
-        (above, below),
-    )
-    id = id or key
-    return build(
-        households, targets, choice["weight"], id, str(file), columns, missing, persons, persons.units
-    )
+    table = open_table(file, texts, id or key, **_written(choice))
+    own = [choice["weight"], id, key, *columns, *(kept or ())]
+    units = (str(choice["unit_names"][0]), str(choice["unit_names"][1]))
+    if with_persons:  # they see the columns of their households
+        own += [name for name in _named_of(units[1], targets) if name in table.names]
+    households, rest = _in_memory(table, None if kept is None else own)
+    persons = None
+    if with_persons:
+        lower = open_table(choice["persons"], id=key, **_written(choice))
+        below, others = _in_memory(lower, None if kept is None else [key, choice["person_id"]])
+        files = (file, str(choice["persons"]))
+        persons = in_households(below, households, key, id, choice["person_id"], files, units, others)
+        id = id or key
+    return build(households, targets, choice["weight"], id, file, columns, missing, persons, units, rest)
 
 
-def _matrix(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing) -> BuiltProblem:
+def _named_of(unit: str, targets: TargetTable) -> set[str]:
+    """Return the columns that targets of a unit, and their denominators, name."""
+    named: set[str] = set()
+    for table in (targets, denominator_table(targets)):
+        named |= names_used(table, np.array([of == unit for of in table.units or ("",) * len(table.names)]))
+    return named
+
+
+def _in_memory(table: Table, columns: Sequence[str | None] | None) -> tuple[pd.DataFrame, Table | None]:
+    """Return a table, of a large one only some columns and where the others are; None: all of them."""
+    wanted = {name for name in columns or () if name}
+    if columns is None or not table.is_large or not wanted <= set(table.names):
+        return table.read(), None  # a column that is not there is told by its nearest name
+    return table.read(wanted), table
+
+
+def _matrix(
+    choice: Mapping[str, Any], columns: Sequence[str], missing: Missing, kept: Sequence[str] | None
+) -> BuiltProblem:
     targets = _read_targets(choice)
     if any(targets.measures) or any(targets.wheres) or any(targets.units) or targets.is_ratio.any():
         raise InputError(
@@ -118,7 +143,8 @@ def _matrix(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing)
     return BuiltProblem(problem, hints, named, source)
 
 
-KINDS: dict[str, Callable[[Mapping[str, Any], Sequence[str], Missing], BuiltProblem]] = {
+_Reader = Callable[[Mapping[str, Any], Sequence[str], Missing, "Sequence[str] | None"], BuiltProblem]
+KINDS: dict[str, _Reader] = {
     "synthetic": _synthetic,
     "matrix": _matrix,
     "households": _households,

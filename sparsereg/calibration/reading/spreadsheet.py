@@ -78,6 +78,10 @@ class Spreadsheet:
         """See ``tables.Rows``: all at once, a sheet has at most a million rows."""
         yield self._table.copy(deep=False) if columns is None else self._table[columns]
 
+    def is_longer(self, rows: int) -> bool:
+        """See ``tables.Rows``."""
+        return False
+
     @cached_property
     def _table(self) -> pd.DataFrame:
         import pandas as pd

@@ -61,6 +61,10 @@ class StatisticsFile:
         for start in range(0, total, rows):
             yield self._part(columns, row_offset=start, row_limit=rows)
 
+    def is_longer(self, rows: int) -> bool:
+        """See ``tables.Rows``."""
+        return self._reader not in _WHOLE and (self._about.number_rows or 0) > rows
+
     def _part(self, columns: list[str] | None, **which: int) -> pd.DataFrame:
         table, _ = self._read(usecols=columns, **which)
         for position, name in enumerate(table.columns):

@@ -55,6 +55,9 @@ class Rows(Protocol):
     def parts(self, columns: list[str] | None, rows: int | None) -> Iterator[pd.DataFrame]:
         """Yield some columns (None: all), about so many rows at a time (None: all at once)."""
 
+    def is_longer(self, rows: int) -> bool:
+        """Whether there are more rows, or so many bytes that it is better read in parts."""
+
 
 @dataclass(frozen=True, eq=False)
 class Table:
@@ -72,6 +75,11 @@ class Table:
     def names(self) -> list[str]:
         """The names of its columns, without blanks around them."""
         return [str(name).strip() for name in self.rows.names]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is better read in parts."""
+        return self.rows.is_longer(ROWS_AT_ONCE)
 
     def read(self, columns: Collection[str] | None = None) -> pd.DataFrame:
         """Return the rows.
@@ -104,22 +112,6 @@ class Table:
             yield part
         if empty:
             raise InputError(f"{self.place} has a header but no rows")
-
-
-class Frame:
-    """A table in memory as ``Rows``."""
-
-    def __init__(self, frame: pd.DataFrame) -> None:
-        self.frame = frame
-
-    @property
-    def names(self) -> list[str]:
-        """The columns."""
-        return [str(name) for name in self.frame.columns]
-
-    def parts(self, columns: list[str] | None, rows: int | None) -> Iterator[pd.DataFrame]:
-        """Yield all of it: it is there already."""
-        yield self.frame.copy(deep=False)
 
 
 _Opener = Callable[[Path, "str | None", Cells], Rows]

@@ -21,7 +21,7 @@ from sparsereg.calibration.problem import CalibrationProblem, exact_totals
 from sparsereg.calibration.solver.bounds import bounded_weights, ratio_bounds
 from sparsereg.calibration.solver.exact import GAVE_WAY, Exact, calibrate_exactly, is_hard, near_zero
 from sparsereg.calibration.solver.hard_concrete import GateSettings
-from sparsereg.calibration.solver.integers import whole_weights
+from sparsereg.calibration.solver.integers import check_whole, whole_weights
 from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import Quadratic, TargetLoss, group_shares
 from sparsereg.calibration.solver.matrix import HouseholdMatrix, compiles, household_matrix
@@ -354,6 +354,8 @@ class Calibration:
         """
         if self._exact is None:
             s = self.settings
+            if s.weights == "integer":
+                check_whole(self.problem, *self._bounds_of_weights(), self.problem.starting_weights > 0)
             shares = group_shares(
                 self.problem.num_targets, self.problem.target_groups, normalize=s.normalize_groups,
                 multipliers=s.group_multipliers, target_weights=self.problem.target_shares,
@@ -452,13 +454,17 @@ class Calibration:
         full[kept] = weights
         return self._described(self._in_order_of_the_problem(full), violation)
 
+    def _bounds_of_weights(self) -> list[np.ndarray]:
+        """Smallest and largest weights of an exact calibration."""
+        s, initial, how = self.settings, self.problem.starting_weights, _exact_settings(self.settings)
+        ratios = ratio_bounds(initial, s.distance, how["bounds"], how["weight_bounds"])
+        return bounded_weights(initial, ratios)
+
     def _rounded(self, real: np.ndarray) -> np.ndarray:
         """Whole weights in the place of real ones, within the same bounds."""
         s, initial = self.settings, self.problem.starting_weights
         if self.is_exact:
-            how = _exact_settings(s)
-            ratios = ratio_bounds(initial, s.distance, how["bounds"], how["weight_bounds"])
-            low, high = bounded_weights(initial, ratios)
+            low, high = self._bounds_of_weights()
         else:
             low = np.where(real > 0, float(self.num_households is not None), 0.0)  # of a number nobody leaves
             ratio = s.max_weight_ratio

@@ -1,8 +1,8 @@
 """``weights="integer"``: whole weights whose totals are those of the real ones, as far as whole numbers can.
 
 Systematic rounding first: households that are alike stand beside each other, and each one is rounded so that
-their running sum is off by less than one. Then swaps: one household goes up, another one down, where that
-brings totals nearer to those of the real weights. Every weight stays next to the real one, within its bounds.
+their running sum is off by less than one. Then swaps: one household goes up, another one down, if that brings
+totals nearer to those of the real weights. Every weight stays next to the real one, within its bounds.
 
 Source: systematic rounding is the controlled rounding of Cox (JASA 82, 1987) along one margin.
 """
@@ -46,7 +46,8 @@ def whole_weights(
     Raises:
         InputError: no whole number lies within the bounds of a household.
     """
-    down, up = _choices(problem, weights, low, high)
+    check_whole(problem, low, high, weights != 0)
+    down, up = _choices(weights, low, high)
     free = np.flatnonzero(up > down)
     rounded = down.copy()
     rows = _rows(problem)
@@ -59,9 +60,29 @@ def whole_weights(
     return swaps.rounded
 
 
-def _choices(
-    problem: CalibrationProblem, weights: np.ndarray, low: np.ndarray, high: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def check_whole(problem: CalibrationProblem, low: np.ndarray, high: np.ndarray, there: np.ndarray) -> None:
+    """Check that whole numbers lie within the bounds.
+
+    Args:
+        problem: Whose households they are.
+        low: Smallest weights allowed, shape (households,).
+        high: Largest weights allowed.
+        there: A mask of the households that have a weight.
+
+    Raises:
+        InputError: there is none for some; the message names the first.
+    """
+    none = np.flatnonzero(there & (np.floor(high * (1 + _WHOLE)) < np.ceil(low * (1 - _WHOLE))))
+    if len(none):
+        j = int(none[0])
+        raise InputError(
+            f"weights=integer: no whole number lies within the bounds of {len(none):,} households: those of"
+            f" {problem.household_ids[j]} are {low[j]:.6g} and {high[j]:.6g}; widen the bounds, or keep real"
+            " weights"
+        )
+
+
+def _choices(weights: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The whole numbers next to each weight that its bounds allow: smaller and larger, perhaps the same."""
     near = np.round(weights)
     exact = np.abs(weights - near) <= _WHOLE * np.maximum(np.abs(weights), 1.0)
@@ -70,14 +91,6 @@ def _choices(
     slack = 1 + _WHOLE
     down_fits = (down * slack >= low) | (down >= low)
     up_fits = (up <= high * slack) | (up <= high)
-    none = np.flatnonzero(~down_fits & ~up_fits & (weights != 0))
-    if len(none):
-        j = int(none[0])
-        raise InputError(
-            f"weights=integer: no whole number lies within the bounds of {len(none):,} households: those of"
-            f" {problem.household_ids[j]} are {low[j]:.6g} and {high[j]:.6g}; widen the bounds, or keep real"
-            " weights"
-        )
     return np.where(down_fits, down, up), np.where(up_fits, up, down)
 
 
