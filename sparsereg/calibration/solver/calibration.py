@@ -355,7 +355,8 @@ class Calibration:
         if self._exact is None:
             s = self.settings
             if s.weights == "integer":
-                check_whole(self.problem, *self._bounds_of_weights(), self.problem.starting_weights > 0)
+                low, high = self._bounds_of_weights()
+                check_whole(self.problem, low, high, self.problem.starting_weights > 0)
             shares = group_shares(
                 self.problem.num_targets, self.problem.target_groups, normalize=s.normalize_groups,
                 multipliers=s.group_multipliers, target_weights=self.problem.target_shares,
