@@ -138,10 +138,8 @@ class GatedModule(nn.Module):
 
     def open_places(self) -> Tensor:
         """1 where the input of a normalisation is open, else 0; (units,)."""
-        mask = torch.ones((), device=next(self.parameters()).device)
-        for gate, index in self._gated_sites[""]:
-            mask = mask * (opened(self._modules[gate], self._buffers[index]).detach() > 0)
-        return mask
+        open_ = [opened(self._modules[g], self._buffers[i]).detach() > 0 for g, i in self._gated_sites[""]]
+        return torch.stack(open_).all(0).to(next(self.parameters()).dtype)
 
     def stretch(self) -> Tensor:
         """By how much the input of a normalisation is enlarged, so that its variance is that of the rest."""

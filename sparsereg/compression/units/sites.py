@@ -170,6 +170,9 @@ class Sites:
             self.refused.append((units, f"{name_of(node)} is taken over it in a way of its own", node))
         elif all(n.module != found.module for n in self.norms):
             self.norms.append(found)
+            for weight in found.weights:  # they undo what the norm's input is enlarged by
+                raw = weight not in self.labeller.axes.weight_axes
+                self.axis.setdefault(weight, -1 if raw else 0)
 
     def _roots(self, node: fx.Node) -> Tensor | None:
         """Labels of a tensor, the same for units that are equal."""
