@@ -1,0 +1,233 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from sparsereg.compression import Accountant, compact, count, gate, load_compacted, save_compacted
+from sparsereg.compression.graph import tensors_in
+from sparsereg.compression.macs import counting
+from sparsereg.compression.units.structure import ATTRIBUTE
+from sparsereg.compression.verify import difference
+from sparsereg.penalties import hard_concretes
+from tests.compression.units.networks import NETWORKS, build
+
+
+def example(name):
+    return NETWORKS[name][1]
+
+
+@pytest.fixture(scope="module")
+def gated():
+    """Each network with gates, made once; tests work on copies."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = gate(build(name), example(name), jitter=0.0)
+        return copy.deepcopy(made[name])
+
+    return of
+
+
+@torch.no_grad()
+def shuffle_(network, seed=0):
+    """Gates that are shut, a little open, or wide open."""
+    generator = torch.Generator().manual_seed(seed)
+    for gates in hard_concretes(network).values():
+        gates.log_alpha.copy_(3 * torch.randn(gates.log_alpha.shape, generator=generator))
+
+
+@torch.no_grad()
+def set_(network, value):
+    for gates in hard_concretes(network).values():
+        gates.log_alpha.fill_(value)
+
+
+def first(answer):
+    return tensors_in(answer)[0]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_open_gates_change_nothing(gated, name):
+    network = gated(name)
+    set_(network, 10.0)
+    with torch.no_grad():
+        assert difference(first(build(name)(example(name))), first(network(example(name)))) < 1e-5
+    found = network.load_state_dict(build(name).state_dict(), strict=False)
+    assert not found.unexpected_keys
+    assert all(k.endswith(("gates.log_alpha", "gates._extra_state")) for k in found.missing_keys)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_compacted_network_has_the_counted_size_and_the_same_answers(gated, name):
+    network = gated(name)
+    shuffle_(network)
+    sizes = count(network, example(name))
+    smaller = compact(network, example(name))  # compares both in float64, too
+    assert sum(p.numel() for p in smaller.parameters()) == sizes.compacted_parameters < sizes.parameters
+    assert not hard_concretes(smaller)
+    x = torch.cat([example(name), example(name).flip(0)])  # another batch size
+    with torch.no_grad():
+        assert difference(first(network(x)), first(smaller(x))) < 1e-5
+    with counting() as counter, torch.no_grad():
+        smaller(example(name))
+    assert sizes.compacted_macs == counter.get_total_flops() / 2 / len(x) * 2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_full_size_is_that_of_the_network(gated, name):
+    with counting() as counter, torch.no_grad():
+        build(name)(example(name))
+    sizes = count(gated(name), example(name))
+    assert sizes.parameters == sum(p.numel() for p in build(name).parameters())
+    assert sizes.macs == counter.get_total_flops() / 2 / len(example(name))
+
+
+@pytest.mark.parametrize("name", ["vision transformer", "decoder", "shufflenet"])
+def test_expectation_is_exact_where_nothing_is_uncertain(gated, name):
+    network = gated(name)
+    shuffle_(network)
+    with torch.no_grad():
+        for gates in hard_concretes(network).values():
+            gates.log_alpha.copy_(torch.where(gates.median() > 0, 30.0, -30.0))
+            gates.log_alpha[0] = 30.0  # of no tensor everything goes
+    sizes = count(network, example(name))
+    assert sizes.expected_parameters == pytest.approx(sizes.compacted_parameters, rel=1e-6)
+    assert sizes.expected_macs == pytest.approx(sizes.compacted_macs, rel=1e-6)
+
+
+def test_expected_cost_has_a_gradient_for_every_gate(gated):
+    network = gated("decoder")
+    accountant = Accountant(network, example("decoder"))
+    accountant.expected_macs().backward()
+    assert all(g.log_alpha.grad.abs().min() > 0 for g in accountant.gates)
+
+
+def test_heads_width_and_hidden_units_are_families_of_their_own(gated):
+    names = set(hard_concretes(gated("vision transformer")))
+    assert {n.rpartition(".gates")[0].rpartition(".")[2] for n in names} == {
+        "gate", "gate_heads", "gate_head_dims",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="nothing of channels that can go; it has head_dims, heads"):
+        gate(build("vision transformer"), example("vision transformer"), families="channels")
+    with pytest.raises(ValueError, match="families: unknown 'head'; known are channels"):
+        gate(build("vision transformer"), example("vision transformer"), families=["head"])
+    only = gate(build("vision transformer"), example("vision transformer"), families="heads")
+    assert all("gate_heads" in name for name in hard_concretes(only))
+
+
+def test_layers_that_share_a_gate_get_one_draw_in_a_pass(gated):
+    network = gated("resnet18").train()
+    bn1, bn2 = network.bn1, network.layer1[0].bn2
+    assert bn1.gate is bn2.gate
+    network(example("resnet18"))
+    drawn = bn1.gate.gates()
+    assert torch.equal(drawn, bn2.gate.gates())
+    network(example("resnet18"))
+    assert not torch.equal(drawn, bn1.gate.gates())
+
+
+@pytest.mark.parametrize("name", ["vision transformer", "decoder", "encoder", "convnext"])
+def test_every_gate_learns(gated, name):
+    network = gated(name).train()
+    first(network(example(name))).square().sum().backward()
+    for path, gates in hard_concretes(network).items():
+        assert gates.log_alpha.grad is not None, path
+        assert gates.log_alpha.grad.isfinite().all(), path
+
+
+def test_gates_are_found_again_without_what_gate_knew(gated):
+    """A pickle keeps the gates, not the analysis: it is made anew."""
+    for name in ("vision transformer", "shufflenet"):
+        network = gated(name)
+        shuffle_(network)
+        other = pickle.loads(pickle.dumps(network))
+        assert other.__dict__[ATTRIBUTE] is None
+        a, b = count(network, example(name)), count(other, example(name))
+        assert a == b
+
+
+@pytest.mark.parametrize("name", ["vision transformer", "decoder", "encoder"])
+def test_file_of_a_smaller_transformer_loads_and_trains_on(gated, name, tmp_path):
+    network = gated(name)
+    shuffle_(network)
+    smaller = compact(network, example(name))
+    again = load_compacted(save_compacted(smaller, tmp_path / "compacted.pt"))
+    with torch.no_grad():
+        assert torch.equal(first(smaller(example(name))), first(again(example(name))))
+    first(again.train()(example(name))).sum().backward()
+    assert all(p.grad is not None for p in again.parameters())
+
+
+class Norms(nn.Module):
+    """A stream that three kinds of norm take means over, one of them the author's own."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(10) + 0.5)
+
+        def forward(self, x):
+            return self.scale * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+    def __init__(self):
+        super().__init__()
+        self.into = nn.Linear(6, 10)
+        self.norms = nn.ModuleList([nn.LayerNorm(10), nn.RMSNorm(10, eps=1e-5), self.Own()])
+        self.hidden = nn.ModuleList([nn.Linear(10, 10) for _ in range(3)])
+        self.out = nn.Linear(10, 2)
+
+    def forward(self, x):
+        x = self.into(x)
+        for norm, layer in zip(self.norms, self.hidden, strict=True):
+            x = x + layer(norm(x)).tanh()
+        return self.out(self.norms[0](x))
+
+
+def test_norms_take_means_over_what_is_open():
+    torch.manual_seed(0)
+    network, x = Norms().eval(), torch.randn(3, 6)
+    gated = gate(network, x, families="width")
+    (gates,) = hard_concretes(gated).values()
+    with torch.no_grad():
+        gates.log_alpha.copy_(torch.tensor([10.0, -10.0] * 5))
+    kept = slice(0, 10, 2)
+    small = copy.deepcopy(network)
+    with torch.no_grad():
+        small.into.weight, small.into.bias = (nn.Parameter(p[kept]) for p in network.into.parameters())
+        for i, layer in enumerate(network.hidden):
+            small.hidden[i].weight = nn.Parameter(layer.weight[kept, kept])
+            small.hidden[i].bias = nn.Parameter(layer.bias[kept])
+        small.norms[0] = nn.LayerNorm(5)
+        small.norms[0].weight, small.norms[0].bias = (
+            nn.Parameter(p[kept]) for p in network.norms[0].parameters()
+        )
+        small.norms[1] = nn.RMSNorm(5, eps=1e-5)
+        small.norms[1].weight = nn.Parameter(network.norms[1].weight[kept])
+        small.norms[2].scale = nn.Parameter(network.norms[2].scale[kept])
+        small.out.weight = nn.Parameter(network.out.weight[:, kept])
+        assert difference(small(x), gated(x)) < 1e-6
+        assert difference(small(x), compact(gated, x)(x)) < 1e-6
+
+
+def test_dropout_drops_again_after_compaction():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Dropout(0.5), nn.Linear(40, 2)).eval()
+    smaller = compact(gate(network, torch.randn(2, 4)), torch.randn(2, 4))
+    x = torch.randn(2, 4)
+    assert torch.equal(smaller(x), smaller(x))
+    smaller.train()
+    assert not torch.equal(smaller(x), smaller(x))
+
+
+def test_maps_of_another_size_are_taken_or_refused():
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    x = torch.randn(1, 3, 8, 8)
+    assert compact(gate(conv, x), x)(torch.randn(1, 3, 11, 9)).shape == (1, 2, 7, 5)
+    flat = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+    smaller = compact(gate(flat, x), x)
+    with pytest.raises((ValueError, RuntimeError)):
+        smaller(torch.randn(1, 3, 9, 9))
