@@ -59,6 +59,7 @@ class Count:
     and matrix products are counted, for one example, as torch.utils.flop_counter does.
 
     Attributes:
+        model: the network.
         parameters: weights of the network without the locations of its gates. Parts that the network
             does not use in eval mode (auxiliary classifiers) are not counted.
         compacted_parameters: weights of the compacted network.
@@ -124,6 +125,7 @@ class Accountant:
             dictionary of inputs by name.
 
     Attributes:
+        model: the network.
         parameters: weights of the network without the locations of its gates.
         macs: multiply-accumulate operations of the network for one example.
         gates: its gates.
@@ -143,7 +145,7 @@ class Accountant:
     def __init__(self, model: nn.Module, example_input: Any) -> None:
         structure = structure_of(model, *inputs_of(example_input))
         self._example = example_input
-        self._model = model
+        self.model = model
         self._counted: _Channels | _Units = (
             _Channels(trace(model, example_input)) if structure is None else _Units(model, structure)
         )
@@ -154,7 +156,7 @@ class Accountant:
     def network(self) -> Network:
         """The network as a graph of channels."""
         counted = self._counted
-        return counted.network if isinstance(counted, _Channels) else trace(self._model, self._example)
+        return counted.network if isinstance(counted, _Channels) else trace(self.model, self._example)
 
     def count(self) -> Count:
         """Count with the gates and weights as they are now."""

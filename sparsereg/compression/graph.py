@@ -37,6 +37,7 @@ from sparsereg.compression.ops import (
     own_parameters,
 )
 from sparsereg.compression.sizes import Follows, follows, of_size
+from sparsereg.compression.units.gating import GatedModule
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
 from sparsereg.layers import GatedLayer, L0Conv2d, L0DepthwiseConv2d, L0Linear
@@ -371,6 +372,12 @@ def trace(model: nn.Module, example_input: Example) -> Network:
     Raises:
         InputError: the network cannot be traced, or holds gates that no rule is known for.
     """
+    several = next((name for name, m in model.named_modules() if isinstance(m, GatedModule)), None)
+    if several is not None:
+        raise InputError(
+            f"{type(model).__name__} has a layer with gates of several kinds, {several!r}: it is counted and"
+            " compacted, but its channels cannot leave while it trains (compact_every_n_epochs=0)"
+        )
     inputs = examples(example_input)
     with evaluating(model):
         graph = _symbolic(model, inputs)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.units.explain import explanation, inputs_of
+from sparsereg.compression.units.explain import FAMILIES, explanation, inputs_of
 from sparsereg.compression.units.explain import families as kinds
 from sparsereg.compression.units.gating import GATED, draw_anew, gate_layer_, put_gate, shared_gate
 from sparsereg.compression.units.sites import Norm
@@ -26,16 +26,6 @@ from sparsereg.penalties import hard_concretes
 logger = logging.getLogger(__name__)
 
 Choice = str | Sequence[str] | Callable[[str, nn.Module], bool]
-
-
-FAMILIES = {
-    "channels": "channels of convolutions",
-    "units": "units of hidden layers",
-    "heads": "attention heads",
-    "head_dims": "places in the vectors of heads",
-    "kv_groups": "keys and values with the heads that share them",
-    "width": "the residual stream, over which norms take means",
-}
 
 
 def gate(
@@ -61,7 +51,8 @@ def gate(
             dictionary of inputs by name.
         layers: which layers to gate: a pattern such as ``layer3.*``, several, or a function of name and
             module. One of several layers that share a gate is enough. All if None.
-        families: kinds of gates (``channels units heads head_dims kv_groups width``); all if None.
+        families: kinds of gates (``channels units heads head_dims kv_groups width blocks``); all
+            if None.
         residual: whether what several layers write together gets a gate, too.
         **gate_settings: keyword arguments of L0Gate, such as ``droprate_init`` and ``temperature``.
 

@@ -180,7 +180,7 @@ class SparsityMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count, and show the gates."""
-        gates = hard_concretes(self.accountant.network.model)
+        gates = hard_concretes(self.accountant.model)
         if not gates:
             return
         with torch.no_grad():

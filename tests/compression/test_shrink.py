@@ -17,6 +17,7 @@ from sparsereg.compression.shrink import (
     shut_for_good_,
     shut_useless_,
 )
+from sparsereg.errors import InputError
 from sparsereg.model.googlenet import GoogleNet
 from sparsereg.model.sparse_mlp import SparseMLP
 from sparsereg.penalties import hard_concretes, l_c0
@@ -24,7 +25,7 @@ from sparsereg.penalties import hard_concretes, l_c0
 from .networks import NETWORKS, make
 
 # One has gates on single weights; another writes over what its backward pass needs.
-SHRINK = sorted(set(NETWORKS) - {"sparse_mlp", "functional"})
+SHRINK = sorted(set(NETWORKS) - {"sparse_mlp", "functional", "densenet"})
 
 
 def shut_at_random_(net: nn.Module, seed: int) -> int:
@@ -144,3 +145,9 @@ def test_the_memory_format_survives():
             shrunk.expand_()
     assert seen[1].shape[1] < seen[0].shape[1]
     assert all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)
+
+
+def test_layers_with_several_gates_say_that_nothing_of_them_leaves_in_training():
+    net, x = make("densenet", 0)
+    with pytest.raises(InputError, match=r"gates of several kinds, 'features.*compact_every_n_epochs=0"):
+        _ = Accountant(net, x).network

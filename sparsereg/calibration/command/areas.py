@@ -52,7 +52,7 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
         if cfg.area.reconcile == "proportional":
             problem = problem.reconciled()
         provenance = Provenance.of(cfg)
-        made = calibrate_areas(problem, cfg.distance, cfg.bounds)
+        made = calibrate_areas(problem, cfg.distance, _numbers(cfg.bounds))
         folder = new_version(outputs)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
     books = _Books(problem)
@@ -73,6 +73,18 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
     if short := [row["text"] for row in required if not row["met"]]:
         raise FellShort(folder / "results.json", short)
     return folder / "results.json"
+
+
+def _numbers(
+    bounds: tuple[float | str | None, float | str | None] | None,
+) -> tuple[float | None, float | None] | None:
+    """Bounds that hold for all households; a column of them has no place for each area."""
+    if bounds is None:
+        return None
+    low, high = bounds
+    if isinstance(low, str) or isinstance(high, str):
+        raise InputError("bounds: with areas they are two numbers, such as [0.3,3], and no columns")
+    return low, high
 
 
 def _announce(problem: AreaProblem, cfg: CalibrationRun) -> None:

@@ -165,7 +165,8 @@ def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, tuple | list):
         return tuple(example), {}
     raise ValueError(
-        f"example must be a tensor, a tuple of inputs or a dictionary of them, got {type(example).__name__}"
+        "example_input must be a tensor, a tuple of inputs or a dictionary of them,"
+        f" got {type(example).__name__}"
     )
 
 

@@ -220,19 +220,39 @@ def module_of(node: fx.Node) -> str:
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
+    """Export a network and run it once; see `_traced`.
+
+    Networks that enlarge maps to a size, as those for segmentation do, are followed for maps of any size.
+    """
+    program = _traced(model, args, kwargs, maps=False)
+    names = {name_of(node) for node in program.calls}
+    if not any("upsample" in name for name in names) or names & _FIXED:
+        return program
+    try:
+        return _traced(model, args, kwargs, maps=True)
+    except InputError:
+        return program
+
+
+_FIXED = {"softmax", "scaled_dot_product_attention", "roll"}
+"""Operations of networks that cut maps into windows or tokens, whose sizes are not followed."""
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], maps: bool) -> Program:
     """Export a network and run it once.
 
     Args:
         model: left as it is.
         args: positional inputs of one example batch.
         kwargs: inputs by name.
+        maps: follow the sizes of maps, too.
 
     Raises:
         InputError: the network fails on the example, or its path depends on the data; the line is named.
     """
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported, args, kwargs = _export(model, args, kwargs)
+        exported, args, kwargs = _export(model, args, kwargs, maps)
     _unwrap(model, exported)
     signature = exported.graph_signature
     named = {
@@ -307,12 +327,14 @@ def _once(exported: torch.export.ExportedProgram, tensors: dict[fx.Node, Tensor]
     return weights
 
 
-def _export(model: nn.Module, args: Any, kwargs: Any) -> tuple[torch.export.ExportedProgram, Any, Any]:
+def _export(
+    model: nn.Module, args: Any, kwargs: Any, maps: bool = False
+) -> tuple[torch.export.ExportedProgram, Any, Any]:
     """Export a network for any batch size and length of sequences, or else for those of the example."""
     pair = torch.utils._pytree.tree_map(_two, (args, kwargs))  # a size of one cannot be told from no size
     try:
         exported = torch.export.export(
-            model, pair[0], pair[1] or None, dynamic_shapes=_any_size(pair), strict=False
+            model, pair[0], pair[1] or None, dynamic_shapes=_any_size(pair, maps), strict=False
         )
     except Exception:
         pair = (args, kwargs)
@@ -379,13 +401,14 @@ def _two(x: Any) -> Any:
     return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
 
 
-def _any_size(example: Any) -> torch.export.ShapesCollection:
+def _any_size(example: Any, maps: bool) -> torch.export.ShapesCollection:
     """The sizes that may differ from call to call: of the batch, and the length of sequences."""
     sizes = torch.export.ShapesCollection()
     for x in torch.utils._pytree.tree_leaves(example):
         if isinstance(x, Tensor) and x.dim():
             tokens = x.dim() == 2 and not x.is_floating_point()
             dims = (0, 1) if tokens or x.dim() == 3 else (0,)
+            dims = (0, *range(2, x.dim())) if maps and x.dim() > 3 else dims
             sizes[x] = dict.fromkeys(dims, torch.export.Dim.AUTO)
     return sizes
 

@@ -45,8 +45,7 @@ class Norm:
     Attributes:
         node: the operation that takes the mean.
         module: path of the innermost module around it.
-        source: what goes into that module.
-        axis: of the source, along which the units lie; negative ones count from the end.
+        axis: of what goes into that module, along which the units lie; negative ones count from the end.
         units: along it.
         centred: whether a mean is subtracted.
         weights: the weights behind it.
@@ -54,7 +53,6 @@ class Norm:
 
     node: fx.Node
     module: str
-    source: fx.Node
     axis: int
     units: Ints
     centred: bool
@@ -199,22 +197,34 @@ class Sites:
                 if w in self.program.weights and self.program.weights[w].is_floating_point()
             )
         )
-        if len(sources) != 1 or not weights:
+        if not sources or not weights:
             return None
-        (source,) = sources
-        labels = self._roots(source)
-        along = sorted(varying(labels)) if labels is not None else []
+        places = [self._place(source) for source in sorted(sources, key=lambda n: n.name)]
+        first = places[0]
+        if first is None or any(p is None or p[0] != first[0] for p in places):
+            return None
+        if any(not np.array_equal(p[1], first[1]) for p in places if p is not None):
+            return None
+        axis, units = first
         kinds = {name_of(n) for n in inside if averages(n)}
-        if len(along) != 1 or len(kinds) != 1:
+        if len(kinds) != 1:
             return None
-        assert labels is not None
         centred = kinds <= {"layer_norm", "group_norm", "native_layer_norm"}
         if not centred and kinds != {"rms_norm"} and not _mean_of_squares(node):
             return None
+        if name_of(node) == "group_norm":
+            axis = axis + self.program.values[next(iter(sources))].dim()
+        return Norm(node, path, axis, units, centred, weights)
+
+    def _place(self, source: fx.Node) -> tuple[int, Ints] | None:
+        """The axis along which units lie, from the end, and the units; None if it is not one axis."""
+        labels = self._roots(source)
+        along = sorted(varying(labels)) if labels is not None else []
+        if labels is None or len(along) != 1:
+            return None
         others = [d for d in range(labels.dim()) if d != along[0]]
         units = (labels.amax(others) if others else labels).numpy().astype(np.int64)
-        axis = along[0] - labels.dim() if name_of(node) != "group_norm" else along[0]
-        return Norm(node, path, source, axis, units, centred, weights)
+        return along[0] - labels.dim(), units
 
 
 def _mean_of_squares(node: fx.Node) -> bool:

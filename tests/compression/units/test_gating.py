@@ -108,9 +108,9 @@ def test_expected_cost_has_a_gradient_for_every_gate(gated):
 def test_heads_width_and_hidden_units_are_families_of_their_own(gated):
     names = set(hard_concretes(gated("vision transformer")))
     assert {n.rpartition(".gates")[0].rpartition(".")[2] for n in names} == {
-        "gate", "gate_heads", "gate_head_dims",
+        "gate", "gate_heads", "gate_head_dims", "gate_blocks",
     }  # fmt: skip
-    with pytest.raises(ValueError, match="nothing of channels that can go; it has head_dims, heads"):
+    with pytest.raises(ValueError, match="nothing of channels that can go; it has blocks, head_dims, heads"):
         gate(build("vision transformer"), example("vision transformer"), families="channels")
     with pytest.raises(ValueError, match="families: unknown 'head'; known are channels"):
         gate(build("vision transformer"), example("vision transformer"), families=["head"])
