@@ -115,7 +115,7 @@ def masks(tmp_path):
 
 
 def test_masks_are_learnt(run, masks):
-    given = [*masks, "model=unet", "model.width=4", "model.depth=2", *QUICK, "trainer.max_epochs=15"]
+    given = [*masks, "model=unet", "model.width=8", "model.depth=2", *QUICK, "trainer.max_epochs=15"]
     trained = run(
         "train", *given, "data.augment.flip=true", "optimizer.lr=0.01", "optimizer.schedule_epochs=15"
     )

@@ -22,7 +22,7 @@ from sparsereg.calibration.reading.areas import read_areas
 from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.solver.areas import AreaWeights, calibrate_areas
 from sparsereg.cli import wrong_input
-from sparsereg.errors import FellShort
+from sparsereg.errors import FellShort, InputError
 from sparsereg.files import new_version, write_atomically, write_json, write_table, write_text
 from sparsereg.settings import plain
 
