@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,16 +122,23 @@ def _vectors(
     """Group the choices that can go into tensors of gates."""
     family = kinds(analysis.units)
     sites: dict[int, list[fx.Node]] = {}
-    groups: dict[tuple[str, tuple[fx.Node, ...]], list[int]] = {}
+    met: dict[int, set[int]] = {}  # choices that decide on the same units: one tensor cannot hold both
+    groups: dict[tuple[str, tuple[fx.Node, ...], int], list[int]] = {}
     for weight in analysis.sites.axis:
-        for choice in dict.fromkeys(c for s in analysis.choices_along(weight).ravel() for c in sorted(s)):
+        sets = analysis.choices_along(weight).ravel()
+        for choice in dict.fromkeys(c for s in sets for c in sorted(s)):
             sites.setdefault(choice, []).append(weight)
+        for together in {s for s in sets if s}:
+            for choice in together:
+                met.setdefault(choice, set()).update(together - {choice})
     for choice, taking in sites.items():
-        groups.setdefault((family.get(choice, "units"), tuple(taking)), []).append(choice)
+        kind, own = family.get(choice, "units"), tuple(taking)
+        layer = next(n for n in itertools.count() if not met[choice] & set(groups.get((kind, own, n), ())))
+        groups.setdefault((kind, own, layer), []).append(choice)
     chosen = _chooser(layers, _layers(analysis, model))
     makers = _makers(analysis)
     found = []
-    for (kind, weights), choices in groups.items():
+    for (kind, weights, _), choices in groups.items():
         owners = {_module_path(analysis.program.names[w]) for w in weights}
         producers = {path for c in choices for path in makers.get(c, ())}
         if kind not in wanted or (len(owners) > 1 and not residual):
@@ -138,7 +146,7 @@ def _vectors(
         if any(chosen(path, model.get_submodule(path)) for path in sorted(owners | producers)):
             found.append(Vector(kind, tuple(choices), weights))
     if wanted != set(FAMILIES) and not found:
-        there = sorted({kind for kind, _ in groups} - wanted) or ["none"]
+        there = sorted({kind for kind, _, _ in groups} - wanted) or ["none"]
         raise ValueError(
             f"families: the network has nothing of {', '.join(sorted(wanted))} that can go;"
             f" it has {', '.join(there)}"

@@ -75,6 +75,9 @@ class Solver:
         roots = roots.reshape([n for n in roots.shape if n > 1])
         if roots.ndim < 2:
             return
+        roots = self._linked(roots)
+        if roots.ndim < 2:
+            return
         sets = np.empty(roots.shape, dtype=object)
         for place in np.ndindex(roots.shape):
             sets[place] = self.of(int(roots[place]))
@@ -85,6 +88,26 @@ class Solver:
             self._factor(sets)
         else:
             self._tie(sets)
+
+    def _linked(self, roots: Ints) -> Ints:
+        """Tie whole slabs where single units are tied, if different units are left then; else leave them.
+
+        Where queries and keys are turned by pairs and values beside them are not, values go by pairs, too.
+        """
+        stand = [_first_alike(np.moveaxis(roots, axis, -1)) for axis in range(roots.ndim)]
+        left = [np.unique(s) for s in stand]
+        rest = roots[np.ix_(*left)]
+        if rest.size == roots.size or len(np.unique(rest)) < rest.size:
+            return roots
+        partner = roots[np.ix_(*stand)]
+        known = dict(zip(rest.ravel().tolist(), rest.ravel().tolist(), strict=True))
+        if any(known.setdefault(int(a), int(b)) != b for a, b in zip(roots.flat, partner.flat, strict=True)):
+            return roots
+        if any((self.of(int(a)) != {int(a)}) for a in np.unique(roots)):
+            return roots
+        self.choices.unite(roots, partner)
+        merged = self.choices.find(rest)
+        return merged.reshape([n for n in merged.shape if n > 1])
 
     def _factor(self, sets: np.ndarray) -> None:
         """Give each unit a choice for its place along each axis."""
@@ -119,6 +142,19 @@ class Solver:
                 self.unite(frozenset().union(*inside))
                 common = self.of(int(line[0]))
             self.equal(self.of(int(row)), common)
+
+
+def _first_alike(lines: Ints) -> Ints:
+    """For each position along the last axis the first one that holds a unit of it anywhere, (size,)."""
+    size = lines.shape[-1]
+    stand = np.arange(size)
+    for line in np.unique(lines.reshape(-1, size), axis=0):
+        _, first, inverse = np.unique(line, return_index=True, return_inverse=True)
+        for here, there in enumerate(first[inverse].tolist()):
+            a, b = int(stand[here]), int(stand[there])
+            if a != b:
+                stand[stand == max(a, b)] = min(a, b)
+    return stand
 
 
 def _corner(labels: Labels) -> Ints:

@@ -112,7 +112,7 @@ def test_wrong_use_is_one_line():
     assert "\n" not in str(said.value)
     with pytest.raises(InputError, match="Linear cannot be traced.*as the network takes it"):
         sparsereg.explain(nn.Linear(3, 2), torch.randn(2, 4))
-    with pytest.raises(ValueError, match="example must be a tensor"):
+    with pytest.raises(ValueError, match="example_input must be a tensor"):
         sparsereg.explain(nn.Linear(3, 2), 5)
 
 

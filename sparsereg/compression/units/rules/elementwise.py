@@ -215,9 +215,11 @@ def _tie_to_rows(x: Labeller, node: fx.Node, made: Labels, part: Labels, missing
 def _tie_places(x: Labeller, node: fx.Node, made: Labels, part: Labels) -> Labels:
     one, two = stored_together(made, part)
     clash = (one != two) & ((one >= FIRST) | (two >= FIRST))
+    both = torch.maximum(one, two)
     if bool(clash.any()):
         _tie(x, node, one[clash], two[clash])
-    return torch.maximum(one, two).expand(made.shape)
+        both = torch.from_numpy(x.axes.sets.find(both.numpy())).int()  # one number for what is tied now
+    return both.expand(made.shape)
 
 
 def _tie(x: Labeller, node: fx.Node, a: Tensor, b: Tensor) -> None:
