@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsereg.compression import compact, load_compacted, save_compacted, storage, vocabulary
+from sparsereg.data.form import Form
 from sparsereg.errors import InputError
 from sparsereg.training.build import restore
 from sparsereg.training.checkpoint import Checkpoint
@@ -346,8 +347,7 @@ def test_a_checkpoint_that_carries_code_is_refused_and_named(sound, tmp_path):
             path=tmp_path / "tuned.ckpt",
             weights=weights,
             config={},
-            num_classes=4,
-            image_shape=(3, 8, 8),
+            form=Form(num_classes=4, image_shape=(3, 8, 8)),
             gated=False,
             epoch=1,
             content={},

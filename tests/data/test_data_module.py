@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from sparsereg.data import CONFIGS, SOURCES, Augmentation, ImageArrays, ImageDataModule, build
 from sparsereg.data.image_folder import ImageFolder
+from sparsereg.data.sources import TEXTS
 from sparsereg.errors import InputError
 from sparsereg.settings import plain
 
@@ -208,10 +209,11 @@ def test_wrong_arguments(fixed, settings):
 
 
 def test_sources_and_schemas_agree():
-    assert set(CONFIGS) == {*SOURCES, "own"} == {path.stem for path in CONFIG_DIR.glob("*.yaml")}
+    assert not SOURCES.keys() & TEXTS.keys()
+    assert set(CONFIGS) == {*SOURCES, *TEXTS, "own"} == {path.stem for path in CONFIG_DIR.glob("*.yaml")}
 
 
-@pytest.mark.parametrize("name", list(SOURCES))
+@pytest.mark.parametrize("name", [*SOURCES, *TEXTS])
 def test_files_say_what_the_schemas_default_to(name):
     with initialize_config_dir(str(CONFIG_DIR.parent), version_base="1.3"):
         config = compose(overrides=[f"+data={name}"])
