@@ -134,7 +134,11 @@ NETWORKS = [
     ("own_broken.Net", "own_broken cannot be imported: No module named 'no_such_package' ("),
     ("own_nets.Breaks", "KeyError: 'my fault' ("),
     ("own_nets.text", "expected a torch.nn.Module, it makes a str"),
-    ("own_nets.Wrong", "expected logits of shape (2, 10) for two images, got shape (2, 64)"),
+    (
+        "own_nets.Wrong",
+        "own_nets.Wrong: expected logits of shape (2, 10) for two images,"
+        " as task=classification needs them, got shape (2, 64)",
+    ),
 ]
 OTHERS = [
     ("model=own", "model._target_=null: expected the name of a class"),

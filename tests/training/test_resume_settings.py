@@ -4,6 +4,7 @@ import fnmatch
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from sparsereg.settings import all_keys
 from sparsereg.training import resume
