@@ -18,6 +18,7 @@ from sparsereg.layers import GatedLayer, save_csr
 from sparsereg.layers.storage import Storage
 from sparsereg.training.checkpoint import Checkpoint
 from sparsereg.training.config import Evaluation, Training
+from sparsereg.training.results import as_written
 from sparsereg.training.tasks.task import SHARES, Task
 from sparsereg.zoo import networks
 from sparsereg.zoo.config import OwnNetwork
@@ -113,7 +114,7 @@ def measure(net: nn.Module, task: Task, batches: Iterable[Any], device: torch.de
         predictions, labels = task.predictions(call(net, inputs), labels)
         for metric in metrics.values():
             metric.update(predictions, labels)
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
+    return {name: as_written(metric.compute()) for name, metric in metrics.items()}
 
 
 def time_networks(

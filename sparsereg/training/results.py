@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from sparsereg.compression import Accountant, Count, original_size
 from sparsereg.penalties import hard_concretes
@@ -102,12 +102,20 @@ def headline(results: dict[str, Any], task: Task) -> str:
 
 
 def metric(trainer: Trainer, name: str) -> float | None:
-    """Return a logged metric as a number, None if it was not logged.
+    """Return a logged metric as a number, None if it was not logged."""
+    value = trainer.callback_metrics.get(name)
+    return None if value is None else as_written(value)
+
+
+def as_written(value: Tensor) -> float:
+    """Return the value of a metric as results.json has it.
 
     Metrics are float32: seven digits are what they hold, and 0.9 is not written as 0.8999999761581421.
+
+    Args:
+        value: ().
     """
-    value = trainer.callback_metrics.get(name)
-    return None if value is None else float(f"{float(value):.7g}")
+    return float(f"{float(value):.7g}")
 
 
 def names(stage: str, task: Task) -> list[str]:
