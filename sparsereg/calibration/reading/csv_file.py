@@ -225,7 +225,7 @@ class _Parts:
         keys = [str(i) for i in range(len(self.header))]
         wanted = [str(self.header.index(name)) for name in columns]
         with _opened(self.file) as stream, arrow.open_csv(
-            pa.PythonFile(stream),
+            pa.PythonFile(stream, mode="r"),
             read_options=arrow.ReadOptions(
                 column_names=keys, skip_rows=1 + self.skipped, block_size=_BLOCK, encoding=self.encoding
             ),

@@ -97,7 +97,7 @@ def _solve(part: _Part, initial: np.ndarray, share: float) -> Solution:
     there = np.flatnonzero(dual.rows.squares(initial) > 0)
     if len(there) < len(dual.targets):  # nobody is left for the others
         dual, start = dual.take(there), start[there]
-        domain = replace(domain, natural=domain.natural[there])
+        domain = replace(domain, natural=domain.natural[there], targets=domain.targets[there])
     everything = np.arange(len(dual.targets))
     found = solve(dual, start, chosen=everything, tolerance=_TOLERANCE, most_steps=_MOST_STEPS)
     if found.converged:
