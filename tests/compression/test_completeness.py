@@ -61,7 +61,9 @@ def test_every_kind_has_all_its_parts(kind):
 @cache
 def traced():
     """All operations of all networks of the tests."""
-    return [op for name in NETWORKS for op in graph.trace(*make(name)).ops.values()]
+    return [
+        op for name in sorted(set(NETWORKS) - {"densenet"}) for op in graph.trace(*make(name)).ops.values()
+    ]
 
 
 def shrinks():
