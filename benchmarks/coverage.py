@@ -68,7 +68,7 @@ def main() -> None:
     for case, found in run_all(jobs, options.processes, options.seconds, options.gigabytes):
         table.add(case, found)
         shown = {k: v for k, v in found.items() if v not in ("", None)}
-        print(f"{case.library:12s}{case.name:40s}{json.dumps(shown)[:200]}", flush=True)
+        print(f"{case.origin:12s}{case.name:40s}{json.dumps(shown)[:200]}", flush=True)
     if options.page:
         write_page(options.page, table.rows)
 
@@ -89,7 +89,7 @@ class Table:
 
     def row(self, case: Case) -> dict[str, str] | None:
         """What is known of a network."""
-        known = (r for r in self.rows if (r["library"], r["name"]) == (case.library, case.name))
+        known = (r for r in self.rows if (r["library"], r["name"]) == (case.origin, case.name))
         return next(known, None)
 
     def has(self, case: Case, examiner: str) -> bool:
@@ -111,7 +111,7 @@ class Table:
         row = self.row(case)
         if row is None:
             row = dict.fromkeys(COLUMNS, "")
-            row.update(library=case.library, name=case.name, family=case.family)
+            row.update(library=case.origin, name=case.name, family=case.family)
             self.rows.append(row)
         row.update({key: str(value) for key, value in found.items()})
         made = self.path.with_suffix(".part")

@@ -20,13 +20,13 @@ class Case:
     """One network.
 
     Attributes:
-        library: whose it is.
+        origin: the library whose it is.
         name: as its library names it.
         family: networks that one file of the library makes.
         make: gives the network and an example, as positional inputs and inputs by name.
     """
 
-    library: str
+    origin: str
     name: str
     family: str
     make: Callable[[str], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from sparsereg.errors import InputError, nearest
 from sparsereg.settings import shown
@@ -209,3 +209,25 @@ def place(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(".py")]
     frames = [f for f in frames if not f.filename.startswith((sys.prefix, str(Path(__file__).parent)))]
     return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+
+
+class Own:
+    """What the settings of something of the user's own have in common: a class or function and its arguments.
+
+    Attributes:
+        GROUP: the group of the configuration.
+    """
+
+    GROUP: ClassVar[str]
+    _target_: str | None
+    arguments: Mapping[str, Any]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What is called, with its arguments."""
+        return {TARGET: self._target_, **self.arguments}
+
+    @property
+    def said(self) -> str:
+        """As the user gives it."""
+        return f"{self.GROUP}.{TARGET}={self._target_}"

@@ -21,7 +21,7 @@ from sparsereg.settings import (
     setting,
     within,
 )
-from sparsereg.targets import TARGET, is_own
+from sparsereg.targets import Own, is_own
 
 VAL_SIZE = Rule(
     "a count >= 0, or a fraction in (0, 1)",
@@ -258,12 +258,13 @@ class LabelledTextData(Data):
 
 
 @dataclass(frozen=True)
-class OwnData(Data):
+class OwnData(Own, Data):
     """Data of yours: data._target_=my_module.Data data.KEY=VALUE; docs/extending.md.
 
     A LightningDataModule whose batches are (inputs, labels) or dictionaries. All keys are its arguments.
     """
 
+    GROUP: ClassVar[str] = "data"
     OTHERS: ClassVar[str | None] = "arguments"
 
     name: str = again(Data, "name", "own", key=False)
@@ -273,16 +274,6 @@ class OwnData(Data):
     split_seed: int = again(Data, "split_seed", 42, key=False)
     _target_: str | None = setting(None, "package.module.Class, of a LightningDataModule")
     arguments: Mapping[str, Any] = setting(dict, "of that class")
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """What is called, with its arguments."""
-        return {TARGET: self._target_, **self.arguments}
-
-    @property
-    def said(self) -> str:
-        """As the user gives it."""
-        return f"data._target_={self._target_}"
 
 
 CONFIGS: dict[str, type[Data]] = {

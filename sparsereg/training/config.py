@@ -29,7 +29,7 @@ from sparsereg.settings import (
     shown,
     within,
 )
-from sparsereg.targets import TARGET, is_own
+from sparsereg.targets import Own, is_own
 from sparsereg.temperature import Temperature
 from sparsereg.training.schedules import SCHEDULES
 from sparsereg.training.tasks.config import FIGURES, TaskSettings
@@ -82,13 +82,14 @@ class Optimizer(Settings):
 
 
 @dataclass(frozen=True)
-class OwnOptimizer(Optimizer):
+class OwnOptimizer(Own, Optimizer):
     """An optimizer of yours or any of PyTorch's: optimizer._target_=torch.optim.RMSprop optimizer.KEY=VALUE.
 
     Its first argument is the list of groups of parameters, each with its lr and weight_decay; the gates are
     one of them. All other keys are its arguments.
     """
 
+    GROUP: ClassVar[str] = "optimizer"
     OTHERS: ClassVar[str | None] = "arguments"
 
     name: str = again(Optimizer, "name", "adamw", key=False)
@@ -100,11 +101,6 @@ class OwnOptimizer(Optimizer):
     warmup_epochs: float = again(Optimizer, "warmup_epochs", 0.0)
     _target_: str | None = setting(None, "package.module.Class, of a torch.optim.Optimizer")
     arguments: Mapping[str, Any] = setting(dict, "of that class")
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """What is called, with its arguments."""
-        return {TARGET: self._target_, **self.arguments}
 
 
 @dataclass(frozen=True)

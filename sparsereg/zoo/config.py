@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from sparsereg.errors import InputError
 from sparsereg.settings import POSITIVE, RATE, Contradiction, Settings, again, count, one_of, setting, within
-from sparsereg.targets import TARGET, is_own
+from sparsereg.targets import Own, is_own
 
 _DROPOUT = within("[0, 1)", "a rate")
 
@@ -229,7 +229,7 @@ class CompactedModel(Network):
 
 
 @dataclass(frozen=True)
-class OwnNetwork(Network):
+class OwnNetwork(Own, Network):
     """A network of yours: model._target_=my_module.Net model.KEY=VALUE; docs/extending.md.
 
     All keys are arguments of that class or function. num_classes, image_shape, in_channels (of texts
@@ -237,22 +237,13 @@ class OwnNetwork(Network):
     them. One without gates gets some.
     """
 
+    GROUP: ClassVar[str] = "model"
     OTHERS: ClassVar[str | None] = "arguments"
     TASKS: ClassVar[tuple[str, ...]] = ()
 
     name: str = setting("own", "", key=False)
     _target_: str | None = setting(None, "package.module.Class, of an nn.Module")
     arguments: Mapping[str, Any] = setting(dict, "of that class")
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """What is called, with its arguments."""
-        return {TARGET: self._target_, **self.arguments}
-
-    @property
-    def said(self) -> str:
-        """As the user gives it."""
-        return f"model._target_={self._target_}"
 
 
 CONFIGS: dict[str, type[Network]] = {

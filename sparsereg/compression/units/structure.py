@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.units.costs import Costs
-from sparsereg.compression.units.gating import GatedModule, shared_gate_of, take_gates_off, ungate_
+from sparsereg.compression.units.gating import (
+    GatedModule,
+    SharedGates,
+    shared_gate_of,
+    take_gates_off,
+    ungate_,
+)
 from sparsereg.compression.units.labels import Ints
 from sparsereg.compression.units.lines import Bools
 from sparsereg.compression.units.program import Program, module_of, trace
 from sparsereg.compression.units.rules.table import Labeller
 from sparsereg.compression.units.sites import Sites
-from sparsereg.compression.units.solve import Choices, Units, solve
+from sparsereg.compression.units.solve import Units, solve
 from sparsereg.distributions import HardConcrete, gate_median
 from sparsereg.errors import InputError
 from sparsereg.model.basic_l0_blocks import L0Gate
@@ -77,12 +84,11 @@ class Analysis:
         for node, name in self.program.names.items():
             if name.rpartition(".")[0] != path or node not in self.program.parameters:
                 continue
-            line = axes.weight_axes.get(node, [None])[self.sites.axis.get(node, 0)]
-            size = (
-                self.program.values[node].shape[self.sites.axis.get(node, 0)] if line is None else len(line)
-            )
+            shape = self.program.values[node].shape or (1,)
+            axis = max(self.sites.axis.get(node, 0), 0)
+            line = axes.weight_axes[node][axis] if axes.weight_axes.get(node) else None
             if line is None:
-                return int(size), int(size)
+                return int(shape[axis]), int(shape[axis])
             place = {c: i for i, c in enumerate(self.costs.choices)}
             sets = self.sets_of(line)
             return len(line), sum(all(stays[place[c]] for c in s if c in place) for s in sets)
@@ -128,19 +134,18 @@ class Structure:
         shapes: those of the example's tensors.
     """
 
-    def __init__(self, analysis: Analysis, gates: Mapping[int, Place], shapes: list[tuple[int, ...]]) -> None:
+    def __init__(self, analysis: Analysis, gates: Mapping[int, Place], shapes: list[tuple[Any, ...]]) -> None:
         self.analysis = analysis
         self.gates = dict(gates)
         self.shapes = shapes
         self.paths = list(dict.fromkeys(path for path, _ in self.gates.values()))
-        places = [self.gates.get(c) for c in analysis.costs.choices]
-        self._place = [(i, *p) for i, p in enumerate(places) if p is not None]
+        by_gate: dict[str, list[tuple[int, int]]] = {path: [] for path in self.paths}
+        for i, choice in enumerate(analysis.costs.choices):
+            if choice in self.gates:
+                path, place = self.gates[choice]
+                by_gate[path].append((i, place))
         self._by_gate = {
-            path: (
-                np.array([i for i, own, _ in self._place if own == path]),
-                np.array([at for _, own, at in self._place if own == path]),
-            )
-            for path in self.paths
+            path: np.array(pairs, dtype=np.int64).reshape(-1, 2).T for path, pairs in by_gate.items()
         }
 
     def __deepcopy__(self, memo: Any) -> Structure:
@@ -193,19 +198,20 @@ class Structure:
         program, axis = self.analysis.program, self.analysis.sites.axis
         tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         tensors |= {name: value for name, value in constants_of(program).items() if name not in tensors}
+        open_ = self._open(model)
         found = {}
         for node, name in program.names.items():
             value = tensors[name].detach()
             value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
-            found[node] = value * self._factor(model, node, value) if node in axis else value
+            found[node] = value * self._factor(open_, node, value) if node in axis else value
         return found
 
-    def _factor(self, model: nn.Module, node: fx.Node, value: Tensor) -> Tensor:
+    def _factor(self, open_: Mapping[int, float], node: fx.Node, value: Tensor) -> Tensor:
+        """What the gates multiply a weight by, of a shape that is broadcast to it."""
         sets = self.analysis.choices_along(node)
-        found, inverse = np.unique(np.array([hash(s) for s in sets.ravel()]), return_inverse=True)
-        first = {int(h): s for h, s in zip(found[inverse], sets.ravel(), strict=True)}
-        per = np.array([self._product(model, first[int(h)]) for h in found])
-        factor = torch.from_numpy(per[inverse].reshape(sets.shape)).to(value)
+        products = {s: math.prod(open_.get(choice, 1.0) for choice in s) for s in set(sets.flat)}
+        factor = torch.tensor([products[s] for s in sets.flat], dtype=torch.float64)
+        factor = factor.to(value).view(sets.shape)
         if sets.ndim == value.dim():
             return factor
         view = [1] * value.dim()
@@ -213,21 +219,14 @@ class Structure:
         return factor.view(view)
 
     @torch.no_grad()
-    def _exact(self, model: nn.Module, path: str) -> list[float]:
-        """The gates in float64."""
-        gate = self._gate(model, path)
-        found: list[float] = gate_median(
-            gate.log_alpha.double(), gate.temperature, gate.gamma, gate.zeta
-        ).tolist()
-        return found
-
-    def _product(self, model: nn.Module, choices: Choices) -> float:
-        product = 1.0
-        for choice in choices:
-            if choice in self.gates:
-                path, place = self.gates[choice]
-                product *= self._exact(model, path)[place]
-        return product
+    def _open(self, model: nn.Module) -> dict[int, float]:
+        """How far each choice is open, in [0, 1], in float64."""
+        found = {}
+        for path in self.paths:
+            gate = self._gate(model, path)
+            shape = (gate.temperature, gate.gamma, gate.zeta)
+            found[path] = gate_median(gate.log_alpha.double(), *shape).tolist()
+        return {choice: found[path][place] for choice, (path, place) in self.gates.items()}
 
 
 def _nothing() -> None:
@@ -254,16 +253,25 @@ def structure_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     bare = copy.deepcopy(model)
     found = sited(bare)
     take_gates_off(bare, plain_module)
+    sizes = {name: m.gate_size[0] for name, m in model.named_modules() if isinstance(m, SharedGates)}
     analysis = analyse(bare, args, kwargs)
-    structure = Structure(analysis, _matched(analysis, found, type(model).__name__), shapes)
+    matched = _matched(analysis, found, sizes)
+    known_places = set(matched.values())
+    lost = [(p, i) for p, n in sizes.items() for i in range(n) if (p, i) not in known_places]
+    if lost:
+        raise InputError(
+            f"gate {lost[0][1]} of {lost[0][0]} belongs to no unit of {type(model).__name__} with this"
+            " example: give one of the shape that gate() was given"
+        )
+    structure = Structure(analysis, matched, shapes)
     model.__dict__[ATTRIBUTE] = structure
     return structure
 
 
-def shapes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """Shapes of the tensors of an example without the size of the batch."""
+def shapes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Shapes of the tensors of an example without the size of the batch; what is no tensor as it reads."""
     leaves = torch.utils._pytree.tree_leaves((args, dict(kwargs)))
-    return [tuple(x.shape[1:]) if isinstance(x, Tensor) else (hash(x),) for x in leaves]
+    return [tuple(x.shape[1:]) if isinstance(x, Tensor) else (repr(x),) for x in leaves]
 
 
 def _gated(module: nn.Module) -> bool:
@@ -307,9 +315,15 @@ def _sites_of(module: nn.Module) -> Iterator[tuple[str, HardConcrete, Tensor]]:
 
 
 def _matched(
-    analysis: Analysis, found: Mapping[str, list[tuple[str, Tensor]]], network: str
+    analysis: Analysis, found: Mapping[str, list[tuple[str, Tensor]]], sizes: Mapping[str, int]
 ) -> dict[int, Place]:
-    """Find which choice each place of each gate decides on: the one of the same elements of a weight."""
+    """Find which choice each place of each gate decides on: the one of the same elements of a weight.
+
+    Args:
+        analysis: of the network without gates.
+        found: what `sited` returned.
+        sizes: places of each gate; a place behind the last one stands for what it leaves alone.
+    """
     matched: dict[int, Place] = {}
     names = {name: node for node, name in analysis.program.names.items()}
     for name, sites in found.items():
@@ -323,10 +337,8 @@ def _matched(
         by_elements = {tuple(where): choice for choice, where in elements.items()}
         for path, index in sites:
             places = index.flatten().numpy()
-            for place in np.unique(places).tolist():
+            for place in np.unique(places[places < sizes[path]]).tolist():
                 choice = by_elements.get(tuple(np.flatnonzero(places == place).tolist()))
                 if choice is not None:
                     matched.setdefault(choice, (path, place))
-    if not matched:
-        raise InputError(f"the gates of {network} belong to none of its units with this example")
     return matched

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsereg.settings import POSITIVE, Rule, Settings, one_of, setting
-from sparsereg.targets import TARGET, is_own
+from sparsereg.targets import Own, is_own
 
 
 @dataclass(frozen=True)
@@ -80,27 +80,18 @@ class TextClassification(TaskSettings):
 
 
 @dataclass(frozen=True)
-class OwnTask(TaskSettings):
+class OwnTask(Own, TaskSettings):
     """A task of yours: task._target_=my_module.Task task.KEY=VALUE; docs/tasks.md.
 
     All keys are arguments of that class. num_classes and form are given, too, where its signature has them.
     """
 
+    GROUP: ClassVar[str] = "task"
     OTHERS: ClassVar[str | None] = "arguments"
 
     name: str = setting("own", "", key=False)
     _target_: str | None = setting(None, "package.module.Class, of a sparsereg.training.tasks.task.Task")
     arguments: Mapping[str, Any] = setting(dict, "of that class")
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """What is called, with its arguments."""
-        return {TARGET: self._target_, **self.arguments}
-
-    @property
-    def said(self) -> str:
-        """As the user gives it."""
-        return f"task._target_={self._target_}"
 
 
 CONFIGS: dict[str, type[TaskSettings]] = {

@@ -10,6 +10,7 @@ from sparsereg.compression.graph import tensors_in
 from sparsereg.compression.macs import counting
 from sparsereg.compression.units.structure import ATTRIBUTE
 from sparsereg.compression.verify import difference
+from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 from tests.compression.units.networks import NETWORKS, build
 
@@ -231,3 +232,32 @@ def test_maps_of_another_size_are_taken_or_refused():
     smaller = compact(gate(flat, x), x)
     with pytest.raises((ValueError, RuntimeError)):
         smaller(torch.randn(1, 3, 9, 9))
+
+
+class Scaled(nn.Module):
+    """A parameter that is a single number, and an input of a shape that decides on the weights' labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.out(self.into(x).relu() * self.scale)
+
+
+def test_single_numbers_among_the_parameters_are_counted():
+    network = gate(Scaled().eval(), torch.randn(2, 4))
+    sizes = count(network, torch.randn(2, 4))
+    assert sizes.parameters == 4 * 8 + 8 + 8 * 2 + 2 + 1
+    assert {row.name: row.kept_channels for row in sizes.layers}["out"] == 2
+
+
+def test_gates_that_fit_nothing_are_not_taken_for_open():
+    """A layer that took gates and is put in the place of another's: its gates belong to no unit there."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4)
+    taken = gate(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), x)
+    other = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), taken[0])
+    with pytest.raises(InputError, match=r"gate 0 of 2\.gate\.gates belongs to no unit of Sequential"):
+        count(other, x)
