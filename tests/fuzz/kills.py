@@ -13,7 +13,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,9 @@ class Kills:
         again = process.run(script, given, folder, limit=self.limit, real=self.real)
         self.said = f"{outcome.err} || {process.command(script, given)} || {again.err}"
         self.resumed += 1
-        if again.code:
+        if again.code == 2 and "nothing is left to train" in again.err:
+            again = replace(again, out=f"results: {ended(folder)}")  # killed when it had written everything
+        elif again.code:
             return [f"cannot be continued: exit code {again.code}"]
         found = broken(folder / "outputs", before)
         numbers = final(folder, again)
@@ -310,6 +312,12 @@ def to_continue(outputs: Path, script: str, arguments: tuple[str, ...]) -> list[
         return None
     kept = [a for a in arguments if not a.startswith("ckpt_path=")]
     return [*kept, f"ckpt_path={checkpoint.relative_to(outputs.parent)}", "resume_training=true"]
+
+
+def ended(folder: Path) -> Path:
+    """Return the results of the newest training run, which has come to its end."""
+    logs = folder / "outputs/train/tblog/lightning_logs"
+    return (max(logs.glob("version_*"), key=_number) / "results.json").relative_to(folder)
 
 
 def _number(folder: Path) -> int:
