@@ -177,13 +177,27 @@ def _showing(given: list[str]) -> Iterator[None]:
         return
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _without_groups("--hydra-help" not in given):
             yield
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
         raise InputError(f"{one_line(said.getvalue())}; --cfg job alone shows all") from None
     sys.stderr.write(said.getvalue())
+
+
+@contextlib.contextmanager
+def _without_groups(left_out: bool) -> Iterator[None]:
+    """Hydra lists all groups for each help text, though ours does not name them: half of what it takes."""
+    from hydra._internal.hydra import Hydra
+
+    listing = Hydra.format_config_groups
+    if left_out:
+        Hydra.format_config_groups = lambda *args, **kwargs: ""  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.format_config_groups = listing  # type: ignore[method-assign]
 
 
 def _sweep_folder(given: list[str], made: dict[str, str]) -> Callable[[str], str]:
