@@ -8,10 +8,11 @@ from pytorch_lightning import Trainer
 from torch import Tensor, nn
 
 from sparsereg.compression import Accountant, Count, original_size
+from sparsereg.compression.budget import exact_share
 from sparsereg.penalties import hard_concretes
 from sparsereg.training.accounting import PlainAccountant
 from sparsereg.training.config import Training
-from sparsereg.training.target import SparsityTarget, asked_for, exact_share
+from sparsereg.training.target import SparsityTarget, asked_for
 from sparsereg.training.tasks.task import Task
 
 log = logging.getLogger(__name__)
