@@ -1,8 +1,20 @@
-"""Budgets that are met exactly: gates are opened or shut until the network costs as much as it may."""
+"""What a network may cost: a multiplier that holds the expected cost, and gates set to meet the exact one.
+
+Minimise the task loss subject to E[cost] <= target, where E[cost] is the expected number of parameters
+(or MACs) of the compacted network, see ``Accountant``. The Lagrangian is
+
+    loss + multiplier * log(E[cost] / target(t))
+
+with a target that falls geometrically from the whole network to the one asked for, and a
+proportional-integral multiplier. A purely integral one overshoots: it has grown while the ramp fell, and
+goes on closing gates after the constraint holds. Here the integral starts again from zero then.
+"""
 
 import bisect
 import itertools
+import logging
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +22,145 @@ from torch import Tensor
 from sparsereg.compression.count import Accountant
 from sparsereg.distributions import log_alpha_at, shift
 
+log = logging.getLogger(__name__)
+
+COSTS = ("parameters", "macs")
+"""What a target can be about."""
+
+
+@dataclass
+class Constraint:
+    """The constraint as the loss sees it: linear in the gates' locations between two measurements.
+
+    Attributes:
+        multiplier: lambda, >= 0.
+        violation: log(E[cost] / target) when it was measured last.
+        gradients: each gate's locations and d log E[cost] / d log_alpha.
+        scalars: what TensorBoard shows.
+    """
+
+    multiplier: float
+    violation: float
+    gradients: list[tuple[Tensor, Tensor]]
+    scalars: dict[str, float]
+
+    def add_gradient_(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Add the gradient of the penalty to that which the gates have.
+
+        Args:
+            optimizer: only to gates that it moves; to all if None.
+
+        Returns:
+            Whether there were any.
+        """
+        moved = None if optimizer is None else {id(p) for g in optimizer.param_groups for p in g["params"]}
+        own = [(a, g) for a, g in self.gradients if moved is None or id(a) in moved]
+        for log_alpha, gradient in own:
+            added = self.multiplier * gradient
+            log_alpha.grad = added if log_alpha.grad is None else log_alpha.grad.add_(added)
+        return bool(own)
+
+    def penalty(self) -> Tensor:
+        """Return multiplier * log(E[cost] / target), a scalar: the value and the gradient measured last."""
+        linear = torch.stack([(log_alpha * gradient).sum() for log_alpha, gradient in self.gradients]).sum()
+        return self.multiplier * (self.violation + linear - linear.detach())
+
+
+class Multiplier:
+    """Proportional-integral multiplier >= 0 of an inequality constraint g <= 0.
+
+    Args:
+        proportional_gain: multiplier for each unit of g.
+        integral_gain: gain for each unit of g and step.
+    """
+
+    def __init__(self, proportional_gain: float, integral_gain: float) -> None:
+        self.proportional_gain = proportional_gain
+        self.integral_gain = integral_gain
+        self.integral = 0.0
+
+    def update(self, violation: float, steps: int = 1) -> float:
+        """Take note of g, which holds for so many steps, and return the multiplier."""
+        if violation <= 0:
+            self.integral = 0.0
+        else:
+            self.integral += self.integral_gain * violation * steps
+        return max(0.0, self.integral + self.proportional_gain * violation)
+
+
+class Budget:
+    """The share of a network's cost that may stay: what its gates are told while training, and at the end.
+
+    Args:
+        accountant: counts the network.
+        cost: one of ``COSTS``.
+        kept: share of it that may stay in the end, in (0, 1).
+        proportional_gain: of the multiplier.
+        integral_gain: of the multiplier.
+
+    Attributes:
+        constraint: as it was measured last; None before.
+        multiplier: of the constraint.
+        met: whether the gates have been set to the exact count since ``measure`` was called.
+    """
+
+    def __init__(
+        self, accountant: Accountant, cost: str, kept: float, proportional_gain: float, integral_gain: float
+    ) -> None:
+        self.accountant = accountant
+        self.cost = cost
+        self.kept = kept
+        self.multiplier = Multiplier(proportional_gain, integral_gain)
+        self.constraint: Constraint | None = None
+        self.met = False
+
+    def expected_share(self) -> Tensor:
+        """Share of the cost that is expected to stay, differentiable in every log_alpha; a scalar."""
+        if self.cost == "parameters":
+            return self.accountant.expected_parameters() / self.accountant.parameters
+        return self.accountant.expected_macs() / self.accountant.macs
+
+    def measure(self, allowed: float, steps: int = 1) -> Constraint:
+        """Compare the expected cost with what is allowed now, and move the multiplier.
+
+        Args:
+            allowed: share of the cost, in (0, 1].
+            steps: of the optimizer for which the result will be used.
+        """
+        expected = self.expected_share()
+        locations = [gate.log_alpha for gate in self.accountant.gates]
+        gradients = torch.autograd.grad(expected.log(), locations, allow_unused=True)
+        share = float(expected.detach())
+        violation = math.log(share / allowed)
+        multiplier = self.multiplier.update(violation, steps)
+        self.met = False
+        self.constraint = Constraint(
+            multiplier,
+            violation,
+            [(a, g) for a, g in zip(locations, gradients, strict=True) if g is not None],
+            {"lambda_target": multiplier, "target_kept": allowed, "expected_kept": share},
+        )
+        return self.constraint
+
+    def meet(self) -> None:
+        """Open or shut the gates nearest to the boundary, so that the exact cost is what is allowed."""
+        with torch.no_grad():
+            share = float(self.expected_share())
+        if share > UNDECIDED * self.kept:
+            log.warning(
+                "the gates have not come near the target: %.1f %% of the %s are expected to stay, %.1f %% "
+                "may; the rest is cut off now, which costs accuracy. Train longer, or let the gates learn "
+                "faster (optimizer.gate_lr_ratio of train.py)",
+                100 * share,
+                self.cost,
+                100 * self.kept,
+            )
+        meet_(self.accountant, self.cost, self.kept)
+        self.met = True
+
+
+UNDECIDED = 1.1
+"""Expected over allowed cost at the end, from which on meeting the target is worth a warning."""
 TRIES, ENOUGH = 100, 0.999
 """Gates below the common level that may be tried one by one, and the share of the target that ends it."""
 MARGIN = 1e-3

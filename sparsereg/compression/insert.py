@@ -67,8 +67,26 @@ def gate(
         >>> gate(net, torch.ones(1, 3, 6, 6))(torch.ones(1, 3, 6, 6)).shape
         torch.Size([1, 2, 2, 2])
     """
-    if hard_concretes(model):
-        raise ValueError(f"{type(model).__name__} already has gates; gate() takes a network without")
+    _check_plain(model)
+    gated = copy.deepcopy(model)
+    gate_(gated, example_input, layers, families=families, residual=residual, **gate_settings)
+    return gated
+
+
+def gate_(
+    model: nn.Module,
+    example_input: Any,
+    layers: Choice | None = None,
+    *,
+    families: str | Sequence[str] | None = None,
+    residual: bool = True,
+    **gate_settings: object,
+) -> None:
+    """Put gates into a network itself, see ``gate``; where that raises, nothing has been changed.
+
+    Parameters stay the same objects, so that what refers to them goes on doing so.
+    """
+    _check_plain(model)
     args, kwargs = inputs_of(example_input)
     factory = GateFactory(**gate_settings)
     analysis = analyse(model, args, kwargs)
@@ -78,19 +96,22 @@ def gate(
             "none of these layers has channels that can go, so there is nothing to gate:\n"
             + str(explanation(type(model).__name__, analysis.units))
         )
-    gated = copy.deepcopy(model)
     gates = {id(v): shared_gate(factory, len(v.choices)) for v in vectors}
-    _Inserter(gated, analysis, vectors, gates).insert()
-    paths = {id(m): name for name, m in gated.named_modules() if isinstance(m, HardConcrete)}
+    _Inserter(model, analysis, vectors, gates).insert()
+    paths = {id(m): name for name, m in model.named_modules() if isinstance(m, HardConcrete)}
     places = {
         choice: (paths[id(gates[id(v)].gates)], place)
         for v in vectors
         for place, choice in enumerate(v.choices)
     }
-    gated.__dict__[ATTRIBUTE] = Structure(analysis, places, shapes_of(args, kwargs))
-    gated.register_forward_pre_hook(draw_anew)
+    model.__dict__[ATTRIBUTE] = Structure(analysis, places, shapes_of(args, kwargs))
+    model.register_forward_pre_hook(draw_anew)
     logger.info("%d gates in %d groups of %s now", len(places), len(vectors), type(model).__name__)
-    return gated
+
+
+def _check_plain(model: nn.Module) -> None:
+    if hard_concretes(model):
+        raise ValueError(f"{type(model).__name__} already has gates; gate() takes a network without")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from sparsereg.data.own import RunData
 from sparsereg.errors import InputError, nearest
 from sparsereg.files import new_version
 from sparsereg.model.basic_l0_blocks import synchronise_batch_norm
+from sparsereg.model.batch_norm import estimate_batch_norm_
 from sparsereg.penalties import hard_concretes
 from sparsereg.settings import declared, flat, plain, read, value_at, with_value
 from sparsereg.temperature import update_temperatures
@@ -40,7 +41,6 @@ from sparsereg.training import checkpoint as checkpoints
 from sparsereg.training import resume
 from sparsereg.training.accounting import PlainAccountant
 from sparsereg.training.averaging import WeightAverage
-from sparsereg.training.batch_norm import estimate_batch_norm_
 from sparsereg.training.checkpoint import Checkpoint, FirstStage
 from sparsereg.training.checkpoint_io import WholeCheckpoints
 from sparsereg.training.compaction import Compaction

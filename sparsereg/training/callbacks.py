@@ -17,11 +17,12 @@ from torch import Tensor
 from sparsereg.compression import Accountant
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
+from sparsereg.model.batch_norm import estimate_batch_norm_
 from sparsereg.model.synchronised import several_processes
 from sparsereg.penalties import hard_concretes
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
 from sparsereg.training.averaging import WeightAverage
-from sparsereg.training.batch_norm import estimate_batch_norm_, estimation_batches
+from sparsereg.training.batch_norm import estimation_batches
 from sparsereg.training.lightning import logs_now
 from sparsereg.training.tensorboard import show_gates
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from sparsereg.data.config import CONFIGS as SOURCES
 from sparsereg.data.config import Cifar10Data, Data
 from sparsereg.errors import InputError, nearest
+from sparsereg.goal import Target
 from sparsereg.settings import (
     NOT_NEGATIVE,
     POSITIVE,
@@ -135,20 +136,6 @@ class Callbacks(Settings):
     def check(self) -> None:
         """What is no key of ours is a callback of the user's."""
         _check_own(self.others, "callbacks", list(keys(Callbacks)))
-
-
-@dataclass(frozen=True)
-class Target(Settings):
-    """How target_sparsity or target_macs is reached; docs/choosing-lambda.md."""
-
-    ramp: float = setting(
-        0.6, "share of the epochs over which the target falls geometrically", within("(0, 1]", "a share")
-    )
-    proportional_gain: float = setting(
-        10.0, "multiplier for each unit of log(expected cost / target)", NOT_NEGATIVE
-    )
-    integral_gain: float = setting(0.01, "what it grows by in each step for each unit", NOT_NEGATIVE)
-    every_n_steps: int = setting(5, "the expected cost is differentiated anew every so many steps", count())
 
 
 @dataclass(frozen=True)

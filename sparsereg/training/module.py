@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 import sparsereg
+from sparsereg.compression.budget import Constraint
 from sparsereg.data.batches import call, num_examples, only
 from sparsereg.data.form import Form, Inputs
 from sparsereg.distributions import draw_together
@@ -17,7 +18,6 @@ from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.model.synchronised import several_processes
 from sparsereg.penalties import expected_l0, expected_l2, hard_concretes, l_c0
 from sparsereg.training.config import Optimizer
-from sparsereg.training.constraint import Constraint
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.lightning import logs_now, show_learning_rates_, steps_per_epoch
 from sparsereg.training.optimizers import build_optimizer, learning_rate
@@ -50,7 +50,7 @@ class Provenance:
 class Learner(pl.LightningModule):
     """Minimises the loss of a task + lambda_l0 * L_C0, where L_C0 is the mean of P(z > 0) over all gates.
 
-    Where a constraint is set (see ``sparsereg.training.target``), its penalty takes the place of
+    Where a constraint is set (see ``sparsereg.compression.budget``), its penalty takes the place of
     lambda_l0's.
 
     Args:

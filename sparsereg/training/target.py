@@ -1,43 +1,33 @@
 """Sparsity on demand: a constrained problem solved while training, instead of a choice of lambda.
 
-Minimise the task loss subject to E[cost] <= target, where E[cost] is the expected number of parameters
-(or MACs) of the compacted network, see ``sparsereg.compression.expected``. The Lagrangian is
-
-    loss + multiplier * log(E[cost] / target(t))
-
-with a target that falls geometrically from the whole network to the one asked for, and a
-proportional-integral multiplier. A purely integral one overshoots: it has grown while the ramp fell, and
-goes on closing gates after the constraint holds. Here the integral starts again from zero then.
+The problem and its multiplier are those of ``sparsereg.compression.budget``; here they meet Lightning.
 """
 
-import logging
-import math
 from dataclasses import MISSING, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor
 
 from sparsereg.compression import Accountant
-from sparsereg.compression.budget import meet_
+from sparsereg.compression.budget import COSTS, Budget, Constraint
+from sparsereg.goal import Target, falling, goal
 from sparsereg.settings import NOT_NEGATIVE, POSITIVE, setting, within
 from sparsereg.training.averaging import WeightAverage
-from sparsereg.training.config import Target, Training
-from sparsereg.training.constraint import Constraint, TakesConstraint
-
-log = logging.getLogger(__name__)
-
-COSTS = ("parameters", "macs")
-"""What a target can be about."""
+from sparsereg.training.config import Training
 
 
 def asked_for(cfg: Training) -> tuple[str, float] | None:
     """Return the cost that a configuration's target is about and the share that may stay; None without."""
-    if cfg.target_sparsity is not None:
-        return "parameters", 1 - cfg.target_sparsity
-    return None if cfg.target_macs is None else ("macs", cfg.target_macs)
+    return None if cfg.target_key is None else goal(cfg.target_sparsity, cfg.target_macs)
+
+
+@runtime_checkable
+class TakesConstraint(Protocol):
+    """A LightningModule that adds ``self.constraint.penalty()`` to its loss, where there is a constraint."""
+
+    constraint: Constraint | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,37 +46,14 @@ class TargetSettings(Target):
 
     def share_at(self, epoch: float) -> float:
         """Share of the cost that is allowed at an epoch, which may be a fraction."""
-        progress = min(max((epoch - self.start_epoch) / self.ramp_epochs, 0.0), 1.0)
-        return math.pow(self.kept, progress)
-
-
-class Multiplier:
-    """Proportional-integral multiplier >= 0 of an inequality constraint g <= 0.
-
-    Args:
-        proportional_gain: multiplier for each unit of g.
-        integral_gain: gain for each unit of g and step.
-    """
-
-    def __init__(self, proportional_gain: float, integral_gain: float) -> None:
-        self.proportional_gain = proportional_gain
-        self.integral_gain = integral_gain
-        self.integral = 0.0
-
-    def update(self, violation: float, steps: int = 1) -> float:
-        """Take note of g, which holds for so many steps, and return the multiplier."""
-        if violation <= 0:
-            self.integral = 0.0
-        else:
-            self.integral += self.integral_gain * violation * steps
-        return max(0.0, self.integral + self.proportional_gain * violation)
+        return falling(self.kept, (epoch - self.start_epoch) / self.ramp_epochs)
 
 
 class SparsityTarget(Callback):
     """Train under a target on the expected cost; meet it on the exact count at the end.
 
     Works in any LightningModule whose network has gates. One that takes a constraint adds its penalty to the
-    loss (`sparsereg.training.constraint.TakesConstraint`); in any other one the penalty's gradient,
+    loss (`TakesConstraint`); in any other one the gradient of the penalty,
     which is known, is added to that of the gates before each step of the optimizer.
 
     At the last epoch, before it is measured and saved, the few gates nearest to the boundary are opened
@@ -101,18 +68,17 @@ class SparsityTarget(Callback):
     def __init__(
         self, accountant: Accountant, settings: TargetSettings, average: WeightAverage | None = None
     ) -> None:
-        self.accountant = accountant
         self.settings = settings
         self.average = average
-        self.multiplier = Multiplier(settings.proportional_gain, settings.integral_gain)
-        self.constraint: Constraint | None = None
+        self.budget = Budget(
+            accountant, settings.cost, settings.kept, settings.proportional_gain, settings.integral_gain
+        )
         self.found: float | None = None
         """The multiplier of the last step that looked at the cost."""
-        self._met = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A new epoch has not been brought to the exact count yet."""
-        self._met = False
+        self.budget.met = False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -124,81 +90,45 @@ class SparsityTarget(Callback):
         epoch = trainer.current_epoch + batch_idx / trainer.num_training_batches
         if epoch < s.start_epoch:
             return
-        expected, full = self._costs()
-        locations = [gate.log_alpha for gate in self.accountant.gates]
-        gradients = torch.autograd.grad(expected.log(), locations, allow_unused=True)
-        allowed = s.share_at(epoch)
-        share = float(expected.detach()) / full
-        violation = math.log(share / allowed)
-        multiplier = self.found = self.multiplier.update(violation, s.every_n_steps)
-        self.constraint = Constraint(
-            multiplier,
-            violation,
-            [(a, g) for a, g in zip(locations, gradients, strict=True) if g is not None],
-            {"lambda_target": multiplier, "target_kept": allowed, "expected_kept": share},
-        )
+        constraint = self.budget.measure(s.share_at(epoch), s.every_n_steps)
+        self.found = constraint.multiplier
         if isinstance(pl_module, TakesConstraint):
-            pl_module.constraint = self.constraint
+            pl_module.constraint = constraint
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Where the module's loss knows of no constraint, add its gradient to that of the loss."""
-        if self.constraint is None or isinstance(pl_module, TakesConstraint):
+        constraint = self.budget.constraint
+        if constraint is None or isinstance(pl_module, TakesConstraint):
             return
-        self.constraint.add_gradient_()
-        pl_module.log_dict(self.constraint.scalars)
+        if constraint.add_gradient_(optimizer):
+            pl_module.log_dict(constraint.scalars)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """At the last epoch meet the target exactly; averaged weights are in place already."""
-        if self._is_last(trainer) and not self._met:
-            self._meet()
+        if self._is_last(trainer) and not self.budget.met:
+            self.budget.meet()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The same where there was no validation."""
-        if not self._is_last(trainer) or self._met:
+        if not self._is_last(trainer) or self.budget.met:
             return
         if self.average is None:
-            self._meet()
+            self.budget.meet()
         else:
             with self.average.in_place(pl_module):
-                self._meet()
+                self.budget.meet()
 
     def state_dict(self) -> dict[str, Any]:
         """The integral and the multiplier, so that a resumed run goes on."""
-        return {"integral": self.multiplier.integral, "multiplier": self.found}
+        return {"integral": self.budget.multiplier.integral, "multiplier": self.found}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the integral of the run that is resumed."""
-        self.multiplier.integral = state_dict["integral"]
+        self.budget.multiplier.integral = state_dict["integral"]
         self.found = state_dict["multiplier"]
 
     def _is_last(self, trainer: pl.Trainer) -> bool:
         last = trainer.current_epoch + 1 == trainer.max_epochs and trainer.state.stage != "sanity_check"
         return last and trainer.current_epoch + 1 >= self.settings.end_epoch
-
-    def _costs(self) -> tuple[Tensor, int]:
-        if self.settings.cost == "parameters":
-            return self.accountant.expected_parameters(), self.accountant.parameters
-        return self.accountant.expected_macs(), self.accountant.macs
-
-    def _meet(self) -> None:
-        s = self.settings
-        with torch.no_grad():
-            expected, full = self._costs()
-        share = float(expected) / full
-        if share > UNDECIDED * s.kept:
-            log.warning(
-                "the gates have not come near the target: %.1f %% of the %s are expected to stay, %.1f %% "
-                "may; the rest is cut off now, which costs accuracy. Train longer, or raise "
-                "optimizer.gate_lr_ratio",
-                100 * share,
-                s.cost,
-                100 * s.kept,
-            )
-        meet_(self.accountant, s.cost, s.kept)
-        self._met = True
-
-
-UNDECIDED = 1.1
-"""Expected over allowed cost at the end, from which on meeting the target is worth a warning."""

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from sparsereg.compression import Accountant, count
-from sparsereg.compression.budget import exact_share, meet_
+from sparsereg.compression.budget import Constraint, Multiplier, exact_share, meet_
 from sparsereg.data.form import Form
 from sparsereg.penalties import expected_l0, hard_concretes
-from sparsereg.training.constraint import Constraint
 from sparsereg.training.distillation import Distillation
-from sparsereg.training.target import Multiplier, TargetSettings
+from sparsereg.training.target import TargetSettings
 from sparsereg.zoo.networks import build
 
 LENET = {"name": "lenet300", "sampling": "batch"}

@@ -1,0 +1,68 @@
+"""What a network may cost in the end, and how fast it gets there."""
+
+import math
+from dataclasses import dataclass
+
+from sparsereg.settings import NOT_NEGATIVE, Settings, count, setting, within
+
+
+@dataclass(frozen=True)
+class Target(Settings):
+    """How target_sparsity or target_macs is reached; docs/choosing-lambda.md."""
+
+    ramp: float = setting(
+        0.6, "share of the epochs over which the target falls geometrically", within("(0, 1]", "a share")
+    )
+    proportional_gain: float = setting(
+        10.0, "multiplier for each unit of log(expected cost / target)", NOT_NEGATIVE
+    )
+    integral_gain: float = setting(0.01, "what it grows by in each step for each unit", NOT_NEGATIVE)
+    every_n_steps: int = setting(5, "the expected cost is differentiated anew every so many steps", count())
+
+
+def falling(kept: float, progress: float) -> float:
+    """Share of the cost that is allowed while it falls geometrically from 1 to ``kept``.
+
+    Args:
+        kept: in (0, 1).
+        progress: from 0, where the whole network is allowed, to 1; what is outside counts as the nearest.
+
+    Example:
+        >>> [falling(0.25, progress) for progress in (-1, 0, 0.5, 1, 2)]
+        [1.0, 1.0, 0.5, 0.25, 0.25]
+    """
+    return math.pow(kept, min(max(progress, 0.0), 1.0))
+
+
+def goal(
+    target_sparsity: float | None, target_macs: float | None, target_latency_ms: float | None = None
+) -> tuple[str, float]:
+    """Return which cost a target is about, one of ``budget.COSTS``, and the share of it that may stay.
+
+    Args:
+        target_sparsity: share of the parameters to remove, in (0, 1).
+        target_macs: share of the multiply-accumulate operations to keep, in (0, 1).
+        target_latency_ms: milliseconds that one call may take.
+
+    Raises:
+        ValueError: none of them is given, or several, or one that is outside its range.
+
+    Example:
+        >>> goal(target_sparsity=0.75, target_macs=None)
+        ('parameters', 0.25)
+    """
+    given = {
+        "target_sparsity": target_sparsity,
+        "target_macs": target_macs,
+        "target_latency_ms": target_latency_ms,
+    }
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        said = " and ".join(named) or "none"
+        raise ValueError(f"give one of target_sparsity, target_macs and target_latency_ms, got {said}")
+    if target_latency_ms is not None:
+        raise ValueError("target_latency_ms cannot be trained for yet: give target_macs or target_sparsity")
+    value = given[named[0]]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError(f"{named[0]} must be a share in (0, 1), got {value!r}")
+    return ("parameters", 1 - value) if target_macs is None else ("macs", float(value))
