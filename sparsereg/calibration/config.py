@@ -272,6 +272,44 @@ class Replicates(Group):
 
 
 @dataclass(frozen=True)
+class Targets(Group):
+    """Which rows of the table of targets count."""
+
+    year: int | tuple[int, ...] | None = setting(
+        None,
+        "the column value_YEAR, or the rows of this year; [2025,2026]: weights for each, one after the other",
+        within("[1, 999999]", "a year"),
+    )
+    include: str | tuple[str, ...] | None = setting(
+        None, "conditions over the columns of the table: a target that fulfils none of them is left out"
+    )
+    exclude: str | tuple[str, ...] | None = setting(
+        None, "conditions likewise: a target that fulfils one of them is left out"
+    )
+
+    @property
+    def years(self) -> tuple[int, ...]:
+        """The years that are asked for; none: the column value."""
+        return () if self.year is None else (self.year,) if isinstance(self.year, int) else self.year
+
+    @property
+    def rules(self) -> dict[str, tuple[str, ...]]:
+        """Conditions of both kinds, as ``book.Book`` takes them."""
+        given = {"include": self.include, "exclude": self.exclude}
+        return {key: (v,) if isinstance(v, str) else tuple(v or ()) for key, v in given.items()}
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is anything that a table of targets has to be read for."""
+        return any(getattr(self, name) is not None for name in ("year", "include", "exclude"))
+
+    def check(self) -> None:
+        """Each year once."""
+        if len(set(self.years)) < len(self.years):
+            raise InputError(f"targets.year: a year is there twice: {list(self.years)}")
+
+
+@dataclass(frozen=True)
 class Area(Group):
     """Weights of its own for every area that the column ``area`` of the targets names."""
 
@@ -486,6 +524,7 @@ class CalibrationRun(Settings):
     num_replicates: int = setting(500, "variance=bootstrap: how many", count(2))
     replicates: Replicates = setting(Replicates, "weights of replicates of the sample")
     report: Report = setting(Report, "what is told besides the targets")
+    targets: Targets = setting(Targets, "which rows of the table of targets count")
     area: Area = setting(Area, "weights for every area")
     compare: tuple[str, ...] | None = setting(
         None, "instead of a calibration: the folders of two runs, compare=RUN1,RUN2"
@@ -522,6 +561,7 @@ class CalibrationRun(Settings):
         if self.require.held_out_error is not None and self.holdout.groups is None and not self.holdout.folds:
             raise Contradiction("{}require.held_out_error needs a hold-out: {}holdout.folds=5, for example")
         self._check_variance()
+        self._check_targets()
         self._check_area()
         if self.pseudo_targets != "none":
             if isinstance(self.problem, MatrixProblem):
@@ -532,6 +572,11 @@ class CalibrationRun(Settings):
             low, high = getattr(self, name) or (None, None)
             if isinstance(low, float) and isinstance(high, float) and low > high:
                 raise InputError(f"{name}=[{low:g}, {high:g}]: expected the smaller one first")
+
+    def _check_targets(self) -> None:
+        """A book of targets is a table that somebody brings."""
+        if self.targets.is_given and isinstance(self.problem, SyntheticProblem):
+            raise Contradiction("{}targets.year, include and exclude need {}problem=households or matrix")
 
     def _check_area(self) -> None:
         """Areas are calibrated exactly, from households, with what belongs to that."""
@@ -548,6 +593,7 @@ class CalibrationRun(Settings):
         strange = [
             name for name, value in (usual | dict.fromkeys(others)).items() if getattr(self, name) != value
         ]
+        strange += ["a list of years as targets.year"] if len(self.targets.years) > 1 else []
         strange += ["problem.persons"] if self.problem.persons is not None else []
         strange += ["report.variables"] if self.report.variables is not None else []
         strange += ["holdout.folds"] if self.holdout.folds is not None else []

@@ -276,6 +276,29 @@ class CalibrationProblem:
         beyond: np.ndarray = np.sign(error) * np.maximum(np.abs(error) - self.tolerance, 0.0) / self.scale
         return beyond
 
+    def with_targets(self, **numbers: Any) -> CalibrationProblem:
+        """Return the same matrix with other numbers of its targets.
+
+        Args:
+            **numbers: Arguments of ``CalibrationProblem`` with one value per target.
+        """
+        other = replace(self, **numbers)
+        other.adopt(self)
+        return other
+
+    def adopt(self, other: CalibrationProblem) -> None:
+        """Take over what has been found about the matrix of another problem, if it is the same.
+
+        Args:
+            other: Of other years, for example.
+        """
+        mine, theirs = self.matrix, other.matrix
+        same = mine.shape == theirs.shape and mine.nnz == theirs.nnz
+        if same and np.may_share_memory(mine.data, theirs.data):
+            for name in ("matrix_t", "nesting"):
+                if name in other.__dict__:
+                    self.__dict__.setdefault(name, other.__dict__[name])
+
     def subset(self, rows: np.ndarray) -> CalibrationProblem:
         """Return the problem with only these targets, in this order; cutting nesting through left-out ones.
 

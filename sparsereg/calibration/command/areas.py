@@ -46,7 +46,7 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
     start = time.perf_counter()
     with wrong_input():
         problem = read_areas(
-            plain(cfg.problem), cfg.area, Missing(cfg.missing, dict(cfg.missing_in)), cfg.seed
+            plain(cfg.problem), cfg.area, Missing(cfg.missing, dict(cfg.missing_in)), cfg.seed, cfg.targets
         )
         _announce(problem, cfg)
         if cfg.area.reconcile == "proportional":

@@ -24,7 +24,7 @@ Moments = list[tuple[int, float, np.ndarray]]
 _NOT_OF_THE_RUN = {
     "checkpoint_seconds", "ckpt_path", "compare", "device", "fpc", "holdout", "log_moments",
     "num_replicates", "objective", "plots", "problem", "psu", "replicates", "report", "require", "rerun",
-    "strata", "tensorboard", "untouchable", "variance", "weights_format",
+    "strata", "targets", "tensorboard", "untouchable", "variance", "weights_format",
 }  # fmt: skip
 
 
@@ -48,6 +48,14 @@ def fingerprint(problem: CalibrationProblem, cfg: CalibrationRun) -> str:
     kept = {k: v for k, v in plain(cfg).items() if k not in _NOT_OF_THE_RUN}
     digest.update(json.dumps(kept, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def is_of(path: Path, digest: str) -> bool:
+    """Whether a file is a checkpoint of the calibration with this ``fingerprint``."""
+    try:
+        return path.is_file() and bool(load_torch(path)["digest"] == digest)
+    except (DamagedFile, OSError, LookupError, TypeError, ValueError):
+        return False
 
 
 class Saver:

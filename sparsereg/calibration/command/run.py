@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from sparsereg import interruption
 from sparsereg.calibration import holdout
 from sparsereg.calibration.command import areas, estimates
-from sparsereg.calibration.command.checkpoint import Saver, fingerprint
+from sparsereg.calibration.command.checkpoint import Moments, Saver, fingerprint
 from sparsereg.calibration.command.provenance import Provenance
 from sparsereg.calibration.command.requirements import judged
 from sparsereg.calibration.config import CalibrationRun, Settings
@@ -24,9 +25,9 @@ from sparsereg.calibration.measures import measure, relative_errors
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.pseudo_targets import PULL, OwnColumns, extended, own_columns, selecting
 from sparsereg.calibration.reading.design import Variable, read_design, read_variables
-from sparsereg.calibration.reading.households import Source
+from sparsereg.calibration.reading.households import BuiltProblem, Source
 from sparsereg.calibration.reading.missing import Missing
-from sparsereg.calibration.reading.sources import read_problem, touchable
+from sparsereg.calibration.reading.sources import read_years, touchable
 from sparsereg.calibration.reading.start import read_start
 from sparsereg.calibration.reporting import tables as report
 from sparsereg.calibration.reporting.page.page import Contents, write_page
@@ -62,6 +63,8 @@ class Task:
         variables: What is estimated besides the targets.
         design: How the sample was drawn; None: no standard errors are asked for.
         own: Totals of the household table's own columns, which a selection should keep, too.
+        labels: Where targets come from, by column and name.
+        began: Time at which reading began.
     """
 
     problem: CalibrationProblem
@@ -71,6 +74,8 @@ class Task:
     variables: list[Variable]
     design: Design | None
     own: OwnColumns | None = None
+    labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    began: float = 0.0
 
 
 def run(cfg: CalibrationRun) -> Path:
@@ -85,32 +90,99 @@ def run(cfg: CalibrationRun) -> Path:
     """
     if cfg.area.is_given:
         return areas.run(cfg, OUTPUTS)
-    start = time.perf_counter()
+    if len(cfg.targets.years) > 1:
+        from sparsereg.calibration.command import years
+
+        return years.run(cfg, OUTPUTS)
     with wrong_input():
-        cfg = _with_method(cfg)
-        task = _read(cfg)
+        cfg = with_method(cfg)
+        (task,) = read_tasks(cfg).values()
         provenance = Provenance.of(cfg)
-        folds = _folds(task.problem, cfg)
-        read = time.perf_counter()
-        solver = _with_columns(replace(cfg.solver(), device=device_of(cfg.device)), task.columns)
-        fitted, solver = _with_pseudo_targets(task, solver, cfg.num_households)
-        ahead = None if cfg.start is None else read_start(cfg.start, fitted)
-        calibration = Calibration(fitted, cfg.num_households, solver, start=ahead)
-        aside = calibration.set_aside
-        more = set_aside(task.problem, aside[aside < task.problem.num_targets])
-        if calibration.is_exact:
-            more += gave_way(task.problem, calibration.exact())
-        task = replace(task, findings=in_order([*task.findings, *more]))
-        saver = Saver(calibration, fingerprint(task.problem, cfg), cfg.checkpoint_seconds)
-        moments = saver.load(Path(cfg.ckpt_path)) if cfg.ckpt_path else []
+        ready = prepared(task, cfg, provenance)
         folder = new_version(OUTPUTS)
+    _, results = carry_out(ready, folder)
+    if short := [row["text"] for row in results["required"] if not row["met"]]:
+        raise FellShort(folder / "results.json", short)
+    return folder / "results.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A calibration that can begin.
+
+    Args:
+        task: What is to be calibrated, with all that was found.
+        cfg: The settings.
+        solver: Those of the solver, columns in the place of their names.
+        calibration: About to begin, or where a checkpoint left it.
+        saver: Of its checkpoints.
+        moments: Totals at moments so far.
+        folds: Groups that are left out together.
+        provenance: Where the results come from.
+        began: Time at which the run began, and at which all had been read.
+    """
+
+    task: Task
+    cfg: CalibrationRun
+    solver: Settings
+    calibration: Calibration
+    saver: Saver
+    moments: Moments
+    folds: list[tuple[str, ...]]
+    provenance: Provenance
+    began: tuple[float, float]
+
+    @property
+    def fitted(self) -> CalibrationProblem:
+        """What is calibrated, with pseudo-targets."""
+        return self.calibration.problem
+
+
+def prepared(
+    task: Task,
+    cfg: CalibrationRun,
+    provenance: Provenance,
+    ahead: np.ndarray | None = None,
+) -> Prepared:
+    """Check all that can be checked before anything is written.
+
+    Args:
+        task: What is to be calibrated.
+        cfg: The settings.
+        provenance: Where the results come from.
+        ahead: Weights to start from, instead of those that ``start`` names.
+    """
+    folds, now = _folds(task.problem, cfg), time.perf_counter()
+    solver = _with_columns(replace(cfg.solver(), device=device_of(cfg.device)), task.columns)
+    fitted, solver = _with_pseudo_targets(task, solver, cfg.num_households)
+    if ahead is None and cfg.start is not None:
+        ahead = read_start(cfg.start, fitted)
+    calibration = Calibration(fitted, cfg.num_households, solver, start=ahead)
+    aside = calibration.set_aside
+    more = set_aside(task.problem, aside[aside < task.problem.num_targets])
+    if calibration.is_exact:
+        more += gave_way(task.problem, calibration.exact())
+    task = replace(task, findings=in_order([*task.findings, *more]))
+    saver = Saver(calibration, fingerprint(task.problem, cfg), cfg.checkpoint_seconds)
+    moments = saver.load(Path(cfg.ckpt_path)) if cfg.ckpt_path else []
+    return Prepared(task, cfg, solver, calibration, saver, moments, folds, provenance, (task.began, now))
+
+
+def carry_out(ready: Prepared, folder: Path) -> tuple[CalibrationResult, dict[str, Any]]:
+    """Calibrate and write all files; return the weights and what results.json holds.
+
+    Args:
+        ready: The calibration.
+        folder: Where the files are written; it is there.
+    """
+    task, cfg, solver, calibration = ready.task, ready.cfg, ready.solver, ready.calibration
     _announce(task, cfg, folder)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
     if task.findings:
         write_table(folder / "findings.csv", report.finding_frame(task.findings))
     events = folder if cfg.tensorboard else None
-    with Recorder(task.problem, events, cfg.log_moments, calibration.history, moments) as recorder:
-        _drive(calibration, recorder, saver, folder / "checkpoint.pt")
+    with Recorder(task.problem, events, cfg.log_moments, calibration.history, ready.moments) as recorder:
+        _drive(calibration, recorder, ready.saver, folder / "checkpoint.pt")
         with wrong_input():  # the penalty shut every household, or the bounds cannot hold the total
             result = calibration.result().of(task.problem)
         if not calibration.is_exact and result.kkt_violation is not None and result.kkt_violation > TOLERANCE:
@@ -123,50 +195,60 @@ def run(cfg: CalibrationRun) -> Path:
         with wrong_input():  # a replicate may contradict hard targets
             estimated = estimates.estimate(result, task.variables, task.design)
         recorder.finish(result.loss, result.weights)
-    results = measure(task.problem, result.weights)
-    results |= {
-        "loss": result.loss,
-        "kkt_violation": result.kkt_violation,
-        "optimality": result.kkt_violation,
-    }
-    results |= {"seconds": solved - read, "steps": result.steps} | _bounds_told(result, solver)
-    results |= _settings_told(cfg)
-    results["integer_weights"] = _rounding_told(result)
-    results["missing_households"] = max(0, (cfg.num_households or 0) - results["kept"])
-    results["zero_initial_weights"] = int((task.problem.starting_weights == 0).sum())
-    results |= _measure_findings(task)
+    results = _figures(ready, result, solved)
     if task.own is not None:
-        results["pseudo_targets"] = _write_pseudo_targets(fitted, task.problem, result.weights, folder)
+        results["pseudo_targets"] = _write_pseudo_targets(ready.fitted, task.problem, result.weights, folder)
         results["pseudo_targets"] |= {"chi2": solver.chi2, "max_weight_ratio": solver.max_weight_ratio}
-    left_out = _hold_out(task, folds, cfg, folder) if folds else None
+    left_out = _hold_out(task, ready.folds, cfg, folder) if ready.folds else None
     results["holdout"] = held_out = None if left_out is None else holdout.summarise(left_out)
     results["held_out_mean"] = None if held_out is None else held_out["mean_are"]
     results["held_out_median"] = None if held_out is None else held_out["median_are"]
-    targets, groups = _write_files(folder, result, recorder, cfg)
+    targets, groups = _write_files(folder, result, recorder, cfg, task.labels)
     results["worst_targets"] = report.worst_targets(targets)
     results |= estimated.write(folder, cfg)
-    results["required"] = required = judged(cfg.require, results)
-    results["provenance"] = provenance.to_dict()
-    results["total_seconds"] = time.perf_counter() - start
-    kept = result.to_frame()
+    results["required"] = judged(cfg.require, results)
+    results["provenance"] = ready.provenance.to_dict()
+    results["total_seconds"] = time.perf_counter() - ready.began[0]
     contents = Contents(
-        results, plain(cfg), targets, groups, kept, task.problem.starting_weights, task.findings, left_out,
-        estimated.variables, estimated.standard_errors,
+        results, plain(cfg), targets, groups, result.to_frame(), task.problem.starting_weights, task.findings,
+        left_out, estimated.variables, estimated.standard_errors,
     )  # fmt: skip
     write_page(folder / "report.html", contents)
     write_json(folder / "results.json", results)
     (folder / "checkpoint.pt").unlink(missing_ok=True)  # there is nothing left to continue
     for line in _told(results, folder):
         print(line)
-    if short := [row["text"] for row in required if not row["met"]]:
-        raise FellShort(folder / "results.json", short)
-    return folder / "results.json"
+    return result, results
 
 
-def _read(cfg: CalibrationRun) -> Task:
-    """Read the problem and refuse what cannot be calibrated."""
+def _figures(ready: Prepared, result: CalibrationResult, solved: float) -> dict[str, Any]:
+    """What results.json says of the weights and of how they were found."""
+    task, cfg = ready.task, ready.cfg
+    results = measure(task.problem, result.weights)
+    results |= {
+        "loss": result.loss,
+        "kkt_violation": result.kkt_violation,
+        "optimality": result.kkt_violation,
+    }
+    results |= {"seconds": solved - ready.began[1], "steps": result.steps}
+    results |= _bounds_told(result, ready.solver)
+    results |= _settings_told(cfg)
+    results["integer_weights"] = _rounding_told(result)
+    results["missing_households"] = max(0, (cfg.num_households or 0) - results["kept"])
+    results["zero_initial_weights"] = int((task.problem.starting_weights == 0).sum())
+    return results | _measure_findings(task)
+
+
+def read_tasks(cfg: CalibrationRun) -> dict[int | None, Task]:
+    """Read the problem of each year, over one matrix, and refuse what cannot be calibrated."""
+    began = time.perf_counter()
     missing = Missing(cfg.missing, dict(cfg.missing_in))
-    built = read_problem(plain(cfg.problem), _columns_named(cfg), missing, _columns_kept(cfg))
+    choice = plain(cfg.problem)
+    found = read_years(choice, _columns_named(cfg), missing, _columns_kept(cfg), cfg.targets)
+    return {year: _task(built, cfg, began) for year, built in found.items()}
+
+
+def _task(built: BuiltProblem, cfg: CalibrationRun, began: float) -> Task:
     problem, hints, dropped = touchable(built, cfg.untouchable)
     _check_budget(problem, cfg.num_households)
     found = check(problem, cfg.num_households, cfg.max_weight_ratio, cfg.hold_total, hints)
@@ -174,7 +256,7 @@ def _read(cfg: CalibrationRun) -> Task:
     own = None
     if cfg.pseudo_targets != "none" and built.source is not None:
         own = own_columns(built.source.households, built.source.used)
-    return Task(problem, found, dropped, built.columns, variables, design, own)
+    return Task(problem, found, dropped, built.columns, variables, design, own, built.labels, began)
 
 
 def _asked(
@@ -340,17 +422,25 @@ def _hold_out(task: Task, folds: list[tuple[str, ...]], cfg: CalibrationRun, fol
 
 
 def _write_files(
-    folder: Path, result: CalibrationResult, recorder: Recorder, cfg: CalibrationRun
+    folder: Path,
+    result: CalibrationResult,
+    recorder: Recorder,
+    cfg: CalibrationRun,
+    labels: Mapping[str, Mapping[str, str]],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write the tables and pictures and return those of the targets and of their groups."""
     problem, weights = result.problem, result.weights
     multipliers = None if result.exact is None else result.exact.multipliers
     targets = report.target_frame(problem, weights, multipliers)
+    targets = targets.assign(**{column: targets.name.map(dict(by)) for column, by in labels.items()})
     kept = result.to_frame()
     write_table(folder / f"weights.{cfg.weights_format}", kept)
     write_table(folder / "targets.csv", targets)
     groups = report.group_frame(targets, problem, weights)
     write_table(folder / "groups.csv", groups)
+    if "level" in targets:
+        by_level = report.group_frame(targets.assign(group=targets.level), problem, weights)
+        write_table(folder / "levels.csv", by_level.rename(columns={"group": "level"}))
     write_table(folder / "calibration_log.csv", report.log_frame(problem, recorder.totals))
     if cfg.plots:
         from sparsereg.calibration.reporting.plots import plot_all
@@ -400,7 +490,7 @@ def _size_of_error(target: dict[str, Any]) -> str:
     return "no estimate" if error is None else f"{error:+.3g} of its scale"
 
 
-def _with_method(cfg: CalibrationRun) -> CalibrationRun:
+def with_method(cfg: CalibrationRun) -> CalibrationRun:
     """Say what method=auto means, and refuse a method without what decides how many are kept."""
     cfg = replace(cfg, method=method_of(cfg.method, cfg.num_households, cfg.lambda_l0))
     if cfg.num_households is None and cfg.method == "hard_concrete" and cfg.lambda_l0 == 0:

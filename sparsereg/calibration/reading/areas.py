@@ -10,7 +10,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from sparsereg.calibration.areas import AreaProblem, Placement
-from sparsereg.calibration.config import Area
+from sparsereg.calibration.config import Area, Targets
+from sparsereg.calibration.reading.book import Book, Page
 from sparsereg.calibration.reading.cells import numbers, row
 from sparsereg.calibration.reading.households import (
     TARGET_TEXTS,
@@ -21,6 +22,7 @@ from sparsereg.calibration.reading.households import (
     unique_ids,
 )
 from sparsereg.calibration.reading.missing import Missing
+from sparsereg.calibration.reading.sources import ALL_TARGETS
 from sparsereg.calibration.reading.tables import read_table, require_column
 from sparsereg.errors import InputError, did_you_mean
 
@@ -31,7 +33,9 @@ _EXACT_ONLY = ("weight", "tolerance", "hard", "scale", "of", "of_where")
 """Columns of targets that areas do not know: their targets are totals, met exactly."""
 
 
-def read_areas(choice: Mapping[str, Any], area: Area, missing: Missing, seed: int) -> AreaProblem:
+def read_areas(
+    choice: Mapping[str, Any], area: Area, missing: Missing, seed: int, asked: Targets = ALL_TARGETS
+) -> AreaProblem:
     """Read households, targets with their areas, and who may stand for which area.
 
     Args:
@@ -39,6 +43,7 @@ def read_areas(choice: Mapping[str, Any], area: Area, missing: Missing, seed: in
         area: Which households stand for which area.
         missing: What becomes of missing values in measures: "error" or "zero".
         seed: Of the draw of clones.
+        asked: Which rows of the table of targets count.
 
     Raises:
         InputError: A file is missing or wrong, an area has targets and no household, or something else does
@@ -47,8 +52,9 @@ def read_areas(choice: Mapping[str, Any], area: Area, missing: Missing, seed: in
     written = {"decimal": choice["decimal"], "encoding": choice["encoding"]}
     file, id = str(choice["households"]), choice["id"]
     households = read_table(file, [area.column] if area.column else False, id=id, **written)
-    table = read_table(choice["targets"], (*TARGET_TEXTS, "area"), **written)
-    targets, names = _with_areas(table, str(choice["targets"]))
+    told = str(choice["targets"])
+    book = Book(read_table(told, (*TARGET_TEXTS, "area"), **written), told, **asked.rules)
+    targets, names = _with_areas(book.page(next(iter(asked.years), None)), told)
     weights = initial_weights(households, choice["weight"], file)
     there = np.ones(len(households), dtype=bool) if weights is None else weights > 0
     households = households[there].reset_index(drop=True)
@@ -77,8 +83,9 @@ def read_areas(choice: Mapping[str, Any], area: Area, missing: Missing, seed: in
     return problem
 
 
-def _with_areas(table: pd.DataFrame, file: str) -> tuple[TargetTable, list[str]]:
+def _with_areas(page: Page, file: str) -> tuple[TargetTable, list[str]]:
     """Check a table of targets, and return the area of each; "" is the nation."""
+    table = page.table
     require_column(table, "area", file, "which area each target is of; empty: the nation")
     for column in _EXACT_ONLY:
         if column in table.columns and (table[column].notna() & (table[column].astype(str) != "")).any():
@@ -88,7 +95,7 @@ def _with_areas(table: pd.DataFrame, file: str) -> tuple[TargetTable, list[str]]
     names = [str(name).strip() for name in table["area"].fillna("")]
     if not any(names):
         raise InputError(f"{file}: no target has an area: leave area.* out, or fill the column 'area'")
-    return target_table(table.drop(columns=["area"]), file), names
+    return target_table(table.drop(columns=["area"]), file, rows=page.rows, known=page.known), names
 
 
 def _placement(
@@ -206,6 +213,7 @@ def _only(targets: TargetTable, chosen: np.ndarray) -> TargetTable:
     return replace(
         targets, names=some(targets.names), values=targets.values[chosen], measures=some(targets.measures),
         wheres=some(targets.wheres), units=some(targets.units), of=(), of_wheres=(), of_units=(),
+        rows=np.array([targets.row(int(i)) for i in chosen]), labels={},
     )  # fmt: skip
 
 

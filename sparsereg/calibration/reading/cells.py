@@ -43,7 +43,12 @@ def number(cell: object) -> float:
 
 
 def numbers(
-    table: pd.DataFrame, column: str, file: object, allow_missing: bool = False, first: int = 0
+    table: pd.DataFrame,
+    column: str,
+    file: object,
+    allow_missing: bool = False,
+    first: int = 0,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return a column as float64; name the first cell that is not a finite number.
 
@@ -53,6 +58,7 @@ def numbers(
         file: Where the table came from, for the message.
         allow_missing: Give NaN for a missing cell instead of refusing it.
         first: How many rows stand before the table in its file.
+        rows: Instead: where each row stands in its file, from 0.
     """
     series = table[column]
     values = _as_float64(series)
@@ -66,8 +72,9 @@ def numbers(
         at = int(np.flatnonzero(wrong)[0])
         cell = "is missing" if missing[at] else f"is {shown(series.iloc[at])}"
         more = f" ({int(wrong.sum())} such rows)" if wrong.sum() > 1 else ""
+        place = row(first + at if rows is None else int(rows[at]))
         raise InputError(
-            f"{file}: {column} must be a finite number, but it {cell} in row {row(first + at)}{more}"
+            f"{file}: {column} must be a finite number, but it {cell} in row {place}{more}"
             f"{advice(series.iloc[at])}"
         )
     return values

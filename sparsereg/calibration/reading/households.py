@@ -7,10 +7,11 @@ once for all targets that share them. 30,000 targets over 300,000 households tak
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from sparsereg.calibration.problem import CalibrationProblem, exact_totals
+from sparsereg.calibration.reading.book import LABELS, VALUE_OF_YEAR
 from sparsereg.calibration.reading.cells import numbers, row
 from sparsereg.calibration.reading.columns import Columns, why_empty
 from sparsereg.calibration.reading.conditions import Condition, conjuncts, equality, parse
@@ -35,9 +37,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TARGET_TEXTS = (
-    "name", "group", "measure", "where", "parent", "tolerance", "hard", "of", "of_where", "unit", "of_unit"
+    "name", "group", "measure", "where", "parent", "tolerance", "hard", "of", "of_where", "unit", "of_unit",
+    "active", "source", "url",
 )  # fmt: skip
-TARGET_COLUMNS = (*TARGET_TEXTS, "value", "weight", "scale")
+TARGET_COLUMNS = (*TARGET_TEXTS, "value", "weight", "scale", *LABELS, "year")
+_FREE = ("active", *LABELS, "year")
+"""Columns of books, which other columns may resemble."""
+_NEARLY = 0.85
+"""Likeness to "active" from which a column was probably meant to be it."""
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
 _SLIGHT = 1e-6
 """A tolerance of less than this share of the value was probably meant as a share."""
@@ -69,6 +76,8 @@ class TargetTable:
         of_wheres: The condition of the denominator.
         units: What each counts and sums, households or persons in them; "" is households.
         of_units: The same for denominators; "" is as the target itself.
+        rows: Where each stands in the table it came from, from 0; None: one after the other.
+        labels: Texts that say where each comes from, by column: ``book.LABELS``.
     """
 
     names: tuple[str, ...]
@@ -86,6 +95,8 @@ class TargetTable:
     of_wheres: tuple[str, ...] = ()
     units: tuple[str, ...] = ()
     of_units: tuple[str, ...] = ()
+    rows: np.ndarray | None = None
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def is_ratio(self) -> np.ndarray:
@@ -109,7 +120,11 @@ class TargetTable:
 
     def place(self, i: int) -> str:
         """Name a target for a message: its file, row and name."""
-        return f"{self.file} row {row(i)} (target {self.names[i]!r})"
+        return f"{self.file} row {row(self.row(i))} (target {self.names[i]!r})"
+
+    def row(self, i: int) -> int:
+        """Where a target stands in its file, from 0."""
+        return i if self.rows is None else int(self.rows[i])
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,16 +315,40 @@ class BuiltProblem:
         hints: By index of target.
         columns: Columns of the household table that settings name, float64.
         source: The tables; None for a matrix without a table of weights.
+        labels: Where targets come from: by column of the book and name.
     """
 
     problem: CalibrationProblem
     hints: dict[int, str] = field(default_factory=dict)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     source: Source | None = None
+    labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def labelled(self, targets: TargetTable) -> BuiltProblem:
+        """The same, with where its targets come from."""
+        labels = {c: dict(zip(targets.names, v, strict=True)) for c, v in targets.labels.items()}
+        return replace(self, labels=labels)
+
+    def of(self, targets: TargetTable, places: np.ndarray | None) -> BuiltProblem:
+        """The same households with other values for some of the targets.
+
+        Args:
+            targets: Those of a year.
+            places: Where they stand among the targets of this problem; None: they are all, in this order.
+        """
+        problem, hints = self.problem, self.hints
+        if places is not None:
+            problem = problem.subset(places)
+            hints = {i: hints[at] for i, at in enumerate(places.tolist()) if at in hints}
+        return replace(self, problem=problem.with_targets(**targets.numbers()), hints=hints)
 
 
 def target_table(
-    table: pd.DataFrame, file: str = "the target table", with_values: bool = True
+    table: pd.DataFrame,
+    file: str = "the target table",
+    with_values: bool = True,
+    rows: np.ndarray | None = None,
+    known: Collection[str] = (),
 ) -> TargetTable:
     """Check a table of targets.
 
@@ -319,6 +358,8 @@ def target_table(
             columns are left alone, unless their name looks like a misspelling.
         file: Where it came from, for messages.
         with_values: False for a table of totals that are only estimated: they need no value.
+        rows: Where each target stands in the file, from 0; None: one after the other.
+        known: Names of targets that are not in the table and may be parents all the same.
 
     Raises:
         InputError: A column is missing or misspelt, a cell is wrong, or a name is there twice.
@@ -332,25 +373,21 @@ def target_table(
         table = table.assign(value=0.0)
     for column in ("name", "value"):
         require_column(table, column, file, "every target needs a name and a value")
-    others = [c for c in table.columns if c not in TARGET_COLUMNS]
-    for column in others:
-        hint = did_you_mean(column, [c for c in TARGET_COLUMNS if c not in table.columns])
-        if "did you mean" in hint:
-            raise InputError(f"{file} has a column {column!r}{hint} If not, name it differently.")
-    if others:
-        log.info("%s: the columns %s are not used", file, ", ".join(map(repr, others)))
+    _tell_others(table, file)
+    at = np.arange(len(table)) if rows is None else rows
     names = _texts(table, "name")
-    _refuse_bad_names(names, file)
+    _refuse_bad_names(names, file, at)
     groups = np.array(_texts(table, "group")) if "group" in table.columns else None
     if groups is not None and not groups.astype(bool).any():
         groups = None
     weights = None
     if "weight" in table.columns:
-        weights = _not_negative(table, "weight", file)
-    values = numbers(table, "value", file)
+        weights = _not_negative(table, "weight", file, at)
+    values = numbers(table, "value", file, rows=at)
     scales = None
     if "scale" in table.columns:
-        scales = np.nan_to_num(_not_negative(table, "scale", file))
+        scales = np.nan_to_num(_not_negative(table, "scale", file, at))
+    parents = _texts(table, "parent")
     return TargetTable(
         names=names,
         values=values,
@@ -358,16 +395,77 @@ def target_table(
         weights=weights,
         measures=_texts(table, "measure"),
         wheres=_texts(table, "where"),
-        parent=_parents(_texts(table, "parent"), names, file) if "parent" in table.columns else None,
+        parent=_parents(parents, names, file, at, known) if "parent" in table.columns else None,
         file=file,
         scales=scales,
-        tolerances=_tolerances(table, values, file) if "tolerance" in table.columns else None,
-        hard=_hard(table, weights, file) if "hard" in table.columns else None,
+        tolerances=_tolerances(table, values, file, at) if "tolerance" in table.columns else None,
+        hard=_hard(table, weights, file, at) if "hard" in table.columns else None,
         of=_texts(table, "of"),
         of_wheres=_texts(table, "of_where"),
         units=_texts(table, "unit"),
         of_units=_texts(table, "of_unit"),
+        rows=rows,
+        labels={c: texts for c in LABELS if any(texts := _texts(table, c))},
     )
+
+
+def _tell_others(table: pd.DataFrame, file: str) -> None:
+    """Refuse columns that look misspelt, and name those that are not used."""
+    others = [c for c in table.columns if c not in TARGET_COLUMNS and not VALUE_OF_YEAR.fullmatch(str(c))]
+    known = [c for c in TARGET_COLUMNS if c not in table.columns and c not in _FREE]
+    for column in others:
+        hint = did_you_mean(column, known)
+        if "active" not in table.columns and difflib.get_close_matches(column, ["active"], 1, _NEARLY):
+            hint = "; did you mean 'active'?"
+        if "did you mean" in hint:
+            raise InputError(f"{file} has a column {column!r}{hint} If not, name it differently.")
+    if others:
+        log.info("%s: the columns %s are not used", file, ", ".join(map(repr, others)))
+
+
+_SUMMED = ("measures", "wheres", "units", "of", "of_wheres", "of_units")
+"""What says which total a target is."""
+
+
+def united(
+    tables: Mapping[int | None, TargetTable],
+) -> tuple[TargetTable, dict[int | None, np.ndarray | None]]:
+    """Return all targets of some years, each once, and where those of each year stand; None: all, in order.
+
+    Raises:
+        InputError: a target is not the same total in all years.
+    """
+    one, *others = tables.values()
+    index = {name: i for i, name in enumerate(one.names)}
+    first: list[tuple[TargetTable, int]] = [(one, i) for i in range(len(one.names))]
+    for table in others:
+        for i, name in enumerate(table.names):
+            at = index.setdefault(name, len(index))
+            if at == len(first):
+                first.append((table, i))
+            before, place = first[at]
+            if any(getattr(before, c)[place] != getattr(table, c)[i] for c in _SUMMED):
+                raise InputError(
+                    f"{table.place(i)}: it is not the total of {before.place(place)}: give it another name"
+                )
+    together = one if len(first) == len(one.names) else _appended(one, first[len(one.names) :])
+    whole = np.arange(len(index))
+    places = {y: np.array([index[n] for n in t.names], dtype=np.int64) for y, t in tables.items()}
+    return together, {y: None if np.array_equal(p, whole) else p for y, p in places.items()}
+
+
+def _appended(one: TargetTable, more: Sequence[tuple[TargetTable, int]]) -> TargetTable:
+    """Targets of one year with further ones of others behind them, as totals only."""
+
+    def texts(column: str) -> tuple[str, ...]:
+        return (*getattr(one, column), *(getattr(t, column)[i] for t, i in more))
+
+    rows = [*(one.row(i) for i in range(len(one.names))), *(t.row(i) for t, i in more)]
+    return TargetTable(
+        texts("names"), np.append(one.values, [t.values[i] for t, i in more]), None, None, texts("measures"),
+        texts("wheres"), None, one.file, of=texts("of"), of_wheres=texts("of_wheres"), units=texts("units"),
+        of_units=texts("of_units"), rows=np.array(rows),
+    )  # fmt: skip
 
 
 def build(
@@ -645,26 +743,28 @@ def _texts(table: pd.DataFrame, column: str) -> tuple[str, ...]:
     return tuple(series.astype(object).where(series.notna(), "").astype(str).str.strip())
 
 
-def _not_negative(table: pd.DataFrame, column: str, file: str) -> np.ndarray:
+def _not_negative(table: pd.DataFrame, column: str, file: str, rows: np.ndarray) -> np.ndarray:
     """Return a column of numbers >= 0, NaN where a cell is empty."""
-    values = numbers(table, column, file, allow_missing=True)
+    values = numbers(table, column, file, allow_missing=True, rows=rows)
     if (values < 0).any():
         at = int(np.flatnonzero(values < 0)[0])
-        raise InputError(f"{file}: {column} must be >= 0, but it is {values[at]:g} in row {row(at)}")
+        raise InputError(
+            f"{file}: {column} must be >= 0, but it is {values[at]:g} in row {row(int(rows[at]))}"
+        )
     return values
 
 
-def _tolerances(table: pd.DataFrame, values: np.ndarray, file: str) -> np.ndarray:
+def _tolerances(table: pd.DataFrame, values: np.ndarray, file: str, rows: np.ndarray) -> np.ndarray:
     """Return tolerances in the unit of their targets: a number as it is, "2%" as a share of |value|."""
     texts = _texts(table, "tolerance")
     share = np.array([text.endswith("%") for text in texts])
     bare = table[["name"]].assign(tolerance=[text.removesuffix("%").strip() for text in texts])
-    given = np.nan_to_num(_not_negative(bare, "tolerance", file))
+    given = np.nan_to_num(_not_negative(bare, "tolerance", file, rows))
     without_size = np.flatnonzero(share & (values == 0))
     if len(without_size):
         at = int(without_size[0])
         raise InputError(
-            f"{file} row {row(at)}: tolerance is {texts[at]} of a value of 0: give it in its unit"
+            f"{file} row {row(int(rows[at]))}: tolerance is {texts[at]} of a value of 0: give it in its unit"
         )
     slight = (given > 0) & ~share & (given < _SLIGHT * np.abs(values))
     if slight.any():
@@ -672,24 +772,25 @@ def _tolerances(table: pd.DataFrame, values: np.ndarray, file: str) -> np.ndarra
         log.warning(
             "%s row %d: a tolerance of %s of %g is next to nothing; tolerances are in the unit of the value,"
             " a share is written as 1%%",
-            *(file, row(at), texts[at], values[at]),
+            *(file, row(int(rows[at])), texts[at], values[at]),
         )
     return np.asarray(np.where(share, given / 100 * np.abs(values), given))
 
 
-def _hard(table: pd.DataFrame, weights: np.ndarray | None, file: str) -> np.ndarray:
+def _hard(table: pd.DataFrame, weights: np.ndarray | None, file: str, rows: np.ndarray) -> np.ndarray:
     """Return which targets must be met: where the cell is empty, those without a weight."""
     texts = [text.lower() for text in _texts(table, "hard")]
     for i, text in enumerate(texts):
         if text and text not in (*_YES, *_NO):
-            raise InputError(f"{file} row {row(i)}: hard must be true, false or empty, got {text!r}")
+            place = f"{file} row {row(int(rows[i]))}"
+            raise InputError(f"{place}: hard must be true, false or empty, got {text!r}")
     free = np.ones(len(texts), dtype=bool) if weights is None else np.isnan(weights)
     return np.array([text in _YES if text else bool(free[i]) for i, text in enumerate(texts)])
 
 
-def _refuse_bad_names(names: tuple[str, ...], file: str) -> None:
+def _refuse_bad_names(names: tuple[str, ...], file: str, rows: np.ndarray) -> None:
     first: dict[str, int] = {}
-    for i, name in enumerate(names):
+    for i, name in zip(rows.tolist(), names, strict=True):
         if not name:
             raise InputError(f"{file} row {row(i)}: the name is empty")
         if name in first:
@@ -697,17 +798,17 @@ def _refuse_bad_names(names: tuple[str, ...], file: str) -> None:
         first[name] = i
 
 
-def _parents(parents: tuple[str, ...], names: tuple[str, ...], file: str) -> np.ndarray:
+def _parents(
+    parents: tuple[str, ...], names: tuple[str, ...], file: str, rows: np.ndarray, known: Collection[str]
+) -> np.ndarray:
+    """Index of each parent; -1 also where it is known and not among these targets."""
     index = {name: i for i, name in enumerate(names)}
-    found = np.full(len(names), -1, dtype=np.int64)
     for i, parent in enumerate(parents):
-        if not parent:
-            continue
-        if parent not in index:
+        if parent and parent not in index and parent not in known:
             hint = did_you_mean(parent, list(names))
-            raise InputError(f"{file} row {row(i)}: its parent {parent!r} is not the name of a target{hint}")
-        found[i] = index[parent]
-    return found
+            place = f"{file} row {row(int(rows[i]))}"
+            raise InputError(f"{place}: its parent {parent!r} is not the name of a target{hint}")
+    return np.array([index.get(parent, -1) if parent else -1 for parent in parents], dtype=np.int64)
 
 
 def initial_weights(households: pd.DataFrame, column: str | None, file: str) -> np.ndarray | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsereg.calibration.config import Targets
 from sparsereg.calibration.findings import empty_rows
 from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.reading.book import Book
 from sparsereg.calibration.reading.households import (
     TARGET_TEXTS,
     BuiltProblem,
@@ -22,6 +25,7 @@ from sparsereg.calibration.reading.households import (
     names_used,
     target_table,
     unique_ids,
+    united,
 )
 from sparsereg.calibration.reading.levels import in_households
 from sparsereg.calibration.reading.matrix_file import read_matrix
@@ -34,12 +38,16 @@ from sparsereg.files import write_table
 if TYPE_CHECKING:
     import pandas as pd
 
+ALL_TARGETS = Targets()
+"""Every row of the table of targets counts."""
+
 
 def read_problem(
     choice: Mapping[str, Any],
     columns: Sequence[str] = (),
     missing: Missing = REFUSED,
     kept: Sequence[str] | None = (),
+    targets: Targets = ALL_TARGETS,
 ) -> BuiltProblem:
     """Read or make the problem that the configuration names.
 
@@ -48,21 +56,52 @@ def read_problem(
         columns: Columns of the household table, or of the table of weights, that settings name.
         missing: What becomes of missing values in measured columns.
         kept: Columns of households that stay in memory where a large table is read in parts; None: all.
+        targets: Which rows of the table of targets count, of one year at most.
 
     Raises:
         InputError: A file is missing or wrong; the message names the place.
+    """
+    (built,) = read_years(choice, columns, missing, kept, targets).values()
+    return built
+
+
+def read_years(
+    choice: Mapping[str, Any],
+    columns: Sequence[str] = (),
+    missing: Missing = REFUSED,
+    kept: Sequence[str] | None = (),
+    targets: Targets = ALL_TARGETS,
+) -> dict[int | None, BuiltProblem]:
+    """Read a problem for each of some years, over one matrix; see ``read_problem``.
+
+    Returns:
+        By year; without years the key is None.
     """
     kind = str(choice["kind"])
     if kind not in KINDS:
         raise InputError(
             f"problem.kind={kind}: expected one of {', '.join(KINDS)}{did_you_mean(kind, list(KINDS))}"
         )
-    return KINDS[kind](choice, columns, missing, kept)
+    reader = KINDS[kind]
+    if reader is None:
+        return {None: _synthetic(choice, columns, missing)}
+    by_year, num_rows = _read_targets(choice, targets)
+    together, places = united(by_year)
+    built = reader(choice, _Asked(together, num_rows), columns, missing, kept)
+    if len(by_year) == 1:
+        return {year: built.labelled(table) for year, table in by_year.items()}
+    return {year: built.of(table, places[year]).labelled(table) for year, table in by_year.items()}
 
 
-def _synthetic(
-    choice: Mapping[str, Any], columns: Sequence[str], missing: Missing, kept: Sequence[str] | None
-) -> BuiltProblem:
+@dataclass(frozen=True)
+class _Asked:
+    """Targets, and the number of rows of the table that they are from."""
+
+    targets: TargetTable
+    num_rows: int
+
+
+def _synthetic(choice: Mapping[str, Any], columns: Sequence[str], missing: Missing) -> BuiltProblem:
     households, targets = synthetic_tables(
         choice["households"], choice["targets"], choice["seed"], choice["disagreement"]
     )
@@ -77,9 +116,13 @@ def _synthetic(
 
 
 def _households(
-    choice: Mapping[str, Any], columns: Sequence[str], missing: Missing, kept: Sequence[str] | None
+    choice: Mapping[str, Any],
+    asked: _Asked,
+    columns: Sequence[str],
+    missing: Missing,
+    kept: Sequence[str] | None,
 ) -> BuiltProblem:
-    targets = _read_targets(choice)
+    targets = asked.targets
     file, id, key = str(choice["households"]), choice["id"], choice["household_id"] or choice["id"]
     with_persons = choice["persons"] is not None
     texts = [key] if id and key != id else False  # an id of its own beside the one that is given back
@@ -116,9 +159,13 @@ def _in_memory(table: Table, columns: Sequence[str | None] | None) -> tuple[pd.D
 
 
 def _matrix(
-    choice: Mapping[str, Any], columns: Sequence[str], missing: Missing, kept: Sequence[str] | None
+    choice: Mapping[str, Any],
+    asked: _Asked,
+    columns: Sequence[str],
+    missing: Missing,
+    kept: Sequence[str] | None,
 ) -> BuiltProblem:
-    targets = _read_targets(choice)
+    targets, num_rows = asked.targets, asked.num_rows
     if any(targets.measures) or any(targets.wheres) or any(targets.units) or targets.is_ratio.any():
         raise InputError(
             f"{targets.file} has measure, where, of or unit, which only problem=households uses;"
@@ -127,14 +174,16 @@ def _matrix(
 
     def check_shape(shape: tuple[int, int]) -> None:
         num_targets, num_households = shape
-        if num_targets != len(targets.names):
-            hint = ": is it transposed?" if num_households == len(targets.names) else ""
+        if num_targets != num_rows:
+            hint = ": is it transposed?" if num_households == num_rows else ""
             raise InputError(
                 f"{choice['matrix']} has {num_targets:,} rows (targets) and {num_households:,} columns"
-                f" (households), but {targets.file} has {len(targets.names):,} targets{hint}"
+                f" (households), but {targets.file} has {num_rows:,} targets{hint}"
             )
 
     matrix = read_matrix(choice["matrix"], check_shape)
+    if targets.rows is not None and len(targets.rows) < num_rows:
+        matrix = matrix[targets.rows]
     weights, ids, named, source = _matrix_weights(
         choice["weights"], int(matrix.shape[1]), str(choice["matrix"]), columns, _written(choice)
     )
@@ -143,17 +192,24 @@ def _matrix(
     return BuiltProblem(problem, hints, named, source)
 
 
-_Reader = Callable[[Mapping[str, Any], Sequence[str], Missing, "Sequence[str] | None"], BuiltProblem]
-KINDS: dict[str, _Reader] = {
-    "synthetic": _synthetic,
+_Reader = Callable[[Mapping[str, Any], _Asked, Sequence[str], Missing, "Sequence[str] | None"], BuiltProblem]
+KINDS: dict[str, _Reader | None] = {
+    "synthetic": None,
     "matrix": _matrix,
     "households": _households,
 }
+"""What reads each kind of problem with the targets that are asked for; the synthetic one brings its own."""
 
 
-def _read_targets(choice: Mapping[str, Any]) -> TargetTable:
-    table = read_table(choice["targets"], TARGET_TEXTS, **_written(choice))
-    return target_table(table, str(choice["targets"]))
+def _read_targets(choice: Mapping[str, Any], targets: Targets) -> tuple[dict[int | None, TargetTable], int]:
+    """Read the targets of each year, and the number of rows of their table."""
+    file = str(choice["targets"])
+    book = Book(read_table(file, TARGET_TEXTS, **_written(choice)), file, **targets.rules)
+    by_year = {}
+    for year in targets.years or (None,):
+        page = book.page(year)
+        by_year[year] = target_table(page.table, file, rows=page.rows, known=page.known)
+    return by_year, len(book.table)
 
 
 def _written(choice: Mapping[str, Any]) -> dict[str, Any]:
