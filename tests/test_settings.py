@@ -191,10 +191,10 @@ def test_choices_are_keys_of_their_tables():
     from sparsereg.data.sources import SOURCES, TEXTS
     from sparsereg.model.googlenet import ACTIVATIONS
     from sparsereg.zoo.config import CONFIGS as MODELS
-    from sparsereg.zoo.config import GoogleNetModel
-    from sparsereg.zoo.networks import NETWORKS
+    from sparsereg.zoo.kinds.googlenet import GoogleNetModel
+    from sparsereg.zoo.network import KINDS
 
     assert set(calibration.METHODS) == {"auto", *METHODS}
     assert set(DATA) == {*SOURCES, *TEXTS, "own"}
-    assert set(MODELS) == {*NETWORKS, "own"}
+    assert set(MODELS) == set(KINDS)
     assert set(declared(GoogleNetModel)["act"].choices) == set(ACTIVATIONS)

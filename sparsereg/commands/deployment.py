@@ -21,7 +21,7 @@ from sparsereg.training.config import Evaluation, Training
 from sparsereg.training.results import as_written
 from sparsereg.training.tasks.task import SHARES, Task
 from sparsereg.zoo import networks
-from sparsereg.zoo.config import OwnNetwork
+from sparsereg.zoo.kinds.own import OwnNetwork
 
 
 def run(

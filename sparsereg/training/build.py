@@ -55,7 +55,8 @@ from sparsereg.training.tasks import registry
 from sparsereg.training.tasks.config import CONFIGS as TASKS
 from sparsereg.training.tasks.task import Task
 from sparsereg.zoo import networks
-from sparsereg.zoo.config import Network, weights_file
+from sparsereg.zoo.config import weights_file
+from sparsereg.zoo.network import Network
 from sparsereg.zoo.torchvision import load_weights_file_
 
 log = logging.getLogger(__name__)

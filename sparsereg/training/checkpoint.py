@@ -22,7 +22,7 @@ from sparsereg.errors import DamagedFile, InputError
 from sparsereg.training.tasks.config import CONFIGS as TASKS
 from sparsereg.training.tasks.config import FIGURES, task_of
 from sparsereg.zoo.config import CONFIGS as NETWORKS
-from sparsereg.zoo.config import group_of
+from sparsereg.zoo.network import group_of
 
 log = logging.getLogger(__name__)
 

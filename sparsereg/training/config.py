@@ -35,7 +35,10 @@ from sparsereg.temperature import Temperature
 from sparsereg.training.schedules import SCHEDULES
 from sparsereg.training.tasks.config import FIGURES, TaskSettings
 from sparsereg.zoo.config import CONFIGS as NETWORKS
-from sparsereg.zoo.config import GoogleNetModel, GptModel, Network, OwnNetwork, TorchvisionModel, UNetModel
+from sparsereg.zoo.kinds.googlenet import GoogleNetModel
+from sparsereg.zoo.kinds.own import OwnNetwork
+from sparsereg.zoo.kinds.torchvision import TorchvisionModel
+from sparsereg.zoo.network import Network
 
 
 @dataclass(frozen=True)
@@ -304,9 +307,9 @@ def that_go_with(arguments: list[str]) -> list[str]:
 DATA_OF: dict[str, tuple[str, ...]] = {"language_model": ("data=text",)}
 """The data of a task where the user names none."""
 MODEL_OF: dict[str, tuple[str, ...]] = {
-    "language_model": GptModel.CHOICE,
-    "text_classification": GptModel.CHOICE,
-    "segmentation": UNetModel.CHOICE,
+    "language_model": ("model=gpt",),
+    "text_classification": ("model=gpt",),
+    "segmentation": ("model=unet",),
 }
 """The network of a task where the user names none."""
 

@@ -36,7 +36,7 @@ from sparsereg.training.module import Learner
 from sparsereg.training.optimizers import check_own_code
 from sparsereg.training.results import count_summary, gate_summary, measured, names, target_summary
 from sparsereg.training.tensorboard import METRICS, in_order
-from sparsereg.zoo.config import CompactedModel
+from sparsereg.zoo.kinds.compacted import CompactedModel
 
 UNDER_GATES = {"last.ckpt": "gated.ckpt", "best.ckpt": "gated_best.ckpt"}
 """Names that the checkpoints of the gated stage get when fine-tuning takes theirs."""

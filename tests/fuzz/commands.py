@@ -184,7 +184,7 @@ def values(key: Key, rng: random.Random) -> tuple[str, str]:
         value, must = rng.choice(pool), "any"
     if value in _SLOW.get(key.path, ()):
         value, must = "false", "any"
-    if key.path in ("holdout.groups", "trainer.devices", "device"):
+    if key.path in ("holdout.groups", "trainer.devices", "trainer.fast_dev_run", "device"):
         must = "any"
     if key.path in _LONG and must == "any" and _is_large(value):
         value = "7"

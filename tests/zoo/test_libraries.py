@@ -118,7 +118,7 @@ def test_a_bidirectional_network_is_no_language_model():
             states = self.tokens(x)
             return states + states.mean(1, keepdim=True)
 
-    from sparsereg.zoo.networks import check_answer
+    from sparsereg.zoo.gated import check_answer
 
     with pytest.raises(InputError, match="has to be causal"):
         check_answer(Net(), TEXT, "model._target_=Net")
