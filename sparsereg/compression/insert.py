@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from sparsereg.compression.units.explain import FAMILIES, explanation, inputs_of
 from sparsereg.compression.units.explain import families as kinds
 from sparsereg.compression.units.gating import GATED, draw_anew, gate_layer_, put_gate, shared_gate
-from sparsereg.compression.units.sites import Norm
+from sparsereg.compression.units.sites import WHOLE, Norm
 from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, shapes_of
 from sparsereg.distributions import HardConcrete
 from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
@@ -167,7 +167,7 @@ def _vectors(
         if any(chosen(path, model.get_submodule(path)) for path in sorted(owners | producers)):
             found.append(Vector(kind, tuple(choices), weights))
     if wanted != set(FAMILIES) and not found:
-        there = sorted({kind for kind, _, _ in groups} - wanted) or ["none"]
+        there = sorted({kind for kind, _, _ in groups if kind} - wanted) or ["none"]
         raise ValueError(
             f"families: the network has nothing of {', '.join(sorted(wanted))} that can go;"
             f" it has {', '.join(there)}"
@@ -266,16 +266,25 @@ class _Inserter:
             for path, _ in self._holders(site):
                 per_module.setdefault(path, []).append((site, vectors))
         normed = {norm.module for norm in self.analysis.sites.norms}
+        fused = self._fused()
         found = {}
         for path, sites in per_module.items():
             module = self.network.get_submodule(path)
             alike = all(len(v) == 1 and v[0] is sites[0][1][0] for _, v in sites)
-            whole = type(module) in GATED and path not in normed and alike
+            whole = type(module) in GATED and path not in normed | fused and alike
             if whole and all(self._in_order(site, sites[0][1][0]) for site, _ in sites):
                 found[path] = sites[0][1][0]
         return found
 
+    def _fused(self) -> set[str]:
+        """Layers inside of modules that read their weights in place of calling them."""
+        outer = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+        modules = self.network.named_modules(remove_duplicate=False)
+        return {f"{p}.{q}" for p, m in modules if isinstance(m, outer) for q, _ in m.named_modules() if q}
+
     def _in_order(self, site: fx.Node, vector: Vector) -> bool:
+        if self.analysis.sites.axis[site] == WHOLE:
+            return False
         sets = self.analysis.choices_along(site)
         return [set(s) for s in sets.ravel()] == [{c} for c in vector.choices]
 

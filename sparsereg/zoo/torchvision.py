@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 WITHOUT_AUXILIARY = ("googlenet", "inception_v3")
 """Networks whose auxiliary classifiers are left out: in training they return several answers."""
+FAMILIES = ("channels", "units", "heads", "head_dims", "kv_groups", "width")
+"""What gets gates: all that can leave the network while it trains, so no whole branches."""
 STEM_POOLS = ("maxpool", "maxpool1", "features.pool0")
 """Names of the pooling right behind the first convolution."""
 
@@ -75,7 +77,7 @@ def torchvision_network(
     if not gated:
         return net
     try:
-        return gate(net, torch.zeros(1, *image_shape), residual=residual, **gate_settings)
+        return gate(net, torch.zeros(1, *image_shape), residual=residual, families=FAMILIES, **gate_settings)
     except TypeError as error:
         raise InputError(f"model.name={name}: cannot be gated: {error}") from error
 

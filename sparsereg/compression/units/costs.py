@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.macs import counting
+from sparsereg.compression.units.branches import ALWAYS, Ways
 from sparsereg.compression.units.labels import Ints
-from sparsereg.compression.units.lines import Bools, Lines, Sizes
+from sparsereg.compression.units.lines import Alternatives, Bools, Lines, Sizes
 from sparsereg.compression.units.program import Program, bound, name_of, plain_call
 from sparsereg.compression.units.solve import Units
 
@@ -32,6 +33,7 @@ class Term:
     Attributes:
         node: the weight, or the operation.
         factor: the rest of the product.
+        ways: position in the ways of which one has to be left for it to serve anybody.
         lines: positions in `Lines.lines`.
         apart: the same lines without the choices that all of them share, for expectations.
         common: position in `Lines.sets` of the choices that they share.
@@ -39,6 +41,7 @@ class Term:
 
     node: fx.Node
     factor: float
+    ways: int
     lines: tuple[int, ...]
     apart: tuple[int, ...]
     common: int
@@ -56,10 +59,13 @@ class Costs:
         self.program: Program = units.labeller.program
         self._lines = Lines(units)
         self._of_labels: dict[fx.Node, list[Ints]] = {}
-        used = [n for n in self.program.weights if n in self.program.parameters and n.users]
+        self._ways = units.branches.ways()
+        self._way_ids: dict[Ways, int] = {ALWAYS: 0}
+        used = [n for n in self.program.weights if n in self.program.parameters and self._ways[n]]
         self.parameters = [self._term(n, 1.0, [(n, d) for d in range(n_dim(self.program, n))]) for n in used]
-        self.macs = [term for node in self.program.calls for term in self._macs(node)]
-        self.sizes = Sizes(self._lines)
+        self.macs = [t for node in self.program.calls if self._ways[node] for t in self._macs(node)]
+        self.sizes = Sizes(self._lines, (branch.choice for branch in units.branches.found))
+        self._serves = Alternatives(list(self._way_ids), self.sizes.place)
         self._arrays = {id(part): _Arrays(part) for part in (self.parameters, self.macs)}
 
     @cached_property
@@ -83,6 +89,9 @@ class Costs:
                     first = self._lines.sets[self._lines.lines[line][0]]
                     stays[[self.sizes.place[c] for c in first]] = True
                     counts = self.sizes.counts(stays)
+        for choices in self.units.branches.alternatives:
+            own = [self.sizes.place[c] for c in choices]
+            stays[own[0]] |= not stays[own].any()
         return stays
 
     def exact(self, stays: Bools) -> tuple[Ints, Ints]:
@@ -91,8 +100,11 @@ class Costs:
         Args:
             stays: whether each choice stays, (choices,).
         """
-        counts = self.sizes.counts(stays)
-        return self._arrays[id(self.parameters)].exact(counts), self._arrays[id(self.macs)].exact(counts)
+        counts, serves = self.sizes.counts(stays), self._serves.any(stays)
+        parameters, macs = (
+            self._arrays[id(part)].exact(counts, serves) for part in (self.parameters, self.macs)
+        )
+        return parameters, macs
 
     def expected(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """Expected parameters and multiply-accumulates, differentiable scalars.
@@ -101,8 +113,9 @@ class Costs:
             p: probability that each choice stays, (choices,), float64.
         """
         probability, counts = self.sizes.expected(p)
+        serves = self._serves.expected(p)
         parts = (self._arrays[id(part)] for part in (self.parameters, self.macs))
-        parameters, macs = (part.expected(probability, counts) for part in parts)
+        parameters, macs = (part.expected(probability, counts, serves) for part in parts)
         return parameters, macs
 
     def _term(self, node: fx.Node, factor: float, axes: list[Axis]) -> Term:
@@ -116,6 +129,7 @@ class Costs:
         return Term(
             node,
             factor * plain,
+            self._way_ids.setdefault(self._ways[node], len(self._way_ids)),
             tuple(self._lines.line(a) for a in arrays),
             tuple(self._lines.line(a) for a in apart),
             self._lines.set_id(common),
@@ -161,17 +175,19 @@ class _Arrays:
             self.lines[i, : len(term.lines)] = term.lines
             self.apart[i, : len(term.apart)] = term.apart
         self.common = np.array([t.common for t in terms], dtype=np.int64)
+        self.ways = np.array([t.ways for t in terms], dtype=np.int64)
 
-    def exact(self, counts: Ints) -> Ints:
+    def exact(self, counts: Ints, serves: Bools) -> Ints:
         """Cost of each term."""
         factors = np.append(counts, 1)[self.lines].astype(np.float64)
-        return np.asarray(np.rint(self.factor * factors.prod(1)).astype(np.int64))
+        return np.asarray(np.rint(self.factor * factors.prod(1)).astype(np.int64) * serves[self.ways])
 
-    def expected(self, probability: Tensor, counts: Tensor) -> Tensor:
+    def expected(self, probability: Tensor, counts: Tensor, serves: Tensor) -> Tensor:
         """Expected cost of all terms."""
         device = counts.device
         factors = torch.cat([counts, counts.new_ones(1)])[torch.from_numpy(self.apart).to(device)].prod(1)
         shared = probability[torch.from_numpy(self.common).to(device)]
+        shared = shared * serves[torch.from_numpy(self.ways).to(device)]
         return (torch.from_numpy(self.factor).to(counts) * shared * factors).sum()
 
 

@@ -27,7 +27,10 @@ class Cut:
     def __init__(self, units: Units, gone: Iterable[int]) -> None:
         self.units = units
         self.program: Program = units.labeller.program
-        self.stays = torch.from_numpy(units.alive(set(gone)))
+        self.gone = set(gone)
+        self.stays = torch.from_numpy(units.alive(self.gone))
+        self.passed = units.branches.passed(self.gone)
+        self.serving = self._serving()
         self.labels: dict[Any, Any] = {n: v for n, v in units.labeller.axes.of.items() if v is not None}
         self.weights = {node: self._weight(node, value) for node, value in self.program.weights.items()}
 
@@ -37,7 +40,22 @@ class Cut:
 
     def run(self, *inputs: Any) -> Any:
         """What the smaller network gives."""
-        return self.program.run(self.weights, *inputs, calls=self.calls)
+        return self.program.run(
+            self.weights, *inputs, calls=self.calls, passed=self.passed, serving=self.serving
+        )
+
+    def _serving(self) -> set[fx.Node]:
+        """Operations and weights that lead to the output when branches are gone."""
+        found: set[fx.Node] = set()
+        waiting = [self.program.output]
+        while waiting:
+            node = waiting.pop()
+            if node in found:
+                continue
+            found.add(node)
+            instead = self.passed.get(node)
+            waiting += node.all_input_nodes if instead is None else [instead]
+        return found
 
     @cached_property
     def calls(self) -> dict[fx.Node, Call]:
@@ -45,7 +63,8 @@ class Cut:
         found = {}
         for node in self.program.calls:
             rule = rule_of(node)
-            if rule is not None and rule.call is not None and node in self.labels:
+            wanted = node in self.serving and node in self.labels
+            if wanted and rule is not None and rule.call is not None:
                 found[node] = rule.call(self, node, self.program.arguments(node))
         return found
 
@@ -81,6 +100,9 @@ class Cut:
         This is what a smaller network has to equal.
         """
         zeroed = {node: self._zeroed(node, value) for node, value in self.program.weights.items()}
+        for branch in self.units.branches.found:
+            if branch.choice in self.gone:
+                zeroed |= {maker: torch.zeros_like(zeroed[maker]) for maker in branch.makers}
         return self.program.run(zeroed, *inputs, call=self._masked_call)
 
     def _zeroed(self, node: fx.Node, value: Tensor) -> Tensor:
@@ -122,7 +144,7 @@ class Cut:
     @property
     def num_parameters(self) -> int:
         """Parameters that are left."""
-        return sum(self.weights[n].numel() for n in self.program.parameters)
+        return sum(self.weights[n].numel() for n in self.program.parameters & self.serving)
 
 
 def averages(node: fx.Node) -> list[int]:

@@ -28,7 +28,7 @@ FAMILIES = {
     "head_dims": "places in the vectors of heads",
     "kv_groups": "keys and values with the heads that share them",
     "width": "the residual stream, over which norms take means",
-    "blocks": "what makes up a whole tensor",
+    "blocks": "whole branches of residual blocks",
 }
 """What can go, by name."""
 STATES = ("can go", "tied", "kept")
@@ -179,6 +179,7 @@ def explanation(network: str, units: Units) -> Explanation:
     able = _able(units)
     staying: dict[str, int] = {}
     total = 0
+    ways = units.branches.ways()
     for node in program.weights:
         if node not in program.parameters:
             continue
@@ -186,10 +187,13 @@ def explanation(network: str, units: Units) -> Explanation:
         lines = _axes_of(units, node, value)
         for axis, line in lines:
             rows += _rows(units, name, axis, line, family, first)
+        rows += _branches(units, node, name)
         if not lines:
             rows.append(Row(name, 0, value.numel(), "", "kept", _untouched(units, node)))
         total += value.numel()
-        staying[name] = value.numel() - _removable(units, node, value, able)
+        staying[name] = (
+            0 if frozenset() not in ways[node] else value.numel() - _removable(units, node, value, able)
+        )
     unknown = {op: _place(node) for op, node in units.labeller.unknown.items()}
     return Explanation(network, tuple(rows), total, total - sum(staying.values()), unknown, staying)
 
@@ -216,7 +220,9 @@ def _rows(
     found: dict[tuple[str, bool], set[int]] = {}
     for unit in np.unique(line[line >= FIRST]).tolist():
         for choice in units.of(unit):
-            found.setdefault((family.get(choice, "units"), choice in units.fixed), set()).add(choice)
+            kind = family.get(choice, "units")
+            if kind:
+                found.setdefault((kind, choice in units.fixed), set()).add(choice)
     rows = []
     for (kind, fixed), choices in sorted(found.items()):
         if fixed:
@@ -228,6 +234,19 @@ def _rows(
         other = first.setdefault(key, here)
         state, reason = ("can go", "") if other == here else ("tied", f"with {other}")
         rows.append(Row(name, axis, len(choices), kind, state, reason))
+    return rows
+
+
+def _branches(units: Units, node: fx.Node, name: str) -> list[Row]:
+    """Branches of which a weight is one of the makers: the first of each, which is named."""
+    rows = []
+    for branch in units.branches.found:
+        if node in branch.makers:
+            first = units.labeller.program.names[branch.makers[0]]
+            total = min((total for _, total in branch.edges), key=lambda n: n.name)
+            state = "can go" if name == first else "tied"
+            reason = f"all of a branch of the sum{_where(total)}" if name == first else f"with {first}"
+            rows.append(Row(name, 0, 1, "blocks", state, reason))
     return rows
 
 
@@ -301,6 +320,7 @@ def families(units: Units) -> dict[int, str]:
             for choice in units.of(unit):
                 found[choice] = "width"
     _name_heads(units, found)
+    found.update((branch.choice, "blocks") for branch in units.branches.found)
     return found
 
 
@@ -309,12 +329,13 @@ def _name_heads(units: Units, found: dict[int, str]) -> None:
     for rows, shared in units.labeller.axes.heads:
         sets = [units.of(int(row)) for row in rows]
         common = frozenset.intersection(*sets)
-        found.update(dict.fromkeys(common, "blocks"))
+        if len(sets) > 1:  # all of it goes with its branch, or head by head
+            found.update(dict.fromkeys(common, ""))
         for choices in sets:
             own = choices - common
             of_rows |= own
             found.update(dict.fromkeys(own, "kv_groups" if shared else "heads"))
     for choices in units.split.values():
         if choices & of_rows:
-            places = {c for c in choices - of_rows if found.get(c) != "blocks"}
+            places = {c for c in choices - of_rows if found.get(c) != ""}
             found.update(dict.fromkeys(places, "head_dims"))

@@ -6,7 +6,7 @@ and all lines few different sets of choices, so that sizes are counted in one pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from sparsereg.compression.units.branches import Ways
 from sparsereg.compression.units.labels import FIRST, Ints, Labels, varying
 from sparsereg.compression.units.solve import Choices, Units
 
@@ -111,11 +112,12 @@ class Sizes:
 
     Args:
         lines: of a network; none may be added afterwards.
+        others: choices that lie along no line.
     """
 
-    def __init__(self, lines: Lines) -> None:
+    def __init__(self, lines: Lines, others: Iterable[int] = ()) -> None:
         self.lines = lines
-        numbers = sorted(frozenset().union(*lines.sets))
+        numbers = sorted(frozenset(others).union(*lines.sets))
         self.place = {choice: i for i, choice in enumerate(numbers)}
         longest = max((len(s) for s in lines.sets), default=0) or 1
         self.table = np.full((len(lines.sets), longest), len(numbers))
@@ -151,3 +153,45 @@ class Sizes:
         probability = padded[self._table.to(p.device)].prod(1)
         sums = p.new_zeros(len(self.lines.lines))
         return probability, sums.index_add(0, self._owner.to(p.device), probability[self._flat.to(p.device)])
+
+
+class Alternatives:
+    """Which of several sets of ways have one left, all of whose choices stay.
+
+    Args:
+        ways: different ones.
+        place: position of each choice in what ``any`` and ``expected`` take.
+    """
+
+    def __init__(self, ways: Sequence[Ways], place: Mapping[int, int]) -> None:
+        most = max((len(w) for w in ways), default=0) or 1
+        longest = max((len(way) for w in ways for way in w), default=0) or 1
+        always, self._never = len(place), len(place) + 1
+        self._table = np.full((len(ways), most, longest), self._never)
+        self._common = np.full((len(ways), longest), always)
+        for i, own in enumerate(ways):
+            common = frozenset.intersection(*own) if own else frozenset()
+            self._common[i, : len(common)] = [place[c] for c in sorted(common)]
+            for k, way in enumerate(own):
+                rest = [place[c] for c in sorted(way - common)]
+                self._table[i, k] = [*rest, *[always] * (longest - len(rest))]
+
+    def any(self, stays: Bools) -> Bools:
+        """Whether a way is left, (ways,).
+
+        Args:
+            stays: whether each choice stays, (choices,).
+        """
+        padded = np.append(stays, [True, False])
+        return np.asarray(padded[self._table].all(2).any(1) & padded[self._common].all(1))
+
+    def expected(self, p: Tensor) -> Tensor:
+        """Probability that a way is left, (ways,); what all ways share counts once.
+
+        Args:
+            p: probability that each choice stays, independent of the others, (choices,).
+        """
+        padded = torch.cat([p, p.new_tensor([1.0, 0.0])])
+        table, common = (torch.from_numpy(t).to(p.device) for t in (self._table, self._common))
+        none = (1 - padded[table].prod(2)).prod(1)
+        return (1 - none) * padded[common].prod(1)

@@ -79,6 +79,8 @@ class Program:
         *inputs: Any,
         call: Any = None,
         calls: Mapping[fx.Node, Call] | None = None,
+        passed: Mapping[fx.Node, fx.Node | None] | None = None,
+        serving: set[fx.Node] | None = None,
     ) -> Any:
         """Run the graph with other weights.
 
@@ -87,6 +89,8 @@ class Program:
             inputs: as the network takes them, flat.
             call: computes a node from its arguments; the node's own function if None.
             calls: other functions and arguments for some of the nodes.
+            passed: nodes that hand on what another one gives.
+            serving: nodes that are run; all if None.
         """
         env: dict[fx.Node, Any] = {}
         given = iter(inputs)
@@ -99,6 +103,10 @@ class Program:
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 env[node] = weights[node] if node in weights else next(given)
+            elif serving is not None and node not in serving:
+                continue
+            elif passed and node in passed:
+                env[node] = value(passed[node])
             elif node.op == "call_function":
                 own = (calls or {}).get(node) or Call(node.target, node.args, node.kwargs)
                 args, kwargs = (fx.node.map_aggregate(part, value) for part in (own.args, own.kwargs))

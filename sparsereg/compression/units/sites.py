@@ -17,25 +17,13 @@ from torch import Tensor, fx
 from sparsereg.compression.units.cut import averages
 from sparsereg.compression.units.labels import FIRST, Ints, varying
 from sparsereg.compression.units.program import Program, bound, module_of, name_of
+from sparsereg.compression.units.rules.elementwise import PRODUCTS, QUOTIENTS
+from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES
 from sparsereg.compression.units.rules.table import Dead, Labeller
 
-_MAKERS = {
-    "linear": ("weight", "bias"),
-    "addmm": ("mat2", "self"),
-    "embedding": ("weight",),
-    "embedding_bag": ("weight",),
-    "bilinear": ("weight", "bias"),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), ("weight", "bias")),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ("weight", "bias")),
-    **dict.fromkeys(("batch_norm", "layer_norm", "rms_norm", "group_norm"), ("weight", "bias")),
-    **dict.fromkeys(("instance_norm", "cudnn_batch_norm", "native_batch_norm"), ("weight", "bias")),
-    **dict.fromkeys(("_native_batch_norm_legit_no_training", "native_layer_norm"), ("weight", "bias")),
-}
-"""Operations that make units, with the arguments that are theirs."""
+WHOLE = -2
+"""In place of an axis: all of a weight takes the same gates."""
 _OUT_AXIS = {"addmm": 1, "embedding": 1, "embedding_bag": 1}
-_PRODUCTS = ("mul", "multiply")
-_QUOTIENTS = ("div", "true_divide", "divide")
-_MATRICES = ("matmul", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class Sites:
         labeller: of the network.
 
     Attributes:
-        axis: for each weight, the axis along which its gates lie; -1: along any.
+        axis: for each weight, the axis along which its gates lie; -1: along any; or ``WHOLE``.
         norms: normalisations over units that can leave some out.
         refused: units that lie along other means, with the reason and the operation.
     """
@@ -107,8 +95,8 @@ class Sites:
             self.axis.setdefault(node, -1)
             return []
         name = name_of(node).rstrip("_")
-        if name in _MAKERS:
-            made = [bound(node).get(key) for key in _MAKERS[name]]
+        if name in MAKERS:
+            made = [bound(node).get(key) for key in MAKERS[name]]
             found = [w for w in made if isinstance(w, fx.Node) and w in self.program.weights]
             for weight in found:
                 own = _OUT_AXIS.get(name, 0) if self.program.values[weight].dim() > 1 else 0
@@ -116,9 +104,9 @@ class Sites:
                     1 if "transpose" in name and self.program.values[weight].dim() > 1 else own
                 )
             return [] if found else [node.args[0]]
-        if name in (*_PRODUCTS, *_MATRICES):
+        if name in (*PRODUCTS, *MATRICES):
             return [self._one_of(node)]
-        if name in _QUOTIENTS:
+        if name in QUOTIENTS:
             return [node.args[0]]
         return list(node.all_input_nodes)
 

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from sparsereg.compression.units.branches import Branches
 from sparsereg.compression.units.labels import FIRST, Axes, Ints, Labels, Unions, varying
 from sparsereg.compression.units.rules.table import Labeller
 
@@ -184,12 +185,14 @@ class Units:
         roots: representative of each unit, (units,).
         split: choices of the representatives that have more than one, or another one than themselves.
         fixed: choices that never go, with the reason: operation and node.
+        branches: what can go as a whole; their choices are numbered behind those of the units.
     """
 
     labeller: Labeller
     roots: Ints
     split: dict[int, Choices]
     fixed: dict[int, tuple[str, object]]
+    branches: Branches
 
     def of(self, unit: int) -> Choices:
         """The choices of a unit."""
@@ -199,7 +202,7 @@ class Units:
     def alive(self, gone: set[int]) -> np.ndarray:
         """Which units stay when some choices are gone, (units,); ``BLANK`` and ``LIVE`` do."""
         stays = np.ones(len(self.roots), dtype=bool)
-        stays[list(gone)] = False
+        stays[[choice for choice in gone if choice < len(stays)]] = False
         splits, own, parts = self._parts
         lost = np.zeros(len(self.roots), dtype=bool)
         lost[own[~stays[parts]]] = True
@@ -221,7 +224,7 @@ class Units:
             size = _size_of_owner(self.labeller, node, axis)
             for unit in range(first, first + size):
                 used |= self.of(unit)
-        return sorted(c for c in used if c not in self.fixed)
+        return [*sorted(c for c in used if c not in self.fixed), *(b.choice for b in self.branches.found)]
 
 
 def _size_of_owner(labeller: Labeller, node: object, axis: int) -> int:
@@ -245,4 +248,4 @@ def solve(labeller: Labeller) -> Units:
     for unit, why in axes.fixed.items():
         for choice in split.get(int(roots[unit]), frozenset([int(roots[unit])])):
             fixed.setdefault(choice, why)
-    return Units(labeller, roots, split, fixed)
+    return Units(labeller, roots, split, fixed, Branches(labeller.program, len(roots)))

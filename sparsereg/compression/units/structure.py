@@ -24,7 +24,7 @@ from sparsereg.compression.units.labels import Ints
 from sparsereg.compression.units.lines import Bools
 from sparsereg.compression.units.program import Program, module_of, trace
 from sparsereg.compression.units.rules.table import Labeller
-from sparsereg.compression.units.sites import Sites
+from sparsereg.compression.units.sites import WHOLE, Sites
 from sparsereg.compression.units.solve import Units, solve
 from sparsereg.distributions import HardConcrete, gate_median
 from sparsereg.errors import InputError
@@ -32,6 +32,8 @@ from sparsereg.model.basic_l0_blocks import L0Gate
 
 ATTRIBUTE = "_units"
 """Where a network that ``gate`` made keeps its structure."""
+BLOCK_GATE = "gate_blocks"
+"""What modules call the gate of a whole branch."""
 Place = tuple[str, int]
 """Path of a gate in a network, and a place in it."""
 
@@ -61,6 +63,9 @@ class Analysis:
         Its shape is that of the weight along the axis of its gates; of the whole weight for an axis of -1.
         """
         axes, axis = self.units.labeller.axes, self.sites.axis[weight]
+        whole = frozenset(b.choice for b in self.units.branches.found if weight in b.makers)
+        if axis == WHOLE or (weight not in axes.of and weight not in axes.weight_axes):
+            return _filled((1,) * min(1, self.program.values[weight].dim()), whole)
         raw = axes.of.get(weight)
         line = raw.numpy().astype(np.int64) if isinstance(raw, Tensor) else None
         if line is None:
@@ -70,7 +75,8 @@ class Analysis:
                 if own is None
                 else own
             )
-        return self.sets_of(line)
+        sets = self.sets_of(line)
+        return _with(sets, whole) if whole else sets
 
     def module_of(self, node: fx.Node) -> str:
         """Path of the module that holds a weight, or for an operation that of its weight or where it runs."""
@@ -120,9 +126,27 @@ def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     for refused, why, node in sites.refused:
         labeller.axes.fix(refused, why, node)
     units = solve(labeller)
+    for branch in units.branches.found:
+        for maker in branch.makers:
+            sites.axis.setdefault(maker, WHOLE)
     analysis = Analysis(units, sites, Costs(units))
     labeller.program.forget()
     return analysis
+
+
+def _filled(shape: tuple[int, ...], choices: frozenset[int]) -> np.ndarray:
+    sets = np.empty(shape, dtype=object)
+    sets[...] = choices
+    return sets
+
+
+def _with(sets: np.ndarray, more: frozenset[int]) -> np.ndarray:
+    """Sets of choices with some more of them in each."""
+    known = {s: s | more for s in set(sets.flat)}
+    found = np.empty(sets.shape, dtype=object)
+    for place in np.ndindex(sets.shape):
+        found[place] = known[sets[place]]
+    return found
 
 
 class Structure:
@@ -325,6 +349,7 @@ def _matched(
         sizes: places of each gate; a place behind the last one stands for what it leaves alone.
     """
     matched: dict[int, Place] = {}
+    branches = {branch.choice for branch in analysis.units.branches.found}
     names = {name: node for node, name in analysis.program.names.items()}
     for name, sites in found.items():
         node = names.get(name)
@@ -334,11 +359,14 @@ def _matched(
         for i, choices in enumerate(analysis.choices_along(node).ravel()):
             for choice in choices:
                 elements.setdefault(choice, []).append(i)
-        by_elements = {tuple(where): choice for choice, where in elements.items()}
+        by_elements: dict[tuple[int, ...], list[int]] = {}
+        for choice, where in elements.items():
+            by_elements.setdefault(tuple(where), []).append(choice)
         for path, index in sites:
             places = index.flatten().numpy()
+            whole = BLOCK_GATE in path
             for place in np.unique(places[places < sizes[path]]).tolist():
-                choice = by_elements.get(tuple(np.flatnonzero(places == place).tolist()))
-                if choice is not None:
-                    matched.setdefault(choice, (path, place))
+                for choice in by_elements.get(tuple(np.flatnonzero(places == place).tolist()), ()):
+                    if (choice in branches) is whole:
+                        matched.setdefault(choice, (path, place))
     return matched

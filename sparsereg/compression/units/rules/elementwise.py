@@ -12,7 +12,7 @@ from sparsereg.compression.units.labels import FIRST, Grid, Labels, live, stored
 from sparsereg.compression.units.program import name_of
 from sparsereg.compression.units.rules.table import Dead, Labeller, rule
 
-_ZERO_STAYS = """
+ZERO_STAYS = """
     relu relu6 leaky_relu gelu silu tanh hardswish elu selu celu mish hardtanh abs neg sqrt sin asin atan sinh
     erf sign round floor ceil trunc expm1 log1p square softsign prelu rrelu hardshrink softshrink nan_to_num
     tanhshrink real positive
@@ -25,11 +25,11 @@ _ZERO_MOVES = """
 """.split()  # noqa: SIM905
 """Functions whose value at 0 may be another constant."""
 _SUMS = ("add", "sub", "rsub", "maximum", "minimum", "__and__", "__or__", "bitwise_and", "bitwise_or")
-_PRODUCTS = ("mul", "multiply")
-_QUOTIENTS = ("div", "true_divide", "divide", "floor_divide", "remainder", "fmod", "atan2")
+PRODUCTS = ("mul", "multiply")
+QUOTIENTS = ("div", "true_divide", "divide", "floor_divide", "remainder", "fmod", "atan2")
 
 
-@rule(*_ZERO_STAYS)
+@rule(*ZERO_STAYS)
 def zero_stays(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """What is gone stays zero."""
     labels = x.labels(node.args[0])
@@ -98,7 +98,7 @@ def sums(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     return _together(x, node, operands)
 
 
-@rule(*_PRODUCTS)
+@rule(*PRODUCTS)
 def products(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """Products: zero where one of the factors is."""
     operands = [node.args[0], node.args[1]]
@@ -121,7 +121,7 @@ def _has(x: Labeller, source: fx.Node) -> bool:
     return x.has_units(source) if value is None else value.numel() > 1
 
 
-@rule(*_QUOTIENTS)
+@rule(*QUOTIENTS)
 def quotients(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """Quotients: a divisor must not be zero where its unit is gone."""
     over, under = node.args[0], node.args[1]

@@ -19,6 +19,22 @@ from sparsereg.compression.units.rules.table import (
     weight_of,
 )
 
+MAKERS: dict[str, tuple[str, ...]] = {
+    "linear": ("weight", "bias"),
+    "addmm": ("mat2", "self"),
+    "embedding": ("weight",),
+    "embedding_bag": ("weight",),
+    "bilinear": ("weight", "bias"),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), ("weight", "bias")),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ("weight", "bias")),
+    **dict.fromkeys(("batch_norm", "layer_norm", "rms_norm", "group_norm"), ("weight", "bias")),
+    **dict.fromkeys(("instance_norm", "cudnn_batch_norm", "native_batch_norm"), ("weight", "bias")),
+    **dict.fromkeys(("_native_batch_norm_legit_no_training", "native_layer_norm"), ("weight", "bias")),
+}
+"""Operations that make units, with the arguments that are theirs."""
+MATRICES = ("matmul", "bmm", "mm", "baddbmm", "einsum", "scaled_dot_product_attention")
+"""Products of two tensors that are summed over."""
+
 
 @rule("linear")
 def linear(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:

@@ -12,7 +12,7 @@ from sparsereg.compression.units.labels import Grid, Labels, live, varying
 from sparsereg.compression.units.program import name_of
 from sparsereg.compression.units.rules.table import Dead, Labeller, rule
 
-_POOLS = """
+POOLS = """
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices
     upsample_bilinear2d upsample_linear1d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa
@@ -22,7 +22,7 @@ _POOLS = """
 """Operations on the positions of each channel by itself."""
 
 
-@rule(*_POOLS)
+@rule(*POOLS)
 def pools(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Each channel by itself, whatever happens to its positions."""
     labels = x.labels(node.args[0])
