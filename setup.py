@@ -7,7 +7,9 @@ setup(
     package_dir={"sparsereg.configs": "configs"},
     package_data={
         "sparsereg": ["py.typed"],
-        "sparsereg.calibration.reporting.page": ["report.*"],
+        "sparsereg.calibration.reporting.page": ["report.html"],
+        "sparsereg.page": ["*.html", "page.css", "page.js"],
+        "sparsereg.training.page": ["report.html"],
         "sparsereg.configs": ["**/*.yaml"],
     },
 )

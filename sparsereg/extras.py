@@ -11,7 +11,7 @@ from sparsereg.errors import InputError
 MODULES = {
     "train": (
         *("pytorch_lightning", "hydra", "omegaconf", "torchmetrics", "torchvision", "tensorboard"),
-        *("sklearn", "pandas", "matplotlib", "PIL", "tqdm"),
+        *("sklearn", "pandas", "matplotlib", "jinja2", "PIL", "tqdm"),
     ),
     "calibrate": (
         *("numba", "pandas", "pyarrow", "hydra", "omegaconf", "matplotlib", "tensorboard", "tqdm"),
@@ -19,6 +19,7 @@ MODULES = {
     ),
     "formats": ("pyreadstat", "openpyxl", "duckdb"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
     "timm": ("timm",),
     "huggingface": ("transformers",),
     "track": ("wandb", "mlflow"),

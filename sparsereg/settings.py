@@ -382,8 +382,9 @@ def _checked(value: Any, d: Declared, key: str, given: Any) -> Any:
     """Return a value of the right type if it is within what its setting takes; show it as it was given."""
     if value is None:
         return value
-    if d.choices and isinstance(value, str) and value not in d.choices:
-        raise refused(key, given, d.expected + nearest(value, list(d.choices)))
+    for text in value if isinstance(value, tuple) else (value,):
+        if d.choices and isinstance(text, str) and text not in d.choices:
+            raise refused(key, given, d.expected + nearest(text, list(d.choices)))
     if not d.empty and isinstance(value, str | tuple) and len(value) == 0:
         raise refused(key, given, f"{d.expected}, not empty")
     numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if _is_number(v)]

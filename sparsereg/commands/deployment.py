@@ -1,80 +1,356 @@
-"""What test.py writes for deployment: the compacted network, its file, its speed."""
+"""What test.py hands over: the compacted network, its files, their accuracy and their speed."""
 
-import importlib.util
-from collections.abc import Iterable
-from dataclasses import asdict
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric.utilities.apply_func import move_data_to_device
-from torch import nn
+from torch import fx, nn
 
-from sparsereg.compression import benchmark, compact, export, fuse, load_compacted, save_compacted
-from sparsereg.data.batches import call
+from sparsereg.compression import (
+    benchmark,
+    compact,
+    count,
+    export,
+    fuse,
+    load_compacted,
+    original_size,
+    quantize,
+    save_compacted,
+)
+from sparsereg.compression.deploy import check_packages, write_onnx
+from sparsereg.compression.latency import HEADER, Latency
+from sparsereg.compression.quantize import CALIBRATION_EXAMPLES
+from sparsereg.compression.rounding import fastest_rounding
+from sparsereg.compression.runtimes import Loaders, Source, check_runtime, default_runtime, installed
+from sparsereg.data.batches import call, only
 from sparsereg.data.own import RunData
+from sparsereg.errors import InputError
 from sparsereg.files import write_new
 from sparsereg.layers import GatedLayer, save_csr
 from sparsereg.layers.storage import Storage
+from sparsereg.training import build
+from sparsereg.training import checkpoint as checkpoints
+from sparsereg.training.artefacts import (
+    Artefact,
+    examples_in_words,
+    file_megabytes,
+    to_ship,
+    weights_megabytes,
+)
 from sparsereg.training.checkpoint import Checkpoint
 from sparsereg.training.config import Evaluation, Training
 from sparsereg.training.results import as_written
+from sparsereg.training.stages import UNDER_GATES
 from sparsereg.training.tasks.task import SHARES, Task
 from sparsereg.zoo import networks
+from sparsereg.zoo.kinds.compacted import CompactedModel
 from sparsereg.zoo.kinds.own import OwnNetwork
 
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
+"""Of the file that ``export=`` writes."""
+TESTS = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",), ".pt2": ("eager",)}
+"""The runtimes that a file is tested in: the first that is installed."""
+CALIBRATION_BATCH = 32
 
-def run(
-    given: Evaluation,
-    cfg: Training,
-    checkpoint: Checkpoint,
-    net: nn.Module,
-    example: Any,
-    data: RunData,
-    task: Task,
-    device: torch.device,
-    folder: Path,
-) -> dict[str, Any]:
-    """Do what ``compact``, ``export`` and ``benchmark`` ask for and return what to add to results.json.
 
-    Args:
-        given: of test.py.
+@dataclass
+class HandOver:
+    """Writes, measures and times what comes after training.
+
+    Attributes:
+        given: settings of test.py.
         cfg: of the checkpoint.
         checkpoint: what is tested.
-        net: the gated (or plain) network, on the CPU.
+        net: its network, on the CPU.
         example: one example.
         data: with the test examples.
         task: what is measured.
-        device: where to test.
-        folder: of this test, for plots.
+        device: where networks in PyTorch are tested.
+        figures: that the checkpoint's network reached, by name.
+        sizes: its parameters and multiply-accumulates, without gates.
     """
-    results: dict[str, Any] = {}
-    beside = checkpoint.path.parent
-    if given.compact:
-        notes = {
-            "config": checkpoint.config,
-            **checkpoint.form.described(),
-            "data": data.describe(),
-            "checkpoint": str(checkpoint.path),
+
+    given: Evaluation
+    cfg: Training
+    checkpoint: Checkpoint
+    net: nn.Module
+    example: Any
+    data: RunData
+    task: Task
+    device: torch.device
+    figures: dict[str, float | None]
+    sizes: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        self.results: dict[str, Any] = {}
+        self.artefacts: list[Artefact] = []
+        self.sources: dict[str, Source] = {}
+        self._small: fx.GraphModule | None = None
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        """Do what ``compact``, ``export``, ``quantize`` and ``benchmark`` ask for; return its results.
+
+        Args:
+            folder: of this test, for plots.
+        """
+        self._start()
+        if self.given.compact:
+            self._compact()
+        if self.given.export:
+            self._export()
+        if self.given.benchmark:
+            latency = self._time()
+            print(f"plot: {latency.plot(folder / 'latency.png')}")
+        described = examples_in_words(self.data.describe(), self.cfg.trainer.limit_test_batches)
+        self.results |= {
+            "artefacts": [a.to_dict() for a in self.artefacts],
+            "measured_on": described,
+            "ship": to_ship(self.artefacts),
         }
-        small = compact(net, example)
-        path = write_new(beside / "compacted.pt", lambda p: save_compacted(small, p, notes))
+        return self.results
+
+    # ---- networks in PyTorch
+
+    def _start(self) -> None:
+        """The dense network, the gated one of a fine-tuned run, and the checkpoint itself."""
+        c = self.checkpoint
+        name = "gated" if c.gated else "tuned" if c.before else "compacted" if c.structure else "dense"
+        whole = original_size(self.net) or {"parameters": self.sizes[0], "macs": self.sizes[1]}
+        dense = self._dense() if name != "dense" else None
+        if name != "dense":
+            size = 4e-6 * whole["parameters"] if dense is None else weights_megabytes(dense)
+            self._add(Artefact("dense", None, {}, whole["parameters"], whole["macs"], size), dense)
+        beside = c.path.with_name(UNDER_GATES["last.ckpt"])
+        if name == "tuned" and beside.is_file() and not isinstance(self.cfg.model, OwnNetwork):
+            gated = build.restore(checkpoints.read(str(beside))).eval()
+            figures = self._figures(self._in_torch(gated.to(self.device)))
+            size = weights_megabytes(gated)
+            made = Artefact("gated", str(beside), figures, whole["parameters"], whole["macs"], size)
+            self._add(made, gated.cpu() if self.given.benchmark else None)
+        size = weights_megabytes(self.net)
+        # Gates take part in the products that they shut: the gated network costs what the dense one does.
+        self._add(Artefact(name, str(c.path), self.figures, *self.sizes, size), self.net)
+
+    def _dense(self) -> nn.Module | None:
+        """The network as it was before it had gates, with other weights: for its size and speed only."""
+        settings = self.checkpoint.run_config["model"]
+        try:
+            model = self.cfg.model if not isinstance(self.cfg.model, CompactedModel) else settings
+            if isinstance(model, OwnNetwork):
+                return None  # which may have no form without gates
+            return networks.build(model, self.checkpoint.form, gated=False).eval()
+        except InputError:
+            return None  # of a compacted file, or code that only the command line may name
+
+    def _add(self, artefact: Artefact, source: Source | None) -> None:
+        self.artefacts.append(artefact)
+        if source is not None:
+            self.sources[artefact.name] = source
+
+    def _compact(self) -> None:
+        notes = {
+            "config": self.checkpoint.config,
+            **self.checkpoint.form.described(),
+            "data": self.data.describe(),
+            "checkpoint": str(self.checkpoint.path),
+        }
+        beside = self.checkpoint.path.parent
+        path = write_new(beside / "compacted.pt", lambda p: save_compacted(self.small, p, notes))
         # What is tested is what the file holds.
-        small = load_compacted(path).to(device)
-        results["compacted"] = str(path)
-        figures = measure(small, task, data.test_dataloader(), device)
-        results |= {f"compacted_test_{name}": value for name, value in figures.items()}
-        word = SHARES.get(task.figure, task.figure)
-        print(f"compacted: {path}, test {word} {figures[task.figure]:.4f}")
-        if any(isinstance(m, GatedLayer) and m.per_weight for m in net.modules()):
-            results |= store_sparse(small, beside / "compacted.csr")
+        small = load_compacted(path)
+        figures = self._figures(self._in_torch(small.to(self.device)))
+        self.results["compacted"] = str(path)
+        self.results |= {f"compacted_{name}": value for name, value in figures.items()}
+        self._made("compacted", path, figures, fuse(small.cpu()))
+        if any(isinstance(m, GatedLayer) and m.per_weight for m in self.net.modules()):
+            self.results |= store_sparse(small, beside / "compacted.csr")
+
+    @property
+    def small(self) -> fx.GraphModule:
+        """What the gates leave, with the rounding that was asked for."""
+        if self._small is None:
+            self._small = compact(self.net, self.example, round_to=self.round_to)
+        return self._small
+
+    @property
+    def round_to(self) -> int:
+        """``round_to``, chosen by timing where that is asked for."""
+        if "round_to" not in self.results:
+            given = self.given.round_to
+            self.results["round_to"] = self._fastest() if given == "auto" else int(given)
+        found: int = self.results["round_to"]
+        return found
+
+    def _fastest(self) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            make = None
+            if self.given.quantize:
+                make = lambda small, multiple: self._quantized_trial(small, Path(folder) / f"{multiple}.onnx")  # noqa: E731
+            best, rows = fastest_rounding(
+                self.net,
+                self.example,
+                runtimes=self.runtimes if not self.given.quantize else self.runtimes_of(".onnx"),
+                batch_sizes=self.batch_sizes,
+                threads=self.given.threads,
+                make=make,
+                on_step=lambda what: print(f"trying {what} ...", flush=True),
+            )
+        for row in rows:
+            print(f"  round_to={row.model:4s}{row.runtime:>12s}{row.batch:5d}{row.seconds * 1e3:10.2f} ms")
+        print(f"round_to={best} is the fastest", flush=True)
+        self.results["round_to_timings"] = [asdict(row) for row in rows]
+        return best
+
+    def _quantized_trial(self, small: fx.GraphModule, path: Path) -> Path:
+        """A quantized file that is only timed: one batch is enough for its ranges."""
+        plain = path.with_suffix(".float.onnx")
+        # Padding is kept: rounded networks have channels of zeros that a second compaction would take out.
+        write_onnx(fuse(small), self.example, plain)
+        return quantize(plain, path, itertools.islice(self._calibration(), 1))
+
+    # ---- files
+
+    def _export(self) -> None:
+        suffix = SUFFIXES[str(self.given.export)]
+        beside = self.checkpoint.path.parent
+        path = free_path(beside / f"compacted{suffix}")
+        export(self.net, self.example, path, round_to=self.round_to)
+        self.results["exported"] = str(path)
+        self._made("exported", path, self._tested(path), path)
+        if self.given.quantize:
+            print("quantizing to 8-bit integers ...", flush=True)
+            target = free_path(beside / "compacted.int8.onnx")
+            quantize(path, target, self._calibration())
+            self.results["quantized"] = str(target)
+            self._made("int8", target, self._tested(target), target)
+
+    def _calibration(self) -> Iterable[Any]:
+        names = None if not isinstance(self.example, dict) else tuple(self.example)
+        batches = self.data.estimation_batches(CALIBRATION_EXAMPLES, CALIBRATION_BATCH)
+        return (only(inputs, names) for inputs in batches)
+
+    def _made(self, name: str, path: Path, figures: dict[str, float | None], source: Source) -> None:
+        """Note an artefact that is a file, and say what it is worth."""
+        costs = count(self.small, self.example)
+        files = [path, *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
+        made = Artefact(name, str(path), figures, costs.parameters, costs.macs, file_megabytes(*files))
+        self._add(made, source)
+        word = SHARES.get(self.task.figure, self.task.figure)
+        figure = figures.get(f"test_{self.task.figure}")
+        print(f"{name}: {path}" + ("" if figure is None else f", test {word} {figure:.4f}"), flush=True)
+
+    def _tested(self, path: Path) -> dict[str, float | None]:
+        """What a file reaches in the first of its runtimes that is installed."""
+        runtime = next((r for r in TESTS[path.suffix] if installed(r)), None)
+        if runtime is None:
+            return {}
+        threads = torch.get_num_threads()
+        loaded = Loaders(self.example, threads).load(path, runtime)
+
+        def answer(inputs: Any) -> Any:
+            found = loaded.tensors(loaded.run(loaded.prepare(inputs)))
+            return found if len(found) > 1 else found[0]
+
+        return self._figures(answer, torch.device("cpu"))
+
+    # ---- accuracy and speed
+
+    def _in_torch(self, net: nn.Module) -> Callable[[Any], Any]:
+        return lambda inputs: call(net, inputs)
+
+    def _figures(
+        self, answer: Callable[[Any], Any], device: torch.device | None = None
+    ) -> dict[str, float | None]:
+        loader = self.data.test_dataloader()
+        limit = self.cfg.trainer.limit_test_batches
+        batches = (
+            limit if isinstance(limit, int) else len(loader) if limit is None else int(len(loader) * limit)
+        )
+        some = itertools.islice(loader, batches)
+        names = tuple(self.example) if isinstance(self.example, dict) else None
+        found = measure(lambda x: answer(only(x, names)), self.task, some, device or self.device)
+        return {f"test_{name}": value for name, value in found.items()}
+
+    @property
+    def runtimes(self) -> Sequence[str]:
+        """Those that are asked for."""
+        return runtimes_in(self.given)
+
+    def runtimes_of(self, suffix: str) -> Sequence[str]:
+        """Those that are asked for and read a file; the one that it is tested in if none does."""
+        return [r for r in self.runtimes if r in TESTS[suffix]] or [TESTS[suffix][0]]
+
+    @property
+    def batch_sizes(self) -> Sequence[int]:
+        """Those that are asked for."""
+        return (self.given.batch,) if isinstance(self.given.batch, int) else self.given.batch
+
+    def _time(self) -> Latency:
+        """Time everything in turns, print rows as they are measured, and note them in the artefacts."""
+        if self.checkpoint.gated and "compacted" not in self.sources:
+            costs = count(self.small, self.example)
+            made = fuse(self.small)
+            size = weights_megabytes(made)
+            place = 1 + max(i for i, a in enumerate(self.artefacts) if a.name in ("dense", "gated"))
+            self.artefacts.insert(place, Artefact("compacted", None, {}, costs.parameters, costs.macs, size))
+            self.sources["compacted"] = made
+        order = [a.name for a in self.artefacts if a.name in self.sources]
+        print(HEADER, flush=True)
+        latency = benchmark(
+            {name: self.sources[name] for name in order},
+            self.example,
+            batch_sizes=self.batch_sizes,
+            runtimes=self.runtimes,
+            threads=self.given.threads,
+            seconds=self.given.benchmark_seconds,
+            channels_last=self.cfg.trainer.channels_last,
+            on_row=lambda row: print(row.text, flush=True),
+            on_step=lambda what: print(f"  loading {what} ...", flush=True),
+        )
+        print(latency.settings)
+        if "eager" in self.runtimes and 1 in self.batch_sizes:
+            print(EAGER_AT_ONE)
+        self.artefacts = [a.timed(latency.rows) for a in self.artefacts]
+        self.results["latency"] = [asdict(row) for row in latency.rows]
+        self.results["latency_settings"] = latency.settings
+        return latency
+
+
+EAGER_AT_ONE = (
+    "note: eager PyTorch at a batch of 1 is the wrong way: it mostly times how operations are called and has "
+    "slow kernels for small convolutions; judge a network for single examples in onnxruntime or openvino"
+)
+
+
+def check(given: Evaluation) -> None:
+    """Raise an InputError that says what to install if something is asked for that is not there."""
     if given.export:
-        path = write_new(beside / f"compacted.{given.export}", lambda p: export(net, example, p))
-        results["exported"] = str(path)
-        print(f"exported: {path}")
-    if given.benchmark:
-        results["latency"] = time_networks(cfg, checkpoint, net, example, folder)
-    return results
+        check_packages(SUFFIXES[given.export])
+    if given.quantize:
+        check_runtime("onnxruntime")
+    for runtime in runtimes_in(given) if given.benchmark or given.round_to == "auto" else ():
+        check_runtime(runtime)
+
+
+def runtimes_in(given: Evaluation) -> Sequence[str]:
+    """Return the runtimes that are asked for."""
+    if given.runtime is None:
+        return (default_runtime(),)
+    return (given.runtime,) if isinstance(given.runtime, str) else given.runtime
+
+
+def free_path(path: Path) -> Path:
+    """Return the first of ``stem.suffix``, ``stem-1.suffix`` ... that is no file yet, nor ``.bin`` beside."""
+    for number in itertools.count():
+        found = path.with_name(f"{path.stem}-{number}{path.suffix}") if number else path
+        if not found.exists() and not found.with_suffix(".bin").exists():
+            return found
+    raise AssertionError("numbers do not end")
 
 
 def store_sparse(net: nn.Module, path: Path) -> dict[str, Any]:
@@ -99,43 +375,21 @@ def store_sparse(net: nn.Module, path: Path) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def measure(net: nn.Module, task: Task, batches: Iterable[Any], device: torch.device) -> dict[str, float]:
+def measure(
+    answer: Callable[[Any], Any], task: Task, batches: Iterable[Any], device: torch.device
+) -> dict[str, float]:
     """Return the figures of a task.
 
     Args:
-        net: in eval mode.
+        answer: from inputs to what a network in eval mode answers.
         task: that tells what is measured.
         batches: of test examples, on any device.
-        device: of the network.
+        device: where inputs and answers are.
     """
     metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
     for batch in batches:
         inputs, labels = task.split(move_data_to_device(batch, device))
-        predictions, labels = task.predictions(call(net, inputs), labels)
+        predictions, labels = task.predictions(answer(inputs), labels)
         for metric in metrics.values():
             metric.update(predictions, labels)
     return {name: as_written(metric.compute()) for name, metric in metrics.items()}
-
-
-def time_networks(
-    cfg: Training, checkpoint: Checkpoint, net: nn.Module, example: Any, folder: Path
-) -> list[dict[str, Any]]:
-    """Time the dense network, the gated one and the compacted one in turns; print a table, write a plot.
-
-    Eager and compiled, and in onnxruntime where it is installed; batches of 1 and 128. The dense network
-    is the one without gates, so that the cost of gates at test time shows, too.
-
-    Returns:
-        One row for each network, runtime and batch size.
-    """
-    networks_by_name: dict[str, nn.Module] = {"gated": net, "compacted": fuse(compact(net, example))}
-    if checkpoint.gated and not isinstance(cfg.model, OwnNetwork):  # which may have no form without gates
-        dense = networks.build(cfg.model, checkpoint.form, gated=False).eval()
-        networks_by_name = {"dense": dense, **networks_by_name}
-    runtimes = ["eager", "compiled"]
-    if importlib.util.find_spec("onnxruntime"):
-        runtimes.append("onnxruntime")
-    latency = benchmark(networks_by_name, example, runtimes=runtimes, channels_last=cfg.trainer.channels_last)
-    print(latency.table())
-    print(f"plot: {latency.plot(folder / 'latency.png')}")
-    return [asdict(row) for row in latency.rows]

@@ -17,15 +17,20 @@ def run(composed: DictConfig) -> Path:
     given = settings_of(Evaluation, composed)
     from sparsereg.commands import deployment
     from sparsereg.files import new_version, write_json
-    from sparsereg.training import build
+    from sparsereg.provenance import Provenance
+    from sparsereg.settings import plain
+    from sparsereg.training import artefacts, build
     from sparsereg.training.accounting import accountant_of
+    from sparsereg.training.page.page import PACKAGES, write_page
     from sparsereg.training.results import block_table, count_summary, gate_summary, headline, measured, names
     from sparsereg.training.start_line import start_line
 
     with wrong_input():
         build.tune_process()
         build.quieten_lightning()
+        deployment.check(given)
         cfg, checkpoint = build.rebuild(given, named())
+        came_from = Provenance.of([("ckpt_path", checkpoint.path)], PACKAGES)
         build.check_trainer(cfg, multirun=False)
         data = build.build_data(cfg, checkpoint)
         cfg = build.resolved(cfg, data)
@@ -61,10 +66,17 @@ def run(composed: DictConfig) -> Path:
         "data": data.describe(),
     }
     device = trainer.strategy.root_device
-    results |= deployment.run(given, cfg, checkpoint, net, example, data, task, device, folder)
+    figures = {name: results[name] for name in names("test", task)}
+    sizes = (count.parameters, count.macs)
+    handed = deployment.HandOver(given, cfg, checkpoint, net, example, data, task, device, figures, sizes)
+    results |= {**handed.run(folder), "provenance": came_from.to_dict()}
+    blocks = block_table(count, net)
+    settings = {**plain(given), **plain(cfg)}
+    write_page(folder / "report.html", "Test report", results, handed.artefacts, settings, task, blocks)
     write_json(folder / "results.json", results)
-    print(block_table(count, net))
+    print(blocks)
     print(headline(results, task))
+    print(artefacts.table(handed.artefacts, task, results["measured_on"]))
     return folder / "results.json"
 
 

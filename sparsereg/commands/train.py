@@ -2,11 +2,16 @@
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from sparsereg import interruption
 from sparsereg.cli import first_keys, first_overrides, named, script, settings_of, wrong_input
+
+if TYPE_CHECKING:
+    from sparsereg.training.config import Training
+    from sparsereg.training.stages import Stage
 
 log = logging.getLogger(__name__)
 
@@ -19,12 +24,13 @@ def run(composed: DictConfig) -> Path:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from sparsereg.files import write_json, write_text
+    from sparsereg.files import write_text
+    from sparsereg.provenance import Provenance
     from sparsereg.settings import plain
     from sparsereg.sweep import note_checkpoint
     from sparsereg.training import build, stages
     from sparsereg.training.ending import continuation
-    from sparsereg.training.results import headline
+    from sparsereg.training.page.page import PACKAGES
     from sparsereg.training.start_line import start_line
     from sparsereg.training.tensorboard import name_by_overrides
 
@@ -37,6 +43,8 @@ def run(composed: DictConfig) -> Path:
         data = build.build_data(cfg, checkpoint)
         cfg = build.resolved(cfg, data)
         build.check_shares(cfg, data)
+        read = [] if checkpoint is None else [("ckpt_path", checkpoint.path)]
+        came_from = Provenance.of(read, PACKAGES)
         stage = stages.begin(cfg, data, checkpoint, Path("outputs"))
 
     if stage.trainer.is_global_zero:
@@ -51,9 +59,34 @@ def run(composed: DictConfig) -> Path:
     interruption.continue_with(lambda given: continuation(last, cfg.without_using_gate))
     results = stages.carry_out(cfg, stage, first_keys())
     if stage.trainer.is_global_zero:
-        write_json(stage.folder / "results.json", results)
-        print(headline(results, stage.module.task))
+        results |= {"provenance": came_from.to_dict()}
+        report(stage, cfg, results)
     return stage.folder / "results.json"
+
+
+def report(stage: "Stage", cfg: "Training", results: dict[str, Any]) -> None:
+    """Write results.json and report.html of a finished run, and print its end: what to ship.
+
+    Args:
+        stage: that it ended with.
+        cfg: of the run.
+        results: of it; gets what the files and the table hold besides.
+    """
+    from sparsereg.files import write_json
+    from sparsereg.settings import plain
+    from sparsereg.training import artefacts
+    from sparsereg.training.page.page import write_page
+    from sparsereg.training.results import headline
+
+    task, folder = stage.module.task, stage.folder
+    made = artefacts.of_run(results, task)
+    described = artefacts.examples_in_words(stage.data.describe(), cfg.trainer.limit_test_batches)
+    results["artefacts"] = [a.to_dict() for a in made]
+    results |= {"measured_on": described, "ship": artefacts.to_ship(made)}
+    write_json(folder / "results.json", results)
+    write_page(folder / "report.html", "Training report", results, made, plain(cfg), task)
+    print(headline(results, task))
+    print(artefacts.table(made, task, described))
 
 
 def choices(arguments: list[str]) -> list[str]:

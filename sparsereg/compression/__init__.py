@@ -5,6 +5,7 @@ from sparsereg.compression.count import Accountant, Count, LayerCount, count
 from sparsereg.compression.deploy import export, fuse, shift_pools
 from sparsereg.compression.insert import gate
 from sparsereg.compression.latency import Latency, Timing, benchmark
+from sparsereg.compression.quantize import quantize
 from sparsereg.compression.storage import is_compacted, load_compacted, save_compacted
 from sparsereg.compression.units.explain import Explanation, explain
 
@@ -25,6 +26,7 @@ __all__ = [
     "is_compacted",
     "load_compacted",
     "original_size",
+    "quantize",
     "save_compacted",
     "shift_pools",
 ]

@@ -1,12 +1,15 @@
-"""Files for other people's runtimes: ONNX and torch.export, checked before they are handed over."""
+"""Files for other people's runtimes: ONNX, OpenVINO and torch.export, checked before they are handed over."""
 
 import copy
 import functools
+import importlib.util
+import inspect
 import logging
 import operator
+import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +20,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from sparsereg.compression.compact import compact
-from sparsereg.compression.graph import Example, examples
+from sparsereg.compression.graph import tensors_in
+from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
@@ -26,17 +30,19 @@ TOLERANCE = 1e-4
 """Largest difference between the file's answers and the network's, as a share of their spread."""
 
 
-def export(model: nn.Module, example_input: Example, path: str | Path) -> Path:
-    """Write the compacted network as an ONNX or torch.export file with a dynamic batch dimension.
+def export(model: nn.Module, example_input: Any, path: str | Path, *, round_to: int = 1) -> Path:
+    """Write the compacted network as an ONNX, OpenVINO or torch.export file with a dynamic batch dimension.
 
-    BatchNorm is folded into the convolutions. The file is written beside its place, loaded, compared
-    with the network at two batch sizes, and renamed. Whoever loads it needs neither sparsereg nor the
+    BatchNorm is folded into the convolutions. The file is written elsewhere, loaded, compared with the
+    network at two batch sizes, and put in its place. Whoever loads it needs neither sparsereg nor the
     configuration.
 
     Args:
         model: a network with gates, or a compacted one; left as it is.
-        example_input: a batch of examples, or a tuple of batches for several inputs.
-        path: ends with ``.onnx`` or ``.pt2``.
+        example_input: a batch as the network takes it: a tensor, a tuple of positional inputs, or a
+            dictionary of inputs by name.
+        path: ends with ``.onnx``, ``.pt2`` or ``.xml`` (OpenVINO, with its weights in a ``.bin`` beside it).
+        round_to: see ``compact``.
 
     Returns:
         The path.
@@ -57,27 +63,40 @@ def export(model: nn.Module, example_input: Example, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in _WRITERS:
         raise ValueError(f"path must end with {' or '.join(_WRITERS)}, got {str(path)!r}")
-    if path.suffix == ".onnx":
-        _require("onnx", "onnxscript")
-    device = example_tensor(example_input).device
-    network = fuse(compact(model, example_input)).to(device)
-    inputs = tuple(_at_least_two(x) for x in examples(example_input))
-    write, load = _WRITERS[path.suffix]
-
-    def write_and_check(beside: Path) -> None:
+    check_packages(path.suffix)
+    _, write, load = _WRITERS[path.suffix]
+    device = flat_inputs(example_input)[0].device
+    network = fuse(compact(model, example_input, round_to=round_to)).to(device)
+    # A folder of its own, for a format of two files.
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / f"network{path.suffix}"
         with _quiet():
-            write(network, inputs, beside)
-            answer = load(beside)
+            write(network, example_input, made)
+            answer = load(made)
         if answer is not None:
-            _check(network, answer, inputs, path)
-
-    write_atomically(path, write_and_check)
+            _check(network, answer, example_input, path)
+        for beside in sorted(made.parent.iterdir()):  # .bin before .xml, which is nothing without it
+            write_atomically(path.with_suffix(beside.suffix), functools.partial(shutil.copyfile, beside))
     return path
 
 
-def example_tensor(example_input: Example) -> Tensor:
-    """The first tensor of an example input."""
-    return examples(example_input)[0]
+Flat = tuple[Tensor, ...]
+
+
+def flat_inputs(example_input: Any) -> Flat:
+    """The tensors of an example input in the order in which a file takes them.
+
+    Raises:
+        ValueError: one of them has no batch dimension, or there is none.
+    """
+    args, kwargs = inputs_of(example_input)
+    found = tuple(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    if not found or any(x.dim() < 1 or x.shape[0] < 1 for x in found):
+        raise ValueError(
+            "example_input must hold tensors (batch, ...), got "
+            + (", ".join(str(tuple(x.shape)) for x in found) or "none")
+        )
+    return found
 
 
 def fuse(network: fx.GraphModule) -> fx.GraphModule:
@@ -173,18 +192,23 @@ def _called(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _at_least_two(x: Tensor) -> Tensor:
+def _at_least_two(x: Any) -> Any:
     """A batch of one would be taken for a fixed size."""
-    return x if x.shape[0] > 1 else torch.cat([x, x])
+    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
 
 
-def _require(*packages: str) -> None:
-    import importlib.util
+def check_packages(suffix: str) -> None:
+    """Raise an InputError that says what to install unless files of a suffix can be written.
 
+    Args:
+        suffix: one that ``export`` takes.
+    """
+    packages = _WRITERS[suffix][0]
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
+        what = {".onnx": "ONNX", ".xml": "OpenVINO"}[suffix]
         raise InputError(
-            f"export to ONNX needs the package {missing[0]}: pip install {' '.join(packages)} onnxruntime"
+            f"export to {what} needs the package {missing[0]}: pip install {' '.join(packages)} onnxruntime"
         )
 
 
@@ -204,38 +228,46 @@ def _quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-Answer = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+Answer = Callable[[Any], tuple[Tensor, ...]]
+"""From an example input to what a file answers."""
 
 
-def _write_onnx(network: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
-    batch = torch.export.Dim("batch")
-    torch.onnx.export(
-        network,
-        inputs,
-        str(path),
-        dynamo=True,
-        dynamic_shapes=tuple({0: batch} for _ in inputs),
-        external_data=False,
-        verbose=False,
-    )
-
-
-def onnx_session(network: nn.Module, example: Tensor) -> Any:
-    """An onnxruntime session that runs a network of one input, with PyTorch's number of threads.
+def write_onnx(network: nn.Module, example_input: Any, path: Path) -> None:
+    """Write any network as an ONNX file with a dynamic batch dimension.
 
     Args:
-        network: any network that torch.onnx exports, also one with gates; in eval mode.
-        example: a batch of examples.
+        network: in eval mode, also one with gates.
+        example_input: a batch as it takes it.
+        path: of the file.
     """
-    import onnxruntime
+    check_packages(".onnx")
+    args, kwargs = torch.utils._pytree.tree_map(_two, inputs_of(example_input))
+    with _quiet(), torch.inference_mode(False), torch.no_grad():
+        torch.onnx.export(
+            network,
+            args,
+            str(path),
+            kwargs=kwargs,
+            dynamo=True,
+            dynamic_shapes=_dynamic(network, args, kwargs),
+            external_data=False,
+            verbose=False,
+        )
 
-    _require("onnx", "onnxscript")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder, _quiet(), torch.inference_mode(False), torch.no_grad():
-        path = Path(folder) / "network.onnx"
-        _write_onnx(network, (_at_least_two(example.clone()),), path)
-        return onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+
+def _two(x: Any) -> Any:
+    """A batch of two or more, with tensors that any mode of autograd takes."""
+    return _at_least_two(x).clone() if isinstance(x, Tensor) else x
+
+
+def _dynamic(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Say for each input that its first dimension is the batch, as torch.export wants to hear it."""
+    batch = torch.export.Dim("batch")
+    shapes = torch.utils._pytree.tree_map(lambda x: {0: batch} if isinstance(x, Tensor) else None, args)
+    if not kwargs:
+        return shapes
+    named = {k: {0: batch} if isinstance(x, Tensor) else None for k, x in kwargs.items()}
+    return dict(zip(inspect.signature(network.forward).parameters, shapes, strict=False)) | named
 
 
 def _load_onnx(path: Path) -> Answer | None:
@@ -248,48 +280,80 @@ def _load_onnx(path: Path) -> Answer | None:
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
 
-    def answer(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        feed = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+    def answer(example_input: Any) -> tuple[Tensor, ...]:
+        flat = flat_inputs(example_input)
+        feed = {name: x.detach().cpu().numpy() for name, x in zip(names, flat, strict=True)}
         return tuple(torch.as_tensor(y) for y in session.run(None, feed))
 
     return answer
 
 
-def _write_pt2(network: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(network, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
-    torch.export.save(program, path)
+def _write_openvino(network: nn.Module, example_input: Any, path: Path) -> None:
+    import openvino
+
+    onnx = path.with_suffix(".onnx")
+    write_onnx(network, example_input, onnx)
+    openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
+    onnx.unlink()
+
+
+def _load_openvino(path: Path) -> Answer:
+    import openvino
+
+    # float32, whatever the processor would prefer: the file is compared, not timed.
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def answer(example_input: Any) -> tuple[Tensor, ...]:
+        found = compiled([x.detach().cpu().numpy() for x in flat_inputs(example_input)])
+        return tuple(torch.as_tensor(found[output].copy()) for output in compiled.outputs)
+
+    return answer
+
+
+def _write_pt2(network: nn.Module, example_input: Any, path: Path) -> None:
+    args, kwargs = torch.utils._pytree.tree_map(_at_least_two, inputs_of(example_input))
+    dynamic = _dynamic(network, args, kwargs)
+    torch.export.save(torch.export.export(network, args, kwargs, dynamic_shapes=dynamic), path)
 
 
 def _load_pt2(path: Path) -> Answer:
     module = torch.export.load(path).module()
 
-    def answer(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        found = module(*inputs)
-        return tuple(found) if isinstance(found, tuple | list) else (found,)
+    def answer(example_input: Any) -> tuple[Tensor, ...]:
+        args, kwargs = inputs_of(example_input)
+        return tensors_in(module(*args, **kwargs))
 
     return answer
 
 
-_WRITERS: dict[str, tuple[Callable[[nn.Module, tuple[Tensor, ...], Path], None], Callable[[Path], Any]]] = {
-    ".onnx": (_write_onnx, _load_onnx),
-    ".pt2": (_write_pt2, _load_pt2),
+_WRITERS: dict[
+    str,
+    tuple[tuple[str, ...], Callable[[nn.Module, Any, Path], None], Callable[[Path], Answer | None]],
+] = {
+    ".onnx": (("onnx", "onnxscript"), write_onnx, _load_onnx),
+    ".pt2": ((), _write_pt2, _load_pt2),
+    ".xml": (("onnx", "onnxscript", "openvino"), _write_openvino, _load_openvino),
 }
-"""Suffix to writer and loader."""
+"""Suffix to packages that are needed, writer and loader."""
 
 
-def _check(network: nn.Module, answer: Answer, inputs: tuple[Tensor, ...], path: Path) -> None:
+def _check(network: nn.Module, answer: Answer, example_input: Any, path: Path) -> None:
     """Compare the file with the network for one example and for a batch of noise."""
     generator = torch.Generator().manual_seed(0)
-    noise = tuple(
-        torch.randn(3, *x.shape[1:], generator=generator).to(x) if x.is_floating_point() else x
-        for x in inputs
-    )
-    for batch in (tuple(x[:1] for x in inputs), noise):
+
+    def noise(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if not x.is_floating_point():
+            return x[:1].expand(3, *x.shape[1:])
+        return torch.randn(3, *x.shape[1:], generator=generator).to(x)
+
+    one = torch.utils._pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) else x, example_input)
+    for batch in (one, torch.utils._pytree.tree_map(noise, example_input)):
+        args, kwargs = inputs_of(batch)
         with torch.no_grad():
-            wanted = network(*batch)
+            wanted = tensors_in(network(*args, **kwargs))
             found = answer(batch)
-        wanted = tuple(wanted) if isinstance(wanted, tuple | list) else (wanted,)
         for a, b in zip(wanted, found, strict=True):
             error = difference(a.cpu(), b.detach().cpu())
             if not error <= TOLERANCE:

@@ -3,16 +3,25 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparsereg.compression.deploy import onnx_session
-from sparsereg.errors import InputError
+from sparsereg.compression.deploy import flat_inputs
+from sparsereg.compression.runtimes import (
+    Loaded,
+    Loaders,
+    Source,
+    batch_of,
+    check_runtime,
+    default_runtime,
+    torch_threads,
+)
 from sparsereg.files import write_atomically
 
 if TYPE_CHECKING:
@@ -20,8 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RUNTIMES = ("eager", "compiled", "onnxruntime")
-"""PyTorch as it is, torch.compile, and onnxruntime on the exported network."""
+SECONDS, ROUNDS = 40.0, 200
+"""How long all timings may take together, and most runs of each network."""
+_WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -35,10 +45,12 @@ class Timing:
         seconds: median over the runs.
         low: first quartile.
         high: third quartile.
+        runs: how many there were.
         speedup: median over the runs of (the first network's time / this one's in the same round).
 
     Example:
-        >>> Timing("compacted", "eager", batch=1, seconds=0.002, low=0.0019, high=0.0021, speedup=3.0).speedup
+        >>> row = Timing("compacted", "eager", 1, seconds=0.002, low=0.0019, high=0.0021, runs=9, speedup=3.0)
+        >>> row.speedup
         3.0
     """
 
@@ -48,7 +60,21 @@ class Timing:
     seconds: float
     low: float
     high: float
+    runs: int
     speedup: float
+
+    @property
+    def text(self) -> str:
+        """The row of a table, see ``Latency.table``."""
+        spread = f"{self.low * 1e3:.2f} - {self.high * 1e3:.2f}"
+        time_ = f"{self.seconds * 1e3:10.2f}{spread:>18s}{self.runs:6d}"
+        return f"{self.model:24s}{self.runtime:>12s}{self.batch:7d}{time_}{self.speedup:9.2f}"
+
+
+HEADER = (
+    f"{'network':24s}{'runtime':>12s}{'batch':>7s}{'ms':>10s}{'quartiles':>18s}{'runs':>6s}{'speedup':>9s}"
+)
+"""Of the rows of ``Timing.text``."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +83,12 @@ class Latency:
 
     Attributes:
         rows: one for each network, runtime and batch size.
-        settings: device, threads, versions and number of runs, for the caption.
+        settings: device, threads and versions, for the caption.
 
     Example:
-        >>> row = Timing("compacted", "eager", batch=1, seconds=0.002, low=0.0019, high=0.0021, speedup=3.0)
+        >>> row = Timing("compacted", "eager", 1, seconds=0.002, low=0.0019, high=0.0021, runs=9, speedup=3.0)
         >>> print(Latency((row,), "one thread").table().splitlines()[1])
-        compacted                      eager      1      2.00       1.90 - 2.10     3.00
+        compacted                      eager      1      2.00       1.90 - 2.10     9     3.00
     """
 
     rows: tuple[Timing, ...]
@@ -76,12 +102,7 @@ class Latency:
 
     def table(self) -> str:
         """The rows as text, for people."""
-        lines = [f"{'network':24s}{'runtime':>12s}{'batch':>7s}{'ms':>10s}{'quartiles':>18s}{'speedup':>9s}"]
-        for r in self.rows:
-            spread = f"{r.low * 1e3:.2f} - {r.high * 1e3:.2f}"
-            time_ = f"{r.seconds * 1e3:10.2f}{spread:>18s}"
-            lines.append(f"{r.model:24s}{r.runtime:>12s}{r.batch:7d}{time_}{r.speedup:9.2f}")
-        return "\n".join([*lines, self.settings])
+        return "\n".join([HEADER, *(row.text for row in self.rows), self.settings])
 
     def plot(self, path: str | Path) -> Path:
         """Draw the timings as bars, one panel for each batch size, and write them as an image.
@@ -108,128 +129,153 @@ class Latency:
 
 
 def benchmark(
-    models: Mapping[str, nn.Module],
-    example_input: Tensor,
+    models: Mapping[str, Source],
+    example_input: Any,
     *,
-    batch_sizes: Sequence[int] = (1, 128),
-    runtimes: Sequence[str] = ("eager",),
-    repeats: int = 15,
+    batch_sizes: Sequence[int] = (1, 32),
+    runtimes: Sequence[str] = (),
+    threads: int | None = None,
+    seconds: float = SECONDS,
+    repeats: int = ROUNDS,
     channels_last: bool = False,
+    on_row: Callable[[Timing], None] | None = None,
+    on_step: Callable[[str], None] | None = None,
 ) -> Latency:
-    """Time networks against each other in eval mode.
+    """Time networks against each other in eval mode, in turns, so that drift of the machine hits all alike.
 
     Each round runs every network once, in the same order; the first network is the one to compare with.
+    PyTorch's eager mode at a batch of one mostly times how operations are called, not what they compute: for
+    what a smaller network gains there, use another runtime.
 
     Args:
-        models: networks by name; left as they are, but for the memory format with ``channels_last``.
-        example_input: at least one example, (batch, ...); it is repeated to the batch sizes.
+        models: networks by name, left as they are, or files that ``export`` wrote.
+        example_input: at least one example as the networks take it; it is repeated to the batch sizes.
         batch_sizes: examples in a batch.
-        runtimes: which of ``RUNTIMES``; torch.compile can take minutes to compile.
-        repeats: rounds, after three to warm up.
+        runtimes: which of ``RUNTIMES``; () for onnxruntime, or eager PyTorch where that is not installed.
+            torch.compile can take minutes to compile. A file takes part in the runtimes that read it.
+        threads: how many may compute; those of PyTorch if None.
+        seconds: for all timings together, without what loads, exports or compiles the networks.
+        repeats: most rounds for each runtime and batch size, after three to warm up.
         channels_last: run eager and compiled networks in this memory format.
+        on_row: is told each row as soon as it is measured.
+        on_step: is told what is being prepared.
 
     Raises:
         ValueError: an unknown runtime, no network, or a number below 1.
-        InputError: onnxruntime is asked for and not installed.
+        InputError: a runtime is not installed; says how to install it.
 
     Example:
         >>> net = nn.Linear(4, 2)
-        >>> latency = benchmark({"dense": net}, torch.ones(1, 4), batch_sizes=(1, 8), repeats=1)
+        >>> x = torch.ones(1, 4)
+        >>> latency = benchmark({"dense": net}, x, batch_sizes=(1, 8), runtimes=["eager"], repeats=1)
         >>> [row.batch for row in latency.rows]
         [1, 8]
     """
-    unknown = [r for r in runtimes if r not in RUNTIMES]
-    if unknown:
-        raise ValueError(f"runtimes must be some of {', '.join(RUNTIMES)}, got {unknown[0]!r}")
-    if not models or repeats < 1 or any(b < 1 for b in batch_sizes):
-        raise ValueError("benchmark needs at least one network, one round and one example in a batch")
-    modes = {name: [(m, m.training) for m in model.modules()] for name, model in models.items()}
-    rows: list[Timing] = []
+    runtimes = tuple(runtimes) or (default_runtime(),)
+    for runtime in runtimes:
+        check_runtime(runtime)
+    threads = torch.get_num_threads() if threads is None else threads
+    if not models or repeats < 1 or threads < 1 or any(b < 1 for b in batch_sizes) or not seconds > 0:
+        raise ValueError("benchmark needs at least one network, round, thread, second and example in a batch")
+    share = seconds / (len(runtimes) * len(batch_sizes))
+    loaders, rows = Loaders(example_input, threads), []
+    in_memory = [m for m in models.values() if isinstance(m, nn.Module)]
+    with evaluating_all(in_memory), torch_threads(threads), torch.inference_mode():
+        for runtime in runtimes:
+            ready = _loaded(models, loaders, runtime, on_step)
+            for batch in batch_sizes if ready else ():
+                own_layout = channels_last and runtime in ("eager", "compiled")
+                x = batch_of(example_input, batch, channels_last=own_layout)
+                for row in _alternate(ready, x, runtime, batch, repeats, share):
+                    rows.append(row)
+                    if on_row is not None:
+                        on_row(row)
+    return Latency(tuple(rows), _settings(example_input, threads, channels_last))
+
+
+@contextmanager
+def evaluating_all(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Put networks in eval mode for a while; afterwards every module has the mode that it had."""
+    modes = [(m, m.training) for model in models for m in model.modules()]
     try:
-        with torch.inference_mode():
-            for runtime in runtimes:
-                runners = {name: _RUNNERS[runtime](m.eval(), example_input) for name, m in models.items()}
-                for batch in batch_sizes:
-                    x = _batch(example_input, batch, channels_last and runtime != "onnxruntime")
-                    rows += _alternate(runners, x, runtime, repeats)
+        for model in models:
+            model.eval()
+        yield
     finally:
-        for pairs in modes.values():
-            for module, training in pairs:
-                module.training = training
-    return Latency(tuple(rows), _settings(example_input, repeats, channels_last))
+        for module, training in modes:
+            module.training = training
 
 
-def _batch(example: Tensor, size: int, channels_last: bool) -> Tensor:
-    times = -(-size // example.shape[0])
-    x = example.repeat(times, *(1,) * (example.dim() - 1))[:size]
-    return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
+READS = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",), ".pt2": ("eager", "compiled")}
+"""Which runtimes read a file."""
+
+
+def _loaded(
+    models: Mapping[str, Source], loaders: Loaders, runtime: str, on_step: Callable[[str], None] | None
+) -> dict[str, Loaded]:
+    found = {}
+    for name, source in models.items():
+        if isinstance(source, Path) and runtime not in READS.get(source.suffix, ()):
+            continue
+        if on_step is not None:
+            on_step(f"{name} for {runtime}")
+        found[name] = loaders.load(source, runtime)
+    return found
 
 
 def _alternate(
-    runners: Mapping[str, Callable[[Tensor], Any]], x: Tensor, runtime: str, repeats: int
+    ready: Mapping[str, Loaded], example: Any, runtime: str, batch: int, repeats: int, seconds: float
 ) -> list[Timing]:
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for round_ in range(-3, repeats):
-        for name, run in runners.items():
-            _wait(x)
-            start = time.perf_counter()
-            run(x)
-            _wait(x)
-            if round_ >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    first = next(iter(seconds.values()))
-    rows = []
-    for name, taken in seconds.items():
-        ratios = [a / b for a, b in zip(first, taken, strict=True)]
-        low, _, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3
-        median = statistics.median(taken)
-        rows.append(Timing(name, runtime, x.shape[0], median, low, high, statistics.median(ratios)))
-    return rows
+    """Run all networks in turns until the time is used up, each at least once after warming up."""
+    given = {name: loaded.prepare(example) for name, loaded in ready.items()}
+    taken: dict[str, list[float]] = {name: [] for name in ready}
+
+    def run_all(counts: bool) -> None:
+        for name, loaded in ready.items():
+            elapsed = _time(loaded, given[name], example)
+            if counts:
+                taken[name].append(elapsed)
+
+    run_all(counts=False)  # compiles, where that is done at the first call: not part of the time
+    end = time.perf_counter() + seconds
+    for _ in range(_WARM_UP - 1):
+        if time.perf_counter() < end:
+            run_all(counts=False)
+    for round_ in range(repeats):
+        if round_ and time.perf_counter() > end:
+            break
+        run_all(counts=True)
+    first = next(iter(taken.values()))
+    return [_timing(name, runtime, batch, own, first) for name, own in taken.items()]
 
 
-def _wait(x: Tensor) -> None:
+def _time(loaded: Loaded, given: Any, example: Any) -> float:
+    _wait(example)
+    start = time.perf_counter()
+    loaded.run(given)
+    _wait(example)
+    return time.perf_counter() - start
+
+
+def _timing(name: str, runtime: str, batch: int, taken: Sequence[float], first: Sequence[float]) -> Timing:
+    ratios = [a / b for a, b in zip(first, taken, strict=True)]
+    low, _, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else [taken[0]] * 3
+    median = statistics.median(taken)
+    return Timing(name, runtime, batch, median, low, high, len(taken), statistics.median(ratios))
+
+
+def _wait(example: Any) -> None:
     """Let an accelerator finish what it was given."""
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
+    device = flat_inputs(example)[0].device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def _eager(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
-    return model
-
-
-def _compiled(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
-    compiled: Callable[[Tensor], Any] = torch.compile(model)
-    return compiled
-
-
-def _onnxruntime(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
-    """The network as an ONNX file, gates and all, with PyTorch's number of threads."""
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "timing onnxruntime needs packages: pip install onnx onnxscript onnxruntime"
-        ) from error
-    session = onnx_session(model, example)
-    name = session.get_inputs()[0].name
-
-    def run(x: Tensor) -> Any:
-        return session.run(None, {name: x.cpu().numpy()})
-
-    return run
-
-
-_RUNNERS: dict[str, Callable[[nn.Module, Tensor], Callable[[Tensor], Any]]] = {
-    "eager": _eager,
-    "compiled": _compiled,
-    "onnxruntime": _onnxruntime,
-}
-
-
-def _settings(example: Tensor, repeats: int, channels_last: bool) -> str:
-    device = torch.cuda.get_device_name(example.device) if example.device.type == "cuda" else "CPU"
+def _settings(example: Any, threads: int, channels_last: bool) -> str:
+    device = flat_inputs(example)[0].device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     layout = ", channels_last" if channels_last else ""
+    plural = "" if threads == 1 else "s"
     return (
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}{layout};"
-        f" medians of {repeats} alternating runs"
+        f"{where}, {threads} thread{plural}, torch {torch.__version__}{layout}; medians of alternating runs"
     )

@@ -469,7 +469,10 @@ def two_ways(settings: Training) -> InputError:
     )
 
 
-EXPORTS = ("onnx", "pt2")
+EXPORTS = ("onnx", "openvino", "pt2")
+RUNTIMES = ("eager", "compiled", "onnxruntime", "openvino")
+"""Where a network can run; ``sparsereg.compression.runtimes`` has what each needs."""
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -480,9 +483,29 @@ class Evaluation(Settings):
     seed: int = setting(0, "of everything drawn", SEED)
     compact: bool = setting(False, "write compacted.pt beside the checkpoint and test it, too")
     export: str | None = setting(
-        None, "onnx or pt2: write the compacted network for deployment", choices=EXPORTS
+        None, "onnx, openvino or pt2: write the compacted network for deployment", choices=EXPORTS
     )
-    benchmark: bool = setting(False, "time gated against dense against compacted")
+    quantize: str | None = setting(
+        None, "int8: write it in 8-bit integers, too; with export=onnx", choices=("int8",)
+    )
+    round_to: int | str = setting(
+        1,
+        "keep closed channels up to multiples of this; auto: the fastest of 1, 4, 8, 16",
+        count(),
+        choices=(AUTO,),
+    )
+    benchmark: bool = setting(False, "time dense against gated against compacted, and the files")
+    runtime: str | tuple[str, ...] | None = setting(
+        None,
+        "where to time: one or a list; null: onnxruntime where it is installed, else eager",
+        choices=RUNTIMES,
+        empty=False,
+    )
+    batch: int | tuple[int, ...] = setting((1, 32), "examples in the batches that are timed", count())
+    threads: int | None = setting(None, "that may compute while timing; null: those of PyTorch", count())
+    benchmark_seconds: float = setting(
+        40.0, "for all timings, without what loads or compiles the networks", POSITIVE
+    )
     model: Network = setting(GoogleNetModel, "the network; that of the checkpoint unless you name another")
     data: Data = setting(Cifar10Data, "the data; those of the checkpoint unless you name others")
     task: TaskSettings = setting(TaskSettings, "the task; that of the checkpoint unless you name another")
@@ -493,3 +516,5 @@ class Evaluation(Settings):
         """There is something to test."""
         if self.ckpt_path is None:
             raise InputError("give the checkpoint to test: ckpt_path=RUN/checkpoints/last.ckpt")
+        if self.quantize is not None and self.export != "onnx":
+            raise InputError(f"quantize={self.quantize} works on an ONNX file: give export=onnx, too")

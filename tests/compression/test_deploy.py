@@ -11,11 +11,13 @@ from sparsereg.compression import (
     compact,
     export,
     fuse,
+    gate,
     load_compacted,
     save_compacted,
     shift_pools,
 )
 from sparsereg.compression import deploy as module
+from sparsereg.compression.runtimes import Loaders
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
 from tests.compression.networks import NETWORKS, make, set_gates
@@ -100,7 +102,7 @@ def test_shifted_maps_are_max_pooling(tmp_path):
 
 def test_wrong_arguments_are_named(tmp_path, monkeypatch):
     network, x = make("mlp")
-    with pytest.raises(ValueError, match=r"\.onnx or \.pt2"):
+    with pytest.raises(ValueError, match=r"\.onnx or \.pt2 or \.xml"):
         export(network, x, tmp_path / "n.pt")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs the package onnx: pip install onnx onnxscript"):
@@ -113,7 +115,7 @@ def test_a_file_that_gives_other_answers_is_not_left_behind(tmp_path, monkeypatc
     monkeypatch.setattr(
         module,
         "_WRITERS",
-        {".pt2": (module._write_pt2, lambda path: lambda b: (torch.zeros(len(b[0]), 10),))},
+        {".pt2": ((), module._write_pt2, lambda path: lambda b: (torch.zeros(len(b), 10),))},
     )
     with pytest.raises(RuntimeError, match=r"n\.pt2 gives other answers"):
         export(network, x, tmp_path / "n.pt2")
@@ -131,3 +133,37 @@ def test_without_onnxruntime_the_file_is_not_checked_and_that_is_said(tmp_path, 
     monkeypatch.setattr(builtins, "__import__", without)
     assert module._load_onnx(tmp_path / "n.onnx") is None
     assert "was not checked" in caplog.text
+
+
+class Named(nn.Module):
+    """Takes inputs by name, one of them a mask, and answers with a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x, mask):
+        return {"logits": self.last(self.first(x).relu()) * mask.float(), "mask": mask}
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".xml"])
+def test_inputs_by_name(suffix, tmp_path):
+    pytest.importorskip("onnxruntime")
+    if suffix == ".xml":
+        pytest.importorskip("openvino")
+    example = {"mask": torch.ones(1, 4, dtype=torch.int64), "x": torch.randn(1, 6)}
+    network = gate(Named(), example)
+    set_gates(network, "mixed")
+    export(network, example, tmp_path / f"n{suffix}")  # checks itself, at two batch sizes
+
+
+def test_openvino_is_two_files_that_go_together(tmp_path):
+    pytest.importorskip("openvino")
+    network, x = make("residual")
+    set_gates(network, "mixed")
+    path = export(network, x, tmp_path / "n.xml")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["n.bin", "n.xml"]
+    loaded = Loaders(x, threads=1).load(path, "openvino")
+    found = loaded.tensors(loaded.run(loaded.prepare(x)))
+    assert difference(network(x).detach(), found[0]) < 1e-4

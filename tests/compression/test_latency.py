@@ -2,8 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from sparsereg.compression import benchmark
-from tests.compression.networks import make
+from sparsereg.compression import benchmark, export
+from sparsereg.compression.rounding import fastest_rounding
+from sparsereg.compression.runtimes import RUNTIMES, Loaders, batch_of, default_runtime
+from sparsereg.compression.verify import difference
+from sparsereg.errors import InputError
+from tests.compression.networks import make, set_gates
 
 
 class Waits(nn.Module):
@@ -22,7 +26,7 @@ class Waits(nn.Module):
 
 def test_medians_speedups_and_order():
     models = {"slow": Waits(0.004), "fast": Waits(0.002)}
-    found = benchmark(models, torch.zeros(1, 2), batch_sizes=(1, 3), repeats=5)
+    found = benchmark(models, torch.zeros(1, 2), batch_sizes=(1, 3), runtimes=["eager"], repeats=5)
     assert [(r.model, r.batch) for r in found.rows] == [("slow", 1), ("fast", 1), ("slow", 3), ("fast", 3)]
     for row in found.rows:
         wanted = models[row.model].seconds * row.batch
@@ -38,7 +42,7 @@ def test_modes_come_back_and_the_plot_is_a_file(tmp_path):
     network, x = make("residual")
     network.train()
     network.norm.eval()
-    found = benchmark({"n": network}, x, batch_sizes=(2,), repeats=1, channels_last=True)
+    found = benchmark({"n": network}, x, batch_sizes=(2,), runtimes=["eager"], repeats=1, channels_last=True)
     assert network.training
     assert not network.norm.training
     path = found.plot(tmp_path / "latency.png")
@@ -46,16 +50,73 @@ def test_modes_come_back_and_the_plot_is_a_file(tmp_path):
     assert found.rows[0].low == found.rows[0].high
 
 
-def test_onnxruntime():
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_networks_and_files_in_other_runtimes(runtime, tmp_path):
+    for package in RUNTIMES[runtime]:
+        pytest.importorskip(package)
     network, x = make("mlp")
-    found = benchmark({"gated": network}, x, batch_sizes=(1, 5), runtimes=("onnxruntime",), repeats=2)
-    assert [r.batch for r in found.rows] == [1, 5]
+    files = {suffix: export(network, x, tmp_path / f"n{suffix}") for suffix in (".onnx", ".pt2")}
+    steps = []
+    found = benchmark(
+        {"gated": network, **files}, x, batch_sizes=(1, 5), runtimes=[runtime], repeats=2, threads=1,
+        on_step=steps.append,
+    )  # fmt: skip
+    assert [(r.model, r.batch) for r in found.rows] == [(n, b) for b in (1, 5) for n in ("gated", ".onnx")]
+    assert steps == [f"gated for {runtime}", f".onnx for {runtime}"]
+    assert "1 thread," in found.settings
 
 
-def test_wrong_arguments():
-    with pytest.raises(ValueError, match="eager, compiled, onnxruntime, got 'jit'"):
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_every_runtime_gives_the_answers_of_the_network(runtime):
+    for package in RUNTIMES[runtime]:
+        pytest.importorskip(package)
+    network, x = make("mlp")
+    network.eval()
+    loaders = Loaders(x, threads=1)
+    loaded = loaders.load(network, runtime)
+    with torch.inference_mode():
+        (found,) = loaded.tensors(loaded.run(loaded.prepare(batch_of(x, 3))))
+    assert difference(network(batch_of(x, 3)).detach(), found) < 1e-4
+
+
+def test_rows_are_told_as_they_are_measured_and_the_time_is_kept():
+    told = []
+    models = {"a": Waits(0.01), "b": Waits(0.01)}
+    found = benchmark(
+        models, torch.zeros(1, 2), batch_sizes=(1, 2), runtimes=["eager"], seconds=0.2, on_row=told.append
+    )
+    assert tuple(told) == found.rows
+    assert all(1 <= row.runs <= 5 for row in found.rows)  # 0.1 s for rounds of 0.02 s and 0.04 s
+
+
+def test_one_run_counts_however_short_the_time():
+    found = benchmark({"a": Waits(0.001)}, torch.zeros(1, 2), runtimes=["eager"], seconds=1e-9)
+    assert [row.runs for row in found.rows] == [1, 1]
+
+
+def test_wrong_arguments(monkeypatch):
+    with pytest.raises(ValueError, match="eager, compiled, onnxruntime, openvino, got 'jit'"):
         benchmark({"a": nn.Identity()}, torch.zeros(1), runtimes=("jit",))
     with pytest.raises(ValueError, match="at least one network"):
         benchmark({}, torch.zeros(1))
+    monkeypatch.setattr("sparsereg.compression.runtimes.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"runtime=openvino needs the package onnx: pip install .* openvino"):
+        benchmark({"a": nn.Identity()}, torch.zeros(1), runtimes=("openvino",))
+    assert default_runtime() == "eager"
+
+
+def test_the_fastest_rounding_is_found_by_the_clock():
+    network, x = make("residual")
+    set_gates(network, "mixed")
+    made = {}
+
+    def slow_unless_four(small, multiple):
+        made[multiple] = sum(p.numel() for p in small.parameters())
+        return Waits(0.001 if multiple == 4 else 0.004)
+
+    best, rows = fastest_rounding(
+        network, x, runtimes=["eager"], batch_sizes=(1,), seconds=0.2, make=slow_unless_four
+    )
+    assert best == 4
+    assert {int(row.model) for row in rows} == set(made)
+    assert made[4] > made[1]  # channels were kept

@@ -98,11 +98,86 @@ def test_prune_fine_tune_ship_in_three_commands(run, trained):
     assert "original_parameters" not in tested.results
 
 
+@pytest.fixture
+def tuned(run, tiny):
+    """A run of two stages, of a small network."""
+    settings = ["model=lenet5", "trainer.max_epochs=2", "lambda_l0=10", "optimizer.lr=0.02"]
+    outcome = run("train", *tiny, *settings, "finetune.epochs=1", "optimizer.warmup_epochs=0")
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def test_one_file_is_named_by_results_page_and_terminal(run, tuned):
+    rows = {row["name"]: row for row in tuned.results["artefacts"]}
+    assert list(rows) == ["dense", "gated", "tuned"]
+    ship = tuned.results["ship"]
+    assert ship == rows["tuned"]["file"] == tuned.results["checkpoint"] == str(tuned.last)
+    assert f"ship: {ship}" in tuned.out
+    page = (tuned.folder / "report.html").read_text()
+    assert f"Ship this file: <code>{ship}</code>" in page
+    assert page.count(f"<strong><code>{ship}</code></strong>") == 1
+    assert rows["gated"]["file"] == str(tuned.last.with_name("gated.ckpt"))
+    assert rows["gated"]["figures"]["test_acc"] == tuned.results["before_finetuning"]["test_acc"]
+    assert rows["tuned"]["figures"]["test_acc"] == tuned.results["test_acc"]
+    assert rows["tuned"]["parameters"] < rows["dense"]["parameters"] == rows["gated"]["parameters"]
+    tested = run("test", f"ckpt_path={tuned.folder}")
+    again = {row["name"]: row for row in tested.results["artefacts"]}
+    assert tested.results["ship"] == ship  # the folder of the run means this file
+    for name in rows:
+        assert again[name]["figures"] == rows[name]["figures"], name
+        assert (again[name]["parameters"], again[name]["macs"]) == (
+            rows[name]["parameters"],
+            rows[name]["macs"],
+        )
+    assert f"Ship this file: <code>{ship}</code>" in (tested.folder / "report.html").read_text()
+
+
+def test_everything_to_the_8_bit_file(run, tuned):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    tested = run(
+        "test", f"ckpt_path={tuned.folder}", "compact=true", "export=onnx", "quantize=int8", "round_to=4",
+        "benchmark=true", "runtime=[onnxruntime,eager]", "batch=[1,3]", "threads=1", "benchmark_seconds=1",
+    )  # fmt: skip
+    assert tested.code == 0, tested.err
+    rows = {row["name"]: row for row in tested.results["artefacts"]}
+    assert list(rows) == ["dense", "gated", "tuned", "compacted", "exported", "int8"]
+    beside = tuned.last.parent
+    names = {"compacted": "compacted.pt", "exported": "compacted.onnx", "int8": "compacted.int8.onnx"}
+    for name, file in names.items():
+        assert rows[name]["file"] == str(beside / file)
+        assert rows[name]["megabytes"] == (beside / file).stat().st_size / 1e6
+    for name in ("compacted", "exported"):
+        assert rows[name]["figures"]["test_acc"] == pytest.approx(tested.results["test_acc"], abs=0.034)
+    assert 0 <= rows["int8"]["figures"]["test_acc"] <= 1
+    assert tested.results["ship"] == rows["int8"]["file"]
+    both = {"onnxruntime": {"1", "3"}, "eager": {"1", "3"}}
+    for name in ("dense", "gated", "tuned", "compacted"):
+        assert {r: set(t) for r, t in rows[name]["milliseconds"].items()} == both
+    for name in ("exported", "int8"):
+        assert set(rows[name]["milliseconds"]) == {"onnxruntime"}
+    assert "is the wrong way" in tested.out  # eager at a batch of one
+    assert "1 thread," in tested.results["latency_settings"]
+    page = (tested.folder / "report.html").read_text()
+    assert "onnxruntime, batch 3 (ms)" in page
+    assert "30 test examples of npz" in page
+    lines = tested.out.splitlines()
+    assert lines.index(next(x for x in lines if x.startswith("dense"))) < len(lines)
+
+
 def test_wrong_input(run, trained):
     for arguments, message in (
         ([], "give the checkpoint to test"),
         (["ckpt_path=nowhere.ckpt"], "no such file"),
-        ([f"ckpt_path={trained.last}", "export=tflite"], "onnx, pt2"),
+        ([f"ckpt_path={trained.last}", "export=tflite"], "onnx, openvino, pt2"),
+        ([f"ckpt_path={trained.last}", "quantize=int8"], "give export=onnx, too"),
+        ([f"ckpt_path={trained.last}", "quantize=int4", "export=onnx"], "int8"),
+        ([f"ckpt_path={trained.last}", "benchmark=true", "runtime=[eager,jit]"], "did you mean 'eager'"),
+        (
+            [f"ckpt_path={trained.last}", "benchmark=true", "batch=[1,0]"],
+            "batch=[1,0]: expected",
+        ),
+        ([f"ckpt_path={trained.last}", "round_to=automatic"], "did you mean 'auto'"),
         ([f"ckpt_path={trained.last}", "compact=maybe"], "true or false"),
         ([f"ckpt_path={trained.last}", "data=digits"], "classes of images"),
         ([f"ckpt_path={trained.last}", "compakt=true"], "did you mean 'compact'"),

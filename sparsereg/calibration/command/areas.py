@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from sparsereg.calibration.areas import AreaProblem
-from sparsereg.calibration.command.provenance import Provenance
+from sparsereg.calibration.command.provenance import provenance_of
 from sparsereg.calibration.command.requirements import judged
 from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.measures import error_summary, relative_errors
@@ -51,7 +51,7 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
         _announce(problem, cfg)
         if cfg.area.reconcile == "proportional":
             problem = problem.reconciled()
-        provenance = Provenance.of(cfg)
+        provenance = provenance_of(cfg)
         made = calibrate_areas(problem, cfg.distance, _numbers(cfg.bounds))
         folder = new_version(outputs)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))

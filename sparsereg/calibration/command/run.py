@@ -17,7 +17,7 @@ from sparsereg import interruption
 from sparsereg.calibration import holdout
 from sparsereg.calibration.command import areas, estimates
 from sparsereg.calibration.command.checkpoint import Moments, Saver, fingerprint
-from sparsereg.calibration.command.provenance import Provenance
+from sparsereg.calibration.command.provenance import provenance_of
 from sparsereg.calibration.command.requirements import judged
 from sparsereg.calibration.config import CalibrationRun, Settings
 from sparsereg.calibration.findings import KINDS, Finding, check, gave_way, in_order, set_aside, summary
@@ -39,6 +39,7 @@ from sparsereg.calibration.variance import Design
 from sparsereg.cli import wrong_input
 from sparsereg.errors import FellShort, InputError
 from sparsereg.files import new_version, write_json, write_table, write_text
+from sparsereg.provenance import Provenance
 from sparsereg.settings import plain
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def run(cfg: CalibrationRun) -> Path:
     with wrong_input():
         cfg = with_method(cfg)
         (task,) = read_tasks(cfg).values()
-        provenance = Provenance.of(cfg)
+        provenance = provenance_of(cfg)
         ready = prepared(task, cfg, provenance)
         folder = new_version(OUTPUTS)
     _, results = carry_out(ready, folder)

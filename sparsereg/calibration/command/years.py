@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from sparsereg.calibration.command import run as one
 from sparsereg.calibration.command.checkpoint import fingerprint, is_of
-from sparsereg.calibration.command.provenance import Provenance
+from sparsereg.calibration.command.provenance import provenance_of
 from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.solver.calibration import CalibrationResult
 from sparsereg.calibration.solver.selection import STARTED
@@ -44,7 +44,7 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
     with wrong_input():
         cfg = one.with_method(cfg)
         tasks = one.read_tasks(cfg)
-        provenance = Provenance.of(cfg)
+        provenance = provenance_of(cfg)
         settings = _with_checkpoint(tasks, cfg)
         first = next(iter(tasks))
         ready = one.prepared(tasks[first], settings[first], provenance)

@@ -191,11 +191,11 @@ def test_a_browser_shows_the_page_sorts_it_and_runs_nothing_else(tmp_path):
     done = "document.title = [...document.querySelectorAll('#table-of-targets tbody tr')].map(r => "
     done += "r.cells[r.cells.length - 1].dataset.v).join(' ');"
     # The page's policy lets only its own script run: the test adds to it where it is made.
-    from sparsereg.calibration.reporting.page import page as module
+    from sparsereg.page import page as module
 
     folder = tmp_path / "template"
     shutil.copytree(module._HERE, folder)
-    with (folder / "report.js").open("a") as script:
+    with (folder / "page.js").open("a") as script:
         script.write(press + done)
     before, module._HERE = module._HERE, folder
     try:

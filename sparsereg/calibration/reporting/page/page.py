@@ -1,14 +1,7 @@
-"""Put the page together: what there is to say, in the order of its readers, and the template around it.
-
-Names, ids and values from files are data: the template escapes them, and the page's own policy allows no
-script but the one it was made with, and nothing from elsewhere.
-"""
+"""Put the page together: what there is to say, in the order of its readers."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +13,14 @@ from sparsereg.calibration.findings import Finding
 from sparsereg.calibration.measures import error_summary
 from sparsereg.calibration.reporting.page import pictures
 from sparsereg.files import write_text
+from sparsereg.page import page
+from sparsereg.page.page import fixed, known, number, percent, setting, signed, whole
 from sparsereg.settings import flat
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _HERE = Path(__file__).parent
-_UNKNOWN, _MINUS = "\u2013", "\u2212"
 _MOST_TARGETS = 1500
 _MOST_FINDINGS = 200
 _ON_PAPER = 60
@@ -95,22 +89,7 @@ def render(contents: Contents) -> str:
     Args:
         contents: What it is about.
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= FILTERS
-    script = (_HERE / "report.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = environment.from_string((_HERE / "report.html").read_text(encoding="utf-8"))
-    return template.render(
-        **_values(contents),
-        css=Markup((_HERE / "report.css").read_text(encoding="utf-8")),  # our own file
-        script=Markup(script),  # our own file
-        script_hash=f"sha256-{digest}",
-    )
+    return page.render(_HERE / "report.html", _values(contents))
 
 
 def _values(c: Contents) -> dict[str, Any]:
@@ -124,13 +103,15 @@ def _values(c: Contents) -> dict[str, Any]:
     groups = _records(c.groups.sort_values("mean_are", ascending=False, na_position="last"))
     values = {
         "r": r,
+        "kind": "Calibration report",
+        "provenance": r["provenance"],
         "title": f"{r['kept']:,} of {r['households']:,} households, method {r['method']}",
         "required": required,
         "missed": sum(not row["met"] for row in required),
         "tiles": _tiles(c),
         "notes": _notes(c),
         "asked": _asked(c),
-        "settings": [(key, _setting(value)) for key, value in flat(c.settings).items()],
+        "settings": [(key, setting(value)) for key, value in flat(c.settings).items()],
         "pictures": {
             "errors": pictures.errors(c.targets),
             "sizes": pictures.sizes(c.weights),
@@ -138,7 +119,7 @@ def _values(c: Contents) -> dict[str, Any]:
         },
         "errors": _errors(c),
         "groups": groups,
-        "largest_group": max((g["mean_are"] for g in groups if _known(g["mean_are"])), default=0.0),
+        "largest_group": max((g["mean_are"] for g in groups if known(g["mean_are"])), default=0.0),
         "targets": targets,
         "left_out": left_out,
         "on_paper": _ON_PAPER,
@@ -175,15 +156,15 @@ def _sections(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _tiles(c: Contents) -> list[dict[str, str]]:
     r = c.results
     tiles = [
-        ("Households kept", _number(r["kept"]), f"of {_number(r['households'])}"),
-        ("Mean error", _percent(r["mean_are"]), f"median {_percent(r['median_are'])}"),
-        ("Largest error", _percent(r["max_abs_scaled_error"]), "over its scale"),
-        ("Within 10 %", _percent(r["within_10pct"]), f"{_percent(r['within_1pct'])} within 1 %"),
-        ("Effective sample", _whole(r["ess"]), f"weighting effect {_fixed(r['weighting_effect'])}"),
+        ("Households kept", number(r["kept"]), f"of {number(r['households'])}"),
+        ("Mean error", percent(r["mean_are"]), f"median {percent(r['median_are'])}"),
+        ("Largest error", percent(r["max_abs_scaled_error"]), "over its scale"),
+        ("Within 10 %", percent(r["within_10pct"]), f"{percent(r['within_1pct'])} within 1 %"),
+        ("Effective sample", whole(r["ess"]), f"weighting effect {fixed(r['weighting_effect'])}"),
     ]
     if r.get("holdout"):
-        before = _percent(r["holdout"]["initial_mean_are"])
-        tiles.append(("Held-out error", _percent(r["holdout"]["mean_are"]), f"initially {before}"))
+        before = percent(r["holdout"]["initial_mean_are"])
+        tiles.append(("Held-out error", percent(r["holdout"]["mean_are"]), f"initially {before}"))
     return [{"label": label, "figure": figure, "note": note} for label, figure, note in tiles]
 
 
@@ -192,35 +173,35 @@ def _notes(c: Contents) -> list[str]:
     r, notes = c.results, [row["text"] for row in c.results.get("required") or [] if not row["met"]]
     if r.get("gave_way"):
         notes.append(
-            f"{_number(r['gave_way'])} targets cannot be met with the others and gave way: see Findings."
+            f"{number(r['gave_way'])} targets cannot be met with the others and gave way: see Findings."
         )
     if r.get("untouched_targets"):
-        notes.append(f"{_number(r['untouched_targets'])} targets are touched by no kept household.")
+        notes.append(f"{number(r['untouched_targets'])} targets are touched by no kept household.")
     if r.get("dropped_targets"):
         notes.append(
-            f"{_number(r['dropped_targets'])} targets were left out because no household touches them."
+            f"{number(r['dropped_targets'])} targets were left out because no household touches them."
         )
     if r.get("missing_households"):
-        notes.append(f"{_number(r['missing_households'])} fewer households are kept than were asked for.")
+        notes.append(f"{number(r['missing_households'])} fewer households are kept than were asked for.")
     if whole := r.get("integer_weights"):
-        zero = f"; {_number(whole['left_with_zero'])} became 0" if whole["left_with_zero"] else ""
+        zero = f"; {number(whole['left_with_zero'])} became 0" if whole["left_with_zero"] else ""
         notes.append(
             "Weights are whole numbers: the largest error over its scale is"
-            f" {_percent(r['max_abs_scaled_error'])} with them and was"
-            f" {_percent(whole['max_abs_scaled_error_real'])} before; every weight is a neighbour of the real"
+            f" {percent(r['max_abs_scaled_error'])} with them and was"
+            f" {percent(whole['max_abs_scaled_error_real'])} before; every weight is a neighbour of the real"
             f" one{zero}."
         )
     held = r.get("holdout")
     if held and held["mean_are"] > held["initial_mean_are"]:
         notes.append(
             "On families that were held out the weights are worse than the initial ones"
-            f" ({_percent(held['mean_are'])} against {_percent(held['initial_mean_are'])}): use the file for"
+            f" ({percent(held['mean_are'])} against {percent(held['initial_mean_are'])}): use the file for"
             " what was targeted, and for other figures with care."
         )
     if c.bystanders is not None:
         much = [row for row in _bystanders(c.bystanders) if row["much"]]
         if much:
-            names = ", ".join(f"{row['name']} ({_signed(row['moved'])})" for row in much[:5])
+            names = ", ".join(f"{row['name']} ({signed(row['moved'])})" for row in much[:5])
             notes.append(f"{len(much)} figures that nobody targeted moved by more than 2 %: {names}.")
     aside = [f for f in c.findings if f.kind == "set aside"]
     if aside:
@@ -235,14 +216,14 @@ def _asked(c: Contents) -> str:
         "all households stay" if r["method"] in ("all", "calibrate") else "as many stay as lambda_l0 leaves"
     )
     if wanted:
-        kept = f"keep {_number(wanted)} of them"
+        kept = f"keep {number(wanted)} of them"
     how = f"method {r['method']}"
     if r["method"] == "calibrate":
         how += f", distance {s.get('distance')}"
-    text = f"{_number(r['targets'])} targets over {_number(r['households'])} households; {kept}, by {how}"
+    text = f"{number(r['targets'])} targets over {number(r['households'])} households; {kept}, by {how}"
     for key in ("bounds", "weight_bounds", "max_weight_ratio", "unit_factor"):
         if s.get(key) is not None:
-            text += f", {key} {_setting(s[key])}"
+            text += f", {key} {setting(s[key])}"
     return text + (", total weight held." if s.get("hold_total") else ".")
 
 
@@ -271,12 +252,12 @@ def _bounds(c: Contents) -> str:
     hit = int(r.get("bounds_hit") or 0)
     given = {key: s[key] for key in ("bounds", "weight_bounds", "max_weight_ratio") if s.get(key) is not None}
     total = (
-        f"The weights add up to {_number(r['total_weight'])}, initially {_number(r['initial_total_weight'])}."
+        f"The weights add up to {number(r['total_weight'])}, initially {number(r['initial_total_weight'])}."
     )
     if not given:
-        return f"{total} No bounds were set; {_number(hit)} weights are at zero's edge." if hit else total
-    named = ", ".join(f"{key} {_setting(value)}" for key, value in given.items())
-    return f"{total} Bounds: {named}; {_number(hit)} of {_number(r['kept'])} weights are at one."
+        return f"{total} No bounds were set; {number(hit)} weights are at zero's edge." if hit else total
+    named = ", ".join(f"{key} {setting(value)}" for key, value in given.items())
+    return f"{total} Bounds: {named}; {number(hit)} of {number(r['kept'])} weights are at one."
 
 
 def _quantiles(c: Contents) -> dict[str, Any]:
@@ -319,76 +300,3 @@ def _estimates(table: pd.DataFrame) -> dict[str, Any]:
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(k): v for k, v in row.items()} for row in table.to_dict("records")]
-
-
-# How values are written
-
-
-def _known(value: Any) -> bool:
-    return value is not None and not (isinstance(value, float | np.floating) and math.isnan(value))
-
-
-def _plain(value: Any) -> str:
-    return repr(float(value)) if _known(value) else ""
-
-
-def _magnitude(value: Any) -> str:
-    return repr(abs(float(value))) if _known(value) else ""
-
-
-def _percent(value: Any) -> str:
-    if not _known(value):
-        return _UNKNOWN
-    share = 100 * float(value)
-    if not math.isfinite(share):
-        return "∞"
-    if share in (0.0, 100.0):
-        return f"{share:.0f} %"
-    digits = 1 if abs(share) >= 10 else 2 if abs(share) >= 0.1 else 3
-    if 0 < abs(share) < 5e-4:
-        return "< 0.001 %"
-    return f"{share:,.{digits}f} %"
-
-
-def _signed(value: Any) -> str:
-    text = _percent(abs(value) if _known(value) else None)
-    if text in (_UNKNOWN, "0 %") or text.startswith("<"):
-        return text
-    return f"{'+' if value > 0 else _MINUS}{text}"
-
-
-def _number(value: Any) -> str:
-    if not _known(value):
-        return _UNKNOWN
-    if isinstance(value, int | np.integer):
-        return f"{value:,}"
-    number = float(value)
-    if number == int(number) if math.isfinite(number) else False:
-        return f"{number:,.0f}" if abs(number) < 1e15 else f"{number:.4g}"
-    if abs(number) >= 1e5:
-        return f"{number:,.0f}" if abs(number) < 1e15 else f"{number:.4g}"
-    return f"{number:,.5g}" if abs(number) >= 1e-4 else f"{number:.3g}"
-
-
-def _whole(value: Any) -> str:
-    return f"{float(value):,.0f}" if _known(value) else _UNKNOWN
-
-
-def _fixed(value: Any) -> str:
-    return f"{float(value):.2f}" if _known(value) else _UNKNOWN
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_setting, value)) + "]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _day(moment: str) -> str:
-    return moment.partition("T")[0]
-
-
-FILTERS = {
-    "plain": _plain, "magnitude": _magnitude, "percent": _percent, "signed": _signed, "number": _number,
-    "whole": _whole, "known": _known, "day": _day,
-}  # fmt: skip

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from sparsereg.page.pictures import AFTER, BEFORE, INK, drawn
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-Draw: TypeAlias = "Callable[[Axes], None]"
-BEFORE, AFTER, INK = "#b9bec6", "#1f5fa8", "#39424e"
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
-    "font.size": 9,
-    "text.parse_math": False,
-    "axes.edgecolor": "#8a93a0",
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
 _MOST_POINTS = 400
 _BINS = 48
 _SMALLEST = 1e-6
@@ -58,7 +42,7 @@ def errors(targets: pd.DataFrame) -> str:
         )
         axes.legend(frameon=False, loc="lower right")
 
-    return _drawn(draw)
+    return drawn(draw)
 
 
 def sizes(weights: pd.DataFrame) -> str:
@@ -68,7 +52,7 @@ def sizes(weights: pd.DataFrame) -> str:
         weights: As ``tables.weight_frame`` returns it.
     """
     pairs = ((weights.initial_weight, BEFORE, "before"), (weights.weight, AFTER, "after"))
-    return _drawn(lambda axes: _histogram(axes, pairs, "weight"))
+    return drawn(lambda axes: _histogram(axes, pairs, "weight"))
 
 
 def ratios(weights: pd.DataFrame) -> str:
@@ -83,7 +67,7 @@ def ratios(weights: pd.DataFrame) -> str:
         _histogram(axes, ((ratio, AFTER, "after over before"),), "weight over initial weight")
         axes.axvline(1, color=INK, lw=0.8, ls=":")
 
-    return _drawn(draw)
+    return drawn(draw)
 
 
 def _histogram(axes: Axes, parts: tuple[tuple[pd.Series, str, str], ...], label: str) -> None:
@@ -101,34 +85,3 @@ def _histogram(axes: Axes, parts: tuple[tuple[pd.Series, str, str], ...], label:
     axes.set(xscale="log" if logarithmic else "linear", xlabel=label, ylabel="kept households")
     if len(known) > 1:
         axes.legend(frameon=False, loc="upper right")
-
-
-def _label_plainly(axes: Axes) -> None:
-    """Write the numbers of a logarithmic axis as people do, not as powers of ten, and not too many."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axes.get_xlim()
-    if axes.get_xscale() == "log":
-        decades = math.log10(high / low)
-        subs = (1.0, 2.0, 5.0) if decades < 2 else (1.0, 3.0) if decades < 3 else (1.0,)
-        axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-
-
-def _drawn(draw: Draw) -> str:
-    """Return a picture as the address of an image that holds itself."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 3.1), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        _label_plainly(axes)
-        axes.grid(alpha=0.2)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,161 @@
+"""What a run leaves behind, each from the network in training to the file that is shipped: one table for all.
+
+Every figure is measured on the same examples in the same way, of the file itself where there is one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsereg.compression.latency import Timing
+from sparsereg.training.tasks.task import SHARES, Task
+
+NAMES = {
+    "dense": "the network without gates, at its full size",
+    "gated": "the network with its gates, as it was trained",
+    "compacted": "what the gates leave, without gates",
+    "tuned": "what the gates leave, trained further",
+    "exported": "the same for other runtimes, BatchNorm folded",
+    "int8": "the same in 8-bit integers",
+}
+"""Kinds of artefacts in the order in which they are made, and what they are."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One form of a network.
+
+    Attributes:
+        name: one of ``NAMES``.
+        file: where it is; None if it is in no file.
+        figures: of the test, by name, ``test_acc`` say; {} if it was not measured.
+        parameters: weights that it has.
+        macs: multiply-accumulate operations for one example.
+        megabytes: of the file in 10^6 bytes; of a checkpoint, which also holds the optimizer, its weights.
+        milliseconds: for a batch, by runtime and batch size (as text, as in JSON); {} if it was not timed.
+
+    Example:
+        >>> Artefact("dense", None, {}, 10, 20, 0.1).milliseconds
+        {}
+    """
+
+    name: str
+    file: str | None
+    figures: Mapping[str, float | None]
+    parameters: int | None
+    macs: int | None
+    megabytes: float | None
+    milliseconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def timed(self, rows: Sequence[Timing]) -> "Artefact":
+        """Return it with its own rows of a benchmark."""
+        found: dict[str, dict[str, float]] = {}
+        for row in rows:
+            if row.model == self.name:
+                found.setdefault(row.runtime, {})[str(row.batch)] = row.seconds * 1e3
+        return replace(self, milliseconds=found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as results.json has it."""
+        return asdict(self)
+
+
+def weights_megabytes(net: nn.Module) -> float:
+    """Return the size of a network's weights and buffers, in 10^6 bytes."""
+    # Extra state is no tensor.
+    tensors = [t for t in net.state_dict().values() if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
+
+
+def file_megabytes(*files: Path) -> float:
+    """Return the size of files, in 10^6 bytes."""
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def to_ship(artefacts: Sequence[Artefact]) -> str | None:
+    """Return the one file to ship: that of the last artefact that has one."""
+    return next((a.file for a in reversed(artefacts) if a.file is not None), None)
+
+
+def of_run(results: Mapping[str, Any], task: Task) -> list[Artefact]:
+    """Return what a training run leaves behind.
+
+    Args:
+        results: as results.json has them.
+        task: whose figures they have.
+    """
+    names = [f"test_{figure}" for figure in task.figures]
+    whole = (
+        results.get("original_parameters", results["parameters"]),
+        results.get("original_macs", results["macs"]),
+    )
+    left = results["compacted_parameters"], results["compacted_macs"]
+    gates, tuned = results["gates"] > 0, results.get("before_finetuning")
+
+    def row(name: str, sizes: tuple[int, int], source: Mapping[str, Any] | None = None) -> Artefact:
+        given = {} if source is None else source
+        figures = {key: given[key] for key in names if key in given}
+        return Artefact(name, given.get("checkpoint"), figures, *sizes, FLOAT32_MEGABYTES * sizes[0])
+
+    if not gates:
+        first = [row("dense", whole)] if "original_parameters" in results else []
+        return [*first, row("compacted" if first else "dense", left, results)]
+    under_gates = row("gated", whole, results if tuned is None else tuned)
+    last = row("compacted", left) if tuned is None else row("tuned", left, results)
+    return [row("dense", whole), under_gates, last]
+
+
+FLOAT32_MEGABYTES = 4e-6
+"""Size of a weight."""
+
+
+def columns(artefacts: Sequence[Artefact]) -> list[tuple[str, str]]:
+    """Return the runtimes and batch sizes that anything was timed with, in order."""
+    found = [(runtime, batch) for a in artefacts for runtime, of in a.milliseconds.items() for batch in of]
+    return list(dict.fromkeys(found))
+
+
+def table(artefacts: Sequence[Artefact], task: Task, measured_on: str) -> str:
+    """Return the artefacts as text, for people.
+
+    Args:
+        artefacts: in order.
+        task: whose main figure is shown.
+        measured_on: the examples, in words.
+    """
+    timed = columns(artefacts)
+    word = SHARES.get(task.figure, task.figure)
+    head = f"{'network':10s}{'test ' + word:>16s}{'parameters':>13s}{'MACs':>15s}{'MB':>9s}"
+    head += "".join(f"{f'{runtime} {batch}':>16s}" for runtime, batch in timed)
+    lines = [head]
+    for a in artefacts:
+        figure = a.figures.get(f"test_{task.figure}")
+        cells = [_text(figure, ".4f", 16), _text(a.parameters, ",", 13), _text(a.macs, ",", 15)]
+        cells.append(_text(a.megabytes, ".3f", 9))
+        cells += [_text(a.milliseconds.get(runtime, {}).get(batch), ".2f", 16) for runtime, batch in timed]
+        lines.append(f"{a.name:10s}{''.join(cells)}")
+    lines.append(
+        f"{word} on {measured_on}" + ("; ms for a batch of the size in the heading" if timed else "")
+    )
+    ship = to_ship(artefacts)
+    return "\n".join([*lines, *([] if ship is None else [f"ship: {ship}"])])
+
+
+def _text(value: float | None, form: str, width: int) -> str:
+    return f"{'-' if value is None else format(value, form):>{width}s}"
+
+
+def examples_in_words(described: Mapping[str, Any], limit: int | float | None = None) -> str:
+    """Say on which examples something was measured.
+
+    Args:
+        described: what the data said of themselves.
+        limit: of ``trainer.limit_test_batches``.
+    """
+    number = described.get("num_test")
+    some = "" if limit in (None, 1.0) else f", of which trainer.limit_test_batches={limit} were taken"
+    count = "" if number is None else f"{number:,} "
+    return f"the {count}test examples of {described.get('source', 'the data')}{some}"
