@@ -14,6 +14,7 @@ import bisect
 import itertools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 COSTS = ("parameters", "macs")
 """What a target can be about."""
+Exact = str | Callable[[], float]
+"""A cost: one of ``COSTS``, or what returns the share of it that compaction would leave now."""
 
 
 @dataclass
@@ -168,7 +171,7 @@ MARGIN = 1e-3
 
 
 @torch.no_grad()
-def meet_(accountant: Accountant, cost: str, kept: float) -> float:
+def meet_(accountant: Accountant, cost: Exact, kept: float) -> float:
     """Open or shut the gates nearest to the boundary until the exact cost is as large as is allowed.
 
     A gate that is opened lets next to nothing through, one that is shut did so before: the output hardly
@@ -178,7 +181,7 @@ def meet_(accountant: Accountant, cost: str, kept: float) -> float:
 
     Args:
         accountant: of the network, whose gates are changed in place.
-        cost: parameters or macs.
+        cost: parameters or macs, or what returns the share of another cost that stays.
         kept: share of it that may stay, in (0, 1).
 
     Returns:
@@ -218,7 +221,7 @@ def meet_(accountant: Accountant, cost: str, kept: float) -> float:
 
 def _fill_(
     accountant: Accountant,
-    cost: str,
+    cost: Exact,
     kept: float,
     reached: float,
     candidates: list[int],
@@ -228,7 +231,7 @@ def _fill_(
 
     Args:
         accountant: of the network, whose gates are changed in place.
-        cost: parameters or macs.
+        cost: parameters or macs, or what returns the share of another cost that stays.
         kept: share of it that may stay.
         reached: share of it that stays now.
         candidates: positions of shut gates in all gates' log_alpha, end to end.
@@ -255,8 +258,10 @@ def _fill_(
     return reached
 
 
-def exact_share(accountant: Accountant, cost: str) -> float:
+def exact_share(accountant: Accountant, cost: Exact) -> float:
     """Return the share of the parameters or MACs that compaction leaves, with the gates as they are."""
+    if not isinstance(cost, str):
+        return cost()
     if cost == "parameters":
         return 1.0 - accountant.exact_sparsity()
     return accountant.count().compacted_macs / accountant.macs

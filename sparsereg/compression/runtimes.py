@@ -61,6 +61,18 @@ class Loaders:
         check_runtime(runtime)
         return _LOADERS[runtime](self, source)
 
+    def forget(self, source: Source) -> None:
+        """Give the memory of a network's file back."""
+        self._onnx.pop(id(source), None)
+
+    def run_onnx(self, content: bytes, runtime: str) -> Loaded:
+        """Make the content of an ONNX file run in onnxruntime or OpenVINO."""
+        return (
+            _onnxruntime_of(content, self.threads)
+            if runtime == "onnxruntime"
+            else _openvino_of(content, self.threads)
+        )
+
     def onnx(self, source: Source) -> bytes:
         """Return the ONNX file of a network."""
         if isinstance(source, Path):
@@ -175,7 +187,11 @@ def onnx_session(content: bytes, threads: int) -> Any:
 
 
 def _onnxruntime(loaders: Loaders, source: Source) -> Loaded:
-    session = onnx_session(loaders.onnx(source), loaders.threads)
+    return _onnxruntime_of(loaders.onnx(source), loaders.threads)
+
+
+def _onnxruntime_of(content: bytes, threads: int) -> Loaded:
+    session = onnx_session(content, threads)
     names = [i.name for i in session.get_inputs()]
 
     def prepare(example_input: Any) -> dict[str, Any]:
@@ -188,12 +204,16 @@ def _onnxruntime(loaders: Loaders, source: Source) -> Loaded:
 
 
 def _openvino(loaders: Loaders, source: Source) -> Loaded:
+    ir = isinstance(source, Path) and source.suffix == ".xml"
+    return _openvino_of(str(source) if ir else loaders.onnx(source), loaders.threads)
+
+
+def _openvino_of(model_or_path: bytes | str, threads: int) -> Loaded:
     import openvino
 
     core = openvino.Core()
-    ir = isinstance(source, Path) and source.suffix == ".xml"
-    model = core.read_model(str(source)) if ir else core.read_model(loaders.onnx(source))
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": loaders.threads, "NUM_STREAMS": 1}
+    model = core.read_model(model_or_path)
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
     request = core.compile_model(model, "CPU", settings).create_infer_request()
 
     def run(arrays: list[Any]) -> Any:

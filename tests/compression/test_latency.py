@@ -66,7 +66,9 @@ def test_networks_and_files_in_other_runtimes(runtime, tmp_path):
     assert "1 thread," in found.settings
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(
+    "runtime", ["eager", pytest.param("compiled", marks=pytest.mark.slow), "onnxruntime", "openvino"]
+)
 def test_every_runtime_gives_the_answers_of_the_network(runtime):
     for package in RUNTIMES[runtime]:
         pytest.importorskip(package)

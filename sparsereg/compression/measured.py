@@ -1,0 +1,369 @@
+"""Budgets in milliseconds and megabytes: expected while training, measured on the smaller network at the end.
+
+A model of the cost says what gates are worth: times of layers as ``sparsereg.compression.times`` measured
+them, and sizes of tensors. It is made to agree with the whole network and with the smallest one, and nothing
+depends on it being right in between: at the end the compacted network itself is measured, the model's share
+is corrected, and the gates are set anew, until what was measured is what was asked for.
+"""
+
+import copy
+import logging
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsereg.compression.budget import Budget, meet_
+from sparsereg.compression.compact import compact
+from sparsereg.compression.count import Accountant
+from sparsereg.compression.deploy import fuse
+from sparsereg.compression.runtimes import Loaded, Loaders, batch_of, check_runtime, torch_threads
+from sparsereg.compression.times import Clock
+from sparsereg.compression.units.explain import inputs_of
+from sparsereg.compression.widths import Widths
+from sparsereg.distributions import HardConcrete
+from sparsereg.errors import InputError
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.02
+"""How far what is measured at the end may be from what was asked for, as a share of it."""
+_TRIALS = 12
+_SECONDS = 4.0
+"""How long one network is timed, in turns with the whole one."""
+_ROUNDS = (30, 400)
+"""Fewest and most runs of one network."""
+_WIDE_OPEN = 20.0
+
+
+class Milliseconds:
+    """The median time of one call of the compacted network.
+
+    Times are taken in turns with the whole network, and are ratios to it times its median over all of them,
+    so that other work on the machine, which slows both, hardly moves them.
+
+    Args:
+        accountant: of the network.
+        example_input: one example as it takes it, on the CPU.
+        runtime: one of ``sparsereg.compression.runtimes.RUNTIMES``.
+        threads: how many may compute.
+        batch: examples in a call.
+
+    Raises:
+        InputError: the runtime is not installed.
+    """
+
+    unit, key = "ms", "target_latency_ms"
+
+    def __init__(
+        self, accountant: Accountant, example_input: Any, runtime: str, threads: int, batch: int
+    ) -> None:
+        check_runtime(runtime)
+        self.what = f"{runtime}, {threads} thread{'s' * (threads > 1)}, batch {batch}"
+        self._example = batch_of(example_input, batch)
+        self._runtime, self._threads = runtime, threads
+        self._loaders = Loaders(example_input, threads)
+        self._whole: Loaded | None = None
+        self._of_whole: list[float] = []
+        self._widths = Widths(accountant)
+        clock = Clock(runtime, threads, batch)
+        with torch_threads(threads):
+            self._grids = [clock.grid(layer) for layer in self._widths.layers]
+        clock.save()
+        self.full = self.floor = math.nan
+        self._scale, self._rate = 1.0, 0.0
+
+    def fit(self, whole: nn.Module, smallest: nn.Module) -> None:
+        """Measure the whole network and the smallest one, and make the model agree with both."""
+        with torch_threads(self._threads), torch.inference_mode():
+            self._whole = self._loaders.load(whole, self._runtime)
+        self.floor = self.measure(smallest)
+        self.full = statistics.median(self._of_whole) * 1e3
+        inputs, outputs = self._widths.whole()
+        layers, elements = float(self._layers(inputs, outputs)), float(self._elements(outputs))
+        rest = self.full - self.floor - layers
+        self._scale = min(1.0, (self.full - self.floor) / layers) if layers > 0 else 1.0
+        self._rate = max(rest, 0.0) / elements if elements else 0.0
+
+    def expected(self) -> Tensor:
+        """Expected time with the gates as they are, by the model, differentiable; a scalar."""
+        return self._model(*self._widths.expected())
+
+    def exact(self) -> float:
+        """Time of the compacted network with the gates as they are, by the model."""
+        return float(self._model(*self._widths.exact()))
+
+    def measure(self, network: nn.Module) -> float:
+        """Return the median time of a call of a network."""
+        assert self._whole is not None
+        with torch_threads(self._threads), torch.inference_mode():
+            loaded = self._loaders.load(network, self._runtime)
+            pairs = [(one, one.prepare(self._example)) for one in (self._whole, loaded)]
+            ratios: list[float] = []
+            for one, given in pairs * 3:
+                one.run(given)
+            end = time.perf_counter() + _SECONDS
+            while len(ratios) < _ROUNDS[0] or (len(ratios) < _ROUNDS[1] and time.perf_counter() < end):
+                taken = []
+                for one, given in pairs:
+                    start = time.perf_counter()
+                    one.run(given)
+                    taken.append(time.perf_counter() - start)
+                self._of_whole.append(taken[0])
+                ratios.append(taken[1] / taken[0])
+        self._loaders.forget(network)
+        return statistics.median(ratios) * statistics.median(self._of_whole) * 1e3
+
+    def _model(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        layers, elements = self._layers(inputs, outputs), self._elements(outputs)
+        return self.floor + self._scale * layers + self._rate * elements
+
+    def _layers(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        times = [grid.at(i, o) for grid, i, o in zip(self._grids, inputs, outputs, strict=True)]
+        return 1e3 * torch.stack(times).sum() if times else inputs.sum()
+
+    def _elements(self, outputs: Tensor) -> Tensor:
+        return (outputs * outputs.new_tensor([layer.elements for layer in self._widths.layers])).sum()
+
+
+class Megabytes:
+    """Weights and the largest sum of all tensors that a call of the compacted network holds at once.
+
+    Counted on its operations in the order in which they run, each tensor from the operation that makes it to
+    the last one that reads it; views take nothing. In 10^6 bytes.
+
+    Args:
+        accountant: of the network.
+        example_input: one example as it takes it, on the CPU.
+        batch: examples in a call.
+    """
+
+    unit, key = "MB", "target_memory_mb"
+
+    def __init__(self, accountant: Accountant, example_input: Any, batch: int) -> None:
+        self.what = f"batch {batch}"
+        self._accountant = accountant
+        self._example = batch_of(example_input, batch)
+        self._widths = Widths(accountant)
+        self.full = self.floor = math.nan
+        self._weights = self._activations = 0.0
+
+    def fit(self, whole: nn.Module, smallest: nn.Module) -> None:
+        """Measure the whole network and the smallest one, and make the model agree with both."""
+        self.full, self.floor = self.measure(whole), self.measure(smallest)
+        self._weights = min(_megabytes_of_weights(whole), self.full - self.floor)
+        self._activations = self.full - self.floor - self._weights
+        self._largest = float(self._peak(*self._widths.whole()))
+
+    def expected(self) -> Tensor:
+        """Expected megabytes with the gates as they are, by the model, differentiable; a scalar."""
+        return self._model(self._accountant.expected_parameters(), *self._widths.expected())
+
+    def exact(self) -> float:
+        """Megabytes of the compacted network with the gates as they are, by the model."""
+        left = (1 - self._accountant.exact_sparsity()) * self._accountant.parameters
+        inputs, outputs = self._widths.exact()
+        return float(self._model(inputs.new_tensor(left), inputs, outputs))
+
+    def measure(self, network: nn.Module) -> float:
+        """Return the weights and the peak of the activations of a compacted network."""
+        assert isinstance(network, fx.GraphModule)
+        return _megabytes_of_weights(network) + peak_megabytes(network, self._example)
+
+    def _model(self, parameters: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+        weights = self._weights * parameters / self._accountant.parameters
+        return (
+            self.floor + weights + self._activations * self._peak(inputs, outputs) / max(self._largest, 1.0)
+        )
+
+    def _peak(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Numbers that the layer with the most of them reads and makes."""
+        layers = self._widths.layers
+        made = outputs * outputs.new_tensor([layer.elements for layer in layers])
+        read = inputs * inputs.new_tensor([layer.elements * math.prod(layer.stride) for layer in layers])
+        return (made + read).max() if layers else outputs.sum()
+
+
+def _megabytes_of_weights(network: nn.Module) -> float:
+    return sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers())) / 1e6
+
+
+@torch.no_grad()
+def peak_megabytes(network: fx.GraphModule, example_input: Any) -> float:
+    """Return the largest sum of all tensors, inputs included, that are alive at once, in 10^6 bytes.
+
+    Args:
+        network: compacted.
+        example_input: a batch as it takes it.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(1000, 500, bias=False), nn.ReLU())
+        >>> peak_megabytes(compact(net, torch.ones(1, 1000)), torch.ones(1, 1000))
+        0.006
+    """
+    args, kwargs = inputs_of(example_input)
+    by_name = iter(args)
+    given = [
+        kwargs[str(n.target)] if str(n.target) in kwargs else next(by_name)
+        for n in network.graph.nodes
+        if n.op == "placeholder"
+    ]
+    sizes = _Sizes(network)
+    sizes.run(*given)
+    last = {user: i for i, node in enumerate(network.graph.nodes) for user in node.all_input_nodes}
+    alive: dict[int, int] = {}
+    peak = 0
+    for i, node in enumerate(network.graph.nodes):
+        alive |= sizes.storages.get(node, {})
+        peak = max(peak, sum(alive.values()))
+        needed = {s for n, at in last.items() if at > i for s in sizes.storages.get(n, {})}
+        alive = {s: size for s, size in alive.items() if s in needed}
+    return peak / 1e6
+
+
+class _Sizes(fx.Interpreter):
+    """Runs a graph and notes which memory each of its tensors is in; keeps all: none is used twice."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network, garbage_collect_values=False)
+        self.storages: dict[fx.Node, dict[int, int]] = {}
+        held = (*network.parameters(), *network.buffers())
+        self._weights = {t.untyped_storage().data_ptr() for t in held}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run it as ever, and look at the result."""
+        result = super().run_node(n)
+        tensors = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        memory = [(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in tensors]
+        self.storages[n] = {pointer: size for pointer, size in memory if pointer not in self._weights}
+        return result
+
+
+Cost = Milliseconds | Megabytes
+
+
+class MeasuredBudget(Budget):
+    """What a compacted network may cost when it is measured.
+
+    Args:
+        accountant: counts the network.
+        cost: what is measured.
+        target: how much of it is allowed, in its unit.
+        example_input: one example as the network takes it, on the CPU.
+        proportional_gain: of the multiplier.
+        integral_gain: of the multiplier.
+
+    Attributes:
+        reached: what was measured last by ``meet``; None before.
+
+    Raises:
+        InputError: the target is below what the smallest network costs, or not below what the whole one does.
+    """
+
+    def __init__(
+        self,
+        accountant: Accountant,
+        cost: Cost,
+        target: float,
+        example_input: Any,
+        proportional_gain: float = 10.0,
+        integral_gain: float = 0.01,
+    ) -> None:
+        self.measured, self.target, self.example_input = cost, target, example_input
+        self.reached: float | None = None
+        super().__init__(accountant, cost.key, 1.0, proportional_gain, integral_gain)
+        self._fit()
+        self.kept = target / cost.full
+
+    def expected_share(self) -> Tensor:
+        """Share of the cost that is expected to stay, by the model; a scalar."""
+        return self.measured.expected() / self.measured.full
+
+    def exact_share(self) -> float:
+        """Share of the cost that compaction leaves, by the model."""
+        return self.measured.exact() / self.measured.full
+
+    @torch.no_grad()
+    def _fit(self) -> None:
+        gates, cost = self.accountant.gates, self.measured
+        before = [gate.log_alpha.clone() for gate in gates]
+        try:
+            for gate in gates:
+                gate.log_alpha.fill_(_WIDE_OPEN)
+            whole = self._compacted()
+            _shut_all_but_one(gates)
+            smallest = self._compacted()
+        finally:
+            _restore(gates, before)
+        cost.fit(whole, smallest)
+        said = f"{cost.key}={self.target:g}"
+        if self.target < cost.floor * (1 + TOLERANCE):
+            raise InputError(
+                f"{said}: with nearly all gates shut the network still takes {cost.floor:.3g} {cost.unit}"
+                f" ({cost.what}): ask for more"
+            )
+        if self.target >= cost.full:
+            raise InputError(
+                f"{said}: the whole network takes {cost.full:.3g} {cost.unit} ({cost.what}): ask for less"
+            )
+        log.info(
+            "the whole network takes %.3g %s (%s), the smallest %.3g",
+            cost.full,
+            cost.unit,
+            cost.what,
+            cost.floor,
+        )
+
+    def _compacted(self) -> fx.GraphModule:
+        model = self.accountant.model
+        if next(model.parameters()).device.type != "cpu":
+            model = copy.deepcopy(model).cpu()
+        return fuse(compact(model, self.example_input, check=False))
+
+    @torch.no_grad()
+    def meet(self) -> None:
+        """Set the gates so that the compacted network takes what it may: set, measure, correct, repeat."""
+        gates, cost = self.accountant.gates, self.measured
+        before = [gate.log_alpha.clone() for gate in gates]
+        found: list[tuple[float, float, list[Tensor]]] = []
+        low, high, kept = cost.floor / cost.full, 1.0, self.kept
+        for _ in range(_TRIALS):
+            _restore(gates, before)
+            meet_(self.accountant, self.exact_share, kept)
+            value = cost.measure(self._compacted())
+            error = value / self.target - 1
+            found.append((abs(error), value, [gate.log_alpha.clone() for gate in gates]))
+            log.info("%s=%g: measured %.4g %s", cost.key, self.target, value, cost.unit)
+            if abs(error) <= TOLERANCE / 4:
+                break
+            low, high = (low, kept) if error > 0 else (kept, high)
+            nearer = kept + (self.target - value) / cost.full
+            kept = nearer if low < nearer < high else (low + high) / 2
+            if high - low < 1e-4:
+                break
+        error, self.reached, best = min(found, key=lambda one: one[0])
+        _restore(gates, best)
+        self.met = True
+        if error > TOLERANCE:
+            log.warning(
+                "%s=%g: the nearest that was found is %.4g %s; single gates cost more than 2 %% here",
+                cost.key,
+                self.target,
+                self.reached,
+                cost.unit,
+            )
+
+
+def _restore(gates: list[HardConcrete], values: list[Tensor]) -> None:
+    for gate, value in zip(gates, values, strict=True):
+        gate.log_alpha.copy_(value)
+
+
+def _shut_all_but_one(gates: list[HardConcrete]) -> None:
+    """Leave one unit behind each gate, as training would."""
+    for gate in gates:
+        gate.log_alpha.fill_(-_WIDE_OPEN)
+        gate.log_alpha.view(-1)[0] = _WIDE_OPEN

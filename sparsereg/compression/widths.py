@@ -1,0 +1,197 @@
+"""How wide each layer of a network is with its gates as they are: exactly, and in expectation."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsereg.compression.count import Accountant, _Channels, _Units
+from sparsereg.compression.expected import _Pass
+from sparsereg.compression.ops import Mixing
+from sparsereg.compression.times import Layer
+from sparsereg.compression.units.program import bound, name_of
+
+Pair = tuple[Tensor, Tensor]
+"""Inputs and outputs of each layer, (layers,), float64."""
+
+
+class Widths:
+    """The layers of a network with weights that take time, and how much of each stays.
+
+    Args:
+        accountant: of the network.
+
+    Attributes:
+        layers: whole, in the order in which they run.
+    """
+
+    def __init__(self, accountant: Accountant) -> None:
+        counted = accountant._counted
+        self._own: _OfUnits | _OfChannels = (
+            _OfUnits(counted) if isinstance(counted, _Units) else _OfChannels(counted)
+        )
+        self.layers = self._own.layers
+
+    def whole(self) -> Pair:
+        """Widths of the whole network."""
+        inputs = torch.tensor([layer.inputs for layer in self.layers], dtype=torch.float64)
+        return inputs, torch.tensor([layer.outputs for layer in self.layers], dtype=torch.float64)
+
+    def expected(self) -> Pair:
+        """Expected widths, differentiable in every log_alpha."""
+        return self._own.expected()
+
+    def exact(self) -> Pair:
+        """Widths of the compacted network."""
+        return self._own.exact()
+
+
+def _ratio(layer: Layer, outputs: Any) -> Any:
+    """Inputs of a layer with groups, which lose inputs and outputs together."""
+    return layer.inputs * outputs / layer.outputs
+
+
+class _OfUnits:
+    """Layers of a network whose gates ``gate`` has put in."""
+
+    def __init__(self, counted: _Units) -> None:
+        self._counted = counted
+        program = counted.costs.program
+        nodes = [n for n in program.calls if name_of(n) in _LAYERS_OF]
+        found = [(n, _LAYERS_OF[name_of(n)](program, n)) for n in nodes]
+        self.layers = [layer for _, layer in found]
+        self._lines = [self._pair(node, layer) for node, layer in found]
+
+    def _pair(self, node: fx.Node, layer: Layer) -> tuple[int | None, int | None]:
+        """Lines along inputs and outputs; None where nothing can go, or where inputs follow outputs."""
+        a = bound(node)
+        if layer.kind == "linear":
+            source = (a["mat1"] if name_of(node) == "addmm" else a["input"], -1)
+            return self._line(*source), self._line(node, -1)
+        return (None if layer.groups > 1 else self._line(a["weight"], 1)), self._line(node, 1)
+
+    def _line(self, node: fx.Node, axis: int) -> int | None:
+        line = self._counted.costs._line(node, axis)
+        return self._counted.costs._lines._line_ids.get(line.tobytes()) if line.any() else None
+
+    def _widths(self, counts: Tensor) -> Pair:
+        pairs = []
+        for layer, (i, o) in zip(self.layers, self._lines, strict=True):
+            outputs = counts.new_tensor(float(layer.outputs)) if o is None else counts[o]
+            inputs = counts.new_tensor(float(layer.inputs)) if i is None else counts[i]
+            pairs.append((_ratio(layer, outputs) if layer.groups > 1 else inputs, outputs))
+        none = counts.new_zeros(0)
+        return (
+            torch.stack([i for i, _ in pairs]) if pairs else none,
+            torch.stack([o for _, o in pairs]) if pairs else none,
+        )
+
+    def expected(self) -> Pair:
+        """Expected widths."""
+        p = self._counted.structure.p_active(self._counted.model)
+        return self._widths(self._counted.costs.sizes.expected(p)[1])
+
+    def exact(self) -> Pair:
+        """Widths that stay."""
+        stays = self._counted.structure.stays(self._counted.model)
+        return self._widths(torch.from_numpy(self._counted.costs.sizes.counts(stays)).double())
+
+
+def _linear_node(program: Any, node: fx.Node) -> Layer:
+    a = bound(node)
+    shape = program.values[node].shape
+    inputs = program.values[a["mat1"] if name_of(node) == "addmm" else a["input"]].shape[-1]
+    rows = max(1, math.prod(shape[:-1]) // program.batch)
+    return Layer("linear", int(inputs), int(shape[-1]), (rows,))
+
+
+def _conv_node(program: Any, node: fx.Node) -> Layer:
+    a = bound(node)
+    shape, weight = program.values[node].shape, program.values[a["weight"]].shape
+    dims = len(weight) - 2
+
+    def each(value: Any) -> tuple[int, ...]:
+        values = [int(v) for v in value] if isinstance(value, list | tuple) else [1]
+        return tuple(values * dims if len(values) == 1 else values)
+
+    groups = int(a["groups"])
+    return Layer(
+        "conv", int(weight[1]) * groups, int(shape[1]), tuple(int(n) for n in shape[2:]),
+        tuple(int(n) for n in weight[2:]), each(a["stride"]), each(a["dilation"]), groups,
+    )  # fmt: skip
+
+
+_LAYERS_OF: dict[str, Callable[[Any, fx.Node], Layer]] = {
+    **dict.fromkeys(("linear", "addmm"), _linear_node),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _conv_node),
+}
+"""Operations that are timed as layers."""
+
+
+class _OfChannels:
+    """Layers of a network whose gates its author has put in."""
+
+    def __init__(self, counted: _Channels) -> None:
+        self._network = counted.network
+        self._ops = [op for op in counted.network.ops.values() if isinstance(op, Mixing)]
+        self.layers = [_mixing(op) for op in self._ops]
+
+    def expected(self) -> Pair:
+        """Expected widths."""
+        pass_ = _Pass(self._network)
+        pairs = [self._expected(pass_, op, layer) for op, layer in zip(self._ops, self.layers, strict=True)]
+        return torch.stack([i for i, _ in pairs]), torch.stack([o for _, o in pairs])
+
+    def _expected(self, pass_: _Pass, op: Mixing, layer: Layer) -> Pair:
+        if op.name not in pass_.stays:
+            nothing = pass_.none.new_zeros(())
+            return nothing, nothing
+        outputs = pass_.stays[op.name].value.sum()
+        if op.groups > 1:
+            return _ratio(layer, outputs), outputs
+        return pass_.stays[op.inputs[0]].value.sum(), outputs
+
+    def exact(self) -> Pair:
+        """Widths that stay."""
+        analysis = self._network.analyse()
+        pairs = []
+        for op, layer in zip(self._ops, self.layers, strict=True):
+            there = op.name in analysis.read and op.name not in analysis.constant
+            outputs = float(analysis.kept[op.name].sum()) if there else 0.0
+            read = float(analysis.read[op.name][0].sum()) if there else 0.0
+            pairs.append((_ratio(layer, outputs) if op.groups > 1 else read, outputs))
+        both = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
+        return both[:, 0], both[:, 1]
+
+
+def _mixing(op: Mixing) -> Layer:
+    positions = max(1, round(op.macs_per_weight / op.taps))
+    inputs = op.in_group * op.groups
+    if isinstance(op.layer, nn.Linear):
+        return Layer("linear", inputs, op.width, (positions,))
+    kernel = tuple(int(n) for n in op.weight.shape[2:])
+    stride, dilation = (tuple(int(n) for n in getattr(op.layer, k)) for k in ("stride", "dilation"))
+    size = _spread(positions, len(kernel))
+    return Layer(
+        "conv",
+        inputs,
+        op.width,
+        size,
+        kernel,
+        (1,) * len(kernel) if op.transposed else stride,
+        dilation,
+        op.groups,
+    )
+
+
+def _spread(positions: int, dims: int) -> tuple[int, ...]:
+    """Divide a number of positions into sides that are as equal as possible."""
+    sides = []
+    for left in range(dims, 0, -1):
+        near = round(positions ** (1 / left))
+        side = min((n for n in range(1, positions + 1) if positions % n == 0), key=lambda n: abs(n - near))
+        sides.append(side)
+        positions //= side
+    return tuple(sides)
