@@ -24,7 +24,7 @@ from sparsereg.compression import (
 )
 from sparsereg.compression.deploy import check_packages, write_onnx
 from sparsereg.compression.latency import HEADER, Latency
-from sparsereg.compression.quantize import CALIBRATION_EXAMPLES
+from sparsereg.compression.quantization import CALIBRATION_EXAMPLES
 from sparsereg.compression.rounding import fastest_rounding
 from sparsereg.compression.runtimes import Loaders, Source, check_runtime, default_runtime, installed
 from sparsereg.data.batches import call, only

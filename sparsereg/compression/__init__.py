@@ -5,7 +5,7 @@ from sparsereg.compression.count import Accountant, Count, LayerCount, count
 from sparsereg.compression.deploy import export, fuse, shift_pools
 from sparsereg.compression.insert import gate
 from sparsereg.compression.latency import Latency, Timing, benchmark
-from sparsereg.compression.quantize import quantize
+from sparsereg.compression.quantization import quantize
 from sparsereg.compression.storage import is_compacted, load_compacted, save_compacted
 from sparsereg.compression.units.explain import Explanation, explain
 

@@ -160,7 +160,8 @@ class _OfChannels:
         for op, layer in zip(self._ops, self.layers, strict=True):
             there = op.name in analysis.read and op.name not in analysis.constant
             outputs = float(analysis.kept[op.name].sum()) if there else 0.0
-            read = float(analysis.read[op.name][0].sum()) if there else 0.0
+            mask = analysis.read[op.name][0] if there else None
+            read = 0.0 if mask is None else float(mask.sum())
             pairs.append((_ratio(layer, outputs) if op.groups > 1 else read, outputs))
         both = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
         return both[:, 0], both[:, 1]

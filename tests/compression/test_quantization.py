@@ -60,7 +60,7 @@ def test_wrong_arguments(exported, tmp_path, monkeypatch):
         quantize(path, tmp_path / "q.onnx", [])
     with pytest.raises(ValueError, match=r"end with \.onnx"):
         quantize(path, tmp_path / "q.pt2", [x])
-    monkeypatch.setattr("sparsereg.compression.quantize.find_spec", lambda name: None)
+    monkeypatch.setattr("sparsereg.compression.quantization.find_spec", lambda name: None)
     with pytest.raises(InputError, match="quantize=int8 needs the package onnx: pip install"):
         quantize(path, tmp_path / "q.onnx", [x])
     assert not (tmp_path / "q.onnx").exists()
