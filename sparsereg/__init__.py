@@ -10,10 +10,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sparsereg.calibration import SparseCalibrationWeights
-    from sparsereg.compression import explain, gate
+    from sparsereg.compression import compact, count, explain, export, gate
     from sparsereg.distributions import HardConcrete
     from sparsereg.gates import FeatureGate, HybridGate, L0Gate, SampleGate
     from sparsereg.layers import L0Conv2d, L0DepthwiseConv2d, L0Linear, SparseMLP, prune_model
+    from sparsereg.loops.huggingface import SparsifyTrainer
+    from sparsereg.loops.lightning import Sparsify
+    from sparsereg.loops.plain import Sparsifier
     from sparsereg.penalties import (
         PenaltyTracker,
         compute_l0_penalty,
@@ -38,11 +41,17 @@ __all__ = [
     "SparseCalibrationWeights",
     "SparseL0Linear",
     "SparseMLP",
+    "Sparsifier",
+    "Sparsify",
+    "SparsifyTrainer",
     "TemperatureScheduler",
+    "compact",
     "compute_l0_penalty",
     "compute_l0l2_penalty",
     "compute_l2_penalty",
+    "count",
     "explain",
+    "export",
     "gate",
     "get_active_parameter_count",
     "get_sparsity_stats",
@@ -65,21 +74,33 @@ _HOMES = {
     "temperature": ("TemperatureScheduler", "update_temperatures"),
     "sparse": ("SparseL0Linear",),
     "calibration": ("SparseCalibrationWeights",),
-    "compression": ("explain", "gate"),
+    "compression": ("compact", "count", "explain", "export", "gate"),
+    "loops.huggingface": ("SparsifyTrainer",),
+    "loops.lightning": ("Sparsify",),
+    "loops.plain": ("Sparsifier",),
 }
-_MODULES = {*_HOMES, "data", "errors", "model", "sklearn", "training"}
+_MODULES = {*(home.partition(".")[0] for home in _HOMES), "data", "errors", "model", "sklearn", "training"}
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        value = getattr(importlib.import_module(f"sparsereg.{_HOME[name]}"), name)
+        value = getattr(_imported(_HOME[name]), name)
     elif name in _MODULES:
         value = importlib.import_module(f"sparsereg.{name}")
     else:
         raise AttributeError(f"module 'sparsereg' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(f"sparsereg.{module}")
+    except ModuleNotFoundError as error:
+        from sparsereg.extras import missing
+
+        raise missing(error) from error
 
 
 def __dir__() -> list[str]:

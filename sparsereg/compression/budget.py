@@ -14,8 +14,9 @@ import bisect
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +48,12 @@ class Constraint:
     gradients: list[tuple[Tensor, Tensor]]
     scalars: dict[str, float]
 
-    def add_gradient_(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+    def add_gradient_(self, optimizer: torch.optim.Optimizer | None = None, scale: float = 1.0) -> bool:
         """Add the gradient of the penalty to that which the gates have.
 
         Args:
             optimizer: only to gates that it moves; to all if None.
+            scale: of the gradients, which mixed precision enlarges.
 
         Returns:
             Whether there were any.
@@ -59,7 +61,7 @@ class Constraint:
         moved = None if optimizer is None else {id(p) for g in optimizer.param_groups for p in g["params"]}
         own = [(a, g) for a, g in self.gradients if moved is None or id(a) in moved]
         for log_alpha, gradient in own:
-            added = self.multiplier * gradient
+            added = (scale * self.multiplier * gradient).to(log_alpha.dtype)
             log_alpha.grad = added if log_alpha.grad is None else log_alpha.grad.add_(added)
         return bool(own)
 
@@ -145,6 +147,44 @@ class Budget:
         )
         return self.constraint
 
+    def state_dict(self) -> dict[str, Any]:
+        """The multiplier and what was measured last, tensors and numbers, so that a loop goes on exactly."""
+        now = self.constraint
+        places = {id(gate.log_alpha): i for i, gate in enumerate(self.accountant.gates)}
+        gradients = [] if now is None else [(places[id(a)], g.detach().cpu()) for a, g in now.gradients]
+        return {
+            "integral": self.multiplier.integral,
+            "multiplier": None if now is None else now.multiplier,
+            "violation": None if now is None else now.violation,
+            "scalars": {} if now is None else dict(now.scalars),
+            "gradients": dict(gradients),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned.
+
+        Raises:
+            ValueError: it is of other gates.
+        """
+        locations = [gate.log_alpha for gate in self.accountant.gates]
+        pairs = []
+        for place, gradient in state["gradients"].items():
+            at = int(place)
+            shape = locations[at].shape if 0 <= at < len(locations) else None
+            value = torch.as_tensor(gradient)
+            if value.shape != shape:
+                raise ValueError(
+                    f"this state is of other gates: its gate {at} has {tuple(value.shape)} places"
+                )
+            pairs.append((locations[at], value.to(locations[at])))
+        self.multiplier.integral = float(state["integral"])
+        self.constraint = None
+        if state["multiplier"] is not None:
+            scalars = {name: float(value) for name, value in state["scalars"].items()}
+            self.constraint = Constraint(
+                float(state["multiplier"]), float(state["violation"]), pairs, scalars
+            )
+
     def meet(self) -> None:
         """Open or shut the gates nearest to the boundary, so that the exact cost is what is allowed."""
         with torch.no_grad():
@@ -153,7 +193,7 @@ class Budget:
             log.warning(
                 "the gates have not come near the target: %.1f %% of the %s are expected to stay, %.1f %% "
                 "may; the rest is cut off now, which costs accuracy. Train longer, or let the gates learn "
-                "faster (optimizer.gate_lr_ratio of train.py)",
+                "faster (optimizer.gate_lr_ratio of train.py, gate_lr)",
                 100 * share,
                 self.cost,
                 100 * self.kept,
@@ -265,3 +305,21 @@ def exact_share(accountant: Accountant, cost: Exact) -> float:
     if cost == "parameters":
         return 1.0 - accountant.exact_sparsity()
     return accountant.count().compacted_macs / accountant.macs
+
+
+@torch.no_grad()
+def least_share(accountant: Accountant, cost: str) -> float:
+    """Return the share of the parameters or MACs that stays with every gate shut: what gates cannot take.
+
+    Args:
+        accountant: of the network, whose gates are as before afterwards.
+        cost: parameters or macs.
+    """
+    before = [gate.log_alpha.clone() for gate in accountant.gates]
+    try:
+        for gate in accountant.gates:
+            gate.log_alpha.fill_(-math.inf)
+        return exact_share(accountant, cost)
+    finally:
+        for gate, location in zip(accountant.gates, before, strict=True):
+            gate.log_alpha.copy_(location)

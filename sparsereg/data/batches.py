@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from sparsereg.data.form import Inputs
+from torch.utils._pytree import tree_map
 
 LABELS = ("labels", "label", "targets", "target")
 """Names that labels have in batches that are dictionaries; the first that is there counts."""
@@ -74,21 +73,24 @@ def tensor_of(answer: Any) -> Any:
     return answer[0] if isinstance(answer, list | tuple) and answer else answer
 
 
-def call(net: nn.Module, inputs: Inputs) -> Any:
-    """Return what a network answers; inputs by name become its arguments."""
-    return net(**inputs) if isinstance(inputs, Mapping) else net(inputs)
-
-
-def num_examples(inputs: Inputs) -> int:
-    """Return the number of examples of a batch."""
-    return len(next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs)
-
-
-def moved(inputs: Inputs, device: torch.device) -> Inputs:
-    """Return inputs on a device."""
+def call(net: nn.Module, inputs: Any) -> Any:
+    """Return what a network answers; inputs by name and tuples of inputs become its arguments."""
     if isinstance(inputs, Mapping):
-        return {name: value.to(device) for name, value in inputs.items()}
-    return inputs.to(device)
+        return net(**inputs)
+    return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
+
+
+def num_examples(inputs: Any) -> int:
+    """Return the number of examples of a batch."""
+    parts = (
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else [inputs]
+    )
+    return next((len(part) for part in parts if isinstance(part, Tensor) and part.dim()), 1)
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """Return inputs on a device."""
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
 
 
 def only(inputs: Any, names: tuple[str, ...] | None) -> Any:

@@ -244,13 +244,19 @@ RunData = ImageDataModule | TextDataModule | LabelledTextModule | OwnDataModule
 """The data of a run."""
 
 
-def first_inputs(loader: Iterable[Any], num_images: int, device: torch.device) -> Iterator[Inputs]:
+def first_inputs(
+    loader: Iterable[Any],
+    num_images: int,
+    device: torch.device,
+    read: Callable[[Any], Any] | None = None,
+) -> Iterator[Inputs]:
     """Yield the first training inputs of a loader, the same each time; training's own noise stays as it is.
 
     Args:
         loader: of batches (inputs, labels), dictionaries, or inputs.
         num_images: how many examples, rounded up to whole batches.
         device: where they go.
+        read: what counts of a batch; by default its inputs.
 
     Raises:
         TypeError: batches are something else.
@@ -259,7 +265,7 @@ def first_inputs(loader: Iterable[Any], num_images: int, device: torch.device) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         for batch in loader:
-            inputs = _inputs(batch)
+            inputs = (read or _inputs)(batch)
             size = num_examples(inputs)
             if left < num_images and size < 2:
                 return

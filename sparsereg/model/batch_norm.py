@@ -31,7 +31,7 @@ def estimate_batch_norm_(net: nn.Module, batches: Iterable[Inputs]) -> int:
     Returns:
         The number of batches used; 0 if the network has no BatchNorm.
     """
-    norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = _tracking(net)
     if not norms:
         return 0
     modes = {m: m.training for m in net.modules()}
@@ -62,3 +62,12 @@ def estimate_batch_norm_(net: nn.Module, batches: Iterable[Inputs]) -> int:
     if count == 0:
         raise ValueError("BatchNorm statistics cannot be estimated from no batches")
     return count
+
+
+def has_statistics(net: nn.Module) -> bool:
+    """Whether a network has BatchNorm layers that keep statistics."""
+    return bool(_tracking(net))
+
+
+def _tracking(net: nn.Module) -> list[_BatchNorm]:
+    return [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]

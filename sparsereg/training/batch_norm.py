@@ -1,7 +1,7 @@
 """What BatchNorm statistics are taken from while Lightning trains, see ``sparsereg.model.batch_norm``."""
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
@@ -21,7 +21,11 @@ class EstimationData(Protocol):
 
 
 def estimation_batches(
-    trainer: pl.Trainer, module: pl.LightningModule, num_images: int, batch_size: int
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    num_images: int,
+    batch_size: int,
+    read: Callable[[Any], Any] | None = None,
 ) -> Iterable[Inputs] | None:
     """Return training images for ``estimate_batch_norm_``; None where there is no training data.
 
@@ -30,6 +34,7 @@ def estimation_batches(
         module: that trains.
         num_images: how many, rounded up to whole batches of a foreign data module.
         batch_size: images per batch, where the data module lets it be chosen.
+        read: what the network takes of a batch of a foreign data module.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, EstimationData):
@@ -39,4 +44,4 @@ def estimation_batches(
     loader = trainer.train_dataloader if data is None else data.train_dataloader()
     if isinstance(loader, DataLoader):
         loader = with_own_workers(loader)
-    return None if loader is None else first_inputs(loader, num_images, module.device)
+    return None if loader is None else first_inputs(loader, num_images, module.device, read)

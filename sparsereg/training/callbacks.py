@@ -1,23 +1,25 @@
 """Callbacks: seeds, temperature, BatchNorm, sparsity, time, checkpoints, a loss that is not a number."""
 
 import contextlib
+import random
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsereg.compression import Accountant
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
-from sparsereg.model.batch_norm import estimate_batch_norm_
+from sparsereg.model.batch_norm import estimate_batch_norm_, has_statistics
 from sparsereg.model.synchronised import several_processes
 from sparsereg.penalties import hard_concretes
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
@@ -32,7 +34,7 @@ class TrainingError(InputError):
 
 
 class ReproducibleEpochs(Callback):
-    """Seed PyTorch's generators at the start of every epoch, by (seed, epoch).
+    """Seed the generators of PyTorch, NumPy and Python at the start of every epoch, by (seed, epoch).
 
     The noise of the gates and of dropout is then a function of the epoch, so that a resumed run draws what
     an uninterrupted one would have drawn, and every process draws the same gates.
@@ -46,7 +48,10 @@ class ReproducibleEpochs(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Seed all generators of this process."""
-        torch.manual_seed((self.seed * 1_000_003 + trainer.current_epoch + 1) % 2**63)
+        seed = (self.seed * 1_000_003 + trainer.current_epoch + 1) % 2**63
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
 
 
 class TemperatureSchedule(Callback):
@@ -110,12 +115,23 @@ class BatchNormEstimation(Callback):
         num_images: training images to use; 0 leaves the statistics that training gathered.
         batch_size: images per batch, where the data module can choose it.
         average: holds the averaged weights that are measured and saved, if there are any.
+        read: what the network takes of a batch of a foreign data module, and is called with by ``called``.
+        called: the network that takes it, if it is not the module itself.
     """
 
-    def __init__(self, num_images: int, batch_size: int = 256, average: WeightAverage | None = None) -> None:
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int = 256,
+        average: WeightAverage | None = None,
+        read: Callable[[Any], Any] | None = None,
+        called: Callable[[], nn.Module] | None = None,
+    ) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
         self.average = average
+        self.read = read
+        self.called = called
         self._current = False
 
     def on_train_batch_start(
@@ -150,13 +166,16 @@ class BatchNormEstimation(Callback):
     def _estimate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not self.num_images or self._is_current(module) or trainer.sanity_checking:
             return
-        images = estimation_batches(trainer, module, self.num_images, self.batch_size)
+        network = module if self.called is None else self.called()
+        if not has_statistics(network):
+            return
+        images = estimation_batches(trainer, module, self.num_images, self.batch_size, self.read)
         if images is None:
             return
         batches = map(trainer.precision_plugin.convert_input, images)
         eager = torch.compiler.set_stance("force_eager")
         with eager, trainer.precision_plugin.forward_context():
-            estimate_batch_norm_(module, batches)
+            estimate_batch_norm_(network, batches)
         self._note(module, True)
 
 

@@ -8,10 +8,13 @@ import signal
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
+
+from sparsereg.errors import InputError
 
 
 def logs_now(trainer: pl.Trainer) -> bool:
@@ -35,6 +38,47 @@ def with_own_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
     loader = copy.copy(loader)
     loader._iterator = None
     return loader
+
+
+def first_batch(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
+    """Return the first batch of what a Trainer is about to run on, where the module is and as it gets it.
+
+    Raises:
+        InputError: there is none.
+    """
+    evaluation = {"validate": trainer.validate_loop, "test": trainer.test_loop}
+    loop: Any = evaluation.get(str(trainer.state.fn.value if trainer.state.fn else ""), trainer.fit_loop)
+    if trainer.state.fn == "predict":
+        loop = trainer.predict_loop
+    loaders = loop._data_source.dataloader()
+    while isinstance(loaders, list | tuple) and loaders:
+        loaders = loaders[0]
+    batch = next(iter(loaders), None)
+    if batch is None:
+        raise InputError("there is no batch to take an example from: give example=...")
+    return transferred(module, batch)
+
+
+def transferred(module: pl.LightningModule, batch: Any) -> Any:
+    """Return a batch as a module gets it, by the hooks that bring it where the module is."""
+    device = next((p.device for p in module.parameters()), module.device)
+    batch = module._on_before_batch_transfer(batch, 0)
+    return module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
+
+
+def batches_anew(trainer: pl.Trainer) -> None:
+    """Let the batches of this epoch begin anew, so that their order comes from the generators as they are."""
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is not None:
+        iter(fetcher)
+
+
+def gradient_scale(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> float:
+    """By how much gradients are enlarged when an optimizer steps: fused ones undo a scaler by themselves."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())
 
 
 def kill_other_processes(trainer: pl.Trainer) -> None:

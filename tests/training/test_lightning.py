@@ -17,6 +17,7 @@ from sparsereg.training import lightning
 
 PACKAGE = Path(lightning.__file__).parents[1]
 USERS = [*(PACKAGE / "training").glob("*.py"), *(PACKAGE / "commands").glob("*.py")]
+USERS += [*(PACKAGE / "loops").glob("*.py")]
 USERS += [*(PACKAGE / "data").glob("*.py"), PACKAGE / "calibration" / "solver" / "module.py"]
 SEMI_PUBLIC = {"setup_data", "fit_loop", "launcher", "procs"}
 """Names without an underscore that Lightning's documentation does not know."""
@@ -44,6 +45,10 @@ NAMES = {
     "Trainer.num_training_batches": lambda: trainer().num_training_batches,
     "Trainer.strategy.launcher": lambda: [trainer().strategy.launcher],
     "launcher.kill": lambda: [one.kill for one in launchers()],
+    "Trainer.fit_loop._data_source": lambda: trainer().fit_loop._data_source.dataloader,
+    "Trainer.fit_loop._data_fetcher": lambda: [trainer().fit_loop._data_fetcher],
+    "LightningModule._on_before_batch_transfer": lambda: pl.LightningModule._on_before_batch_transfer,
+    "LightningModule._apply_batch_transfer_handler": lambda: pl.LightningModule._apply_batch_transfer_handler,
     "EMAWeightAveraging._swap_models": lambda: EMAWeightAveraging._swap_models,
     "EMAWeightAveraging._average_model": lambda: [EMAWeightAveraging()._average_model],
     "LRScheduler._last_lr": lambda: schedule()._last_lr,

@@ -1,0 +1,1 @@
+"""Sparsity in training loops of your own: plain PyTorch, Lightning, Hugging Face."""

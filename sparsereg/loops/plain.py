@@ -1,0 +1,252 @@
+"""A network that gets smaller in a training loop of your own: `Sparsifier`."""
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsereg.checks import check_count, check_positive
+from sparsereg.compression.budget import Budget, Constraint, exact_share, least_share
+from sparsereg.compression.compact import compact
+from sparsereg.compression.count import Accountant
+from sparsereg.compression.insert import Choice, gate_
+from sparsereg.data.batches import moved
+from sparsereg.distributions import TEMPERATURE
+from sparsereg.errors import InputError
+from sparsereg.goal import Target, falling, goal
+from sparsereg.loops.reading import check_example, device_of, like
+from sparsereg.model.batch_norm import estimate_batch_norm_
+
+log = logging.getLogger(__name__)
+
+LR_RATIO, ACROSS = 10.0, 22.0
+"""Learning rate of the gates over that of the weights, and at least so much over the number of steps: with it
+a gate gets from open to shut in a fifth of them where, as under Adam, a step is as long as the rate."""
+DROPRATE = 0.05
+"""Gates start open: the network may have been trained before."""
+
+
+class Sparsifier:
+    """Puts gates into a network, holds its cost below a target that falls while you train, and compacts it.
+
+    The loss gets the penalty of the constraint (``loss``), the gates a learning rate of their own
+    (``parameter_groups``), and ``step`` says that the optimizer has made a step.
+
+    Args:
+        model: any network without gates; it is copied, see ``inplace``.
+        example: one batch as it takes it: a tensor, a tuple of inputs, or a dictionary of inputs by name.
+        steps: of the optimizer that you will make, >= 1.
+        target_sparsity: share of the parameters to remove, in (0, 1); or
+        target_macs: share of the multiply-accumulate operations to keep, in (0, 1).
+        target_latency_ms: not to be trained for yet.
+        families: kinds of gates, see ``sparsereg.gate``; all that serve if None.
+        layers: which layers get gates, see ``sparsereg.gate``; all if None.
+        gate_lr: learning rate of the gates, > 0; if None ten times that of the weights, or more in a short
+            training.
+        ramp: share of the steps over which the target falls geometrically, in (0, 1].
+        droprate_init: initial dropout rate of the gates, in (0, 1); small ones start open.
+        temperature: of the gates, > 0.
+        seed: of the small noise on the gates' initial locations.
+        inplace: put the gates into ``model`` itself, whose parameters stay the same objects.
+
+    Attributes:
+        model: the network with gates: what you train.
+        budget: what it may cost, and the multiplier.
+
+    Raises:
+        InputError: the network cannot be called with the example or traced, answers differently in two
+            calls in eval mode, or the target is below what gates cannot take.
+        ValueError: an argument is outside its range, or nothing can be gated.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> x, y = torch.randn(64, 6), torch.randint(2, (64,))
+        >>> sparsifier = Sparsifier(net, x[:2], target_macs=0.5, steps=20)
+        >>> optimizer = torch.optim.Adam(sparsifier.parameter_groups(lr=1e-2))
+        >>> for _ in range(20):
+        ...     loss = sparsifier.loss(nn.functional.cross_entropy(sparsifier.model(x), y))
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     sparsifier.step()
+        >>> small = sparsifier.finish()
+        >>> small(x).shape, sum(p.numel() for p in small.parameters()) <= 0.55 * 290
+        (torch.Size([64, 2]), True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        *,
+        steps: int,
+        target_sparsity: float | None = None,
+        target_macs: float | None = None,
+        target_latency_ms: float | None = None,
+        families: str | Sequence[str] | None = None,
+        layers: Choice | None = None,
+        gate_lr: float | None = None,
+        ramp: float = Target.ramp,
+        droprate_init: float = DROPRATE,
+        temperature: float = TEMPERATURE,
+        seed: int = 0,
+        inplace: bool = False,
+    ) -> None:
+        self.steps = check_count("steps", steps)
+        self.gate_lr = gate_lr if gate_lr is None else check_positive("gate_lr", gate_lr)
+        self.how = Target(ramp=ramp)
+        cost, kept = goal(target_sparsity, target_macs, target_latency_ms)
+        self.example = check_example(model, example)
+        self.model = model if inplace else copy.deepcopy(model)
+        gate_(
+            self.model,
+            self.example,
+            layers,
+            families=families,
+            droprate_init=droprate_init,
+            temperature=temperature,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        accountant = Accountant(self.model, self.example)
+        _check_reachable(accountant, cost, kept)
+        self.budget = Budget(accountant, cost, kept, self.how.proportional_gain, self.how.integral_gain)
+        self.num_steps = 0
+        self.progress = 0.0
+        self._measured = False
+
+    @property
+    def gates(self) -> list[nn.Parameter]:
+        """The locations of all gates, which are parameters of the network."""
+        return [gate.log_alpha for gate in self.budget.accountant.gates]
+
+    def parameter_groups(self, lr: float, **options: Any) -> list[dict[str, Any]]:
+        """Return the parameters for an optimizer: those of the network, and the gates.
+
+        The gates learn faster and have no weight decay. Where a schedule lets the learning rate of the
+        weights fall, leave theirs as it is, so that the target can be met at the end.
+
+        Args:
+            lr: of the weights.
+            **options: of the weights' group, such as ``weight_decay``.
+        """
+        gates = self.gates
+        own = {id(p) for p in gates}
+        weights = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        return [
+            {"params": weights, "lr": lr, **options},
+            {"params": gates, **options, "lr": self.gate_rate(lr), "weight_decay": 0.0},
+        ]
+
+    def gate_rate(self, lr: float) -> float:
+        """Return the learning rate of the gates.
+
+        Args:
+            lr: of the weights.
+        """
+        return max(LR_RATIO * lr, ACROSS / self.steps) if self.gate_lr is None else self.gate_lr
+
+    def loss(self, task_loss: Tensor) -> Tensor:
+        """Return the loss with the penalty of the constraint.
+
+        Where a step takes the gradients of several batches together, divide what this returns, so that the
+        penalty counts once in each step.
+
+        Args:
+            task_loss: a scalar.
+        """
+        constraint = self._hold()
+        return task_loss + constraint.penalty().to(task_loss.dtype)
+
+    def add_gradient_(self, optimizer: torch.optim.Optimizer | None = None, scale: float = 1.0) -> bool:
+        """Add the gradient of the penalty to the gates, where the loss is out of reach; instead of ``loss``.
+
+        Args:
+            optimizer: only to gates that it moves; to all if None.
+            scale: of the gradients, which mixed precision enlarges.
+
+        Returns:
+            Whether there were any.
+        """
+        return self._hold().add_gradient_(optimizer, scale)
+
+    def _hold(self) -> Constraint:
+        if not self._measured or self.budget.constraint is None:
+            self._measured = True
+            allowed = falling(self.budget.kept, self.progress / self.how.ramp)
+            self.budget.measure(allowed, self.how.every_n_steps)
+        assert self.budget.constraint is not None
+        return self.budget.constraint
+
+    def at(self, progress: float) -> None:
+        """Say how far training is, where it is not counted in steps.
+
+        Args:
+            progress: in [0, 1].
+        """
+        self.progress = progress
+
+    def step(self) -> None:
+        """Say that the optimizer has made a step."""
+        self.num_steps += 1
+        self.progress = self.num_steps / self.steps
+        self.budget.met = False
+        if self.num_steps % self.how.every_n_steps == 0:
+            self._measured = False
+
+    def meet(self) -> None:
+        """Open or shut the gates nearest to the boundary until the exact cost meets the target."""
+        budget = self.budget
+        if not budget.met or exact_share(budget.accountant, budget.cost) > budget.kept:
+            budget.meet()
+
+    def finish(self, batches: Iterable[Any] | None = None) -> fx.GraphModule:
+        """Meet the target exactly and return the smaller network, in eval mode, without gates.
+
+        Few gates change, those nearest to the boundary. The network with gates stays as it is in all else.
+
+        Args:
+            batches: as the network takes them, labels behind them or not; from them BatchNorm statistics
+                are taken anew, which training gathers under sampled gates. As training left them if None.
+        """
+        self.meet()
+        if batches is not None:
+            device = device_of(self.model)
+            estimate_batch_norm_(self.model, (moved(like(self.example, b), device) for b in batches))
+        return compact(self.model, moved(self.example, device_of(self.model)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into a checkpoint beside the state of the network, which holds the gates.
+
+        Plain numbers and tensors: it loads with ``torch.load(weights_only=True)``.
+        """
+        return {"num_steps": self.num_steps, "measured": self._measured, "budget": self.budget.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly from what ``state_dict`` returned.
+
+        Args:
+            state: of a sparsifier of the same network.
+
+        Raises:
+            ValueError: it is of other gates.
+        """
+        try:
+            self.budget.load_state_dict(state["budget"])
+            self.num_steps, self._measured = int(state["num_steps"]), bool(state["measured"])
+            self.progress = self.num_steps / self.steps
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the state of a Sparsifier: {error!r} in it") from error
+
+
+def _check_reachable(accountant: Accountant, cost: str, kept: float) -> None:
+    least = least_share(accountant, cost)
+    if kept < least:
+        given = f"target_macs={kept:g}" if cost == "macs" else f"target_sparsity={1 - kept:g}"
+        raise InputError(
+            f"{given} cannot be met: with every gate shut {least:.2%} of the {cost} stay; give"
+            f" {'target_macs of more than that' if cost == 'macs' else f'at most {1 - least:.4f}'}, or let"
+            " more families or layers go"
+        )
