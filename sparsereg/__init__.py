@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from sparsereg.distributions import HardConcrete
     from sparsereg.gates import FeatureGate, HybridGate, L0Gate, SampleGate
     from sparsereg.layers import L0Conv2d, L0DepthwiseConv2d, L0Linear, SparseMLP, prune_model
-    from sparsereg.loops.huggingface import SparsifyTrainer
     from sparsereg.loops.lightning import Sparsify
     from sparsereg.loops.plain import Sparsifier
     from sparsereg.penalties import (
@@ -43,7 +42,6 @@ __all__ = [
     "SparseMLP",
     "Sparsifier",
     "Sparsify",
-    "SparsifyTrainer",
     "TemperatureScheduler",
     "compact",
     "compute_l0_penalty",

@@ -21,7 +21,7 @@ MODULES = {
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
     "timm": ("timm",),
-    "huggingface": ("transformers",),
+    "huggingface": ("transformers", "accelerate"),
     "track": ("wandb", "mlflow"),
 }
 """What is imported from the packages of each extra."""

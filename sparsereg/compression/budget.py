@@ -167,7 +167,7 @@ class Budget:
             ValueError: it is of other gates.
         """
         locations = [gate.log_alpha for gate in self.accountant.gates]
-        pairs = []
+        pairs: list[tuple[Tensor, Tensor]] = []
         for place, gradient in state["gradients"].items():
             at = int(place)
             shape = locations[at].shape if 0 <= at < len(locations) else None

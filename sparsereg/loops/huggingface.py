@@ -1,7 +1,6 @@
 """A network that gets smaller in a Trainer of Hugging Face's: `SparsifyTrainer`."""
 
 import itertools
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,15 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from sparsereg.compression.insert import Choice
-from sparsereg.compression.storage import save_compacted
 from sparsereg.data.batches import LABELS, moved
 from sparsereg.data.form import arguments_of
 from sparsereg.distributions import TEMPERATURE
 from sparsereg.errors import InputError
 from sparsereg.goal import Target
 from sparsereg.loops.groups import gated_weights, keep_rates_, regroup_
-from sparsereg.loops.plain import DROPRATE, Sparsifier
+from sparsereg.loops.plain import DROPRATE, Sparsifier, saved
 from sparsereg.loops.reading import ROWS, by_rule, device_of, isolated
 from sparsereg.model.batch_norm import estimate_batch_norm_, has_statistics
-
-log = logging.getLogger(__name__)
 
 STATE = "SparsifyTrainer"
 """Key in the state of a Trainer: the name of the class, as the Trainer stores it."""
@@ -109,6 +105,7 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc]
             seed=trainer.args.seed,
             inplace=True,
         )
+        _declare_shared(self.model)
         self._make = trainer.create_optimizer
         trainer.create_optimizer = self._create_optimizer
         trainer.add_callback(self)
@@ -158,8 +155,7 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._meet()
         self.compacted = self.sparsifier.finish()
         if self.save and args.should_save:
-            self.path = save_compacted(self.compacted, Path(args.output_dir) / "compacted.pt")
-            log.info("the compacted model: %s", self.path)
+            self.path = saved(self.compacted, Path(args.output_dir))
 
     def _meet(self) -> None:
         self.sparsifier.meet()
@@ -185,6 +181,16 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc]
         taken = (_known(row, names) for row in itertools.islice(rows, most))
         while len(batch := list(itertools.islice(taken, size))) >= min(size, ROWS):
             yield by_rule(self.trainer.model, dict(collate(batch)))
+
+
+def _declare_shared(model: nn.Module) -> None:
+    """Tell Hugging Face which names stand for one gate, so that its checkpoints hold each once."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith(".log_alpha"):
+            names.setdefault(id(parameter), []).append(name)
+    tied = {other: last for *others, last in map(sorted, names.values()) for other in others}
+    model._tied_weights_keys = {**(getattr(model, "_tied_weights_keys", None) or {}), **tied}
 
 
 def _known(row: Any, names: set[str] | None) -> Any:

@@ -16,16 +16,18 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from sparsereg.checks import check_count
+from sparsereg.compression.graph import evaluating, first_line
 from sparsereg.compression.insert import Choice
-from sparsereg.compression.storage import save_compacted
 from sparsereg.compression.units.gating import draw_anew
+from sparsereg.data.batches import call
 from sparsereg.distributions import TEMPERATURE
 from sparsereg.errors import InputError
 from sparsereg.goal import Target, goal
 from sparsereg.loops.first_call import first_call
 from sparsereg.loops.groups import follow_, gated_weights, keep_rates_, regroup_
-from sparsereg.loops.plain import DROPRATE, Sparsifier
+from sparsereg.loops.plain import DROPRATE, Sparsifier, saved
 from sparsereg.loops.reading import as_inputs, by_rule, few, isolated
+from sparsereg.model.batch_norm import has_statistics
 from sparsereg.model.synchronised import several_processes
 from sparsereg.training.callbacks import BatchNormEstimation, ReproducibleEpochs
 from sparsereg.training.lightning import batches_anew, first_batch, gradient_scale, transferred
@@ -155,12 +157,29 @@ class Sparsify(Callback):
                 name, example = found, inputs if example is None else example
         self._name = name or ""
         network = named(module, self._name)
+        self._check_statistics(trainer, module, network)
         assert self.seed is not None
         self.sparsifier = Sparsifier(
             network, few(network, example), steps=1, seed=self.seed, inplace=True, **self.settings
         )
         gates = sum(location.numel() for location in self.sparsifier.gates)
         log.info("%d gates in %s", gates, self._name or type(module).__name__)
+
+    def _check_statistics(self, trainer: pl.Trainer, module: pl.LightningModule, network: nn.Module) -> None:
+        """Leave BatchNorm statistics alone where the batches do not hold what the network reads."""
+        if not self._statistics.num_images or not has_statistics(network):
+            return
+        try:
+            with isolated(), evaluating(network):
+                call(network, what_is_called(module, self._name, first_batch(trainer, module))[1])
+        except Exception as error:
+            self._statistics.num_images = 0
+            log.warning(
+                "BatchNorm statistics stay those of training: %s cannot be called with what the batches hold"
+                " (%s)",
+                type(network).__name__,
+                first_line(error),
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the gates a group of their own in the optimizers, before their state is restored."""
@@ -231,8 +250,7 @@ class Sparsify(Callback):
         self._statistics.on_train_epoch_end(trainer, pl_module)
         self.compacted = self._found.finish()
         if self.save and trainer.is_global_zero:
-            self.path = save_compacted(self.compacted, folder(trainer) / "compacted.pt")
-            log.info("the compacted network: %s", self.path)
+            self.path = saved(self.compacted, folder(trainer))
 
     # ---- what a checkpoint keeps
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from sparsereg.compression.budget import Budget, Constraint, exact_share, least_
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.insert import Choice, gate_
+from sparsereg.compression.storage import save_compacted
 from sparsereg.data.batches import moved
 from sparsereg.distributions import TEMPERATURE
 from sparsereg.errors import InputError
@@ -239,6 +241,23 @@ class Sparsifier:
             self.progress = self.num_steps / self.steps
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not the state of a Sparsifier: {error!r} in it") from error
+
+
+def saved(compacted: fx.GraphModule, folder: Path) -> Path | None:
+    """Write ``compacted.pt`` into a folder and return its path; None where the format has no word for it.
+
+    Args:
+        compacted: the smaller network.
+        folder: made if it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        path = save_compacted(compacted, folder / "compacted.pt")
+    except InputError as error:  # nothing is lost: the network itself is there
+        log.warning("compacted.pt is not written: %s", error)
+        return None
+    log.info("the compacted network: %s", path)
+    return path
 
 
 def _check_reachable(accountant: Accountant, cost: str, kept: float) -> None:

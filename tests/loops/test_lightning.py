@@ -304,6 +304,41 @@ def test_wrong_use_is_said_in_one_line(module, sparsify, settings, says, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+class Painter(pl.LightningModule):
+    """A generator of pictures from noise, which no batch holds, against a critic."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.paint = nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 6))
+        self.judge = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1))
+
+    def training_step(self, batch, batch_idx):
+        painter, critic = self.optimizers()
+        for optimizer, sign in ((critic, -1), (painter, 1)):
+            optimizer.zero_grad()
+            score = self.judge(self.paint(torch.randn(16, 4))).mean() - self.judge(batch[0]).mean()
+            self.manual_backward(-sign * score)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.paint.parameters(), 1e-3), torch.optim.Adam(
+            self.judge.parameters(), 1e-3
+        )
+
+
+def test_generator_whose_inputs_are_in_no_batch(tmp_path, caplog):
+    module, sparsify = Painter(), Sparsify(target_macs=0.5, module="paint", example=torch.zeros(2, 4))
+    with caplog.at_level(logging.WARNING):
+        fitted(module, sparsify, tmp_path)
+    assert "BatchNorm statistics stay those of training" in caplog.text
+    assert shares(sparsify)[0] <= 0.5
+    noise = torch.randn(3, 4)
+    torch.testing.assert_close(sparsify.compacted(noise), module.paint.eval()(noise), rtol=1e-4, atol=1e-5)
+
+
 def test_module_names_one_of_two_networks(tmp_path):
     module, sparsify = Wild(), Sparsify(target_macs=0.5, module="net")
     fitted(module, sparsify, tmp_path)

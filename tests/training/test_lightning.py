@@ -128,3 +128,17 @@ def test_only_one_file_uses_private_names():
         if file.name != "lightning.py" or file.parent.name != "training":
             assert foreign(file, ours).keys() <= NOT_OF_TRAINERS, (file, foreign(file, ours))
     assert {"_logger_connector", "_swap_models"} <= foreign(Path(lightning.__file__), ours).keys()
+
+
+def test_gradients_are_enlarged_where_an_optimizer_undoes_the_scaler_itself():
+    from pytorch_lightning.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaled = pl.Trainer(
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)], logger=False, accelerator="cpu", max_epochs=1,
+        enable_checkpointing=False, enable_progress_bar=False,
+    )  # fmt: skip
+    weight = [nn.Parameter(torch.ones(2))]
+    fused, plain = torch.optim.Adam(weight, fused=True), torch.optim.Adam(weight)
+    assert lightning.gradient_scale(scaled, fused) == 8.0
+    assert lightning.gradient_scale(scaled, plain) == lightning.gradient_scale(trainer(), fused) == 1.0
