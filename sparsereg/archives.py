@@ -35,6 +35,10 @@ _END_SIZE = 22
 _CHUNK = 1 << 20
 
 
+_REPEATED = 2**26
+"""Bytes that a tensor in a file may come to by repeating few numbers."""
+
+
 def save_torch(path: Path, content: Any) -> None:
     """Write what ``torch.load(weights_only=True)`` reads, whole or not at all, with a seal.
 
@@ -66,9 +70,9 @@ def load_torch(path: str | os.PathLike[str], map_location: Any = "cpu", mmap: bo
 
     check(path)
     try:
-        with warnings.catch_warnings():  # of sparse tensors, which whoever reads them refuses
+        with warnings.catch_warnings():  # of sparse tensors, which are refused
             warnings.filterwarnings("ignore", message=".*sparse tensor", category=UserWarning)
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+            return _dense(torch.load(path, map_location=map_location, weights_only=True, mmap=mmap))
     except (*BROKEN, pickle.UnpicklingError) as error:
         raise DamagedFile(f"it holds something else than data of torch.save ({_short(error)})") from error
 
@@ -91,9 +95,33 @@ def load_weights(path: str | os.PathLike[str]) -> Any:
         if named is not None and not _digest(file, size).startswith(named.group(1).encode()):
             raise DamagedFile("its digest is not the one in its name")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _dense(torch.load(path, map_location="cpu", weights_only=True))
     except (*BROKEN, pickle.UnpicklingError) as error:
         raise DamagedFile(f"it holds something else than data of torch.save ({_short(error)})") from error
+
+
+def _dense(content: Any) -> Any:
+    """Return what a file holds if all of its tensors are ordinary ones; nothing else can be computed with.
+
+    Raises:
+        DamagedFile: one is sparse, quantized, nested, has no numbers, or repeats few of them too often.
+    """
+    import torch
+
+    left = [content]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            left += part.values()
+        elif isinstance(part, list | tuple):
+            left += part
+        elif isinstance(part, torch.Tensor):
+            if part.layout is not torch.strided or part.is_quantized or part.is_nested or part.is_meta:
+                raise DamagedFile("it holds a tensor that is sparse, quantized, nested or without numbers")
+            claimed = part.numel() * part.element_size()
+            if claimed > max(part.untyped_storage().nbytes(), _REPEATED):
+                raise DamagedFile(f"it holds a tensor of shape {tuple(part.shape)} that repeats few numbers")
+    return content
 
 
 def not_finite(weights: "Mapping[str, Tensor]", parameters: "Collection[str]") -> str | None:

@@ -160,6 +160,23 @@ def test_an_array_whose_header_cannot_be_is_refused(tmp_path, shape):
         Npz(str(tmp_path / "a.npz")).load()
 
 
-def test_a_sparse_tensor_is_read_without_a_word(tmp_path):
-    archives.save_torch(tmp_path / "a.pt", {"x": torch.eye(3).to_sparse()})
-    assert archives.load_torch(tmp_path / "a.pt")["x"].is_sparse
+@pytest.mark.parametrize("where", [lambda x: x, lambda x: {"state_dict": {"w": x}}, lambda x: [1, (x,)]])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(),
+        torch.zeros(3, device="meta"),
+        torch.zeros(1).expand(10**12),
+    ],
+    ids=["sparse", "meta", "expanded"],
+)
+def test_tensors_that_nothing_can_be_computed_with_are_refused(tmp_path, tensor, where):
+    torch.save(where(tensor), tmp_path / "a.pt")
+    for read in (archives.load_torch, archives.load_weights):
+        with pytest.raises(DamagedFile, match="it holds a tensor"):
+            read(tmp_path / "a.pt")
+
+
+def test_repeated_numbers_are_read_while_they_are_few(tmp_path):
+    torch.save({"positions": torch.arange(512).expand(4, 512)}, tmp_path / "a.pt")
+    assert archives.load_torch(tmp_path / "a.pt")["positions"].shape == (4, 512)

@@ -188,13 +188,13 @@ def test_choices_are_keys_of_their_tables():
     from sparsereg.calibration import config as calibration
     from sparsereg.calibration.solver.selection import METHODS
     from sparsereg.data.config import CONFIGS as DATA
-    from sparsereg.data.sources import SOURCES, TEXTS
+    from sparsereg.data.kind import KINDS as SOURCES
     from sparsereg.model.googlenet import ACTIVATIONS
     from sparsereg.zoo.config import CONFIGS as MODELS
     from sparsereg.zoo.kinds.googlenet import GoogleNetModel
     from sparsereg.zoo.network import KINDS
 
     assert set(calibration.METHODS) == {"auto", *METHODS}
-    assert set(DATA) == {*SOURCES, *TEXTS, "own"}
+    assert set(DATA) == set(SOURCES)
     assert set(MODELS) == set(KINDS)
     assert set(declared(GoogleNetModel)["act"].choices) == set(ACTIVATIONS)

@@ -13,12 +13,11 @@ if TYPE_CHECKING:
     from sparsereg.data.image_folder import ImageFiles
     from sparsereg.data.loader import DeviceLoader
     from sparsereg.data.module import ImageDataModule
-    from sparsereg.data.sources import SOURCES, build
+    from sparsereg.data.sources import build
     from sparsereg.data.split import Split
 
 __all__ = [
     "CONFIGS",
-    "SOURCES",
     "Augmentation",
     "DeviceLoader",
     "ImageArrays",
@@ -30,7 +29,6 @@ __all__ = [
 
 _HOMES = {
     "CONFIGS": "config",
-    "SOURCES": "sources",
     "Augmentation": "augment",
     "DeviceLoader": "loader",
     "ImageArrays": "arrays",

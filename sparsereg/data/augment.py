@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsereg.data.config import Augment
+from sparsereg.data.kind import Augment
 
 TOP, LEFT, HEIGHT, WIDTH, FLIP, ANGLE, RIGHT, DOWN, ZOOM = range(9)
 """Columns of the parameters: a crop box and shifts in pixels, 0 or 1, an angle in radians, a factor."""

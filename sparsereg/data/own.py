@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sparsereg import targets
 from sparsereg.data.batches import inputs_and_labels, moved, num_examples
-from sparsereg.data.config import OwnData
 from sparsereg.data.form import Form, Inputs
+from sparsereg.data.kinds.own import OwnData
 from sparsereg.data.labelled_text import LabelledTextModule
 from sparsereg.data.module import ImageDataModule
 from sparsereg.data.text import TextDataModule

@@ -15,8 +15,8 @@ from sparsereg import targets
 from sparsereg.archives import load_torch, not_finite
 from sparsereg.compression import storage
 from sparsereg.data.config import CONFIGS as SOURCES
-from sparsereg.data.config import source_of
 from sparsereg.data.form import Form, is_described
+from sparsereg.data.kind import source_of
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import DamagedFile, InputError
 from sparsereg.training.tasks.config import CONFIGS as TASKS

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsereg.data.config import CONFIGS as SOURCES
-from sparsereg.data.config import Cifar10Data, Data
+from sparsereg.data.kind import Data
+from sparsereg.data.kinds.cifar10 import Cifar10Data
 from sparsereg.errors import InputError, nearest
 from sparsereg.goal import Target
 from sparsereg.settings import (

@@ -8,9 +8,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sparsereg.data import CONFIGS, SOURCES, Augmentation, ImageArrays, ImageDataModule, build
+from sparsereg.data import CONFIGS, Augmentation, ImageArrays, ImageDataModule, build
 from sparsereg.data.image_folder import ImageFolder
-from sparsereg.data.sources import TEXTS
 from sparsereg.errors import InputError
 from sparsereg.settings import plain
 
@@ -209,11 +208,10 @@ def test_wrong_arguments(fixed, settings):
 
 
 def test_sources_and_schemas_agree():
-    assert not SOURCES.keys() & TEXTS.keys()
-    assert set(CONFIGS) == {*SOURCES, *TEXTS, "own"} == {path.stem for path in CONFIG_DIR.glob("*.yaml")}
+    assert set(CONFIGS) == {path.stem for path in CONFIG_DIR.glob("*.yaml")}
 
 
-@pytest.mark.parametrize("name", [*SOURCES, *TEXTS])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "own"])
 def test_files_say_what_the_schemas_default_to(name):
     with initialize_config_dir(str(CONFIG_DIR.parent), version_base="1.3"):
         config = compose(overrides=[f"+data={name}"])
@@ -235,7 +233,7 @@ def test_built_from_a_file():
 
 
 @pytest.mark.parametrize(("cfg", "match"), [
-    ({}, "data.name is missing: expected one of cifar10, mnist, digits, npz, image_folder"),
+    ({}, "data.name is missing: expected one of cifar10, digits, image_folder, labelled_text, mnist, npz"),
     ({"name": "cifar"}, "data.name=cifar: expected one of .*: did you mean 'cifar10'"),
     ({"name": 3}, "data.name=3: expected one of"),
     ({"name": "digits", "batchsize": 3}, "unknown key 'data.batchsize': did you mean 'data.batch_size'"),
