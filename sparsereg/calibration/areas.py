@@ -102,9 +102,30 @@ class Placement:
         return self.shares.indices[row][order], self.shares.data[row][order]
 
 
+@dataclass(frozen=True)
+class Sum:
+    """A target, and targets of areas or groups that add up to the same total.
+
+    Args:
+        whole: Index of the target of the nation or of a group.
+        parts: Indices of those of what it is made of, shape (parts,).
+        asked: The whole's value.
+        total: The sum of the parts' values.
+    """
+
+    whole: int
+    parts: np.ndarray
+    asked: float
+    total: float
+
+    def differs(self, tolerance: float) -> bool:
+        """Whether both differ by more than this share."""
+        return abs(self.total - self.asked) > tolerance * max(abs(self.asked), abs(self.total))
+
+
 @dataclass(frozen=True, eq=False)
 class AreaProblem:
-    """Totals that areas ask for, of measures that all areas share.
+    """Totals that areas, groups of them and the nation ask for, of measures that all share.
 
     Args:
         measures: Measures x households, float32 or float64: what one unit of weight adds, wherever it stands.
@@ -112,14 +133,21 @@ class AreaProblem:
         placement: Which households may stand for which area.
         targets: Value of each target, shape (targets,).
         measure: Index of the measure that each target sums, shape (targets,).
-        area: Index of the area that each target is of, -1 for the nation, shape (targets,).
+        area: What each target is of, shape (targets,): index of an area, number of areas + index of a group,
+            or -1 for the nation.
         names: One name per target.
         measure_names: One name per measure.
         ids: One unique id per household.
+        groups: Names of groups of areas, such as states.
+        parent: The group that each area, then each group, is part of, numbered as in ``area``, shape (areas +
+            groups,); None: all are directly parts of the nation.
+        prices: How much each target counts where they are soft, >= 0, shape (targets,); None: 1.
+        standard_errors: Of the targets, in their units, 0 for those known exactly; None: not known.
+        levels: What each target is a target of, in words; None: nation, group or area.
 
     Raises:
-        ValueError: shapes do not fit, an area has a target twice for the same measure, or has targets and no
-            household.
+        ValueError: shapes do not fit, an area has a target twice for the same measure, or groups are parts
+            of themselves.
     """
 
     measures: sp.csr_array
@@ -131,6 +159,11 @@ class AreaProblem:
     names: tuple[str, ...]
     measure_names: tuple[str, ...]
     ids: np.ndarray
+    groups: tuple[str, ...] = ()
+    parent: np.ndarray | None = None
+    prices: np.ndarray | None = None
+    standard_errors: np.ndarray | None = None
+    levels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         num = len(self.targets)
@@ -145,46 +178,179 @@ class AreaProblem:
             raise ValueError(
                 f"targets {self.names[first]!r} and {self.names[second]!r} ask for the same total of one area"
             )
+        if self.parent is not None and len(self.parent) != len(self.places):
+            raise ValueError(f"parent must have a value for each of {len(self.places)} areas and groups")
+        _ = self.depth
 
     @property
     def num_households(self) -> int:
         """How many households the nation has."""
         return int(self.measures.shape[1])
 
+    @property
+    def num_areas(self) -> int:
+        """How many areas there are."""
+        return len(self.placement.areas)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Names of areas, then of groups."""
+        return (*self.placement.areas, *self.groups)
+
+    @property
+    def is_of_area(self) -> np.ndarray:
+        """Which targets are of an area, not of a group or the nation."""
+        return (self.area >= 0) & (self.area < self.num_areas)
+
+    @cached_property
+    def above(self) -> np.ndarray:
+        """What each area and group is directly part of; -1 is the nation."""
+        return np.full(len(self.places), -1) if self.parent is None else self.parent
+
+    @cached_property
+    def depth(self) -> np.ndarray:
+        """How many groups each area and group is in, counting itself; the nation, last, has 0."""
+        depth = np.zeros(len(self.places) + 1, dtype=np.int64)
+        at = np.arange(len(self.places))
+        while (at >= 0).any():
+            depth[:-1] += at >= 0
+            if depth.max(initial=0) > len(self.places):
+                around = self.groups[int(depth[self.num_areas : -1].argmax())]
+                raise ValueError(f"groups go round in a circle: {around!r} is a part of itself")
+            at = np.append(self.above, -1)[at]
+        return depth
+
     @cached_property
     def by_area(self) -> list[np.ndarray]:
         """Indices of the targets of each area."""
-        order = np.argsort(self.area, kind="stable")
-        starts = np.searchsorted(self.area[order], np.arange(len(self.placement.areas) + 1))
+        return self.by_place[: self.num_areas]
+
+    @cached_property
+    def by_place(self) -> list[np.ndarray]:
+        """Indices of the targets of each area, of each group, and last of the nation."""
+        place = np.where(self.area < 0, len(self.places), self.area)
+        order = np.argsort(place, kind="stable")
+        starts = np.searchsorted(place[order], np.arange(len(self.places) + 2))
         return [order[a:b] for a, b in itertools.pairwise(starts)]
 
-    def disagreements(self, tolerance: float = 1e-6) -> list[tuple[int, float, float]]:
-        """Measures of which areas and nation ask for different totals: measure, nation, sum of the areas.
+    @cached_property
+    def children(self) -> list[np.ndarray]:
+        """What each area, each group, and last the nation is directly made of."""
+        place = np.where(self.above < 0, len(self.places), self.above)
+        order = np.argsort(place, kind="stable")
+        starts = np.searchsorted(place[order], np.arange(len(self.places) + 2))
+        return [order[a:b] for a, b in itertools.pairwise(starts)]
+
+    def chain(self, area: int) -> list[int]:
+        """An area and all that it is in, the nation last, as places (``by_place``)."""
+        found = []
+        while area >= 0:
+            found.append(area)
+            area = int(self.above[area])
+        return [*found, len(self.places)]
+
+    def leaves(self, place: int) -> list[int]:
+        """The areas that a place is made of; an area is made of itself."""
+        if place < self.num_areas:
+            return [place]
+        return [area for child in self.children[place].tolist() for area in self.leaves(child)]
+
+    def sums(self) -> list[Sum]:
+        """Targets of the nation and of groups whose parts all have one, too; from the nation down."""
+        index = {(int(a), int(m)): i for i, (a, m) in enumerate(zip(self.area, self.measure, strict=True))}
+
+        def parts(place: int, measure: int) -> list[int] | None:
+            """Targets of what a place is made of; None where one has none and is made of nothing."""
+            found: list[int] = []
+            for child in self.children[place].tolist():
+                own = index.get((child, measure))
+                below = (
+                    [own] if own is not None else parts(child, measure) if child >= self.num_areas else None
+                )
+                if below is None:
+                    return None
+                found += below
+            return found
+
+        wholes = np.flatnonzero(~self.is_of_area)
+        made = []
+        for i in wholes[np.argsort(self.depth[self.area[wholes]], kind="stable")].tolist():
+            below = parts(int(self.area[i]) if self.area[i] >= 0 else len(self.places), int(self.measure[i]))
+            if below:
+                at = np.array(below)
+                made.append(Sum(i, at, float(self.targets[i]), float(self.targets[at].sum())))
+        return made
+
+    def disagreements(self, tolerance: float = 1e-6) -> list[Sum]:
+        """Sums of which whole and parts ask for different totals.
 
         Args:
             tolerance: Largest relative difference that is none.
         """
-        found = []
-        for target in np.flatnonzero(self.area == -1):
-            of_areas = (self.area >= 0) & (self.measure == self.measure[target])
-            if int(of_areas.sum()) == len(self.placement.areas):
-                total, nation = float(self.targets[of_areas].sum()), float(self.targets[target])
-                if abs(total - nation) > tolerance * max(abs(nation), abs(total)):
-                    found.append((int(self.measure[target]), nation, total))
-        return found
+        return [found for found in self.sums() if found.differs(tolerance)]
 
-    def reconciled(self) -> AreaProblem:
-        """The same with the targets of areas multiplied so that they add up to the nation's.
+    def place_name(self, target: int) -> str:
+        """What a target is of: an area, a group, or "" for the nation."""
+        return str((*self.places, "")[self.area[target]])
+
+    def level(self, target: int) -> str:
+        """What a target is a target of, in words."""
+        if self.levels is not None and self.levels[target]:
+            return self.levels[target]
+        return "nation" if self.area[target] < 0 else "area" if self.is_of_area[target] else "group"
+
+    def reconciled(self, how: str = "proportional") -> AreaProblem:
+        """The same with targets that add up.
+
+        Args:
+            how: "proportional" multiplies parts to their whole, from the nation down; "standard_errors" moves
+                wholes and parts by as little as possible, each over its standard error.
 
         Raises:
-            ValueError: areas that add up to 0 cannot be brought to another total that way.
+            ValueError: parts that add up to 0 cannot be multiplied, or nothing has a standard error.
         """
-        targets = self.targets.copy()
-        for measure, nation, total in self.disagreements():
-            if total == 0:
+        if how == "proportional":
+            targets = self.targets.copy()
+            for found in self.sums():
+                whole, total = float(targets[found.whole]), float(targets[found.parts].sum())
+                if whole == total:
+                    continue
+                if total == 0:
+                    raise ValueError(
+                        f"the parts of target {self.names[found.whole]!r} add up to 0, it asks for {whole:g}:"
+                        " they cannot be multiplied to it"
+                    )
+                targets[found.parts] *= whole / total
+            return replace(self, targets=targets)
+        return replace(self, targets=self._moved())
+
+    def _moved(self) -> np.ndarray:
+        """Targets after generalised least squares over all sums of a measure at once.
+
+        Source: Stone, Champernowne and Meade, The precision of national income estimates, Review of Economic
+        Studies 9 (1942).
+        """
+        if self.standard_errors is None:
+            raise ValueError("targets have no standard errors to reconcile them by: fill standard_error")
+        targets, sums = self.targets.astype(np.float64), self.sums()
+        of = np.array([self.measure[found.whole] for found in sums], dtype=np.int64)
+        for measure in np.unique(of):
+            own = [found for found, m in zip(sums, of, strict=True) if m == measure]
+            some = np.unique(np.concatenate([np.append(found.parts, found.whole) for found in own]))
+            signs = np.zeros((len(own), len(some)))
+            for k, found in enumerate(own):
+                signs[k, np.searchsorted(some, found.parts)] = 1.0
+                signs[k, np.searchsorted(some, found.whole)] = -1.0
+            size = max(float(np.abs(targets[some]).max()), np.finfo(np.float64).tiny)
+            spread = signs * (self.standard_errors[some] / size)
+            # The rows are scaled, so that the smallest moves are found by a stable factorisation.
+            moves = np.linalg.lstsq(spread, -(signs @ targets[some]) / size, rcond=None)[0]
+            targets[some] += self.standard_errors[some] * moves
+            left = np.abs(signs @ targets[some])
+            if (left > 1e-9 * size).any():
+                name = self.names[own[int(left.argmax())].whole]
                 raise ValueError(
-                    f"targets of areas for {self.measure_names[measure]!r} add up to 0, the nation asks for"
-                    f" {nation:g}: they cannot be multiplied to it"
+                    f"target {name!r} and its parts do not add up and have no standard error by which they"
+                    " could give way"
                 )
-            targets[(self.area >= 0) & (self.measure == measure)] *= nation / total
-        return replace(self, targets=targets)
+        return targets

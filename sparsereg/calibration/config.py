@@ -48,7 +48,8 @@ UNTOUCHABLE = ("error", "drop", "keep")
 PSEUDO_TARGETS = ("none", "own_columns")
 MISSING_VALUES = ("error", "zero", "drop")
 DECIMALS = ("point", "comma")
-RECONCILE = ("none", "proportional")
+RECONCILE = ("none", "proportional", "standard_errors")
+AREA_MODES = ("independent", "joint", "prune")
 VARIANCES = ("linearized", "jackknife", "bootstrap", "replicates")
 """How standard errors are found; see variance.py."""
 REPLICATE_TYPES = ("brr", "fay", "jk1", "acs")
@@ -323,9 +324,25 @@ class Area(Group):
         None,
         "FILE with area,share and optionally id: which areas a household may stand for; shares add up to 1",
     )
+    groups: str | None = setting(
+        None, "FILE with area,parent: groups of areas, such as states, that have targets, too"
+    )
+    mode: str = setting(
+        "independent",
+        "independent: each area exactly, by itself; joint: all levels at once, soft; prune: few clones kept",
+        choices=AREA_MODES,
+    )
+    price: float = setting(
+        100.0,
+        "joint: what it costs to miss a target by 1 % of its size, beside changing all its weights by 1 %",
+        POSITIVE,
+    )
+    keep: int | None = setting(None, "prune: how many pairs of area and household are kept, exactly", count())
+    most: int = setting(10, "prune: for how many areas one household may be kept", count())
     reconcile: str = setting(
         "none",
-        "targets of areas that do not add up to the nation's: none leaves them, proportional multiplies them",
+        "targets that do not add up: none leaves them, proportional multiplies parts to their whole,"
+        " standard_errors moves each by the column standard_error",
         choices=RECONCILE,
     )
     files: bool = setting(False, "also write the weights of each area to a file of its own")
@@ -340,8 +357,14 @@ class Area(Group):
         given = [n for n in ("column", "clones", "crosswalk") if getattr(self, n) is not None]
         if len(given) > 1:
             raise Contradiction(f"{{}}{given[0]} and {{}}{given[1]} contradict each other: give one of them")
-        if not given and (self.files or self.reconcile != "none"):
-            raise Contradiction("{}files and {}reconcile need {}column, {}clones or {}crosswalk")
+        if not given and (
+            self.files or self.reconcile != "none" or self.mode != "independent" or self.groups
+        ):
+            raise Contradiction(
+                "{}files and {}reconcile need {}column, {}clones or {}crosswalk; so do {}mode and {}groups"
+            )
+        if (self.mode == "prune") != (self.keep is not None):
+            raise Contradiction("{}mode=prune and {}keep=K need each other")
 
 
 @dataclass(frozen=True)
@@ -586,6 +609,8 @@ class CalibrationRun(Settings):
             raise Contradiction(
                 "{}area.column, clones or crosswalk need {}method=calibrate problem=households"
             )
+        if self.area.mode == "prune" and self.bounds is not None:
+            raise Contradiction("{}bounds are for areas that keep everybody, not for {}area.mode=prune")
         if any(isinstance(side, str) for side in self.bounds or ()):
             raise Contradiction("areas know bounds that are numbers: {}bounds=[low,high]")
         usual = {"untouchable": "error", "normalize_groups": False, "pseudo_targets": "none"}

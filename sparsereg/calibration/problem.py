@@ -202,8 +202,8 @@ class CalibrationProblem:
         t x denominator|, over the denominator.
         """
         linear = self.linear
-        size = _gross_totals(linear.matrix, self.starting_weights)
-        everybody = _gross_totals(linear.matrix, np.full(self.num_households, self.starting_weights.mean()))
+        size = gross_totals(linear.matrix, self.starting_weights)
+        everybody = gross_totals(linear.matrix, np.full(self.num_households, self.starting_weights.mean()))
         return np.asarray(np.where(size > 0, size, everybody) / self._unit)
 
     @cached_property
@@ -348,7 +348,7 @@ def exact_totals(
     return np.concatenate(parts)
 
 
-def _gross_totals(
+def gross_totals(
     matrix: sp.csr_array, weights: Float[np.ndarray, "households"]
 ) -> Float[np.ndarray, "targets"]:
     """Weighted totals of the entries without their signs."""

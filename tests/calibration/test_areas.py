@@ -1,5 +1,7 @@
 """Areas with weights of their own: each one's are those of its own calibration; placements add up."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -114,20 +116,93 @@ def test_clones_are_drawn_by_size_without_repetition():
         Placement.by_clones(("a", "b", "c"), np.ones(3), 10, 4)
 
 
+def with_more(p, more, **others):
+    """A problem with further targets: (place, measure, value)."""
+    place, measure, value = (np.array(column) for column in zip(*more, strict=True))
+    names = tuple(f"place {a} {m}" for a, m in zip(place, measure, strict=True))
+    return replace(
+        p, targets=np.append(p.targets, value), measure=np.append(p.measure, measure),
+        area=np.append(p.area, place), names=(*p.names, *names), **others,
+    )  # fmt: skip
+
+
+def nested(kind, factor=1.0, measures=range(MEASURES), seed=0):
+    """Areas in two groups (north and south; the others), and the nation; totals times a factor."""
+    p = problem(placements()[kind], seed)
+    first, second = ([0, 1], [2, 3])
+    more = []
+    for m in measures:
+        sums = [
+            float(p.targets[(p.measure == m) & np.isin(p.area, areas)].sum()) for areas in (first, second)
+        ]
+        more += [(4, m, sums[0] * factor), (5, m, sums[1] / factor), (-1, m, sum(sums) * factor)]
+    return with_more(p, more, groups=("upper", "lower"), parent=np.array([4, 4, 5, 5, -1, -1]))
+
+
 def test_targets_that_do_not_add_up_are_named_and_multiplied_to_the_nation():
     p = problem(placements()["at home"])
     nation = float(p.targets[p.measure == 3].sum()) * 1.1
-    with_nation = AreaProblem(
-        p.measures, p.initial_weights, p.placement, np.append(p.targets, nation), np.append(p.measure, 3),
-        np.append(p.area, -1), (*p.names, "nation"), p.measure_names, p.ids,
-    )  # fmt: skip
-    ((measure, asked, total),) = with_nation.disagreements()
-    assert (measure, asked) == (3, nation)
-    assert total == pytest.approx(nation / 1.1)
+    with_nation = with_more(p, [(-1, 3, nation)])
+    (found,) = with_nation.disagreements()
+    assert (with_nation.measure[found.whole], found.asked) == (3, nation)
+    assert found.total == pytest.approx(nation / 1.1)
     mended = with_nation.reconciled()
     assert mended.disagreements() == []
     sums = sum(float(a.estimates[p.measure[a.targets] == 3][0]) for a in calibrate_areas(mended))
     assert sums == pytest.approx(nation)
+
+
+def test_levels_are_multiplied_from_the_nation_down():
+    p = nested("at home", 1.1, [0, 2])
+    assert len(p.sums()) == 6
+    assert len(p.disagreements()) == 6
+    mended = p.reconciled()
+    assert mended.disagreements() == []
+    nation = p.area == -1
+    np.testing.assert_array_equal(mended.targets[nation], p.targets[nation])
+    moved = mended.targets[p.is_of_area] / p.targets[p.is_of_area]
+    assert moved[p.measure[p.is_of_area] == 1] == pytest.approx(1.0)
+
+
+def test_standard_errors_say_who_moves():
+    p = nested("at home", 1.05, [0])
+    errors = np.where(p.area == 4, 0.0, np.abs(p.targets) * 0.02)  # the group "upper" is known exactly
+    mended = replace(p, standard_errors=errors).reconciled("standard_errors")
+    assert mended.disagreements(1e-9) == []
+    np.testing.assert_array_equal(mended.targets[p.area == 4], p.targets[p.area == 4])
+    # The smallest moves over standard errors: no other ones that add up are smaller.
+    some = np.flatnonzero(p.measure == 0)
+    move = lambda t: np.square((t - p.targets)[some][errors[some] > 0] / errors[some][errors[some] > 0]).sum()
+    rng, best = np.random.default_rng(0), move(mended.targets)
+    for _ in range(20):
+        other = mended.targets.copy()
+        a, b = rng.normal(size=2) * errors[some].max() * 0.1
+        other[(p.area == 2) & (p.measure == 0)] += a
+        other[(p.area == 3) & (p.measure == 0)] += b
+        other[(p.area == 5) & (p.measure == 0)] += a + b
+        other[(p.area == -1) & (p.measure == 0)] += a + b
+        assert move(other) > best
+    with pytest.raises(ValueError, match="have no standard error by which they could give way"):
+        replace(p, standard_errors=np.zeros(len(errors))).reconciled("standard_errors")
+    with pytest.raises(ValueError, match="fill standard_error"):
+        p.reconciled("standard_errors")
+
+
+def test_a_part_without_a_target_is_replaced_by_its_own_parts():
+    p = nested("clones", 1.1, [0])
+    without = np.flatnonzero(p.area != 5)
+    fewer = replace(
+        p, targets=p.targets[without], measure=p.measure[without], area=p.area[without],
+        names=tuple(p.names[i] for i in without),
+    )  # fmt: skip
+    sums = {fewer.place_name(s.whole): {fewer.place_name(i) for i in s.parts} for s in fewer.sums()}
+    assert sums == {"": {"upper", "east", "west"}, "upper": {"north", "south"}}
+
+
+def test_groups_in_a_circle_are_refused():
+    p = problem(placements()["at home"])
+    with pytest.raises(ValueError, match="'upper' is a part of itself|'lower' is a part of itself"):
+        replace(p, groups=("upper", "lower"), parent=np.array([4, 4, 5, 5, 5, 4]))
 
 
 @pytest.mark.parametrize(

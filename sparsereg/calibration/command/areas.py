@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from sparsereg.calibration.areas import AreaProblem
+from sparsereg.calibration.areas import AreaProblem, Sum
 from sparsereg.calibration.command.provenance import provenance_of
 from sparsereg.calibration.command.requirements import judged
 from sparsereg.calibration.config import CalibrationRun
@@ -21,6 +21,8 @@ from sparsereg.calibration.problem import exact_totals
 from sparsereg.calibration.reading.areas import read_areas
 from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.solver.areas import AreaWeights, calibrate_areas
+from sparsereg.calibration.solver.clones import prune_clones
+from sparsereg.calibration.solver.joint import calibrate_together
 from sparsereg.cli import wrong_input
 from sparsereg.errors import FellShort, InputError
 from sparsereg.files import new_version, write_atomically, write_json, write_table, write_text
@@ -49,13 +51,16 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
             plain(cfg.problem), cfg.area, Missing(cfg.missing, dict(cfg.missing_in)), cfg.seed, cfg.targets
         )
         _announce(problem, cfg)
-        if cfg.area.reconcile == "proportional":
-            problem = problem.reconciled()
+        found = problem.disagreements()
+        if cfg.area.reconcile != "none":
+            problem = problem.reconciled(cfg.area.reconcile)
         provenance = provenance_of(cfg)
-        made = calibrate_areas(problem, cfg.distance, _numbers(cfg.bounds))
+        made = _made(problem, cfg)
         folder = new_version(outputs)
+    if found:
+        write_table(folder / "disagreements.csv", _disagreements(problem, found))
     write_text(folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
-    books = _Books(problem)
+    books = _Books(problem, cfg.area.mode == "independent")
     with wrong_input():
         _write_weights(folder, problem, books.entered(made), cfg)
     for name, table in books.tables().items():
@@ -63,6 +68,7 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
     results = books.results() | {
         "seconds": time.perf_counter() - start,
         "method": "calibrate",
+        "mode": cfg.area.mode,
         "seed": cfg.seed,
     }
     results["required"] = required = judged(cfg.require, results)
@@ -73,6 +79,16 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
     if short := [row["text"] for row in required if not row["met"]]:
         raise FellShort(folder / "results.json", short)
     return folder / "results.json"
+
+
+def _made(problem: AreaProblem, cfg: CalibrationRun) -> Iterator[AreaWeights]:
+    """The weights of one area after the other, in the way that is asked for."""
+    area = cfg.area
+    if area.keep is not None:
+        return prune_clones(problem, area.keep, area.most, cfg.distance, area.price, cfg.seed)
+    if area.mode == "joint":
+        return calibrate_together(problem, cfg.distance, _numbers(cfg.bounds), area.price)
+    return calibrate_areas(problem, cfg.distance, _numbers(cfg.bounds))
 
 
 def _numbers(
@@ -90,36 +106,62 @@ def _numbers(
 def _announce(problem: AreaProblem, cfg: CalibrationRun) -> None:
     """Say what will be done, and which targets of areas and nation do not add up."""
     log.info(
-        "%s targets of %s areas, %s households",
+        "%s targets of %s areas, %s of %s groups and the nation, %s households",
         *(
             f"{n:,}"
-            for n in (int((problem.area >= 0).sum()), len(problem.placement.areas), problem.num_households)
+            for n in (
+                int(problem.is_of_area.sum()),
+                problem.num_areas,
+                int((~problem.is_of_area).sum()),
+                len(problem.groups),
+                problem.num_households,
+            )
         ),
     )
+    asked = set(problem.area.tolist())
+    idle = [name for i, name in enumerate(problem.groups, problem.num_areas) if i not in asked]
+    if idle:
+        log.warning("%s of area.groups has no target: %s", f"{len(idle):,}", ", ".join(idle[:8]))
     found = problem.disagreements()
-    for measure, nation, total in found[:5]:
+    how = {"none": "", "proportional": ": multiplied to it", "standard_errors": ": moved by standard errors"}
+    for sum_ in found[:5]:
         log.warning(
-            "the areas' targets for %s add up to %.9g, the nation's is %.9g (%+.3g %%)%s",
+            "the targets for %s of the parts of %s add up to %.9g, its own is %.9g (%+.3g %%)%s",
             *(
-                problem.measure_names[measure],
-                total,
-                nation,
-                100 * (total / nation - 1) if nation else np.nan,
+                problem.measure_names[problem.measure[sum_.whole]],
+                problem.place_name(sum_.whole) or "the nation",
             ),
-            "" if cfg.area.reconcile == "none" else ": multiplied to it",
+            *(sum_.total, sum_.asked, 100 * (sum_.total / sum_.asked - 1) if sum_.asked else np.nan),
+            how[cfg.area.reconcile],
         )
     if len(found) > 5:
-        log.warning("and %d more such totals: nation.csv", len(found) - 5)
+        log.warning("and %d more such totals: disagreements.csv", len(found) - 5)
+
+
+def _disagreements(problem: AreaProblem, found: list[Sum]) -> pd.DataFrame:
+    """One row per target whose parts ask for another total: what both were, and are after reconciling."""
+    import pandas as pd
+
+    return pd.DataFrame({
+        "area": [problem.place_name(s.whole) for s in found],
+        "name": [problem.names[s.whole] for s in found],
+        "target": [s.asked for s in found],
+        "sum_of_parts": [s.total for s in found],
+        "parts": [len(s.parts) for s in found],
+        "reconciled_target": [float(problem.targets[s.whole]) for s in found],
+        "reconciled_sum": [float(problem.targets[s.parts].sum()) for s in found],
+    })  # fmt: skip
 
 
 class _Books:
     """What is noted of every area while its weights are written."""
 
-    def __init__(self, problem: AreaProblem) -> None:
-        self._problem = problem
+    def __init__(self, problem: AreaProblem, exact: bool) -> None:
+        self._problem, self._exact = problem, exact
         self._areas: list[dict[str, Any]] = []
         self._targets: list[dict[str, np.ndarray]] = []
         self._sum = np.zeros(problem.num_households)
+        self._group_sums = np.zeros((2, len(problem.places) + 1, len(problem.measure_names)))
         self._places = np.zeros(problem.num_households, dtype=np.int64)
 
     def entered(self, made: Iterator[AreaWeights]) -> Iterator[AreaWeights]:
@@ -133,11 +175,15 @@ class _Books:
     def _note(self, a: AreaWeights) -> None:
         p = self._problem
         wanted = p.targets[a.targets]
-        initial = np.zeros(p.num_households)
-        initial[a.households] = a.initial
+        initial = self._spread(a.households, a.initial)
+        if p.groups:  # what the area adds to its groups
+            both = [p.measures @ initial, p.measures @ self._spread(a.households, a.weights)]
+            for place in p.chain(a.area)[1:]:
+                self._group_sums[:, place] += both
         relative = relative_errors(a.estimates, wanted)
         self._targets.append({
             "area": np.full(len(wanted), p.placement.areas[a.area]),
+            "level": np.array([p.level(int(i)) for i in a.targets]),
             "name": np.array([p.names[i] for i in a.targets]),
             "target": wanted,
             "initial": p.measures[p.measure[a.targets]] @ initial,
@@ -163,8 +209,36 @@ class _Books:
             "steps": a.steps,
         })  # fmt: skip
 
+    def _spread(self, households: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Weights of all households, 0 for those that may not stand for the area."""
+        full = np.zeros(self._problem.num_households)
+        full[households] = weights
+        return full
+
+    def _above(self) -> dict[str, Any]:
+        """Targets of groups and of the nation, and what the areas come to together."""
+        p = self._problem
+        own = np.flatnonzero(~p.is_of_area)
+        place, measure = np.where(p.area[own] < 0, len(p.places), p.area[own]), p.measure[own]
+        initial, estimate = self._group_sums[:, place, measure]
+        nation = place == len(p.places)
+        for values, weights in ((initial, p.initial_weights), (estimate, self._sum)):
+            values[nation] = exact_totals(p.measures, weights)[measure[nation]]
+        relative = relative_errors(estimate, p.targets[own])
+        return {
+            "area": [p.place_name(int(i)) for i in own],
+            "level": [p.level(int(i)) for i in own],
+            "name": [p.names[i] for i in own],
+            "target": p.targets[own],
+            "initial": initial,
+            "estimate": estimate,
+            "relative_error": relative,
+            "scaled_error": np.abs(relative),
+            "multiplier": np.nan,
+        }  # fmt: skip
+
     def tables(self) -> dict[str, pd.DataFrame]:
-        """The tables of areas, of their targets, of households and of the nation."""
+        """The tables of areas, of targets, of levels, of households and of the nation."""
         import pandas as pd
 
         p = self._problem
@@ -173,15 +247,17 @@ class _Books:
         nation = np.full(len(p.measure_names), np.nan)
         national = np.flatnonzero(p.area == -1)
         nation[p.measure[national]] = p.targets[national]
-        asked = np.bincount(
-            p.measure[p.area >= 0], weights=p.targets[p.area >= 0], minlength=len(p.measure_names)
-        )
+        mine = p.is_of_area
+        asked = np.bincount(p.measure[mine], weights=p.targets[mine], minlength=len(p.measure_names))
         totals = exact_totals(p.measures, self._sum)
         before = exact_totals(p.measures, p.initial_weights)
         rows = {"measure": p.measure_names, "target": nation, "targets_of_areas": asked, "initial": before}
+        frames = [pd.DataFrame(t) for t in (*self._targets, self._above()) if len(t["name"])]
+        targets = pd.concat(frames, ignore_index=True)
         return {
             "areas": pd.DataFrame(self._areas),
-            "targets": pd.concat([pd.DataFrame(t) for t in self._targets], ignore_index=True),
+            "targets": targets,
+            "levels": _levels(targets),
             "exhaustion": pd.DataFrame(households),
             "nation": pd.DataFrame({
                 **rows, "sum_of_areas": totals, "relative_error": relative_errors(totals, nation),
@@ -191,7 +267,10 @@ class _Books:
     def results(self) -> dict[str, Any]:
         """Figures of results.json."""
         tables = self.tables()
-        areas, errors = tables["areas"], tables["targets"].relative_error.abs().to_numpy()
+        areas, targets = tables["areas"], tables["targets"]
+        if self._exact:  # what was not asked to be met
+            targets = targets[targets.area.isin(self._problem.placement.areas)]
+        errors = targets.relative_error.abs().to_numpy()
         exhaustion = tables["exhaustion"].exhaustion.to_numpy()
         against = tables["nation"].relative_error.abs()
         return {
@@ -200,7 +279,10 @@ class _Books:
             "kept": int((self._sum > 0).sum()),
             "targets": len(errors),
             **error_summary(errors),
-            "max_abs_scaled_error": float(areas.max_scaled_error.max()),
+            "max_abs_scaled_error": float(targets.scaled_error.max()),
+            "levels": tables["levels"].to_dict("records"),
+            "pairs": int(self._places.sum()),
+            "most_areas": int(self._places.max()),
             "gave_way": int(areas.gave_way.sum()),
             "bounds_hit": int(areas.bounds_hit.sum()),
             "ess": float(areas.ess.min()),
@@ -211,6 +293,22 @@ class _Books:
             "exhaustion": {f"p{q}": float(np.percentile(exhaustion, q)) for q in (1, 50, 99)},
             "nation_max_are": float(against.max()) if against.notna().any() else None,
         }
+
+
+def _levels(targets: pd.DataFrame) -> pd.DataFrame:
+    """Errors of the targets of each level."""
+    import pandas as pd
+
+    size = targets.target.abs().where(targets.target != 0)
+    frame = pd.DataFrame({
+        "level": targets.level,
+        "before": (targets.initial - targets.target).abs() / size,
+        "after": targets.relative_error.abs(),
+    })  # fmt: skip
+    by = frame.groupby("level", sort=False)
+    found = {"targets": by.size(), "initial_mean_are": by.before.mean(), "mean_are": by.after.mean()}
+    found |= {"median_are": by.after.median(), "max_are": by.after.max()}
+    return pd.DataFrame(found).reset_index()
 
 
 def _write_weights(
@@ -280,9 +378,14 @@ def _names(areas: tuple[str, ...]) -> list[str]:
 def _told(r: dict[str, Any], folder: Path) -> list[str]:
     """Return what the user reads at the end of a run."""
     spread = r["exhaustion"]
+    levels = "; ".join(
+        f"{level['level']} {level['mean_are']:.2%} (largest {level['max_are']:.2%})" for level in r["levels"]
+    )
     lines = [
         f"areas           {r['areas']:,}, {r['targets']:,} targets, in {r['seconds']:.1f} s",
         f"error           largest {r['max_abs_scaled_error']:.2e} of its scale; gave way {r['gave_way']:,}",
+        f"levels          mean error {levels}",
+        f"pairs           {r['pairs']:,} of area and household, one household in {r['most_areas']:,} at most",
         f"support         at least {r['unique_sources']:,} households, effective {r['ess']:,.0f}; one weight"
         f" is at most {r['largest_share']:.2%} of its area",
         f"exhaustion      sum over areas / national weight: {spread['p1']:.3g} (1 %), {spread['p50']:.3g}"

@@ -22,6 +22,7 @@ _FILES = (
     "start",
     "ckpt_path",
     "crosswalk",
+    "groups",
 )
 """Settings that name files."""
 

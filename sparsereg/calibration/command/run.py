@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from sparsereg import interruption
 from sparsereg.calibration import holdout
-from sparsereg.calibration.command import areas, estimates
+from sparsereg.calibration.command import areas, estimates, shared
 from sparsereg.calibration.command.checkpoint import Moments, Saver, fingerprint
 from sparsereg.calibration.command.provenance import provenance_of
 from sparsereg.calibration.command.requirements import judged
@@ -89,6 +89,8 @@ def run(cfg: CalibrationRun) -> Path:
         InputError: Something that the user gave cannot be used; nothing has been written then.
         FellShort: All is written, but it is not what was required.
     """
+    if shared.in_processes():
+        return shared.run(cfg, OUTPUTS)
     if cfg.area.is_given:
         return areas.run(cfg, OUTPUTS)
     if len(cfg.targets.years) > 1:

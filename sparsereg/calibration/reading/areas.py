@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ from sparsereg.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     import pandas as pd
 
-_EXACT_ONLY = ("weight", "tolerance", "hard", "scale", "of", "of_where")
-"""Columns of targets that areas do not know: their targets are totals, met exactly."""
+_UNKNOWN = ("tolerance", "hard", "scale", "of", "of_where")
+"""Columns of targets that areas do not know: their targets are totals."""
 
 
 def read_areas(
@@ -54,48 +54,110 @@ def read_areas(
     households = read_table(file, [area.column] if area.column else False, id=id, **written)
     told = str(choice["targets"])
     book = Book(read_table(told, (*TARGET_TEXTS, "area"), **written), told, **asked.rules)
-    targets, names = _with_areas(book.page(next(iter(asked.years), None)), told)
+    page = book.page(next(iter(asked.years), None))
+    targets, names = _with_areas(page, told, area.mode != "independent")
     weights = initial_weights(households, choice["weight"], file)
     there = np.ones(len(households), dtype=bool) if weights is None else weights > 0
     households = households[there].reset_index(drop=True)
     ids = unique_ids(households, id, file)
     ids = np.flatnonzero(there) if ids is None else ids
-    placement = _placement(area, households, ids, file, targets, names, seed, written)
+    tree = {} if area.groups is None else _tree(area.groups, written)
+    placement = _placement(area, households, ids, file, targets, names, set(tree.values()), seed, written)
+    groups, parent = _hierarchy(tree, placement.areas, area.groups)
     measure, first = _measures(targets)
     zero = missing.columns("zero", [m for m in targets.measures if m])
     matrix, hints = Source(households, file, zero=tuple(zero)).totals(_only(targets, first))
     for k in np.flatnonzero(np.diff(matrix.indptr) == 0).tolist():
         raise InputError(f"{targets.place(int(first[k]))}: no household touches it: {hints[k]}")
-    place = {name: i for i, name in enumerate(placement.areas)}
-    of_area = np.array([place[name] if name else -1 for name in names])
+    place = {name: i for i, name in enumerate((*placement.areas, *groups))}
     problem = AreaProblem(
         measures=matrix,
         initial_weights=np.ones(len(ids)) if weights is None else weights[there],
         placement=placement,
         targets=targets.values,
         measure=measure,
-        area=of_area,
+        area=np.array([place[name] if name else -1 for name in names]),
         names=targets.names,
         measure_names=tuple(_named(targets, int(i)) for i in first),
         ids=ids,
+        groups=groups,
+        parent=parent,
+        prices=None if targets.weights is None else np.nan_to_num(targets.weights, nan=1.0),
+        standard_errors=_standard_errors(page, told),
+        levels=targets.labels.get("level"),
     )
     _refuse_unreachable(problem, targets)
     return problem
 
 
-def _with_areas(page: Page, file: str) -> tuple[TargetTable, list[str]]:
+def _with_areas(page: Page, file: str, soft: bool) -> tuple[TargetTable, list[str]]:
     """Check a table of targets, and return the area of each; "" is the nation."""
     table = page.table
     require_column(table, "area", file, "which area each target is of; empty: the nation")
-    for column in _EXACT_ONLY:
+    for column in _UNKNOWN if soft else ("weight", *_UNKNOWN):
         if column in table.columns and (table[column].notna() & (table[column].astype(str) != "")).any():
-            raise InputError(
-                f"{file}: targets of areas are totals that are met exactly: leave the column {column!r} empty"
-            )
+            how = "totals" if soft else "totals that are met exactly"
+            raise InputError(f"{file}: targets of areas are {how}: leave the column {column!r} empty")
     names = [str(name).strip() for name in table["area"].fillna("")]
     if not any(names):
         raise InputError(f"{file}: no target has an area: leave area.* out, or fill the column 'area'")
-    return target_table(table.drop(columns=["area"]), file, rows=page.rows, known=page.known), names
+    plain = table.drop(columns=["area", *(c for c in table.columns if c == "standard_error")])
+    return target_table(plain, file, rows=page.rows, known=page.known), names
+
+
+def _standard_errors(page: Page, file: str) -> np.ndarray | None:
+    """Standard errors of the targets, 0 where the cell is empty; None without the column."""
+    if "standard_error" not in page.table.columns:
+        return None
+    errors = numbers(page.table, "standard_error", file, allow_missing=True, rows=page.rows)
+    if (errors < 0).any():
+        at = int(np.flatnonzero(errors < 0)[0])
+        raise InputError(
+            f"{file}: standard_error must be >= 0, but it is {errors[at]:g} in row {row(int(page.rows[at]))}"
+        )
+    return np.asarray(np.nan_to_num(errors))
+
+
+def _tree(path: str, written: Mapping[str, Any]) -> dict[str, str]:
+    """Read which group each area, and each group, is part of; "" is the nation."""
+    table = read_table(path, ["area", "parent"], **written)
+    for column in ("area", "parent"):
+        require_column(table, column, path, "area.groups has area,parent; an empty parent is the nation")
+    names, parents = (
+        [str(cell).strip() for cell in table[column].fillna("")] for column in ("area", "parent")
+    )
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if not name:
+            raise InputError(f"{path} row {row(i)}: the area is empty")
+        if name in first:
+            raise InputError(
+                f"{path}: the area {name!r} is there twice, in rows {row(first[name])}, {row(i)}"
+            )
+        first[name] = i
+    return dict(zip(names, parents, strict=True))
+
+
+def _hierarchy(
+    tree: Mapping[str, str], areas: tuple[str, ...], path: str | None
+) -> tuple[tuple[str, ...], np.ndarray | None]:
+    """Names of the groups, and what each area and group is part of."""
+    if path is None:
+        return (), None
+    lost = next((name for name in areas if name not in tree), None)
+    if lost is not None:
+        raise InputError(f"{path}: the area {lost!r} has no row{did_you_mean(lost, list(tree))}")
+    mixed = next((name for name in areas if name in tree.values()), None)
+    if mixed is not None:
+        raise InputError(f"{path}: {mixed!r} is an area, and cannot be the parent of others")
+    groups = tuple(dict.fromkeys(name for name in (*tree, *tree.values()) if name and name not in areas))
+    above = tuple(dict.fromkeys(tree.values()))
+    strange = next((name for name in groups if name not in above), None)
+    if strange is not None:
+        hint = did_you_mean(strange, list(areas))
+        raise InputError(f"{path}: {strange!r} is neither an area nor the parent of one{hint}")
+    place = {"": -1} | {name: i for i, name in enumerate((*areas, *groups))}
+    return groups, np.array([place[tree.get(name, "")] for name in (*areas, *groups)])
 
 
 def _placement(
@@ -105,6 +167,7 @@ def _placement(
     file: str,
     targets: TargetTable,
     names: list[str],
+    groups: Set[str],
     seed: int,
     written: Mapping[str, Any],
 ) -> Placement:
@@ -121,7 +184,7 @@ def _placement(
         placement = _crosswalk(area.crosswalk, ids, file, written)
         where = f"row of {area.crosswalk} has the area"
     else:
-        known = tuple(dict.fromkeys(name for name in names if name))
+        known = tuple(dict.fromkeys(name for name in names if name and name not in groups))
         assert area.clones is not None
         try:
             sizes = _sizes(targets, names, known)
@@ -129,8 +192,8 @@ def _placement(
         except ValueError as error:
             raise InputError(f"area.clones={area.clones}: {error}") from None
     for i, name in enumerate(names):
-        if name and name not in placement.areas:
-            hint = did_you_mean(name, list(placement.areas))
+        if name and name not in placement.areas and name not in groups:
+            hint = did_you_mean(name, [*placement.areas, *groups])
             raise InputError(f"{targets.place(i)}: no {where} {name!r}{hint}")
     return placement
 
@@ -224,15 +287,15 @@ def _named(targets: TargetTable, i: int) -> str:
 
 def _refuse_unreachable(problem: AreaProblem, targets: TargetTable) -> None:
     """Refuse a target that is not 0 of which no household of its area has anything."""
-    for area, own in enumerate(problem.by_area):
-        households, _ = problem.placement.of(area, problem.num_households)
-        if len(households) == problem.num_households:
-            continue
+    for place, own in enumerate(problem.by_place):
         there = np.zeros(problem.num_households)
-        there[households] = 1.0
+        for area in problem.leaves(place):
+            there[problem.placement.of(area, problem.num_households)[0]] = 1.0
+        if there.all():
+            continue
         touched = abs(problem.measures[problem.measure[own]]) @ there
         for i in own[(touched == 0) & (problem.targets[own] != 0)][:1]:
+            whose = problem.place_name(int(i))
             raise InputError(
-                f"{targets.place(int(i))}: no household that may stand for area"
-                f" {problem.placement.areas[area]!r} has any of it"
+                f"{targets.place(int(i))}: no household that may stand for {whose!r} has any of it"
             )

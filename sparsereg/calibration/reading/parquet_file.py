@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sparsereg.calibration.reading.cells import to_series
 from sparsereg.checks import check_memory
@@ -67,6 +69,25 @@ class ParquetFile:
         except Exception as error:
             raise self._unreadable(error) from error
 
+    @property
+    def num_groups(self) -> int:
+        """How many row groups it has."""
+        return int(self._content.metadata.num_row_groups)
+
+    def group_rows(self, group: int) -> int:
+        """How many rows a row group has."""
+        return int(self._content.metadata.row_group(group).num_rows)
+
+    def group(self, group: int, columns: Collection[str]) -> pd.DataFrame:
+        """Return a row group, some columns as far as they are there."""
+        chosen = [name for name in self.names if name.strip() in columns]
+        try:
+            table = from_arrow(self._content.read_row_group(group, columns=chosen), self.id)
+        except Exception as error:
+            raise self._unreadable(error) from error
+        table.columns = [str(name).strip() for name in table.columns]
+        return table
+
     def is_longer(self, rows: int) -> bool:
         """See ``tables.Rows``."""
         return bool(self._content.metadata.num_rows > rows)
@@ -98,3 +119,55 @@ def from_arrow(content: pa.Table, id: str | None = None) -> pd.DataFrame:
         elif pa.types.is_decimal(column.type) and name != id:
             table[name] = to_series(column.cast(pa.float64()))
     return table
+
+
+def share_of(
+    place: Path, columns: Collection[str], id: str | None, rank: int, size: int
+) -> tuple[pd.DataFrame, int]:
+    """Read one process's share of the rows: whole row groups of a file, or whole files of a folder.
+
+    Args:
+        place: A Parquet file, or a folder of them.
+        columns: Only these, as far as they are there.
+        id: A column of which no value is changed.
+        rank: Of the process, from 0.
+        size: How many there are.
+
+    Returns:
+        The rows, and how many stand before them.
+
+    Raises:
+        InputError: there are fewer parts than processes, or something is no Parquet.
+    """
+    import pandas as pd
+
+    files = (
+        sorted(p for p in place.iterdir() if p.suffix in (".parquet", ".pq")) if place.is_dir() else [place]
+    )
+    if not place.exists() or (not place.is_dir() and place.suffix not in (".parquet", ".pq")):
+        raise InputError(f"{place}: several processes read a Parquet file or a folder of them")
+    contents = [ParquetFile(file, id) for file in files]
+    parts = [(c, group) for c in contents for group in range(c.num_groups)]
+    if len(parts) < size:
+        raise InputError(
+            f"{place} has {len(parts)} row groups for {size} processes: write it with more"
+            " (row_group_size=...), or start fewer"
+        )
+    counts = [c.group_rows(group) for c, group in parts]
+    ends = np.cumsum(counts)
+    # Each process takes the parts whose middle lies in its share of the rows, at least one.
+    owner = np.minimum(((ends - np.array(counts) / 2) * size / max(int(ends[-1]), 1)).astype(int), size - 1)
+    owner = _at_least_one(owner, size)
+    own = np.flatnonzero(owner == rank)
+    frames = [parts[k][0].group(parts[k][1], columns) for k in own.tolist()]
+    return pd.concat(frames, ignore_index=True), int(ends[own[0]] - counts[own[0]])
+
+
+def _at_least_one(owner: np.ndarray, size: int) -> np.ndarray:
+    """Owners in ascending order, changed so that every process has a part."""
+    starts = np.searchsorted(owner, np.arange(size))
+    for rank in range(1, size):
+        starts[rank] = max(starts[rank], starts[rank - 1] + 1)
+    for rank in range(size - 1, 0, -1):
+        starts[rank] = min(starts[rank], len(owner) - size + rank)
+    return np.searchsorted(starts, np.arange(len(owner)), side="right") - 1

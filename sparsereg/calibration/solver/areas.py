@@ -20,7 +20,7 @@ from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, Solution
 from sparsereg.calibration.solver.exact import GAVE_WAY, Domain, soften
 from sparsereg.linalg.threads import in_turns, num_threads
 
-_SMALLEST_SHARE = 1e-3
+SMALLEST_SHARE = 1e-3
 """Share of what goes into a total that its error is at least compared with."""
 
 
@@ -164,7 +164,7 @@ def _mean_targets(problem: AreaProblem, measures: np.ndarray) -> np.ndarray:
     assert isinstance(problem.placement.shares, np.ndarray)
     mean = np.empty(len(measures))
     for place, measure in enumerate(measures):
-        own = np.flatnonzero((problem.measure == measure) & (problem.area >= 0))
+        own = np.flatnonzero((problem.measure == measure) & problem.is_of_area)
         mean[place] = problem.targets[own].sum() / problem.placement.shares[problem.area[own]].sum()
     return mean
 
@@ -181,7 +181,7 @@ def _solve(problem: AreaProblem, template: _Template, area: int) -> AreaWeights:
     initial = problem.initial_weights[template.households] * shares
     weights = initial.copy() if found is None else found.weights * share
     estimates = problem.measures[template.measures] @ _of_all(problem, template, weights)
-    scale = np.maximum(np.abs(wanted), _SMALLEST_SHARE * template.sizes * share)
+    scale = np.maximum(np.abs(wanted), SMALLEST_SHARE * template.sizes * share)
     errors = np.abs(estimates - wanted) / np.where(scale > 0, scale, 1.0)
     low, high = template.dual.distance.low * initial, template.dual.distance.high * initial
     weights = np.clip(weights, low, high)

@@ -105,6 +105,14 @@ class Rows:
         """What the multipliers come to for each household, shape (households,)."""
         return np.asarray(self.by_household @ multipliers)
 
+    def lengths(self) -> Int[np.ndarray, "targets"]:
+        """How many households each target touches."""
+        return np.diff(self.by_target.indptr)
+
+    def dot(self, one: Float[np.ndarray, "households"], other: Float[np.ndarray, "households"]) -> float:
+        """Sum of products over all households."""
+        return float(one @ other)
+
     def squares(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets"]:
         """Sum of the squared entries of each target, households weighted."""
         rows = self.by_target
@@ -114,7 +122,7 @@ class Rows:
     def gram(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets targets"]:
         """Products of the rows with each other, households weighted; at least the lower triangle."""
         if self.dense is None:
-            return _gram(self.by_household, weights)
+            return gram(self.by_household, weights)
         free = np.flatnonzero(weights)
         if len(free) > 0.7 * len(weights):
             return np.asarray((self.dense * weights) @ self.dense.T)
@@ -149,7 +157,7 @@ class Dual:
 
     def primal(self, weights: Float[np.ndarray, "households"]) -> float:
         """Distance of weights from the initial ones, and the price of what they miss of soft targets."""
-        far = (self.weights / self.factors) @ self.distance.value(weights / self.weights)
+        far = self.rows.dot(self.weights / self.factors, self.distance.value(weights / self.weights))
         soft = np.isfinite(self.slack.price)
         missed = (self.rows.totals(weights) - self.targets)[soft]
         missed = np.maximum(np.abs(missed) - self.slack.band[soft], 0.0)
@@ -207,7 +215,7 @@ class _State:
         self.gradient = dual.rows.totals(self.weights) + slack - dual.targets
         self.error = float(np.abs(self.gradient).max())
         bent = ratio * dual.factors * reach - dual.distance.value(ratio)
-        self.value = float((dual.weights / dual.factors) @ bent)
+        self.value = dual.rows.dot(dual.weights / dual.factors, bent)
         self.value += dual.slack.value(multipliers) - float(dual.targets @ multipliers)
 
 
@@ -287,14 +295,22 @@ def multipliers_of(dual: Dual, weights: Float[np.ndarray, "households"]) -> Floa
 
 
 def independent(dual: Dual) -> Int[np.ndarray, "some"]:
-    """Indices of targets of which no hard one is a sum of others, ascending."""
+    """Indices of targets of which no hard one is a sum of others, ascending.
+
+    Of rows that depend on each other the shorter ones are taken: districts, and not the states that are their
+    sums, which leaves the fewest entries to multiply.
+    """
     num_targets = len(dual.targets)
     hard = np.flatnonzero(np.isinf(dual.slack.price) & (dual.slack.band == 0))
     if num_targets > _MOST_DENSE or len(hard) < 2:
         return np.arange(num_targets)
     square = dual.rows.gram(dual.weights * dual.factors)[np.ix_(hard, hard)]
     root = np.sqrt(np.maximum(square.diagonal(), np.finfo(np.float64).tiny))
-    _, order, rank, _ = sl.lapack.dpstrf(square / root[:, None] / root, tol=_DEPENDENT, lower=1)
+    place = np.empty(len(hard))
+    place[np.argsort(dual.rows.lengths()[hard], kind="stable")] = np.arange(len(hard))
+    root *= 1.0 + place / len(hard)  # what is long comes later, unless it is needed
+    tolerance = _DEPENDENT / 4  # of lengths that are halved at most
+    _, order, rank, _ = sl.lapack.dpstrf(square / root[:, None] / root, tol=tolerance, lower=1)
     left_out = hard[order[rank:] - 1]
     return np.setdiff1d(np.arange(num_targets), left_out)
 
@@ -335,7 +351,7 @@ def _length(
     def slope(length: float) -> float:
         ratio, _ = dual.distance.respond(dual.factors * (state.reach + length * along))
         slack, _ = dual.slack.respond(state.multipliers + length * direction)
-        return float((dual.weights * ratio) @ along + (slack - dual.targets) @ direction)
+        return dual.rows.dot(dual.weights * ratio, along) + float((slack - dual.targets) @ direction)
 
     first = float(state.gradient @ direction)
     short, long = 0.0, 1.0
@@ -407,7 +423,7 @@ class _Newton:
         return solution
 
 
-def _gram(
+def gram(
     columns: sp.csr_array, weights: Float[np.ndarray, "households"]
 ) -> Float[np.ndarray, "targets targets"]:
     """Products of targets' rows with each other, households weighted; at least the lower triangle.

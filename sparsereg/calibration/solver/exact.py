@@ -29,11 +29,11 @@ _log = logging.getLogger(__name__)
 _PRICES = (1.0, 10.0)
 """Prices of targets that give way, one after the other; with 10, missing one by 1 % of what goes into it
 costs as much as changing all weights by 3 %."""
-_BAND_STIFFNESS = 1e8
+BAND_STIFFNESS = 1e8
 """Slope of a tolerance over the slope of its target: within it, the multiplier is as good as zero."""
 GAVE_WAY = 1e-6
 """Error beyond the tolerance, over the scale, from which a target is not met."""
-_SMALL_BESIDE_GROSS = 0.01
+SMALL_BESIDE_GROSS = 0.01
 """A scale of at most this share of what goes into the total is that of a zero, or of a small difference."""
 _CERTIFICATE_SECONDS = 60.0
 _CONFLICT = 1e-7
@@ -175,7 +175,7 @@ def near_zero(linear: CalibrationProblem) -> Bool[np.ndarray, "targets={linear.n
 
     Where such a target contradicts others, it is judged by all that goes into it.
     """
-    return np.asarray(linear.scale <= _SMALL_BESIDE_GROSS * linear.gross)
+    return np.asarray(linear.scale <= SMALL_BESIDE_GROSS * linear.gross)
 
 
 def is_hard(problem: CalibrationProblem) -> Bool[np.ndarray, "targets={problem.num_targets}"]:
@@ -227,7 +227,7 @@ def domains(
         )  # fmt: skip
         price = prices[targets] * total
         price = np.maximum(price, np.finfo(np.float64).tiny)
-        slack = Slack(price, linear.tolerance[targets] / scale[targets], _BAND_STIFFNESS * dual.diagonal())
+        slack = Slack(price, linear.tolerance[targets] / scale[targets], BAND_STIFFNESS * dual.diagonal())
         yield Domain(targets, households, replace(dual, slack=slack), natural[targets], total)
 
 

@@ -103,7 +103,7 @@ def test_targets_that_do_not_add_up_are_named_and_reconciled(caplog):
     write()
     with caplog.at_level("WARNING"):
         folder, _ = run(*GIVEN, "area.column=district", "area.reconcile=proportional")
-    assert "the areas' targets for households add up to" in caplog.text
+    assert "the targets for households of the parts of the nation add up to" in caplog.text
     nation = pd.read_csv(folder / "nation.csv").set_index("measure")
     assert nation.loc["households", "relative_error"] == pytest.approx(0.0, abs=1e-9)
 
@@ -179,6 +179,13 @@ def test_wrong_input_is_one_line_and_leaves_nothing(case, tmp_path):
         (("area.column=district", "area.clones=2"), "area.column and area.clones contradict each other"),
         (("area.column=district", "method=all"), "need method=calibrate"),
         (("area.files=true",), "area.files and area.reconcile need"),
+        (("area.mode=joint",), "so do area.mode and area.groups"),
+        (("area.column=district", "area.mode=prune"), "area.mode=prune and area.keep=K need each other"),
+        (("area.column=district", "area.keep=7"), "area.mode=prune and area.keep=K need each other"),
+        (
+            ("area.column=district", "area.mode=prune", "area.keep=7", "bounds=[0.5,2]"),
+            "bounds are for areas that keep everybody",
+        ),
         (("area.column=district", "variance=linearized"), "variance is not known where areas"),
         (("area.column=district", "bounds=[low,high]"), "bounds that are numbers"),
         (("area.column=district", "weights_format=dta"), "csv or parquet"),
@@ -188,6 +195,126 @@ def test_settings_that_contradict_each_other(more, message):
     write()
     with pytest.raises(InputError, match=message):
         run(*GIVEN, *more)
+
+
+GROUPS = pd.DataFrame({"area": [*AREAS, "N"], "parent": ["N", "N", "S", ""]})
+
+
+def with_levels(t):
+    """Targets of two groups and of the nation, 2 and 3 % off what their areas add up to."""
+    rows = []
+    for what in ("", "income", "old"):
+        own = t[t.name.isin([f"{a}/{what}" for a in AREAS])].set_index("area")
+        sums = {"N": own.value["D1"] + own.value["D2"], "S": own.value["03"], "": own.value.sum()}
+        first = own.iloc[0]
+        rows += [
+            {"name": f"{k or 'all'}/{what}", "area": k, "measure": first.measure, "where": first["where"],
+             "value": (1.02 if k else 1.03) * v}
+            for k, v in sums.items()
+        ]  # fmt: skip
+    return pd.concat([t[t.name != "nation"], pd.DataFrame(rows)], ignore_index=True)
+
+
+def test_all_levels_at_once(caplog):
+    GROUPS.to_csv("G.csv", index=False)
+    households, targets = write(targets=with_levels)
+    with caplog.at_level("WARNING"):
+        folder, results = run(*GIVEN, "area.column=district", "area.groups=G.csv", "area.mode=joint")
+    assert "parts of N add up to" in caplog.text
+    assert "parts of the nation add up to" in caplog.text
+    assert "and 4 more such totals" in caplog.text
+    found = pd.read_csv(folder / "targets.csv", dtype={"area": str}).set_index("name")
+    both = pd.read_csv(folder / "weights.csv", dtype={"area": str}).merge(households, on="id")
+    parents = GROUPS.set_index("area").parent
+    for row in with_levels(targets).itertuples():
+        here = both[(both.area == row.area) | (both.area.map(parents) == row.area) | (row.area == "")]
+        some = here[here.age >= 65] if row.where else here
+        value = (some.weight * (some[row.measure] if row.measure else 1.0)).sum()
+        assert found.estimate[row.name] == pytest.approx(value, rel=1e-9)
+        assert value == pytest.approx(row.value, rel=0.03)
+    levels = pd.read_csv(folder / "levels.csv").set_index("level")
+    assert levels.targets.to_dict() == {"area": 9, "group": 6, "nation": 3}
+    assert results["targets"] == 18
+    assert results["mode"] == "joint"
+    told = pd.read_csv(folder / "disagreements.csv")
+    assert len(told) == 9
+    assert "area.groups" in [f["key"] for f in results["provenance"]["inputs"]]
+
+
+@pytest.mark.parametrize("how", ["proportional", "standard_errors"])
+def test_levels_that_were_reconciled_are_all_met(how):
+    GROUPS.to_csv("G.csv", index=False)
+    write(targets=lambda t: with_levels(t).assign(standard_error=lambda x: 0.01 * x.value))
+    more = ("area.column=district", "area.groups=G.csv", "area.mode=joint", f"area.reconcile={how}")
+    folder, results = run(*GIVEN, *more, "area.price=1e6", "weights_format=parquet")
+    assert results["max_are"] < 1e-5
+    told = pd.read_csv(folder / "disagreements.csv")
+    np.testing.assert_allclose(told.reconciled_target, told.reconciled_sum, rtol=1e-9)
+    nation = told[told.area.isna()]
+    assert (nation.target == nation.reconciled_target).all() == (how == "proportional")
+
+
+def test_exactly_so_many_pairs_are_kept():
+    households, _ = write(targets=with_levels, crosswalk=SHARES)
+    GROUPS.to_csv("G.csv", index=False)
+    more = ("area.crosswalk=X.csv", "area.groups=G.csv", "area.mode=prune", "area.keep=90", "area.most=2")
+    folder, results = run(*GIVEN, *more, "area.files=true")
+    long = pd.read_csv(folder / "weights.csv", dtype={"area": str})
+    assert len(long) == results["pairs"] == 90
+    assert long.groupby("id").size().max() <= 2
+    assert results["most_areas"] <= 2
+    assert not long.duplicated(["area", "id"]).any()
+    areas = pd.read_csv(folder / "areas.csv", dtype={"area": str}).set_index("area")
+    np.testing.assert_array_equal(areas.unique_sources, long.groupby("area").size()[areas.index])
+    assert results["mean_are"] < 0.05
+
+
+WRONG_LEVELS = {
+    "an unknown parent": ({"targets": _set("area", "M")}, GROUPS, "T.csv row 2 .*no household of H.csv has"),
+    "an area without a group": ({}, GROUPS.iloc[1:], "G.csv: the area 'D1' has no row; there are D2, 03, N"),
+    "an area twice": ({}, pd.concat([GROUPS, GROUPS]), "G.csv: the area 'D1' is there twice, in rows 2, 6"),
+    "an area as a parent": ({}, GROUPS.assign(parent="D1"), "'D1' is an area, and cannot be the parent"),
+    "a group of nothing": (
+        {}, GROUPS.assign(area=[*AREAS, "Nn"]), "G.csv: 'Nn' is neither an area nor the parent of one",
+    ),
+    "a circle": (
+        {}, pd.concat([GROUPS[GROUPS.area != "N"], pd.DataFrame({"area": ["N", "S"], "parent": ["S", "N"]})]),
+        "groups go round in a circle: '[NS]' is a part of itself",
+    ),
+    "no such column": ({}, GROUPS.rename(columns={"parent": "up"}), "G.csv has no column 'parent'"),
+    "a negative standard error": (
+        {"targets": lambda t: t.assign(standard_error=-1.0)}, GROUPS, "standard_error must be >= 0, but it",
+    ),
+    "a tolerance": ({"targets": lambda t: t.assign(tolerance="2%")}, GROUPS, "leave the column 'tolerance'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_LEVELS)
+def test_wrong_levels_are_one_line_and_leave_nothing(case, tmp_path):
+    change, groups, message = WRONG_LEVELS[case]
+    write(**change)
+    groups.to_csv("G.csv", index=False)
+    with pytest.raises(InputError, match=message) as error:
+        run(*GIVEN, HOME, "area.groups=G.csv", "area.mode=joint")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_more_pairs_than_there_are_leave_nothing(tmp_path):
+    write()
+    with pytest.raises(InputError, match="keep=241: there are 240 pairs"):
+        run(*GIVEN, HOME, "area.mode=prune", "area.keep=241")
+    with pytest.raises(InputError, match="targets have no standard errors"):
+        run(*GIVEN, HOME, "area.reconcile=standard_errors")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_book_of_areas_takes_a_year_and_rules(tmp_path):
+    write(targets=lambda t: t.rename(columns={"value": "value_2026"}).assign(level="district"))
+    _, results = run(*GIVEN, HOME, "targets.year=2026", "targets.exclude=[\"name == 'D1/old'\"]")
+    assert results["targets"] == 8
+    with pytest.raises(InputError, match="a list of years as targets.year is not known where areas"):
+        run(*GIVEN, HOME, "targets.year=[2026,2027]")
 
 
 def test_names_of_files_differ_whatever_areas_are_called():

@@ -330,3 +330,21 @@ def test_sums_that_were_rounded_are_no_contradiction():
     assert result.diagnostics["max_abs_scaled_error"] < 1e-8
     assert result.exact.certificate == []
     np.testing.assert_allclose(result.weights, exactly(base, "raking").weights, rtol=1e-6)
+
+
+def test_of_targets_that_are_sums_of_others_the_parts_are_kept():
+    from sparsereg.calibration.solver.distances import distance_of
+    from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, independent
+
+    rng = np.random.default_rng(3)
+    district = rng.integers(0, 8, 400)
+    parts = np.array([(district == k) * rng.lognormal(size=400) for k in range(8)])
+    states = np.array([parts[:4].sum(axis=0), parts[4:].sum(axis=0)])
+    rows = np.vstack([parts.sum(axis=0), states, parts])[rng.permutation(11)]
+    none = np.zeros(11)
+    slack = Slack(np.full(11, np.inf), none, none)
+    ones = np.ones(400)
+    dual = Dual(Rows(sp.csr_array(rows)), none, ones, ones, distance_of("linear", 0 * ones, 9 * ones), slack)
+    chosen = independent(dual)
+    assert len(chosen) == 8
+    assert ((rows[chosen] > 0).sum(axis=1) < 100).all()

@@ -1,0 +1,188 @@
+"""``method="calibrate"`` with the households shared out to a group of processes, on one machine or on many.
+
+Each process holds all targets' entries of its own households and nothing of others. The multipliers are the
+same everywhere; per step of Newton's method the group sums up totals, the products of the targets' rows with
+each other, and a few single numbers. Everything that follows from these sums is computed in every process.
+
+The group is that of ``torch.distributed``: of Lightning's Fabric or Trainer, or one's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.distributed as dist
+from numpy.typing import ArrayLike
+
+from sparsereg.calibration.problem import CalibrationProblem, gross_totals
+from sparsereg.calibration.solver.bounds import Bounds, bounded_weights, ratio_bounds
+from sparsereg.calibration.solver.distances import distance_of
+from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, solve
+from sparsereg.calibration.solver.exact import (
+    BAND_STIFFNESS,
+    GAVE_WAY,
+    SMALL_BESIDE_GROSS,
+    Domain,
+    is_hard,
+    over_scales,
+    soften,
+    unit_factors,
+)
+from sparsereg.calibration.target_scale import target_scale
+from sparsereg.shapes import Float, Int
+
+
+def in_group() -> bool:
+    """Whether there is a group of more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def summed(values: ArrayLike) -> np.ndarray:
+    """The sum over the group, float64; what it is itself without a group. All processes get the same bits."""
+    own = torch.from_numpy(np.array(values, dtype=np.float64))
+    if in_group():
+        dist.all_reduce(own)
+    return own.numpy()
+
+
+def largest(value: float) -> float:
+    """The largest value in the group."""
+    own = torch.tensor(value, dtype=torch.float64)
+    if in_group():
+        dist.all_reduce(own, op=dist.ReduceOp.MAX)
+    return float(own)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedRows(Rows):
+    """Rows over the households of this process; sums over households are those of the whole group."""
+
+    def take(self, targets: Int[np.ndarray, "some"]) -> SharedRows:
+        """See ``Rows``."""
+        return SharedRows(sp.csr_array(self.by_target[targets]))
+
+    def totals(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets"]:
+        """See ``Rows``."""
+        return summed(super().totals(weights))
+
+    def lengths(self) -> Int[np.ndarray, "targets"]:
+        """See ``Rows``."""
+        return summed(super().lengths()).astype(np.int64)
+
+    def dot(self, one: Float[np.ndarray, "households"], other: Float[np.ndarray, "households"]) -> float:
+        """See ``Rows``."""
+        return float(summed(super().dot(one, other)))
+
+    def squares(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets"]:
+        """See ``Rows``."""
+        return summed(super().squares(weights))
+
+    def gram(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets targets"]:
+        """See ``Rows``: the lower triangle is sent, packed."""
+        square = super().gram(weights)
+        below = np.tril_indices(len(square))
+        square[below] = summed(square[below])
+        return square
+
+
+@dataclass(frozen=True, eq=False)
+class SharedWeights:
+    """What one process knows at the end: its own weights, and what they reach together with the others'.
+
+    Args:
+        weights: Of its own households.
+        estimates: Totals over all processes, shape (targets,).
+        initial: The same with the initial weights.
+        scale: What errors are compared with.
+        multipliers: What each target costs.
+        gave_way: Indices of hard targets that are not met.
+        bounds_hit: How many weights are at a bound, over all processes.
+        steps: Steps of Newton's method.
+    """
+
+    weights: Float[np.ndarray, "households"]
+    estimates: Float[np.ndarray, "targets"]
+    initial: Float[np.ndarray, "targets"]
+    scale: Float[np.ndarray, "targets"]
+    multipliers: Float[np.ndarray, "targets"]
+    gave_way: Int[np.ndarray, "gave_way"]
+    bounds_hit: int
+    steps: int
+
+
+def calibrate_shared(
+    part: CalibrationProblem,
+    distance: str = "linear",
+    bounds: Bounds | None = None,
+    weight_bounds: Bounds | None = None,
+    unit_factor: np.ndarray | None = None,
+) -> SharedWeights:
+    """Find the weights of this process's households; every process of the group calls it at the same time.
+
+    Args:
+        part: All targets, and the households of this process. Totals only, no ratios.
+        distance: As for ``calibrate_exactly``, as what follows.
+        bounds: Smallest and largest weight over initial weight.
+        weight_bounds: Smallest and largest weight.
+        unit_factor: q per household of this process.
+
+    Raises:
+        ValueError: an argument is wrong, or a target is a ratio.
+    """
+    if part.denominators is not None:
+        raise ValueError("targets that are ratios are not calibrated in a group of processes: only totals")
+    initial = part.starting_weights
+    low, high = ratio_bounds(initial, distance, bounds, weight_bounds)
+    factors = unit_factors(unit_factor, part.num_households)
+    there = np.flatnonzero(initial > 0)
+    domain, scale = _domain(part, there, (low[there], high[there]), factors[there], distance)
+    found, slack = solve(domain.dual), domain.dual.slack
+    if not found.converged:
+        found, slack = soften(domain, domain.dual, np.isinf(slack.price), found)
+    weights, multipliers = np.zeros(part.num_households), np.zeros(part.num_targets)
+    weights[there] = found.weights
+    least, most = bounded_weights(initial, (low, high))
+    weights = np.clip(weights, least, most)
+    multipliers[domain.targets] = found.multipliers / scale[domain.targets]
+    before, after = (summed(part.matrix.astype(np.float64) @ w) for w in (initial, weights))
+    missed = np.maximum(np.abs(after - part.targets) - part.tolerance, 0.0) / scale
+    at = ((weights <= least * (1 + 1e-12)) | (weights >= most * (1 - 1e-12))) & (initial > 0)
+    return SharedWeights(
+        weights, after, before, scale, multipliers, np.flatnonzero(is_hard(part) & (missed > GAVE_WAY)),
+        int(summed(float(at.sum()))), found.steps,
+    )  # fmt: skip
+
+
+def _domain(
+    part: CalibrationProblem,
+    there: Int[np.ndarray, "some"],
+    bounds: tuple[np.ndarray, np.ndarray],
+    factors: Float[np.ndarray, "some"],
+    distance: str,
+) -> tuple[Domain, Float[np.ndarray, "targets"]]:
+    """All targets that any household touches, over their scales in the whole group."""
+    initial = part.starting_weights
+    total, number = summed([initial.sum(), float(len(initial))])
+    gross = summed(gross_totals(part.matrix, initial))
+    alike = summed(gross_totals(part.matrix, np.full(len(initial), total / number)))
+    gross = np.where(gross > 0, gross, alike)
+    scale = target_scale(part.targets, part.target_scales, gross)
+    targets = np.flatnonzero(summed(np.diff(part.matrix.indptr).astype(np.float64)))
+    rows = sp.csr_array(part.matrix[targets][:, there].astype(np.float64))
+    none = np.zeros(len(targets))
+    dual = Dual(
+        SharedRows(over_scales(rows, scale[targets])), part.targets[targets] / scale[targets], initial[there],
+        factors, distance_of(distance, *bounds), Slack(none, none, none),
+    )  # fmt: skip
+    prices = np.where(is_hard(part), np.inf, part.target_shares)[targets] * float(total)
+    slack = Slack(
+        np.maximum(prices, np.finfo(np.float64).tiny),
+        part.tolerance[targets] / scale[targets],
+        BAND_STIFFNESS * dual.diagonal(),
+    )
+    small = scale <= SMALL_BESIDE_GROSS * gross
+    natural = np.where(small, scale / np.maximum(scale, gross), 1.0)[targets]
+    return Domain(targets, there, replace(dual, slack=slack), natural, float(total)), scale

@@ -1,0 +1,110 @@
+"""calibrate.py started by torchrun: each process its part of a Parquet file."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sparsereg.calibration.reading.parquet_file import share_of
+from sparsereg.errors import InputError
+
+ROOT = Path(__file__).parents[3]
+
+
+def tables(tmp_path, n=900, groups=7):
+    rng = np.random.default_rng(0)
+    h = pd.DataFrame({
+        "id": [f"h{i:04d}" for i in range(n)], "w": rng.lognormal(3, 0.3, n),
+        "state": np.sort(rng.choice(["CA", "TX", "WY"], n)), "income": rng.lognormal(10, 1, n).round(),
+        "age": rng.integers(18, 90, n), "unused": 1.0,
+    })  # fmt: skip
+    h.to_parquet(tmp_path / "H.parquet", row_group_size=-(-n // groups))
+    (tmp_path / "H").mkdir()
+    for k, rows in enumerate(np.array_split(np.arange(n), 3)):
+        h.iloc[rows].to_parquet(tmp_path / "H" / f"part-{k}.parquet")
+    wheres = ["", "state == 'CA'", "state == 'WY' and age >= 65", "income > 30000"]
+    rows = [
+        {"name": f"{m}{i}", "where": w, "measure": m,
+         "value": rng.normal(1, 0.03) * (h.w * (h[m] if m else 1))[h.query(w).index if w else h.index].sum()}
+        for i, w in enumerate(wheres) for m in ("", "income")
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_csv(tmp_path / "T.csv", index=False)
+    return h
+
+
+@pytest.mark.parametrize("place", ["H.parquet", "H"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_shares_are_all_rows_once_and_in_order(tmp_path, place, size):
+    h = tables(tmp_path)
+    shares = [share_of(tmp_path / place, ["id", "w"], "id", rank, size) for rank in range(size)]
+    whole = pd.concat([table for table, _ in shares], ignore_index=True)
+    pd.testing.assert_frame_equal(whole, h[["id", "w"]])
+    assert [first for _, first in shares] == np.cumsum([0, *(len(t) for t, _ in shares)])[:-1].tolist()
+    assert min(len(t) for t, _ in shares) > 0
+
+
+def test_fewer_parts_than_processes_and_other_files(tmp_path):
+    tables(tmp_path)
+    with pytest.raises(InputError, match="has 3 row groups for 4 processes"):
+        share_of(tmp_path / "H", ["id"], "id", 0, 4)
+    with pytest.raises(InputError, match="read a Parquet file or a folder"):
+        share_of(tmp_path / "T.csv", ["id"], "id", 0, 2)
+
+
+def started(tmp_path, *given, processes=2):
+    how = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *(how if processes > 1 else []), str(ROOT / "calibrate.py"), "problem=households",
+         "problem.targets=T.csv", "problem.weight=w", "problem.id=id", *given],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["H.parquet", "H"])
+def test_two_processes_write_the_weights_of_one(tmp_path, place):
+    tables(tmp_path)
+    more = ("method=calibrate", "distance=raking", "bounds=[0.2,5]")
+    done = started(tmp_path, f"problem.households={place}", *more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results: ") == 1
+    folder = tmp_path / done.stdout.rsplit("results: ")[1].strip()
+    parts = sorted((folder.parent / "weights").iterdir())
+    assert [p.name for p in parts] == ["part-00000.parquet", "part-00001.parquet"]
+    ours = pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True)
+    alone = started(tmp_path, "problem.households=H.parquet", *more, "plots=false", processes=1)
+    assert alone.returncode == 0, alone.stderr
+    theirs_folder = (tmp_path / alone.stdout.rsplit("results: ")[1].strip()).parent
+    theirs = pd.read_csv(theirs_folder / "weights.csv")
+    assert ours.id.tolist() == theirs.id.tolist()
+    np.testing.assert_allclose(ours.weight, theirs.weight, rtol=1e-9)
+    targets = [pd.read_csv(f / "targets.csv").set_index("name") for f in (folder.parent, theirs_folder)]
+    for column in ("target", "initial", "estimate", "scale", "multiplier"):
+        np.testing.assert_allclose(targets[0][column], targets[1][column], rtol=1e-6)
+    told, alone_told = (json.loads((f / "results.json").read_text()) for f in (folder.parent, theirs_folder))
+    for key in ("households", "kept", "targets", "ess", "max_weight", "bounds_hit", "total_weight"):
+        assert told[key] == pytest.approx(alone_told[key], rel=1e-6), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("method=calibrate", "targets.year=2031"), "has no column value_2031"),
+        (("num_households=5",), "several processes need method=calibrate problem=households"),
+    ],
+)
+def test_wrong_input_is_one_line_of_one_process(tmp_path, given, message):
+    tables(tmp_path)
+    done = started(tmp_path, "problem.households=H.parquet", *given)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "outputs").exists()
