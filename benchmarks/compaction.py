@@ -123,6 +123,7 @@ def measure(
         batch_sizes=batches,
         runtimes=(runtime,),
         repeats=repeats,
+        seconds=3600.0,
         channels_last=channels_last,
     )
     for row in timings.rows:

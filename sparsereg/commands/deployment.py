@@ -4,6 +4,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning_fabric.utilities.apply_func import move_data_to_device
 from torch import fx, nn
 
 from sparsereg.compression import (
+    Count,
     benchmark,
     compact,
     count,
@@ -126,8 +128,8 @@ class HandOver:
             size = 4e-6 * whole["parameters"] if dense is None else weights_megabytes(dense)
             self._add(Artefact("dense", None, {}, whole["parameters"], whole["macs"], size), dense)
         beside = c.path.with_name(UNDER_GATES["last.ckpt"])
-        if name == "tuned" and beside.is_file() and not isinstance(self.cfg.model, OwnNetwork):
-            gated = build.restore(checkpoints.read(str(beside))).eval()
+        gated = _rebuilt(beside) if name == "tuned" else None
+        if gated is not None:
             figures = self._figures(self._in_torch(gated.to(self.device)))
             size = weights_megabytes(gated)
             made = Artefact("gated", str(beside), figures, whole["parameters"], whole["macs"], size)
@@ -176,6 +178,11 @@ class HandOver:
         if self._small is None:
             self._small = compact(self.net, self.example, round_to=self.round_to)
         return self._small
+
+    @cached_property
+    def _costs(self) -> Count:
+        """Of ``small``."""
+        return count(self.small, self.example)
 
     @property
     def round_to(self) -> int:
@@ -236,7 +243,7 @@ class HandOver:
 
     def _made(self, name: str, path: Path, figures: dict[str, float | None], source: Source) -> None:
         """Note an artefact that is a file, and say what it is worth."""
-        costs = count(self.small, self.example)
+        costs = self._costs
         files = [path, *([path.with_suffix(".bin")] if path.suffix == ".xml" else [])]
         made = Artefact(name, str(path), figures, costs.parameters, costs.macs, file_megabytes(*files))
         self._add(made, source)
@@ -272,6 +279,8 @@ class HandOver:
             limit if isinstance(limit, int) else len(loader) if limit is None else int(len(loader) * limit)
         )
         some = itertools.islice(loader, batches)
+        if batches == 0:
+            return {}
         names = tuple(self.example) if isinstance(self.example, dict) else None
         found = measure(lambda x: answer(only(x, names)), self.task, some, device or self.device)
         return {f"test_{name}": value for name, value in found.items()}
@@ -293,7 +302,7 @@ class HandOver:
     def _time(self) -> Latency:
         """Time everything in turns, print rows as they are measured, and note them in the artefacts."""
         if self.checkpoint.gated and "compacted" not in self.sources:
-            costs = count(self.small, self.example)
+            costs = self._costs
             made = fuse(self.small)
             size = weights_megabytes(made)
             place = 1 + max(i for i, a in enumerate(self.artefacts) if a.name in ("dense", "gated"))
@@ -302,7 +311,7 @@ class HandOver:
         order = [a.name for a in self.artefacts if a.name in self.sources]
         print(HEADER, flush=True)
         latency = benchmark(
-            {name: self.sources[name] for name in order},
+            {name: self._laid_out(self.sources[name]) for name in order},
             self.example,
             batch_sizes=self.batch_sizes,
             runtimes=self.runtimes,
@@ -320,11 +329,25 @@ class HandOver:
         self.results["latency_settings"] = latency.settings
         return latency
 
+    def _laid_out(self, source: Source) -> Source:
+        """Networks in PyTorch as training has them in memory."""
+        return build.in_memory_format(self.cfg, source) if isinstance(source, nn.Module) else source
+
 
 EAGER_AT_ONE = (
     "note: eager PyTorch at a batch of 1 is the wrong way: it mostly times how operations are called and has "
     "slow kernels for small convolutions; judge a network for single examples in onnxruntime or openvino"
 )
+
+
+def _rebuilt(path: Path) -> nn.Module | None:
+    """The network of a checkpoint, if it is there and is made of no code but ours."""
+    if not path.is_file():
+        return None
+    try:
+        return build.restore(checkpoints.read(str(path))).eval()
+    except InputError:
+        return None
 
 
 def check(given: Evaluation) -> None:

@@ -83,8 +83,8 @@ def report(stage: "Stage", cfg: "Training", results: dict[str, Any]) -> None:
     described = artefacts.examples_in_words(stage.data.describe(), cfg.trainer.limit_test_batches)
     results["artefacts"] = [a.to_dict() for a in made]
     results |= {"measured_on": described, "ship": artefacts.to_ship(made)}
-    write_json(folder / "results.json", results)
     write_page(folder / "report.html", "Training report", results, made, plain(cfg), task)
+    write_json(folder / "results.json", results)
     print(headline(results, task))
     print(artefacts.table(made, task, described))
 

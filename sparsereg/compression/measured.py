@@ -11,6 +11,8 @@ import logging
 import math
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,8 +22,15 @@ from sparsereg.compression.budget import Budget, meet_
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.deploy import fuse
-from sparsereg.compression.runtimes import Loaded, Loaders, batch_of, check_runtime, torch_threads
-from sparsereg.compression.times import Clock
+from sparsereg.compression.runtimes import (
+    Loaded,
+    Loaders,
+    batch_of,
+    check_runtime,
+    default_runtime,
+    torch_threads,
+)
+from sparsereg.compression.times import Clock, seconds_of
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.widths import Widths
 from sparsereg.distributions import HardConcrete
@@ -32,7 +41,7 @@ log = logging.getLogger(__name__)
 TOLERANCE = 0.02
 """How far what is measured at the end may be from what was asked for, as a share of it."""
 _TRIALS = 12
-_SECONDS = 4.0
+_SECONDS = 2.5
 """How long one network is timed, in turns with the whole one."""
 _ROUNDS = (30, 400)
 """Fewest and most runs of one network."""
@@ -43,7 +52,8 @@ class Milliseconds:
     """The median time of one call of the compacted network.
 
     Times are taken in turns with the whole network, and are ratios to it times its median over all of them,
-    so that other work on the machine, which slows both, hardly moves them.
+    so that other work on the machine, which slows both, hardly moves them. With one thread it is the time of
+    the processor, see ``sparsereg.compression.times.seconds_of``.
 
     Args:
         accountant: of the network.
@@ -107,11 +117,7 @@ class Milliseconds:
                 one.run(given)
             end = time.perf_counter() + _SECONDS
             while len(ratios) < _ROUNDS[0] or (len(ratios) < _ROUNDS[1] and time.perf_counter() < end):
-                taken = []
-                for one, given in pairs:
-                    start = time.perf_counter()
-                    one.run(given)
-                    taken.append(time.perf_counter() - start)
+                taken = [seconds_of(one, given, self._threads) for one, given in pairs]
                 self._of_whole.append(taken[0])
                 ratios.append(taken[1] / taken[0])
         self._loaders.forget(network)
@@ -213,7 +219,7 @@ def peak_megabytes(network: fx.GraphModule, example_input: Any) -> float:
     ]
     sizes = _Sizes(network)
     sizes.run(*given)
-    last = {user: i for i, node in enumerate(network.graph.nodes) for user in node.all_input_nodes}
+    last = {read: i for i, node in enumerate(network.graph.nodes) for read in node.all_input_nodes}
     alive: dict[int, int] = {}
     peak = 0
     for i, node in enumerate(network.graph.nodes):
@@ -275,7 +281,8 @@ class MeasuredBudget(Budget):
         self.measured, self.target, self.example_input = cost, target, example_input
         self.reached: float | None = None
         super().__init__(accountant, cost.key, 1.0, proportional_gain, integral_gain)
-        self._fit()
+        with _plain_tensors():
+            self._fit()
         self.kept = target / cost.full
 
     def expected_share(self) -> Tensor:
@@ -286,23 +293,19 @@ class MeasuredBudget(Budget):
         """Share of the cost that compaction leaves, by the model."""
         return self.measured.exact() / self.measured.full
 
-    @torch.no_grad()
     def _fit(self) -> None:
         gates, cost = self.accountant.gates, self.measured
         before = [gate.log_alpha.clone() for gate in gates]
         try:
             for gate in gates:
                 gate.log_alpha.fill_(_WIDE_OPEN)
-            whole = self._compacted()
-            _shut_all_but_one(gates)
-            smallest = self._compacted()
+            self._fit_between(self._compacted())
         finally:
             _restore(gates, before)
-        cost.fit(whole, smallest)
         said = f"{cost.key}={self.target:g}"
         if self.target < cost.floor * (1 + TOLERANCE):
             raise InputError(
-                f"{said}: with nearly all gates shut the network still takes {cost.floor:.3g} {cost.unit}"
+                f"{said}: with all gates shut the network still takes {cost.floor:.3g} {cost.unit}"
                 f" ({cost.what}): ask for more"
             )
         if self.target >= cost.full:
@@ -317,15 +320,30 @@ class MeasuredBudget(Budget):
             cost.floor,
         )
 
+    def _fit_between(self, whole: fx.GraphModule) -> None:
+        """Fit the model between the whole network and the one with all gates shut."""
+        for gate in self.accountant.gates:
+            gate.log_alpha.fill_(-_WIDE_OPEN)
+        try:
+            self.measured.fit(whole, self._compacted())
+        except Exception as error:  # all kinds, of exporters that know no network of nothing but constants
+            log.debug("the network with all gates shut cannot be run: %s", error)
+            for gate in self.accountant.gates:
+                gate.log_alpha.view(-1)[0] = _WIDE_OPEN
+            self.measured.fit(whole, self._compacted())
+
     def _compacted(self) -> fx.GraphModule:
         model = self.accountant.model
         if next(model.parameters()).device.type != "cpu":
             model = copy.deepcopy(model).cpu()
         return fuse(compact(model, self.example_input, check=False))
 
-    @torch.no_grad()
     def meet(self) -> None:
         """Set the gates so that the compacted network takes what it may: set, measure, correct, repeat."""
+        with _plain_tensors():
+            self._meet()
+
+    def _meet(self) -> None:
         gates, cost = self.accountant.gates, self.measured
         before = [gate.log_alpha.clone() for gate in gates]
         found: list[tuple[float, float, list[Tensor]]] = []
@@ -357,13 +375,41 @@ class MeasuredBudget(Budget):
             )
 
 
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """No gradients, but tensors that exporters take, also where Lightning validates in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def _restore(gates: list[HardConcrete], values: list[Tensor]) -> None:
     for gate, value in zip(gates, values, strict=True):
         gate.log_alpha.copy_(value)
 
 
-def _shut_all_but_one(gates: list[HardConcrete]) -> None:
-    """Leave one unit behind each gate, as training would."""
-    for gate in gates:
-        gate.log_alpha.fill_(-_WIDE_OPEN)
-        gate.log_alpha.view(-1)[0] = _WIDE_OPEN
+def latency_budget(
+    accountant: Accountant,
+    example_input: Any,
+    milliseconds: float,
+    *,
+    runtime: str | None = None,
+    threads: int = 1,
+    batch: int = 1,
+) -> MeasuredBudget:
+    """Return the budget of a network in milliseconds, for a loop of yours.
+
+    Args:
+        accountant: of the network with gates.
+        example_input: one example as it takes it, on the CPU.
+        milliseconds: that one call of the compacted network may take.
+        runtime: where; onnxruntime, or eager PyTorch where that is not installed, if None.
+        threads: how many may compute.
+        batch: examples in a call.
+
+    Raises:
+        InputError: the runtime is not installed, or the network cannot be that fast, or already is.
+    """
+    cost = Milliseconds(
+        accountant, example_input, default_runtime() if runtime is None else runtime, threads, batch
+    )
+    return MeasuredBudget(accountant, cost, milliseconds, example_input)

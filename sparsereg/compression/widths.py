@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -59,10 +60,13 @@ class _OfUnits:
     def __init__(self, counted: _Units) -> None:
         self._counted = counted
         program = counted.costs.program
-        nodes = [n for n in program.calls if name_of(n) in _LAYERS_OF]
+        costs = counted.costs
+        nodes = [n for n in program.calls if name_of(n) in _LAYERS_OF and costs._ways[n]]
         found = [(n, _LAYERS_OF[name_of(n)](program, n)) for n in nodes]
         self.layers = [layer for _, layer in found]
         self._lines = [self._pair(node, layer) for node, layer in found]
+        # Which ways have to be left for a layer to serve anybody.
+        self._ways = np.array([costs._way_ids[costs._ways[node]] for node in nodes], dtype=np.int64)
 
     def _pair(self, node: fx.Node, layer: Layer) -> tuple[int | None, int | None]:
         """Lines along inputs and outputs; None where nothing can go, or where inputs follow outputs."""
@@ -76,27 +80,29 @@ class _OfUnits:
         line = self._counted.costs._line(node, axis)
         return self._counted.costs._lines._line_ids.get(line.tobytes()) if line.any() else None
 
-    def _widths(self, counts: Tensor) -> Pair:
+    def _widths(self, counts: Tensor, serves: Tensor) -> Pair:
         pairs = []
         for layer, (i, o) in zip(self.layers, self._lines, strict=True):
             outputs = counts.new_tensor(float(layer.outputs)) if o is None else counts[o]
             inputs = counts.new_tensor(float(layer.inputs)) if i is None else counts[i]
             pairs.append((_ratio(layer, outputs) if layer.groups > 1 else inputs, outputs))
-        none = counts.new_zeros(0)
-        return (
-            torch.stack([i for i, _ in pairs]) if pairs else none,
-            torch.stack([o for _, o in pairs]) if pairs else none,
-        )
+        if not pairs:
+            return counts.new_zeros(0), counts.new_zeros(0)
+        there = serves[torch.from_numpy(self._ways).to(serves.device)]
+        return torch.stack([i for i, _ in pairs]) * there, torch.stack([o for _, o in pairs]) * there
 
     def expected(self) -> Pair:
         """Expected widths."""
-        p = self._counted.structure.p_active(self._counted.model)
-        return self._widths(self._counted.costs.sizes.expected(p)[1])
+        p, costs = self._counted.structure.p_active(self._counted.model), self._counted.costs
+        return self._widths(costs.sizes.expected(p)[1], costs._serves.expected(p))
 
     def exact(self) -> Pair:
         """Widths that stay."""
-        stays = self._counted.structure.stays(self._counted.model)
-        return self._widths(torch.from_numpy(self._counted.costs.sizes.counts(stays)).double())
+        stays, costs = self._counted.structure.stays(self._counted.model), self._counted.costs
+        counts, serves = (
+            torch.from_numpy(x).double() for x in (costs.sizes.counts(stays), costs._serves.any(stays))
+        )
+        return self._widths(counts, serves)
 
 
 def _linear_node(program: Any, node: fx.Node) -> Layer:

@@ -44,13 +44,13 @@ from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.checkpoint import Checkpoint, FirstStage
 from sparsereg.training.checkpoint_io import WholeCheckpoints
 from sparsereg.training.compaction import Compaction
-from sparsereg.training.config import Callbacks, Evaluation, Training, check_pair, two_ways
+from sparsereg.training.config import TIMING, Callbacks, Evaluation, Training, check_pair, two_ways
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.ending import EndsTogether
 from sparsereg.training.module import Learner, Provenance
 from sparsereg.training.progress_bar import ProgressBar
 from sparsereg.training.results import measured, names
-from sparsereg.training.target import SparsityTarget, TargetSettings, asked_for
+from sparsereg.training.target import SparsityTarget, TargetSettings, asked_for, measured_budget
 from sparsereg.training.tasks import registry
 from sparsereg.training.tasks.config import CONFIGS as TASKS
 from sparsereg.training.tasks.task import Task
@@ -688,10 +688,9 @@ def build_callbacks(
     average = WeightAverage(cfg.ema_decay) if cfg.ema_decay is not None else None
     if average is not None:
         callbacks.append(average)
-    asked = asked_for(cfg)
-    if asked is not None:
+    if cfg.target_key is not None:
         assert traced is not None
-        callbacks.append(SparsityTarget(traced, target_settings(cfg, *asked), average))
+        callbacks.append(_target(cfg, traced, data, average))
     callbacks.append(batch_norm_estimation(cfg, average))
     if not cfg.without_using_gate:
         assert traced is not None
@@ -712,6 +711,17 @@ def build_callbacks(
             callbacks.append(best)
         callbacks.append(ours.LastCheckpoint(folder / "checkpoints"))
     return callbacks, timer
+
+
+def _target(
+    cfg: Training, accountant: Accountant, data: RunData, average: WeightAverage | None
+) -> SparsityTarget:
+    asked = asked_for(cfg)
+    if asked is not None:
+        return SparsityTarget(accountant, target_settings(cfg, *asked), average)
+    budget = measured_budget(cfg, accountant, example_input(data, accountant.model))
+    assert budget is not None
+    return SparsityTarget(accountant, target_settings(cfg, budget.cost, budget.kept), average, budget)
 
 
 def own(settings: Callbacks) -> list[pl.Callback]:
@@ -782,7 +792,9 @@ def rebuild(given: Evaluation, named: Set[str]) -> tuple[Training, Checkpoint]:
     """Return the settings of the checkpoint that test.py is given; what the user named wins."""
     checkpoint = checkpoints.read(str(given.ckpt_path))
     check_stored(checkpoint)
-    shared = {k: v for k, v in plain(given).items() if k in declared(Training) and k != "ckpt_path"}
+    shared = {
+        k: v for k, v in plain(given).items() if k in declared(Training) and k not in ("ckpt_path", *TIMING)
+    }
     left_out = ("trainer", "logger", *NEVER_INHERITED)
     settings = {k: v for k, v in checkpoint.config.items() if k not in left_out}
     settings["callbacks"] = own_callbacks(checkpoint.config)

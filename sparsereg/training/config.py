@@ -315,6 +315,16 @@ MODEL_OF: dict[str, tuple[str, ...]] = {
 """The network of a task where the user names none."""
 
 
+RUNTIMES = ("eager", "compiled", "onnxruntime", "openvino")
+"""Where a network can run; ``sparsereg.compression.runtimes`` has what each needs."""
+TARGETS = ("target_sparsity", "target_macs", "target_latency_ms", "target_memory_mb")
+"""Settings that say what a network may cost."""
+MEASURED = ("target_latency_ms", "target_memory_mb")
+"""Those that are about the compacted network as it runs."""
+TIMING = ("runtime", "threads", "batch")
+"""How it runs; each command has its own."""
+
+
 @dataclass(frozen=True)
 class Training(Settings):
     """Train or fine-tune a network with L0 gates. `python train.py --help` explains the keys."""
@@ -334,6 +344,23 @@ class Training(Settings):
         "share of the multiply-accumulate operations to keep, instead of lambda_l0",
         within("(0, 1)", "a share"),
     )
+    target_latency_ms: float | None = setting(
+        None,
+        "milliseconds that one call of the compacted network may take, measured; instead of lambda_l0",
+        POSITIVE,
+    )
+    target_memory_mb: float | None = setting(
+        None,
+        "10^6 bytes that its weights and the peak of its activations may take; instead of lambda_l0",
+        POSITIVE,
+    )
+    runtime: str | None = setting(
+        None,
+        "where target_latency_ms is measured; null: onnxruntime where it is installed, else eager",
+        choices=RUNTIMES,
+    )
+    threads: int = setting(1, "that may compute in such a call", count())
+    batch: int = setting(1, "examples in such a call", count())
     penalty: str = setting(
         "gates",
         "what lambda_l0 is the price of: gates (L_C0) or weights (as in the paper)",
@@ -375,8 +402,8 @@ class Training(Settings):
 
     @property
     def target_key(self) -> str | None:
-        """Which of target_sparsity and target_macs is given, if any."""
-        return next((k for k in ("target_sparsity", "target_macs") if getattr(self, k) is not None), None)
+        """Which of ``TARGETS`` is given, if any."""
+        return next((k for k in TARGETS if getattr(self, k) is not None), None)
 
     @property
     def compacts(self) -> bool:
@@ -430,8 +457,15 @@ class Training(Settings):
                 )
             return
         given = f"{key}={getattr(self, key):g}"
-        if self.target_sparsity is not None and self.target_macs is not None:
-            raise InputError("target_sparsity and target_macs exclude each other: give one of them")
+        both = [k for k in TARGETS if getattr(self, k) is not None]
+        if len(both) > 1:
+            raise InputError(f"{both[0]} and {both[1]} exclude each other: give one of them")
+        if key in MEASURED and (
+            self.trainer.strategy != "auto" or self.trainer.devices not in (1, "1", "auto")
+        ):
+            raise InputError(
+                f"{given} is measured by one process: give trainer.devices=1 and no trainer.strategy"
+            )
         if self.without_using_gate:
             raise InputError(f"{given} needs gates, but without_using_gate=true: leave one of them out")
         if self.lambda_l0 not in (None, declared(Training)["lambda_l0"].default):
@@ -471,8 +505,6 @@ def two_ways(settings: Training) -> InputError:
 
 
 EXPORTS = ("onnx", "openvino", "pt2")
-RUNTIMES = ("eager", "compiled", "onnxruntime", "openvino")
-"""Where a network can run; ``sparsereg.compression.runtimes`` has what each needs."""
 AUTO = "auto"
 
 

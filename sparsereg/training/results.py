@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparsereg.compression import Accountant, Count, original_size
 from sparsereg.compression.budget import exact_share
+from sparsereg.compression.measured import MeasuredBudget
 from sparsereg.penalties import hard_concretes
 from sparsereg.training.accounting import PlainAccountant
 from sparsereg.training.config import Training
@@ -69,8 +70,14 @@ def target_summary(
     if cfg.without_using_gate:
         return {"lambda_l0": None}
     key, asked = cfg.target_key, asked_for(cfg)
-    if key is None or asked is None:
+    if key is None:
         return {"lambda_l0": cfg.lambda_l0}
+    callback = next((c for c in trainer.callbacks if isinstance(c, SparsityTarget)), None)  # type: ignore[attr-defined]
+    found = None if callback is None else callback.found
+    summary = {"lambda_l0": None, key: getattr(cfg, key), "lambda_target": found}
+    if asked is None:
+        assert callback is not None
+        return {**summary, **_measured_summary(callback)}
     cost, allowed = asked
     assert isinstance(accountant, Accountant)  # a target needs gates
     kept = exact_share(accountant, cost)
@@ -78,8 +85,24 @@ def target_summary(
         few = "is not met: %.1f %% of the %s stay; training ended early, or the gates are too few"
         coarse = "is exceeded: only %.1f %% of the %s stay; each gate stands for a large share of them"
         log.warning("%s=%g " + (few if kept > allowed else coarse), key, getattr(cfg, key), 100 * kept, cost)
-    found = next((c.found for c in trainer.callbacks if isinstance(c, SparsityTarget)), None)  # type: ignore[attr-defined]
-    return {"lambda_l0": None, key: getattr(cfg, key), "lambda_target": found}
+    return summary
+
+
+def _measured_summary(callback: SparsityTarget) -> dict[str, Any]:
+    """Return what was measured of the network that a budget in milliseconds or megabytes has left."""
+    budget = callback.budget
+    assert isinstance(budget, MeasuredBudget)
+    if budget.reached is None:
+        log.warning("%s=%g was not met: training ended early", budget.cost, budget.target)
+    measured = budget.cost.replace("target", "measured")
+    whole, smallest = (f"{measured}_{which}" for which in ("whole", "smallest"))
+    cost = budget.measured
+    return {
+        measured: budget.reached,
+        whole: cost.full,
+        smallest: cost.floor,
+        "measured_with": cost.what,
+    }
 
 
 def headline(results: dict[str, Any], task: Task) -> str:

@@ -232,6 +232,8 @@ def finetuning_config(cfg: Training) -> Training:
         without_using_gate=True,
         target_sparsity=None,
         target_macs=None,
+        target_latency_ms=None,
+        target_memory_mb=None,
         lambda_l0=cfg.lambda_l0 or 0.0,
         lambda_l2=0.0,
         finetune=replace(cfg.finetune, epochs=0),

@@ -12,15 +12,43 @@ from pytorch_lightning.callbacks import Callback
 
 from sparsereg.compression import Accountant
 from sparsereg.compression.budget import COSTS, Budget, Constraint
+from sparsereg.compression.measured import MeasuredBudget, Megabytes, Milliseconds
+from sparsereg.compression.runtimes import default_runtime
 from sparsereg.goal import Target, falling, goal
 from sparsereg.settings import NOT_NEGATIVE, POSITIVE, setting, within
 from sparsereg.training.averaging import WeightAverage
-from sparsereg.training.config import Training
+from sparsereg.training.config import MEASURED, Training
 
 
 def asked_for(cfg: Training) -> tuple[str, float] | None:
     """Return the cost that a configuration's target is about and the share that may stay; None without."""
-    return None if cfg.target_key is None else goal(cfg.target_sparsity, cfg.target_macs)
+    if cfg.target_key is None or cfg.target_key in MEASURED:
+        return None
+    return goal(cfg.target_sparsity, cfg.target_macs)
+
+
+def measured_budget(cfg: Training, accountant: Accountant, example_input: Any) -> MeasuredBudget | None:
+    """Return the budget in milliseconds or megabytes that is asked for; None without.
+
+    Args:
+        cfg: the configuration.
+        accountant: counts the network.
+        example_input: one example as it takes it, on the CPU.
+
+    Raises:
+        InputError: the runtime is not installed, or the network cannot be that small, or already is.
+    """
+    cost: Milliseconds | Megabytes
+    if cfg.target_latency_ms is not None:
+        runtime = default_runtime() if cfg.runtime is None else cfg.runtime
+        cost = Milliseconds(accountant, example_input, runtime, cfg.threads, cfg.batch)
+        target = cfg.target_latency_ms
+    elif cfg.target_memory_mb is not None:
+        cost, target = Megabytes(accountant, example_input, cfg.batch), cfg.target_memory_mb
+    else:
+        return None
+    gains = cfg.target.proportional_gain, cfg.target.integral_gain
+    return MeasuredBudget(accountant, cost, target, example_input, *gains)
 
 
 @runtime_checkable
@@ -34,7 +62,7 @@ class TakesConstraint(Protocol):
 class TargetSettings(Target):
     """What is asked for, and how fast, in the epochs that a run has."""
 
-    cost: str = setting(MISSING, "parameters or macs", choices=COSTS)
+    cost: str = setting(MISSING, "what is to fall", choices=(*COSTS, *MEASURED))
     kept: float = setting(MISSING, "share of the cost that may stay", within("(0, 1)", "a share"))
     start_epoch: float = setting(MISSING, "no constraint before this epoch", NOT_NEGATIVE)
     ramp_epochs: float = setting(MISSING, "epochs over which the target falls to kept", POSITIVE)
@@ -63,14 +91,19 @@ class SparsityTarget(Callback):
         accountant: counts the network.
         settings: the target.
         average: holds the averaged weights that are measured and saved, if there are any.
+        budget: of a cost that is measured; one of ``COSTS`` if None.
     """
 
     def __init__(
-        self, accountant: Accountant, settings: TargetSettings, average: WeightAverage | None = None
+        self,
+        accountant: Accountant,
+        settings: TargetSettings,
+        average: WeightAverage | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.settings = settings
         self.average = average
-        self.budget = Budget(
+        self.budget = budget or Budget(
             accountant, settings.cost, settings.kept, settings.proportional_gain, settings.integral_gain
         )
         self.found: float | None = None

@@ -177,7 +177,7 @@ def test_wrong_input(run, trained):
             [f"ckpt_path={trained.last}", "benchmark=true", "batch=[1,0]"],
             "batch=[1,0]: expected",
         ),
-        ([f"ckpt_path={trained.last}", "round_to=automatic"], "did you mean 'auto'"),
+        ([f"ckpt_path={trained.last}", "round_to=automatic"], "expected one of auto"),
         ([f"ckpt_path={trained.last}", "compact=maybe"], "true or false"),
         ([f"ckpt_path={trained.last}", "data=digits"], "classes of images"),
         ([f"ckpt_path={trained.last}", "compakt=true"], "did you mean 'compact'"),

@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from sparsereg.compression import Accountant, count
+from sparsereg.compression import Accountant, count, load_compacted
 from sparsereg.compression.budget import Constraint, Multiplier, exact_share, meet_
 from sparsereg.data.form import Form
 from sparsereg.penalties import expected_l0, hard_concretes
@@ -244,6 +245,10 @@ def test_averaged_weights_differ_from_the_last_and_resume(run, tiny):
         (["target_sparsity=0.5", "lambda_l0=1.0"], "lambda_l0"),
         (["target_sparsity=0.5", "lambda_l0=20"], "lambda_l0"),
         (["target_macs=0.5", "without_using_gate=true"], "without_using_gate"),
+        (["target_macs=0.5", "target_latency_ms=3"], "target_macs and target_latency_ms exclude each other"),
+        (["target_memory_mb=0"], "> 0"),
+        (["target_latency_ms=3", "runtime=tvm"], "one of eager, compiled, onnxruntime, openvino"),
+        (["target_latency_ms=3", "trainer.devices=2"], "is measured by one process"),
         (["target_sparsity=0.5", "test_checkpoint=best"], "test_checkpoint"),
         (["target_sparsity=0.5", "trainer.max_epochs=-1"], "trainer.max_epochs"),
         (["target.ramp=0", "target_sparsity=0.5"], "target.ramp"),
@@ -276,3 +281,36 @@ def test_scalars_of_the_constraint_are_logged(run, tiny):
     assert {"target/lambda_target", "target/target_kept", "target/expected_kept"} <= tags
     assert events.Scalars("target/target_kept")[-1].value == pytest.approx(0.1)
     assert json.loads((done.path).read_text())["lambda_target"] is not None
+
+
+def test_megabytes_of_the_compacted_network(run, tiny):
+    settings = ["model=lenet5", "trainer.max_epochs=2", "optimizer.warmup_epochs=0", "batch=2"]
+
+    def takes(asked):
+        refused = run("train", *tiny, *settings, f"target_memory_mb={asked}")
+        assert refused.code == 2
+        return float(re.search(r"takes (\S+) MB \(batch 2\): ask for", refused.err).group(1))
+
+    smallest, whole = takes(1e-9), takes(1e9)
+    asked = round((smallest + whole) / 3, 4)
+    done = run("train", *tiny, *settings, f"target_memory_mb={asked}", "finetune.epochs=1")
+    assert done.code == 0, done.err
+    results = done.results
+    assert results["target_memory_mb"] == asked
+    assert results["measured_with"] == "batch 2"
+    assert results["measured_memory_mb"] == pytest.approx(asked, rel=0.02)
+    assert results["measured_memory_mb_smallest"] == pytest.approx(smallest, rel=0.01)
+    assert results["measured_memory_mb_whole"] == pytest.approx(whole, rel=0.01)
+    tested = run("test", f"ckpt_path={done.folder}", "compact=true")
+    small = load_compacted(tested.results["compacted"])
+    assert sum(t.numel() * t.element_size() for t in small.state_dict().values()) / 1e6 < asked
+
+
+def test_milliseconds_that_no_network_takes(run, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEREG_CACHE", str(tmp_path / "cache"))
+    settings = ["model=lenet300", "trainer.max_epochs=2", "runtime=eager"]
+    done = run("train", *tiny, *settings, "target_latency_ms=1e-6")
+    assert done.code == 2
+    assert "target_latency_ms=1e-06: with all gates shut the network still takes" in done.err
+    assert "(eager, 1 thread, batch 1): ask for more" in done.err
+    assert not list(tmp_path.glob("outputs/train/tblog/lightning_logs/version_0/*"))

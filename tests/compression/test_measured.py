@@ -1,0 +1,139 @@
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sparsereg.compression import Accountant, compact, gate
+from sparsereg.compression.measured import (
+    TOLERANCE,
+    MeasuredBudget,
+    Megabytes,
+    Milliseconds,
+    peak_megabytes,
+)
+from sparsereg.compression.times import CACHE
+from sparsereg.distributions import HardConcrete
+from sparsereg.errors import InputError
+
+
+@pytest.fixture
+def accountant():
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 8, 8)
+    convs = [nn.Conv2d(3, 80, 3), nn.ReLU(), nn.Conv2d(80, 120, 3), nn.ReLU(), nn.Flatten()]
+    network = gate(nn.Sequential(*convs, nn.Linear(1920, 5)), x).eval()
+    for module in network.modules():
+        if isinstance(module, HardConcrete):
+            with torch.no_grad():
+                module.log_alpha.normal_(0, 2)
+    return Accountant(network, x), x
+
+
+def test_the_peak_is_what_is_alive_at_once():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(10, 100), nn.Linear(10, 20)
+            self.last = nn.Linear(100, 20)
+
+        def forward(self, x):
+            return self.last(self.wide(x)) + self.narrow(x).view(-1, 20)
+
+    x = torch.ones(2, 10)
+    # While last(wide(x)) is computed: x, which narrow still reads, wide(x) and the result.
+    assert peak_megabytes(compact(Branches(), x), x) == pytest.approx(4e-6 * 2 * (10 + 100 + 20))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_megabytes_are_met(accountant, share):
+    counted, x = accountant
+    cost = Megabytes(counted, x, batch=4)
+    with pytest.raises(InputError, match=r"target_memory_mb=1e-09: .* the network still takes"):
+        MeasuredBudget(counted, cost, 1e-9, x)
+    target = cost.floor + share * (cost.full - cost.floor)
+    budget = MeasuredBudget(counted, cost, target, x)
+    constraint = budget.measure(1.0)
+    assert math.exp(constraint.violation) == pytest.approx(budget.expected_share().item())
+    assert constraint.gradients
+    assert all((g >= 0).all() for _, g in constraint.gradients)  # an opener gate never costs less
+    budget.meet()
+    small = compact(counted.model, x)
+    weights = sum(p.numel() for p in small.parameters()) * 4e-6
+    measured = weights + peak_megabytes(small, x.repeat(4, 1, 1, 1))
+    assert budget.reached == pytest.approx(measured)
+    assert measured == pytest.approx(target, rel=TOLERANCE)
+    assert budget.met
+
+
+class Crooked(Megabytes):
+    """Measures something that its model is wrong about, as clocks do."""
+
+    def measure(self, network):
+        noise = sum(p.numel() for p in network.parameters()) % 3
+        return super().measure(network) ** 0.6 * (1 + 0.002 * noise)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_a_model_that_is_wrong_is_corrected_by_what_is_measured(accountant, share):
+    counted, x = accountant
+    cost = Crooked(counted, x, batch=4)
+    with pytest.raises(InputError):
+        MeasuredBudget(counted, cost, 1e-9, x)
+    target = cost.floor + share * (cost.full - cost.floor)
+    budget = MeasuredBudget(counted, cost, target, x)
+    budget.meet()
+    assert budget.reached == pytest.approx(target, rel=TOLERANCE)
+    assert cost.measure(compact(counted.model, x)) == pytest.approx(budget.reached)
+
+
+def test_what_cannot_be_met_is_said(accountant, caplog):
+    counted, x = accountant
+    cost = Megabytes(counted, x, batch=1)
+    with pytest.raises(InputError, match=r"the whole network takes .* MB \(batch 1\): ask for less"):
+        MeasuredBudget(counted, cost, 1e9, x)
+    before = [g.log_alpha.clone() for g in counted.gates]
+    with pytest.raises(InputError, match="ask for more"):
+        MeasuredBudget(counted, cost, cost.floor, x)
+    assert all(torch.equal(a, g.log_alpha) for a, g in zip(before, counted.gates, strict=True))
+
+    class Steps(Megabytes):
+        def measure(self, network):
+            return 1.0 if super().measure(network) < 0.15 else 3.0
+
+    coarse = Steps(counted, x, batch=1)
+    with caplog.at_level(logging.WARNING):
+        MeasuredBudget(counted, coarse, 2.0, x).meet()
+    assert "the nearest that was found is" in caplog.text
+
+
+@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
+def test_milliseconds(accountant, runtime, tmp_path, monkeypatch):
+    if runtime == "onnxruntime":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    monkeypatch.setattr("sparsereg.compression.measured._SECONDS", 0.01)
+    counted, x = accountant
+    cost = Milliseconds(counted, x, runtime, threads=1, batch=8)
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+    with pytest.raises(InputError, match=rf"target_latency_ms=1e-09: .* \({runtime}, 1 thread, batch 8\)"):
+        MeasuredBudget(counted, cost, 1e-9, x)
+    assert cost.full > 0
+    # The model agrees with what was measured of the whole network.
+    for gate_ in counted.gates:
+        with torch.no_grad():
+            gate_.log_alpha.fill_(50)
+    if cost.full > cost.floor:
+        assert cost.exact() == pytest.approx(cost.full)
+        assert cost.expected().item() == pytest.approx(cost.full, rel=1e-6)
+    small = compact(counted.model, x)
+    assert cost.measure(small) > 0
+
+
+def test_a_runtime_that_is_not_there_is_named(accountant, monkeypatch):
+    counted, x = accountant
+    monkeypatch.setattr("sparsereg.compression.runtimes.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="runtime=openvino needs the package onnx: pip install"):
+        Milliseconds(counted, x, "openvino", 1, 1)
