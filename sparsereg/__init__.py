@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sparsereg.calibration import SparseCalibrationWeights
     from sparsereg.compression import compact, count, explain, export, gate
+    from sparsereg.compression.oneshot import shrink
     from sparsereg.distributions import HardConcrete
     from sparsereg.gates import FeatureGate, HybridGate, L0Gate, SampleGate
     from sparsereg.layers import L0Conv2d, L0DepthwiseConv2d, L0Linear, SparseMLP, prune_model
@@ -54,6 +55,7 @@ __all__ = [
     "get_active_parameter_count",
     "get_sparsity_stats",
     "prune_model",
+    "shrink",
     "update_temperatures",
 ]
 
@@ -72,6 +74,7 @@ _HOMES = {
     "temperature": ("TemperatureScheduler", "update_temperatures"),
     "sparse": ("SparseL0Linear",),
     "calibration": ("SparseCalibrationWeights",),
+    "compression.oneshot": ("shrink",),
     "compression": ("compact", "count", "explain", "export", "gate"),
     "loops.huggingface": ("SparsifyTrainer",),
     "loops.lightning": ("Sparsify",),

@@ -26,6 +26,7 @@ from sparsereg.compression import (
 )
 from sparsereg.compression.deploy import check_packages, write_onnx
 from sparsereg.compression.latency import HEADER, Latency
+from sparsereg.compression.oneshot import shrink
 from sparsereg.compression.quantization import CALIBRATION_EXAMPLES
 from sparsereg.compression.rounding import fastest_rounding
 from sparsereg.compression.runtimes import Loaders, Source, check_runtime, default_runtime, installed
@@ -37,6 +38,7 @@ from sparsereg.layers import GatedLayer, save_csr
 from sparsereg.layers.storage import Storage
 from sparsereg.training import build
 from sparsereg.training import checkpoint as checkpoints
+from sparsereg.training.accounting import PlainAccountant
 from sparsereg.training.artefacts import (
     Artefact,
     examples_in_words,
@@ -58,6 +60,8 @@ SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 TESTS = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",), ".pt2": ("eager",)}
 """The runtimes that a file is tested in: the first that is installed."""
 CALIBRATION_BATCH = 32
+SHRINK_EXAMPLES = 2048
+"""Training inputs that shrinking in one shot looks at."""
 
 
 @dataclass
@@ -95,7 +99,7 @@ class HandOver:
         self._small: fx.GraphModule | None = None
 
     def run(self, folder: Path) -> dict[str, Any]:
-        """Do what ``compact``, ``export``, ``quantize`` and ``benchmark`` ask for; return its results.
+        """Do what ``compact``, ``shrink``, ``export`` and the like ask for; return its results.
 
         Args:
             folder: of this test, for plots.
@@ -103,6 +107,8 @@ class HandOver:
         self._start()
         if self.given.compact:
             self._compact()
+        if self.given.shrink is not None:
+            self._shrink(self.given.shrink)
         if self.given.export:
             self._export()
         if self.given.benchmark:
@@ -155,14 +161,8 @@ class HandOver:
             self.sources[artefact.name] = source
 
     def _compact(self) -> None:
-        notes = {
-            "config": self.checkpoint.config,
-            **self.checkpoint.form.described(),
-            "data": self.data.describe(),
-            "checkpoint": str(self.checkpoint.path),
-        }
         beside = self.checkpoint.path.parent
-        path = write_new(beside / "compacted.pt", lambda p: save_compacted(self.small, p, notes))
+        path = write_new(beside / "compacted.pt", lambda p: save_compacted(self.small, p, self._notes()))
         # What is tested is what the file holds.
         small = load_compacted(path)
         figures = self._figures(self._in_torch(small.to(self.device)))
@@ -171,6 +171,37 @@ class HandOver:
         self._made("compacted", path, figures, fuse(small.cpu()))
         if any(isinstance(m, GatedLayer) and m.per_weight for m in self.net.modules()):
             self.results |= store_sparse(small, beside / "compacted.csr")
+
+    def _shrink(self, kept: float) -> None:
+        """Shrink in one shot, on training inputs without labels."""
+        names = None if not isinstance(self.example, dict) else tuple(self.example)
+        given = self.data.estimation_batches(SHRINK_EXAMPLES, CALIBRATION_BATCH)
+        net = self.net.to(self.device).eval()
+        try:
+            small = shrink(net, [only(inputs, names) for inputs in given], kept, seed=self.given.seed)
+        except ValueError as error:
+            raise InputError(f"shrink={kept:g}: {error}") from error
+        finally:
+            net.cpu()
+        beside = self.checkpoint.path.parent
+        path = write_new(beside / "compacted.pt", lambda p: save_compacted(small, p, self._notes()))
+        small = load_compacted(path)
+        figures = self._figures(self._in_torch(small.to(self.device)))
+        self.results |= {"shrunk": str(path), **{f"shrunk_{name}": value for name, value in figures.items()}}
+        costs = PlainAccountant(small.cpu(), self.example)
+        made = Artefact("shrunk", str(path), figures, costs.parameters, costs.macs, file_megabytes(path))
+        self._add(made, fuse(small))
+        key, word = f"test_{self.task.figure}", SHARES.get(self.task.figure, self.task.figure)
+        print(f"shrunk: {path}, test {word} {self.figures[key]:.4f} -> {figures[key]:.4f}", flush=True)
+
+    def _notes(self) -> dict[str, Any]:
+        """What a file says of where it comes from."""
+        return {
+            "config": self.checkpoint.config,
+            **self.checkpoint.form.described(),
+            "data": self.data.describe(),
+            "checkpoint": str(self.checkpoint.path),
+        }
 
     @property
     def small(self) -> fx.GraphModule:

@@ -17,6 +17,7 @@ NAMES = {
     "dense": "the network without gates, at its full size",
     "gated": "the network with its gates, as it was trained",
     "compacted": "what the gates leave, without gates",
+    "shrunk": "made smaller in one shot, without training",
     "tuned": "what the gates leave, trained further",
     "exported": "the same for other runtimes, BatchNorm folded",
     "int8": "the same in 8-bit integers",

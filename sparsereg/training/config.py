@@ -539,6 +539,12 @@ class Evaluation(Settings):
     benchmark_seconds: float = setting(
         40.0, "for all timings, without what loads or compiles the networks", POSITIVE
     )
+    shrink: float | None = setting(
+        None,
+        "share of the multiply-accumulate operations to keep: shrink in one shot, without training; write and"
+        " test that, too",
+        within("(0, 1)", "a share"),
+    )
     model: Network = setting(GoogleNetModel, "the network; that of the checkpoint unless you name another")
     data: Data = setting(Cifar10Data, "the data; those of the checkpoint unless you name others")
     task: TaskSettings = setting(TaskSettings, "the task; that of the checkpoint unless you name another")

@@ -198,3 +198,18 @@ def test_results_hold_what_the_contract_names(trained):
     assert results["gates"] == 1312
     assert results["exact_sparsity"] == 1 - results["compacted_parameters"] / results["parameters"]
     assert results["expected_sparsity"] == pytest.approx(1 - results["L_C0"])
+
+
+def test_shrunk_in_one_shot(run, trained):
+    first = run("test", f"ckpt_path={trained.last}", "compact=true", "trainer.enable_progress_bar=false")
+    before = trained.last.with_name("compacted.pt").read_bytes()
+    shrunk = run("test", f"ckpt_path={trained.last}", "shrink=0.5", "trainer.enable_progress_bar=false")
+    assert shrunk.code == 0, shrunk.err
+    results = shrunk.results
+    assert results["shrunk"] != first.results["compacted"]
+    assert trained.last.with_name("compacted.pt").read_bytes() == before
+    rows = {row["name"]: row for row in results["artefacts"]}
+    assert rows["shrunk"]["macs"] <= 0.5 * first.results["compacted_macs"]
+    again = run("test", f"ckpt_path={results['shrunk']}", "trainer.enable_progress_bar=false")
+    assert again.results["test_acc"] == results["shrunk_test_acc"]
+    assert run("test", f"ckpt_path={trained.last}", "shrink=1.5").err.startswith("error: shrink=1.5")

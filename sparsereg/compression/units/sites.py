@@ -92,7 +92,8 @@ class Sites:
     def _before(self, node: fx.Node) -> list[Any]:
         """Note the weights that make a tensor, or return the tensors that it is made from."""
         if node in self.program.weights:
-            self.axis.setdefault(node, -1)
+            if self.program.weights[node].is_floating_point():  # no index
+                self.axis.setdefault(node, -1)
             return []
         name = name_of(node).rstrip("_")
         if name in MAKERS:

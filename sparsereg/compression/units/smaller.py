@@ -38,11 +38,12 @@ def smaller(
     stays = rounded(structure, structure.stays(model), round_to)
     units = structure.analysis.units
     cut = Cut(units, structure.gone(stays))
-    fixed = fixed_sizes(model, structure, args, kwargs)
+    if structure.fixed is None:
+        structure.fixed = fixed_sizes(model, structure, args, kwargs)
     made = []
     for dtype in (None, torch.float64):
         cut.use(structure.weights(model, dtype))
-        made.append(Emitter(cut, model, fixed).module())
+        made.append(Emitter(cut, model, structure.fixed).module())
     return made[0], made[1]
 
 

@@ -162,6 +162,8 @@ class Structure:
         self.analysis = analysis
         self.gates = dict(gates)
         self.shapes = shapes
+        self.fixed: dict[int, list[int]] | None = None
+        """Sizes that the inputs of smaller networks must have, by position; None until somebody asks."""
         self.paths = list(dict.fromkeys(path for path, _ in self.gates.values()))
         by_gate: dict[str, list[tuple[int, int]]] = {path: [] for path in self.paths}
         for i, choice in enumerate(analysis.costs.choices):

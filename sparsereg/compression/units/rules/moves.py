@@ -25,7 +25,7 @@ _COPIES = """
 """.split()  # noqa: SIM905
 _MOVES = """
     transpose permute movedim moveaxis swapaxes swapdims t numpy_T mT unsqueeze squeeze roll flip cat concat
-    concatenate stack unbind getitem repeat repeat_interleave tril triu index_select narrow diagonal
+    concatenate stack unbind getitem repeat repeat_interleave tril triu narrow diagonal
     rot90 tile broadcast_to hstack vstack column_stack take_along_dim
 """.split()  # noqa: SIM905
 _VIEWS = """
@@ -246,6 +246,23 @@ def indexed(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     return _moved(x, node)
 
 
+def _index_select_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    """Look up positions that are left along the axis."""
+    labels = cut.labels.get(node.args[0])
+    alive = None if labels is None else cut.alive_along(labels, a["dim"] % labels.dim())
+    if alive is None or bool(alive.all()):
+        return replaced(node)
+    index = cut.program.values[a["index"]]
+    left = (alive.long().cumsum(0) - 1)[index[alive[index]]]
+    return Call(torch.ops.aten.index_select.default, (node.args[0], a["dim"], left))
+
+
+@rule("index_select", call=_index_select_call)
+def selected_by_index(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Positions that an index names along one axis."""
+    return _moved(x, node)
+
+
 @rule(*_ON_FLOATS)
 def moved_as_floats(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Elements at other places, by operations that know floating-point numbers only."""
@@ -267,4 +284,4 @@ def shapes_only(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
 
 
 MOVING.update(_COPIES, _MOVES, _VIEWS, ("split", "chunk", "split_with_sizes", "unsafe_split", "tensor_split"))
-MOVING.update(("slice", "select", "index", "gather"))
+MOVING.update(("slice", "select", "index", "index_select", "gather"))

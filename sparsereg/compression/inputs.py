@@ -1,0 +1,112 @@
+"""Inputs without labels, from whatever a user has: a tensor, batches, a DataLoader."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from sparsereg.data.batches import LABELS
+from sparsereg.errors import InputError
+
+
+def read_inputs(model: nn.Module, data: Any, num_inputs: int, batch_size: int) -> list[Any]:
+    """Take inputs from data, without labels, where the network is.
+
+    Args:
+        model: that reads them.
+        data: a tensor, a tuple of positional inputs or a dictionary of inputs by name; or a DataLoader, a
+            list or any iterable of such batches. What is more than the network's arguments is left out, and
+            so are labels by name.
+        num_inputs: how many at most; of a tensor or a dataset that holds more, evenly spread over it.
+        batch_size: of the batches that are returned, at most.
+
+    Returns:
+        Batches as ``sparsereg.compression.compact`` takes an example.
+
+    Raises:
+        InputError: there are none, or one is of another kind.
+    """
+    data = _spread(data, num_inputs)
+    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found: list[Any] = []
+    left = num_inputs
+    for batch in [data] if _is_batch(data) else _iterated(data):
+        inputs = torch.utils._pytree.tree_map(
+            lambda x: x.to(place) if isinstance(x, Tensor) else x, _without_labels(model, batch)
+        )
+        size = examples(inputs)
+        for start in range(0, min(size, left), batch_size):
+            found.append(_part(inputs, size, start, min(start + batch_size, size, left)))
+        left -= min(size, left)
+        if left <= 0:
+            break
+    if not found:
+        raise InputError("there are no inputs in the data: give a tensor, batches, or a DataLoader of some")
+    return found
+
+
+def _spread(data: Any, num_inputs: int) -> Any:
+    """Some examples of data that hold more, from the first to the last: many are sorted by class."""
+    if isinstance(data, Tensor) and data.dim() and len(data) > num_inputs:
+        return data[_evenly(len(data), num_inputs)]
+    if not isinstance(data, DataLoader) or data.batch_size is None:
+        return data
+    dataset: Any = data.dataset
+    if isinstance(dataset, IterableDataset) or len(dataset) <= num_inputs:
+        return data
+    some = Subset(dataset, _evenly(len(dataset), num_inputs).tolist())
+    return DataLoader(some, data.batch_size, collate_fn=data.collate_fn)
+
+
+def _evenly(size: int, number: int) -> Tensor:
+    return torch.arange(number) * size // number
+
+
+def examples(inputs: Any) -> int:
+    """Number of examples of a batch: the first size of its first tensor."""
+    leaves = [x for x in torch.utils._pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+    return int(leaves[0].shape[0]) if leaves else 0
+
+
+def _is_batch(data: Any) -> bool:
+    whole = isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)
+    return isinstance(data, Tensor | Mapping) or whole
+
+
+def _iterated(data: Any) -> Iterator[Any]:
+    if not isinstance(data, Iterable):
+        raise InputError(f"data: expected a tensor, batches or a DataLoader, got a {type(data).__name__}")
+    return iter(data)
+
+
+def _without_labels(model: nn.Module, batch: Any) -> Any:
+    """What of a batch the network reads."""
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        return {k: v for k, v in batch.items() if k not in LABELS}
+    if not isinstance(batch, tuple | list) or not batch:
+        raise InputError(f"data: expected batches of tensors, got a {type(batch).__name__}")
+    if not isinstance(batch[0], Tensor):
+        return _without_labels(model, batch[0])
+    taken = tuple(batch[: max(1, _required(model))])
+    return taken if len(taken) > 1 else taken[0]
+
+
+def _required(model: nn.Module) -> int:
+    """Positional inputs that a network cannot do without."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+
+
+def _part(inputs: Any, size: int, start: int, end: int) -> Any:
+    def cut(x: Any) -> Any:
+        return x[start:end] if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else x
+
+    return torch.utils._pytree.tree_map(cut, inputs)

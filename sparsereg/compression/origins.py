@@ -1,0 +1,72 @@
+"""Where the weights of a compacted network come from: which rows and columns of the original's they are."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsereg.compression.compact import compact
+from sparsereg.compression.graph import Example
+from sparsereg.penalties import hard_concretes
+
+_BITS = 20
+"""For each of two places in one whole number that float64 holds exactly."""
+_WIDEST = 2**_BITS - 1
+OPEN = 10.0
+"""Location of a gate whose median is exactly 1; minus that, exactly 0."""
+
+
+def origins(model: nn.Module, example_input: Example, round_to: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each weight of ``compact(model)``, the places along two axes of the original's that stayed.
+
+    A copy whose weights say where they stand is compacted: with gates that are all surely open or shut, each
+    number of the result is one of its own.
+
+    Args:
+        model: left as it is.
+        example_input: see ``compact``.
+        round_to: see ``compact``.
+
+    Returns:
+        By the weight's name in the compacted network, places along the first axis and along the second one,
+        whole numbers. Weights with fewer axes, or with gates on single numbers, are left out.
+    """
+    told = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for gate in hard_concretes(told).values():
+            gate.log_alpha.copy_(torch.where(gate.median() > 0, OPEN, -OPEN))
+        gates = {id(gate.log_alpha) for gate in hard_concretes(told).values()}
+        for weight in told.parameters():
+            if weight.dim() > 1 and id(weight) not in gates and max(weight.shape[:2]) < _WIDEST:
+                weight.copy_(_tags(weight))
+    wide = torch.utils._pytree.tree_map(_double, example_input)
+    small = compact(told, wide, round_to=round_to, check=False)
+    found = {name: _read(value) for name, value in small.named_parameters() if value.dim() > 1}
+    return {name: places for name, places in found.items() if places is not None}
+
+
+def _double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _tags(weight: Tensor) -> Tensor:
+    """A number for each place along the first two axes, in (0, 1]; the same along the others."""
+    first, second = (
+        torch.arange(1, n + 1, dtype=torch.float64, device=weight.device) for n in weight.shape[:2]
+    )
+    tags: Tensor = (first[:, None] * 2**_BITS + second) / 4**_BITS
+    return tags.view(*tags.shape, *(1,) * (weight.dim() - 2)).expand_as(weight)
+
+
+def _read(value: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Places along both axes; None if the numbers are not those of whole rows and columns."""
+    tags = (
+        (value.detach() * 4**_BITS).flatten(2).select(2, 0) if value.dim() > 2 else value.detach() * 4**_BITS
+    )
+    if not tags.numel() or not bool((tags == tags.round()).all()):
+        return None
+    codes = tags.long()
+    first, second = codes[:, 0] >> _BITS, codes[0] & _WIDEST
+    whole = torch.equal(codes, (first[:, None] << _BITS) + second)
+    return (first - 1, second - 1) if whole and bool((first > 0).all()) and bool((second > 0).all()) else None

@@ -1,0 +1,176 @@
+"""The layers of a compacted network that sum over units: linear ones and convolutions, each as a matrix."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sparsereg.compression.units.program import op_name
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that sums over units.
+
+    Attributes:
+        node: its operation.
+        source: what it reads.
+        weight: name of its weight.
+        bias: name of its bias; None without.
+        axis: of the weight along which its outputs lie.
+        layer: the convolution; None for a linear layer.
+        norm: path of a BatchNorm that alone reads what the layer gives, whose mean can take a constant.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    weight: str
+    bias: str | None
+    axis: int
+    layer: nn.Module | None
+    norm: str | None
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels that do not read each other."""
+        return 1 if self.layer is None else int(self.layer.groups)  # type: ignore[arg-type]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight as (groups, inputs, outputs), float64."""
+        wide = weight.detach().double()
+        if self.axis == 1:
+            return wide[None]
+        return wide.reshape(self.groups, weight.shape[0] // self.groups, -1).mT
+
+    def shaped(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """What ``matrix`` makes of a weight, back in its shape and type."""
+        return (matrix[0] if self.axis == 1 else matrix.mT.reshape(like.shape)).to(like)
+
+    def rows(
+        self, x: Tensor, y: Tensor, most: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs and outputs of the layer as rows: those of all places, or of some that are drawn.
+
+        Args:
+            x: what it reads.
+            y: what it is to give.
+            most: rows that are drawn of more.
+            generator: on the CPU.
+
+        Returns:
+            (groups, rows, inputs) and (groups, rows, outputs), float64, and for each row its example.
+        """
+        if self.layer is None:
+            places = math.prod(x.shape[:-1])
+            chosen = _drawn(places, most, generator).to(x.device)
+            inside, out = (v.reshape(places, -1).index_select(0, chosen).double() for v in (x, y))
+            return inside[None], out[None], chosen // max(1, places // x.shape[0])
+        patches = self._patches(x)
+        spatial = y.shape[2:]
+        chosen = _drawn(x.shape[0] * math.prod(spatial), most, generator).to(x.device)
+        where = torch.unravel_index(chosen, (x.shape[0], *spatial))
+        inside = patches.movedim(1, len(spatial) + 1)[where]
+        out = y.movedim(1, -1)[where]
+        grouped = (v.reshape(len(chosen), self.groups, -1).transpose(0, 1).double() for v in (inside, out))
+        inside, out = grouped
+        return inside, out, where[0]
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """A view of shape (batch, channels, *places, *taps)."""
+        layer: Any = self.layer
+        mode = layer.padding_mode
+        if isinstance(layer.padding, str) or mode != "zeros":
+            pad = layer._reversed_padding_repeated_twice
+        else:
+            pad = [p for p in reversed(layer.padding) for _ in range(2)]
+        x = F.pad(x, pad, mode="constant" if mode == "zeros" else mode) if any(pad) else x
+        for axis, (taps, stride, dilation) in enumerate(
+            zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+        ):
+            x = x.unfold(axis, (taps - 1) * dilation + 1, stride)[..., ::dilation]
+        return x
+
+
+def _drawn(places: int, most: int, generator: torch.Generator) -> Tensor:
+    if places <= most:
+        return torch.arange(places)
+    return torch.randperm(places, generator=generator)[:most].sort().values
+
+
+def readers(module: fx.GraphModule) -> list[Reader]:
+    """Find the layers of a compacted network that sum over units, in the order in which they run.
+
+    One whose weight or bias something else uses, too, is left out: what would serve the one might not serve
+    the other.
+    """
+    owners = [_parameters(module, node) for node in module.graph.nodes]
+    uses = Counter(id(p) for used in owners for p in used)
+    found = []
+    for node in module.graph.nodes:
+        reader = _layer(module, node) or _function(module, node)
+        if reader is not None and all(uses[id(p)] == 1 for p in _own(module, reader)):
+            found.append(reader)
+    return found
+
+
+def _parameters(module: fx.GraphModule, node: fx.Node) -> list[Any]:
+    if node.op == "call_module":
+        return list(module.get_submodule(str(node.target)).parameters())
+    return [_attribute(module, node)] * len(node.users) if node.op == "get_attr" else []
+
+
+def _own(module: fx.GraphModule, reader: Reader) -> list[Any]:
+    names = [name for name in (reader.weight, reader.bias) if name is not None]
+    return [module.get_parameter(name) for name in names]
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    owner, _, name = str(node.target).rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
+def _layer(module: fx.GraphModule, node: fx.Node) -> Reader | None:
+    if node.op != "call_module" or not isinstance(node.args[0], fx.Node):
+        return None
+    layer = module.get_submodule(str(node.target))
+    if type(layer) is not nn.Linear and type(layer) not in _CONVOLUTIONS:
+        return None
+    bias = None if layer.bias is None else f"{node.target}.bias"
+    convolution = None if isinstance(layer, nn.Linear) else layer
+    norm = None if bias is not None else _norm(module, node)
+    return Reader(node, node.args[0], f"{node.target}.weight", bias, 0, convolution, norm)
+
+
+def _norm(module: fx.GraphModule, node: fx.Node) -> str | None:
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_module":
+        return None
+    norm = module.get_submodule(str(users[0].target))
+    uses = sum(n.op == "call_module" and n.target == users[0].target for n in module.graph.nodes)
+    tracks = type(norm) in _NORMS and norm.running_mean is not None and uses == 1
+    return str(users[0].target) if tracks else None
+
+
+def _function(module: fx.GraphModule, node: fx.Node) -> Reader | None:
+    name = op_name(node.target) if node.op == "call_function" else ""
+    if name not in ("linear", "addmm") or len(node.args) < 2 or node.kwargs:
+        return None
+    addmm = name == "addmm"
+    source, weight = (node.args[1], node.args[2]) if addmm else (node.args[0], node.args[1])
+    bias = node.args[0] if addmm else node.args[2] if len(node.args) > 2 else None
+    if not all(isinstance(v, fx.Node) for v in (source, weight)) or weight.op != "get_attr":  # type: ignore[union-attr]
+        return None
+    constant = bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")
+    if not constant or not isinstance(_attribute(module, weight), nn.Parameter):  # type: ignore[arg-type]
+        return None
+    named = None if bias is None else str(bias.target)  # type: ignore[union-attr]
+    return Reader(node, source, str(weight.target), named, int(addmm), None, None)  # type: ignore[arg-type, union-attr]

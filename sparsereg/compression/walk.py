@@ -1,0 +1,91 @@
+"""Walking through a traced network operation by operation, with only what is still needed in memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sparsereg.compression.units.explain import inputs_of
+
+
+class Route:
+    """The operations of a network in order, and when each result is needed for the last time.
+
+    Args:
+        module: in eval mode.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.nodes = list(module.graph.nodes)
+        self.place = {node: i for i, node in enumerate(self.nodes)}
+        self.done: list[list[fx.Node]] = [[] for _ in self.nodes]
+        for node in self.nodes:
+            last = max((self.place[user] for user in node.users), default=self.place[node])
+            self.done[last].append(node)
+
+    def start(self, inputs: Any) -> "Walk":
+        """A batch in front of the first operation; see ``Walk``."""
+        return Walk(self, inputs)
+
+    def arguments(self, inputs: Any) -> list[Any]:
+        """What the placeholders are given, in order."""
+        args, kwargs = inputs_of(inputs)
+        given = list(args)
+        for node in [n for n in self.nodes if n.op == "placeholder"][len(given) :]:
+            default = node.args[0] if node.args else None
+            given.append(kwargs.get(str(node.target), default))
+        return given
+
+
+class Walk:
+    """One batch on its way through a network.
+
+    The weights may change while it is on its way: those behind it have been read, those in front have not.
+
+    Args:
+        route: through the network.
+        inputs: the batch, as the network takes it.
+    """
+
+    def __init__(self, route: Route, inputs: Any) -> None:
+        self._route = route
+        self._next = 0
+        self._run = fx.Interpreter(route.module, garbage_collect_values=False)
+        self._run.args_iter = iter(route.arguments(inputs))
+        self.largest = 0
+        """Bytes that were needed at once."""
+
+    def before(self, node: fx.Node, source: fx.Node) -> Tensor:
+        """Walk up to an operation and return one of its inputs."""
+        self._to(self._route.place[node])
+        value: Tensor = self._run.env[source]
+        return value
+
+    def after(self, node: fx.Node) -> Tensor:
+        """Walk over an operation and return what it gives; it must not have been walked over before."""
+        self._to(self._route.place[node])
+        value: Tensor = self._step()
+        return value
+
+    def to_the_end(self) -> None:
+        """Walk over all operations that are left."""
+        self._to(len(self._route.nodes))
+
+    def _to(self, place: int) -> None:
+        while self._next < place:
+            self._step()
+
+    @torch.no_grad()
+    def _step(self) -> Any:
+        node, env = self._route.nodes[self._next], self._run.env
+        value = env[node] = self._run.run_node(node)
+        self.largest = max(self.largest, sum(_bytes(v) for v in env.values()))
+        for done in self._route.done[self._next]:
+            del env[done]
+        self._next += 1
+        return value
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

@@ -1,0 +1,134 @@
+"""One shot: the budget is met exactly, whatever the data come in, and what is worth nothing goes first."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import sparsereg
+from sparsereg.compression import count, is_compacted, load_compacted, original_size, save_compacted
+from sparsereg.compression.inputs import read_inputs
+from sparsereg.errors import InputError
+from sparsereg.model.vit import ViT
+from sparsereg.penalties import hard_concretes
+from sparsereg.training.accounting import PlainAccountant
+from tests.nets import inputs, make
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3)).eval()
+
+
+X = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Named(nn.Module):
+    """Inputs by name, answers in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+
+    def forward(self, values, scale=None):
+        return {"logits": self.body(values if scale is None else values * scale)}
+
+
+DATA = {
+    "a tensor": lambda: (net(), X),
+    "an example": lambda: (net(), X[:1]),
+    "batches": lambda: (net(), [X[:50], X[50:]]),
+    "a generator with labels": lambda: (net(), ((x, torch.zeros(len(x))) for x in X.split(30))),
+    "a loader": lambda: (net(), DataLoader(TensorDataset(X, torch.zeros(200)), 32)),
+    "by name": lambda: (Named().eval(), {"values": X, "labels": torch.zeros(200)}),
+    "batches by name": lambda: (Named().eval(), [{"values": x, "scale": x} for x in X.split(30)]),
+}
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_the_budget_is_met_whatever_the_data_come_in(data):
+    model, given = DATA[data]()
+    before = copy.deepcopy(model.state_dict())
+    small = sparsereg.shrink(model, given, target_macs=0.5)
+    example = {"values": X[:1]} if isinstance(model, Named) else X[:1]
+    if data == "batches by name":
+        example["scale"] = X[:1]
+    whole = PlainAccountant(model, example).macs
+    assert 0.47 * whole <= PlainAccountant(small, example).macs <= 0.5 * whole
+    assert not hard_concretes(small)
+    assert original_size(small)["macs"] == whole
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("importance", ["leftover", "gradient", "magnitude", "taylor"])
+def test_what_is_worth_nothing_goes_first(importance):
+    model = net()
+    with torch.no_grad():
+        for at, (first, second) in {7: (model[0], model[2]), 3: (model[2], model[4])}.items():
+            first.weight[at:] = 0
+            first.bias[at:] = 0
+            second.weight[:, at:] = 0
+    small = sparsereg.shrink(model, X, target_sparsity=0.85, importance=importance, repair=False)
+    torch.testing.assert_close(small(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_repair_helps_on_new_inputs():
+    model, new = net(), torch.randn(500, 8, generator=torch.Generator().manual_seed(2))
+    bare, small = (sparsereg.shrink(model, X, target_macs=0.5, repair=r) for r in (False, True))
+    with torch.no_grad():
+        error = [float((other(new) - model(new)).square().mean()) for other in (small, bare)]
+    assert error[0] < 0.5 * error[1]
+
+
+@pytest.mark.parametrize("name", ["lenet5", pytest.param("googlenet", marks=pytest.mark.slow), "mlp"])
+def test_networks_with_gates_shrink_from_what_they_are(name):
+    model, x = make(name).eval(), inputs(name, 16)
+    x = x.flatten(1) if name == "mlp" else x
+    now = count(model, x[:1]).compacted_parameters
+    small = sparsereg.shrink(model, x, target_sparsity=0.4)
+    assert 0.5 * now <= count(small, x[:1]).parameters <= 0.6 * now
+
+
+@pytest.mark.slow
+def test_a_transformer_and_its_file(tmp_path):
+    torch.manual_seed(0)
+    model = ViT(4, (1, 8, 8), 4).eval()
+    x = torch.randn(32, 1, 8, 8)
+    small = sparsereg.shrink(model, x, target_macs=0.6)
+    path = save_compacted(small, tmp_path / "small.pt")
+    assert is_compacted(path)
+    assert torch.equal(load_compacted(path)(x), small(x))
+    smaller = sparsereg.shrink(small, x, target_macs=0.5)
+    assert count(smaller, x[:1]).macs <= 0.3 * count(model, x[:1]).macs
+
+
+def test_inputs_are_spread_over_sorted_data():
+    data = torch.arange(1000.0).view(-1, 1)
+    for given in (data, DataLoader(TensorDataset(data, data), 7)):
+        batches = read_inputs(nn.Linear(1, 1), given, 100, 64)
+        assert torch.cat(batches).flatten().tolist() == list(range(0, 1000, 10))
+        assert max(len(b) for b in batches) <= 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "give either target_macs"),
+        ({"target_macs": 0.5, "target_sparsity": 0.5}, "give either target_macs"),
+        ({"target_macs": 1.5}, r"target_macs must be a share in \(0, 1\), got 1.5"),
+        ({"target_macs": True}, "must be a share"),
+        ({"target_macs": 0.5, "importance": "gradiant"}, "importance must be one of"),
+        ({"target_macs": 0.5, "families": "heads"}, "nothing of heads"),
+    ],
+)
+def test_wrong_arguments(settings, said):
+    with pytest.raises(ValueError, match=said):
+        sparsereg.shrink(net(), X, **settings)
+
+
+@pytest.mark.parametrize(("data", "said"), [([], "no inputs"), (3, "got a int"), (["a"], "got a str")])
+def test_wrong_data(data, said):
+    with pytest.raises(InputError, match=said):
+        sparsereg.shrink(net(), data, target_macs=0.5)
