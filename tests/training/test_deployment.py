@@ -200,6 +200,7 @@ def test_results_hold_what_the_contract_names(trained):
     assert results["expected_sparsity"] == pytest.approx(1 - results["L_C0"])
 
 
+@pytest.mark.slow
 def test_shrunk_in_one_shot(run, trained):
     first = run("test", f"ckpt_path={trained.last}", "compact=true", "trainer.enable_progress_bar=false")
     before = trained.last.with_name("compacted.pt").read_bytes()
