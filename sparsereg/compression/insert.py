@@ -24,6 +24,8 @@ from sparsereg.distributions import HardConcrete
 from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
 from sparsereg.penalties import hard_concretes
 
+DEFAULT = tuple(family for family in FAMILIES if family != "inputs")
+"""What is gated if nothing is asked for; columns of the data have to be."""
 logger = logging.getLogger(__name__)
 
 Choice = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -52,8 +54,8 @@ def gate(
             dictionary of inputs by name.
         layers: which layers to gate: a pattern such as ``layer3.*``, several, or a function of name and
             module. One of several layers that share a gate is enough. All if None.
-        families: kinds of gates (``channels units heads head_dims kv_groups width blocks``); all
-            if None.
+        families: kinds of gates (``channels units heads head_dims kv_groups width blocks inputs``); all but
+            the features of the inputs if None.
         residual: whether what several layers write together gets a gate, too.
         **gate_settings: keyword arguments of L0Gate, such as ``droprate_init`` and ``temperature``.
 
@@ -89,8 +91,9 @@ def gate_(
     _check_plain(model)
     args, kwargs = inputs_of(example_input)
     factory = GateFactory(**gate_settings)
-    analysis = analyse(model, args, kwargs)
-    vectors = _vectors(analysis, model, _wanted(families), layers, residual)
+    wanted = _wanted(families)
+    analysis = analyse(model, args, kwargs, inputs="inputs" in wanted)
+    vectors = _vectors(analysis, model, wanted, layers, residual)
     if not vectors:
         raise ValueError(
             "none of these layers has channels that can go, so there is nothing to gate:\n"
@@ -130,7 +133,7 @@ class Vector:
 
 
 def _wanted(families: str | Sequence[str] | None) -> set[str]:
-    asked = [families] if isinstance(families, str) else list(families or FAMILIES)
+    asked = [families] if isinstance(families, str) else list(families or DEFAULT)
     for family in asked:
         if family not in FAMILIES:
             raise ValueError(f"families: unknown {family!r}; known are {', '.join(FAMILIES)}")
@@ -145,8 +148,9 @@ def _vectors(
     sites: dict[int, list[fx.Node]] = {}
     met: dict[int, set[int]] = {}  # choices that decide on the same units: one tensor cannot hold both
     groups: dict[tuple[str, tuple[fx.Node, ...], int], list[int]] = {}
-    for weight in analysis.sites.axis:
-        sets = analysis.choices_along(weight).ravel()
+    taking_gates = dict.fromkeys([*analysis.sites.axis, *analysis.sites.columns])
+    for weight, columns in [(w, side) for w in taking_gates for side in analysis.sides(w)]:
+        sets = analysis.choices_along(weight, columns).ravel()
         for choice in dict.fromkeys(c for s in sets for c in sorted(s)):
             sites.setdefault(choice, []).append(weight)
         for together in {s for s in sets if s}:
@@ -166,7 +170,7 @@ def _vectors(
             continue
         if any(chosen(path, model.get_submodule(path)) for path in sorted(owners | producers)):
             found.append(Vector(kind, tuple(choices), weights))
-    if wanted != set(FAMILIES) and not found:
+    if wanted != set(DEFAULT) and not found:
         there = sorted({kind for kind, _, _ in groups if kind} - wanted) or ["none"]
         raise ValueError(
             f"families: the network has nothing of {', '.join(sorted(wanted))} that can go;"
@@ -283,20 +287,21 @@ class _Inserter:
         return {f"{p}.{q}" for p, m in modules if isinstance(m, outer) for q, _ in m.named_modules() if q}
 
     def _in_order(self, site: fx.Node, vector: Vector) -> bool:
-        if self.analysis.sites.axis[site] == WHOLE:
+        if self.analysis.sites.axis.get(site, WHOLE) == WHOLE or site in self.analysis.sites.columns:
             return False
         sets = self.analysis.choices_along(site)
         return [set(s) for s in sets.ravel()] == [{c} for c in vector.choices]
 
     def _put(self, path: str, name: str, site: fx.Node, vectors: list[Vector]) -> None:
         module = self.network.get_submodule(path)
-        sets = self.analysis.choices_along(site)
         rank = self.analysis.program.values[site].dim()
-        for vector in vectors:
-            index = _places(sets, vector.choices)
+        for columns, vector in itertools.product(self.analysis.sides(site), vectors):
+            index = _places(self.analysis.choices_along(site, columns), vector.choices)
+            if bool((index == len(vector.choices)).all()):
+                continue
             if index.dim() < rank:
                 view = [1] * rank
-                view[max(self.analysis.sites.axis[site], 0)] = -1
+                view[self.analysis.axis_of(site, columns)] = -1
                 index = index.view(view)
             put_gate(module, name, self._on(module, vector), index, _label(vector))
 

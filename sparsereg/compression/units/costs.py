@@ -20,6 +20,7 @@ from sparsereg.compression.units.branches import ALWAYS, Ways
 from sparsereg.compression.units.labels import Ints
 from sparsereg.compression.units.lines import Alternatives, Bools, Lines, Sizes
 from sparsereg.compression.units.program import Program, bound, name_of, plain_call
+from sparsereg.compression.units.rules.recurrent import BLOCKS
 from sparsereg.compression.units.solve import Units
 
 Axis = tuple[fx.Node, int]
@@ -252,6 +253,14 @@ def _bilinear(program: Program, node: fx.Node) -> Products:
     return [(1.0, [*_all(program, node), (a["input1"], -1), (a["input2"], -1)])]
 
 
+def _layers(program: Program, node: fx.Node) -> Products:
+    """Every step of a recurrent layer applies every matrix once."""
+    source = bound(node)["input"] if "input" in bound(node) else bound(node)["data"]
+    steps = [(source, d) for d in range(n_dim(program, source) - 1)]
+    matrices = [w for w in bound(node)["params"] if program.values[w].dim() == 2]
+    return [(1.0, [*steps, (w, 0), (w, 1)]) for w in matrices]
+
+
 _PRODUCTS: dict[str, Callable[[Program, fx.Node], Products]] = {
     "linear": _linear,
     "addmm": _addmm,
@@ -259,6 +268,7 @@ _PRODUCTS: dict[str, Callable[[Program, fx.Node], Products]] = {
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
     "bilinear": _bilinear,
+    **dict.fromkeys(BLOCKS, _layers),
     **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot"), _matmul),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
@@ -268,8 +278,6 @@ _PRODUCTS: dict[str, Callable[[Program, fx.Node], Products]] = {
 
 def _counted(program: Program, node: fx.Node) -> float:
     """Multiply-accumulates of any other operation, as PyTorch counts them."""
-    if name_of(node) in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-        return _recurrent(program, node)
     if not any(n in program.weights for n in node.all_input_nodes) and name_of(node) not in _MAY_COUNT:
         return 0.0
     args, kwargs = (
@@ -282,14 +290,6 @@ def _counted(program: Program, node: fx.Node) -> float:
     with torch.no_grad(), counting() as counter:
         plain_call(node, args, kwargs)
     return counter.get_total_flops() / 2
-
-
-def _recurrent(program: Program, node: fx.Node) -> float:
-    """Every step of a recurrent layer applies every matrix once."""
-    x = program.values[node.all_input_nodes[0]]
-    weights = next(a for a in node.args[1:] if isinstance(a, list | tuple) and len(a) > 2)
-    matrices = [program.values[w] for w in weights if isinstance(w, fx.Node)]
-    return float(x.numel() // x.shape[-1] * sum(w.numel() for w in matrices if w.dim() == 2))
 
 
 _MAY_COUNT = ("addbmm", "chain_matmul", "tensordot", "multi_head_attention_forward", "_trilinear")

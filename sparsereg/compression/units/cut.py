@@ -31,6 +31,7 @@ class Cut:
         self.stays = torch.from_numpy(units.alive(self.gone))
         self.passed = units.branches.passed(self.gone)
         self.serving = self._serving()
+        self.entrances = self._entrances()
         self.labels: dict[Any, Any] = {n: v for n, v in units.labeller.axes.of.items() if v is not None}
         self.weights = {node: self._weight(node, value) for node, value in self.program.weights.items()}
 
@@ -41,8 +42,22 @@ class Cut:
     def run(self, *inputs: Any) -> Any:
         """What the smaller network gives."""
         return self.program.run(
-            self.weights, *inputs, calls=self.calls, passed=self.passed, serving=self.serving
+            self.weights,
+            *inputs,
+            calls=self.calls,
+            passed=self.passed,
+            serving=self.serving,
+            entrances=self.entrances,
         )
+
+    def _entrances(self) -> dict[fx.Node, tuple[int, Tensor]]:
+        """Tensors of features of which only some are read: the axis, and which."""
+        found = {}
+        for node, axis, units in self.units.labeller.axes.inputs:
+            alive = self.stays[torch.from_numpy(units)]
+            if not bool(alive.all()):
+                found[node] = (axis, alive.nonzero().flatten())
+        return found
 
     def _serving(self) -> set[fx.Node]:
         """Operations and weights that lead to the output when branches are gone."""
@@ -63,7 +78,7 @@ class Cut:
         found = {}
         for node in self.program.calls:
             rule = rule_of(node)
-            wanted = node in self.serving and node in self.labels
+            wanted = node in self.serving and node in self.labels and node not in self.entrances
             if wanted and rule is not None and rule.call is not None:
                 found[node] = rule.call(self, node, self.program.arguments(node))
         return found

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from sparsereg.compression.sizes import ANY, of_size
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.program import Call, Scaled, bound, module_of, op_name
+from sparsereg.compression.units.rules.recurrent import BLOCKS, KINDS, Pass, passes, starts_at_zero
 from sparsereg.compression.vocabulary import reserved
 
 _PLACES = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy")
@@ -50,7 +51,7 @@ class Emitter:
             if node in self.cut.passed:
                 self.made[node] = self._value(self.cut.passed[node])
             elif node in self.cut.serving and op_name(node.target) not in _CHECKS:
-                self.made[node] = self._operation(node)
+                self.made[node] = self._entered(node, self._operation(node))
         self.graph.output(self._result())
         self._without_dead_code()
         name = f"Compacted{type(self.model).__name__.removeprefix('Gated').removeprefix('Compacted')}"
@@ -70,6 +71,16 @@ class Emitter:
             node = self.program.inputs[position]
             if any(size != ANY for size in sizes):
                 self.made[node] = self.graph.call_function(of_size, (self.made[node], list(sizes)))
+        for node in self.program.inputs:
+            self.made[node] = self._entered(node, self.made[node])
+
+    def _entered(self, node: fx.Node, made: Any) -> Any:
+        """The features of an input that are read, of all that come in."""
+        if node not in self.cut.entrances:
+            return made
+        axis, kept = self.cut.entrances[node]
+        index = self._buffer("read", kept)
+        return self.graph.call_function(torch.ops.aten.index_select.default, (made, axis, index))
 
     def _result(self) -> Any:
         flat = [self._value(leaf) for leaf in self.program.output.args[0]]  # type: ignore[union-attr]
@@ -89,9 +100,13 @@ class Emitter:
 
     # --- operations -------------------------------------------------------------------------------------
 
-    def _operation(self, node: fx.Node) -> fx.Node:
+    def _operation(self, node: fx.Node) -> Any:
+        if op_name(node.target) in BLOCKS and starts_at_zero(node):
+            return self._recurrent(node)
         call = self.cut.calls.get(node) or Call(node.target, node.args, node.kwargs)
         name = op_name(call.target)
+        if call.target is operator.getitem and isinstance(self.made.get(call.args[0]), list):
+            return self.made[call.args[0]][call.args[1]]
         if name in _DROPOUTS:
             return self._dropout(node, _DROPOUTS[name])
         layer = self._layer(node, call, name.rstrip("_"))
@@ -168,6 +183,72 @@ class Emitter:
             self.parameters[node] = nn.Parameter(value, value.is_floating_point()) if trains else value
         return self.parameters[node]
 
+    # --- recurrent layers -----------------------------------------------------------------------------------
+
+    def _recurrent(self, node: fx.Node) -> list[Any]:
+        """One module of torch.nn for layers of one size, or else one for each layer and direction."""
+        a, parts = bound(node), list(passes(node))
+        x = self._value(node.args[0])
+        if len({(self._rows(p.rows[0]), self._rows(p.projection)) for p in parts}) == 1:
+            own = [w for p in parts for w in p.all]
+            out, states = self._module_of_layers(node, x, own, parts[0], "", len(parts))
+            return [out, *states]
+        time = 1 if a["batch_first"] else 0
+        lasts = []
+        for layer in range(int(a["num_layers"])):
+            outs = []
+            for one in (p for p in parts if p.layer == layer):
+                source = self._call(torch.ops.aten.flip.default, x, [time]) if one.reverse else x
+                out, states = self._module_of_layers(node, source, list(one.all), one, _place_of(one), 1)
+                outs.append(self._call(torch.ops.aten.flip.default, out, [time]) if one.reverse else out)
+                lasts.append([self._call(torch.ops.aten.select.int, s, 0, 0) for s in states])
+            x = self._call(torch.ops.aten.cat.default, outs, -1) if len(outs) > 1 else outs[0]
+            if a["dropout"] and layer + 1 < int(a["num_layers"]):
+                x = self._dropped(float(a["dropout"]), x)
+        return [x, *(list(part) for part in zip(*lasts, strict=True))]
+
+    def _call(self, target: Any, *args: Any) -> fx.Node:
+        return self.graph.call_function(target, args)
+
+    def _dropped(self, p: float, x: Any) -> fx.Node:
+        path = self._free("dropout")
+        self._put(path, nn.Dropout(p), nn.Dropout, {"p": p})
+        return self.graph.call_module(path, (x,))
+
+    def _rows(self, weight: fx.Node | None) -> int:
+        return 0 if weight is None else int(self.cut.weights[weight].shape[0])
+
+    def _module_of_layers(
+        self, node: fx.Node, x: Any, weights: list[fx.Node], one: Pass, inside: str, runs: int
+    ) -> tuple[Any, list[Any]]:
+        """Call a recurrent module; return what it gives at all steps, and its last states."""
+        a, name = bound(node), op_name(node.target)
+        both = bool(a["bidirectional"]) and runs > 1
+        settings: dict[str, Any] = {
+            "input_size": int(self.cut.weights[one.rows[0]].shape[1]),
+            "hidden_size": self._rows(one.rows[0]) // BLOCKS[name],
+            "num_layers": runs // (2 if both else 1),
+            "bias": bool(a["has_biases"]),
+            "batch_first": bool(a["batch_first"]),
+            "dropout": float(a["dropout"]) if runs > 1 else 0.0,
+            "bidirectional": both,
+        }
+        if name == "lstm":
+            settings["proj_size"] = self._rows(one.projection)
+        elif name.startswith("rnn"):
+            settings["nonlinearity"] = name.removeprefix("rnn_")
+        with torch.device("meta"):
+            names = list(KINDS[name](**settings)._parameters)
+        path = self._path(self.program.names[weights[0]].rpartition(".")[0]) or name
+        place = f"{path}.{inside}" if inside else path
+        if not self._make(place, KINDS[name], settings, dict(zip(names, weights, strict=True))):
+            place = self._free(name)
+            assert self._make(place, KINDS[name], settings, dict(zip(names, weights, strict=True)))
+        made = self.graph.call_module(place, (x,))
+        states = self._call(operator.getitem, made, 1)
+        each = [self._call(operator.getitem, states, i) for i in range(2)] if name == "lstm" else [states]
+        return self._call(operator.getitem, made, 0), each
+
     # --- layers -----------------------------------------------------------------------------------------
 
     def _dropout(self, node: fx.Node, cls: type[nn.Module]) -> fx.Node:
@@ -218,6 +299,8 @@ class Emitter:
                 made.register_buffer(key, value)
         if "num_batches_tracked" in made._buffers:
             made.num_batches_tracked = self._batches(path)
+        if isinstance(made, nn.RNNBase):
+            made._init_flat_weights()
         if any(t.device.type == "meta" for t in (*made.parameters(), *made.buffers())):
             return False
         self._put(path, made, cls, settings)
@@ -250,6 +333,10 @@ class Emitter:
                 owner.add_module(parent, nn.Module())
             owner = owner.get_submodule(parent)
         owner.add_module(last, module)
+
+
+def _place_of(one: Pass) -> str:
+    return f"l{one.layer}{'_reverse' if one.reverse else ''}"
 
 
 def _named(call: Call) -> dict[str, Any]:

@@ -28,6 +28,7 @@ FAMILIES = {
     "head_dims": "places in the vectors of heads",
     "kv_groups": "keys and values with the heads that share them",
     "width": "the residual stream, over which norms take means",
+    "inputs": "features of the inputs, where asked for",
     "blocks": "whole branches of residual blocks",
 }
 """What can go, by name."""
@@ -135,13 +136,14 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(model: nn.Module, example: Any) -> Explanation:
+def explain(model: nn.Module, example: Any, inputs: bool = False) -> Explanation:
     """Say of every parameter of a network what can go, with what, or what keeps it.
 
     Args:
         model: any network; left as it is.
         example: one batch as the network takes it: a tensor, a tuple of positional inputs, or a dictionary
             of inputs by name.
+        inputs: whether features of the inputs could go, too.
 
     Raises:
         InputError: the network fails on the example, or its path depends on the data.
@@ -152,7 +154,7 @@ def explain(model: nn.Module, example: Any) -> Explanation:
         True
     """
     args, kwargs = inputs_of(example)
-    labeller = Labeller(trace(model, *args, **kwargs))
+    labeller = Labeller(trace(model, *args, **kwargs), inputs)
     return explanation(type(model).__name__, solve(labeller))
 
 
@@ -274,6 +276,9 @@ def _untouched(units: Units, node: fx.Node) -> str:
         return "nothing reads it"
     without = [user for user in users if name_of(user) not in RULES]
     user = (without or users)[0]
+    why, by = units.labeller.axes.whole.get(node, ("", user))
+    if why and not without:
+        return f"{why}{_where(by)}"
     if without:
         return f"no rule for {name_of(user)}{_where(user)}"
     return f"it has no axis along which anything could go{_where(user)}"
@@ -320,6 +325,7 @@ def families(units: Units) -> dict[int, str]:
             for choice in units.of(unit):
                 found[choice] = "width"
     _name_heads(units, found)
+    found.update(dict.fromkeys(units.features, "inputs"))
     found.update((branch.choice, "blocks") for branch in units.branches.found)
     return found
 

@@ -205,12 +205,30 @@ def gated_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
     return _CLASSES[base, names]
 
 
+def _flat_weights(self: nn.RNNBase) -> list[Tensor]:
+    return [getattr(self, name) for name in self._flat_weights_names]
+
+
+def _as_they_are(self: nn.RNNBase, *weights: Any) -> None:
+    """The weights are read anew in each pass, so that none are kept."""
+
+
+_RECURRENT = {
+    "_flat_weights": property(_flat_weights, _as_they_are),
+    "flatten_parameters": _as_they_are,
+    "_update_flat_weights": _as_they_are,
+    "_init_flat_weights": _as_they_are,
+}
+
+
 def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def reader(name: str) -> property:
         return property(lambda self: self.through_gates(name))
 
     body: dict[str, Any] = {name: reader(name) for name in names if name}
     body["_made_of"] = (base, names)
+    if issubclass(base, nn.RNNBase):
+        body |= _RECURRENT
     body["__doc__"] = f"{base.__name__} whose weights are read through gates."
     return type(f"Gated{base.__name__}", (GatedModule, base), body)
 
@@ -281,6 +299,8 @@ def take_gates_off(network: nn.Module, plain: Callable[[nn.Module], nn.Module | 
                 del hooks[key]
             del module.__dict__["_gated_sites"], module.__dict__["_gated_norm"]
             module.__class__ = type(module)._made_of[0]  # type: ignore[attr-defined]
+            if isinstance(module, nn.RNNBase):
+                module._init_flat_weights()
         else:
             plain(module)
 

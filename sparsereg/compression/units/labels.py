@@ -82,9 +82,11 @@ class Axes:
         fixed: for a unit that never goes, the reason and the operation that keeps it.
         owner: for each run of new units its first one, the weight or input that makes them, and the axis;
             -1 for every element of a weight that is read as it is.
+        whole: for a weight of which nothing has units, the reason and the operation that keeps it.
         averaged: units over which a normalisation takes means: these are over the units that stay.
         grids: units that have to stay as grids.
         heads: units that stand for attention heads, and whether some of them share their keys.
+        inputs: for inputs whose features are units: the tensor, the axis and the units.
         shapes: results of operations that give a tensor another shape, which has to stay rectangular.
     """
 
@@ -94,9 +96,11 @@ class Axes:
         self.weight_axes: dict[fx.Node, list[Ints | None]] = {}
         self.owner: list[tuple[int, fx.Node, int]] = []
         self.fixed: dict[int, tuple[str, fx.Node | None]] = {}
+        self.whole: dict[fx.Node, tuple[str, fx.Node]] = {}
         self.averaged: list[Ints] = []
         self.grids: list[Grid] = []
         self.heads: list[tuple[Ints, bool]] = []
+        self.inputs: list[tuple[fx.Node, int, Ints]] = []
         self.shapes: list[tuple[fx.Node, Labels]] = []
 
     def fresh(self, size: int, node: fx.Node, axis: int) -> Ints:

@@ -81,6 +81,7 @@ class Program:
         calls: Mapping[fx.Node, Call] | None = None,
         passed: Mapping[fx.Node, fx.Node | None] | None = None,
         serving: set[fx.Node] | None = None,
+        entrances: Mapping[fx.Node, tuple[int, Tensor]] | None = None,
     ) -> Any:
         """Run the graph with other weights.
 
@@ -91,6 +92,7 @@ class Program:
             calls: other functions and arguments for some of the nodes.
             passed: nodes that hand on what another one gives.
             serving: nodes that are run; all if None.
+            entrances: nodes of whose results only some positions along an axis are read.
         """
         env: dict[fx.Node, Any] = {}
         given = iter(inputs)
@@ -113,6 +115,9 @@ class Program:
                 env[node] = call(node, args, kwargs) if call else called(own.target, args, kwargs)
             elif node.op == "output":
                 return fx.node.map_aggregate(node.args[0], value)
+            if entrances and node in entrances:
+                axis, kept = entrances[node]
+                env[node] = env[node].index_select(axis, kept)
         raise AssertionError("a graph without output")
 
     @property

@@ -7,6 +7,7 @@ there are zero contributes nothing, so that it can go.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,13 @@ from sparsereg.compression.units.labels import FIRST, Ints, varying
 from sparsereg.compression.units.program import Program, bound, module_of, name_of
 from sparsereg.compression.units.rules.elementwise import PRODUCTS, QUOTIENTS
 from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES
+from sparsereg.compression.units.rules.recurrent import BLOCKS, candidate_rows, passes
 from sparsereg.compression.units.rules.table import Dead, Labeller
 
 WHOLE = -2
 """In place of an axis: all of a weight takes the same gates."""
+_WITH_COLUMNS = {"addmm", "matmul", "mm"}
+"""Operations that take a matrix with a column for each unit that it makes."""
 _OUT_AXIS = {"addmm": 1, "embedding": 1, "embedding_bag": 1}
 
 
@@ -56,6 +60,8 @@ class Sites:
     Attributes:
         axis: for each weight, the axis along which its gates lie; -1: along any; or ``WHOLE``.
         norms: normalisations over units that can leave some out.
+        part: for weights of which only some rows take gates, the first of these and the one behind them.
+        columns: for weights that read features of inputs, the axis along which these lie.
         refused: units that lie along other means, with the reason and the operation.
     """
 
@@ -63,6 +69,8 @@ class Sites:
         self.labeller = labeller
         self.program: Program = labeller.program
         self.axis: dict[fx.Node, int] = {}
+        self.part: dict[fx.Node, tuple[int, int]] = {}
+        self.columns = dict(self._columns())
         self.norms: list[Norm] = []
         self.refused: list[tuple[Ints, str, fx.Node]] = []
         self._seen: set[fx.Node] = set()
@@ -73,6 +81,28 @@ class Sites:
                 self._ask_one(sources)
         for node in self.program.calls:
             self._mean(node)
+
+    def _columns(self) -> Iterator[tuple[fx.Node, int]]:
+        """Weights that read features of inputs, with the axis along which they do."""
+        axes = self.labeller.axes
+        if not axes.inputs:
+            return
+        features = axes.sets.find(np.concatenate([units for _, _, units in axes.inputs]))
+        for weight, lines in axes.weight_axes.items():
+            names = {name_of(user) for user in weight.users if user.op == "call_function"}
+            out = 1 if names & _WITH_COLUMNS or any("transpose" in n for n in names & set(MAKERS)) else 0
+            for axis, line in enumerate(lines if len(lines) > 1 else ()):
+                if line is not None and axis != out and np.isin(axes.sets.find(line), features).any():
+                    yield weight, axis
+
+    def _recurrent(self, node: fx.Node) -> None:
+        """The rows of the candidates, and of the projections behind them."""
+        for one in passes(node):
+            for weight in one.rows:
+                self.axis[weight] = 0
+                self.part[weight] = candidate_rows(name_of(node), self.program.values[weight].shape[0])
+            if one.projection is not None:
+                self.axis[one.projection] = 0
 
     def _ask(self, source: Any) -> None:
         """The units of a tensor have to be zero when they are shut."""
@@ -105,6 +135,9 @@ class Sites:
                     1 if "transpose" in name and self.program.values[weight].dim() > 1 else own
                 )
             return [] if found else [node.args[0]]
+        if name in BLOCKS:
+            self._recurrent(node)
+            return []
         if name in (*PRODUCTS, *MATRICES):
             return [self._one_of(node)]
         if name in QUOTIENTS:

@@ -44,6 +44,7 @@ def smaller(
     for dtype in (None, torch.float64):
         cut.use(structure.weights(model, dtype))
         made.append(Emitter(cut, model, structure.fixed).module())
+        made[-1].meta["unread_inputs"] = structure.unread(stays)
     return made[0], made[1]
 
 

@@ -199,6 +199,12 @@ class Units:
         root = int(self.roots[unit])
         return self.split.get(root, frozenset([root]))
 
+    @property
+    def features(self) -> set[int]:
+        """The choices that features of inputs are."""
+        own = [self.of(int(u)) for _, _, units in self.labeller.axes.inputs for u in units]
+        return set().union(*own)
+
     def alive(self, gone: set[int]) -> np.ndarray:
         """Which units stay when some choices are gone, (units,); ``BLANK`` and ``LIVE`` do."""
         stays = np.ones(len(self.roots), dtype=bool)

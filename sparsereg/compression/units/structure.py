@@ -32,8 +32,8 @@ from sparsereg.model.basic_l0_blocks import L0Gate
 
 ATTRIBUTE = "_units"
 """Where a network that ``gate`` made keeps its structure."""
-BLOCK_GATE = "gate_blocks"
-"""What modules call the gate of a whole branch."""
+BLOCK_GATE, INPUT_GATE = "gate_blocks", "gate_inputs"
+"""What modules call the gate of a whole branch, and that of features of an input."""
 Place = tuple[str, int]
 """Path of a gate in a network, and a place in it."""
 
@@ -57,12 +57,21 @@ class Analysis:
         """The network as operations."""
         return self.units.labeller.program
 
-    def choices_along(self, weight: fx.Node) -> np.ndarray:
+    def choices_along(self, weight: fx.Node, columns: bool = False) -> np.ndarray:
         """The choices that can go of each place where a weight takes gates, an array of sets.
 
         Its shape is that of the weight along the axis of its gates; of the whole weight for an axis of -1.
+
+        Args:
+            weight: one that takes gates.
+            columns: along the axis where it reads features of inputs instead.
         """
-        axes, axis = self.units.labeller.axes, self.sites.axis[weight]
+        axes = self.units.labeller.axes
+        if columns:
+            read = axes.weight_axes[weight][self.sites.columns[weight]]
+            assert read is not None
+            return self.sets_of(read)
+        axis = self.sites.axis[weight]
         whole = frozenset(b.choice for b in self.units.branches.found if weight in b.makers)
         if axis == WHOLE or (weight not in axes.of and weight not in axes.weight_axes):
             return _filled((1,) * min(1, self.program.values[weight].dim()), whole)
@@ -76,7 +85,18 @@ class Analysis:
                 else own
             )
         sets = self.sets_of(line)
+        if weight in self.sites.part:
+            first, last = self.sites.part[weight]
+            sets[:first] = sets[last:] = frozenset()
         return _with(sets, whole) if whole else sets
+
+    def sides(self, weight: fx.Node) -> list[bool]:
+        """Whether a weight takes gates on what it makes (False), and on features that it reads (True)."""
+        return [side for side in (False, True) if weight in (self.sites.columns if side else self.sites.axis)]
+
+    def axis_of(self, weight: fx.Node, columns: bool = False) -> int:
+        """The axis of a weight along which ``choices_along`` lies."""
+        return self.sites.columns[weight] if columns else max(self.sites.axis[weight], 0)
 
     def module_of(self, node: fx.Node) -> str:
         """Path of the module that holds a weight, or for an operation that of its weight or where it runs."""
@@ -110,18 +130,21 @@ class Analysis:
         return sets[inverse].reshape(units.shape)
 
 
-def analyse(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Analysis:
+def analyse(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: bool = False
+) -> Analysis:
     """Find the units of a network without gates, and where gates for them would sit.
 
     Args:
         model: left as it is.
         args: positional inputs of one example batch.
         kwargs: inputs by name.
+        inputs: whether features of the inputs can go, too.
 
     Raises:
         InputError: the network cannot be traced.
     """
-    labeller = Labeller(trace(model, *args, **kwargs))
+    labeller = Labeller(trace(model, *args, **kwargs), inputs)
     sites = Sites(labeller)
     for refused, why, node in sites.refused:
         labeller.axes.fix(refused, why, node)
@@ -180,6 +203,16 @@ class Structure:
     def __reduce__(self) -> Any:
         return _nothing, ()  # found again from the gates themselves
 
+    def unread(self, stays: Bools) -> dict[str, list[int]]:
+        """Features that nothing reads any more, by the name of the input."""
+        units = self.analysis.units
+        alive = units.alive(self.gone(stays))
+        found = {}
+        for node, _, own in units.labeller.axes.inputs:
+            source = units.labeller.entrances[node].source
+            found[source.name] = np.flatnonzero(~alive[own]).tolist()
+        return found
+
     def stays(self, model: nn.Module) -> Bools:
         """Which choices stay with a network's gates as they are, (choices,); of each axis something does."""
         stays = np.ones(len(self.analysis.costs.choices), dtype=bool)
@@ -229,19 +262,25 @@ class Structure:
         for node, name in program.names.items():
             value = tensors[name].detach()
             value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
-            found[node] = value * self._factor(open_, node, value) if node in axis else value
+            if node in axis:
+                value = value * self._factor(open_, node, value)
+            if node in self.analysis.sites.columns:
+                value = value * self._factor(open_, node, value, columns=True)
+            found[node] = value
         return found
 
-    def _factor(self, open_: Mapping[int, float], node: fx.Node, value: Tensor) -> Tensor:
+    def _factor(
+        self, open_: Mapping[int, float], node: fx.Node, value: Tensor, columns: bool = False
+    ) -> Tensor:
         """What the gates multiply a weight by, of a shape that is broadcast to it."""
-        sets = self.analysis.choices_along(node)
+        sets = self.analysis.choices_along(node, columns)
         products = {s: math.prod(open_.get(choice, 1.0) for choice in s) for s in set(sets.flat)}
         factor = torch.tensor([products[s] for s in sets.flat], dtype=torch.float64)
         factor = factor.to(value).view(sets.shape)
         if sets.ndim == value.dim():
             return factor
         view = [1] * value.dim()
-        view[max(self.analysis.sites.axis[node], 0)] = -1
+        view[self.analysis.axis_of(node, columns)] = -1
         return factor.view(view)
 
     @torch.no_grad()
@@ -280,7 +319,7 @@ def structure_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     found = sited(bare)
     take_gates_off(bare, plain_module)
     sizes = {name: m.gate_size[0] for name, m in model.named_modules() if isinstance(m, SharedGates)}
-    analysis = analyse(bare, args, kwargs)
+    analysis = analyse(bare, args, kwargs, inputs=any(INPUT_GATE in path for path in sizes))
     matched = _matched(analysis, found, sizes)
     known_places = set(matched.values())
     lost = [(p, i) for p, n in sizes.items() for i in range(n) if (p, i) not in known_places]
@@ -352,15 +391,17 @@ def _matched(
     """
     matched: dict[int, Place] = {}
     branches = {branch.choice for branch in analysis.units.branches.found}
+    features = analysis.units.features
     names = {name: node for node, name in analysis.program.names.items()}
     for name, sites in found.items():
         node = names.get(name)
-        if node is None or node not in analysis.sites.axis:
+        if node is None or node not in analysis.sites.axis | analysis.sites.columns:
             continue
         elements: dict[int, list[int]] = {}
-        for i, choices in enumerate(analysis.choices_along(node).ravel()):
-            for choice in choices:
-                elements.setdefault(choice, []).append(i)
+        for columns in analysis.sides(node):
+            for i, choices in enumerate(analysis.choices_along(node, columns).ravel()):
+                for choice in choices:
+                    elements.setdefault(choice, []).append(i)
         by_elements: dict[tuple[int, ...], list[int]] = {}
         for choice, where in elements.items():
             by_elements.setdefault(tuple(where), []).append(choice)
@@ -369,6 +410,6 @@ def _matched(
             whole = BLOCK_GATE in path
             for place in np.unique(places[places < sizes[path]]).tolist():
                 for choice in by_elements.get(tuple(np.flatnonzero(places == place).tolist()), ()):
-                    if (choice in branches) is whole:
+                    if (choice in branches) is whole and (choice in features) is (INPUT_GATE in path):
                         matched.setdefault(choice, (path, place))
     return matched

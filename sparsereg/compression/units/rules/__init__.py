@@ -6,6 +6,7 @@ from sparsereg.compression.units.rules import (  # noqa: F401  (each registers i
     mixing,
     moves,
     norms,
+    recurrent,
     reductions,
 )
 from sparsereg.compression.units.rules.table import RULES

@@ -11,6 +11,7 @@ from sparsereg.compression.units.labels import Labels, compacted, varying
 from sparsereg.compression.units.program import Call, Scaled, bound, name_of, plain_call
 from sparsereg.compression.units.rules.elementwise import pair
 from sparsereg.compression.units.rules.mixing import is_turned_weight
+from sparsereg.compression.units.rules.recurrent import taken
 from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, Smaller, replaced, rule
 
 _ON_FLOATS = """
@@ -108,6 +109,9 @@ def _slice_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
 
 
 def _select_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    one = taken(node)
+    if one is not None:
+        return one
     labels = cut.labels.get(node.args[0])
     if labels is None:
         return replaced(node)

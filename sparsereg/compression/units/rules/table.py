@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.units.labels import Axes, Ints, Labels, compacted, live, stored
+from sparsereg.compression.units.entrances import entrances
+from sparsereg.compression.units.labels import FIRST, Axes, Ints, Labels, along, compacted, live, stored
 from sparsereg.compression.units.program import Call, Program, name_of
 
 
@@ -97,17 +98,23 @@ class Labeller:
 
     Args:
         program: the network.
+        inputs: whether features of the inputs are units, too.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, inputs: bool = False) -> None:
         self.program = program
         self.axes = Axes()
+        self.entrances = {e.node: e for e in entrances(program)} if inputs else {}
         self.dead: dict[fx.Node, Dead] = {}
         self.unknown: dict[str, fx.Node] = {}
         self.reads: list[tuple[Any, ...]] = []
         self.depends = self._depends()
+        for node in program.inputs:
+            self._enter(node)
         for node in program.calls:
             self._visit(node)
+            self._enter(node)
+        self._keep_mixed_inputs()
         self._join_what_nobody_reads()
         self._keep_outputs()
 
@@ -117,6 +124,42 @@ class Labeller:
             if any(n in found for n in node.all_input_nodes):
                 found.add(node)
         return found
+
+    def _enter(self, node: fx.Node) -> None:
+        """Features of an input are units of their own; they are whatever the input is."""
+        if node in self.entrances:
+            axis, shape = self.entrances[node].axis, self.program.values[node].shape
+            units = self.axes.fresh(shape[axis], node, axis)
+            self.axes.inputs.append((node, axis, units))
+            self.axes.of[node] = along(units, axis, shape)
+            self.dead[node] = Dead.ANYTHING
+
+    def _of_inputs(self, units: Ints) -> bool:
+        """Whether some units are features of inputs, all of them."""
+        if not self.axes.inputs or not (units >= FIRST).any():
+            return False
+        features = self.axes.sets.find(np.concatenate([own for _, _, own in self.axes.inputs]))
+        return bool(np.isin(self.axes.sets.find(units[units >= FIRST]), features).all())
+
+    def _keep_mixed_inputs(self) -> None:
+        """Features that meet what a layer makes, or are summed over otherwise than by a weight, stay."""
+        if not self.axes.inputs:
+            return
+        made = [
+            np.arange(first, first + self.program.values[node].shape[axis])
+            for first, node, axis in self.axes.owner
+            if axis >= 0 and node not in self.entrances
+        ]
+        others = self.axes.sets.find(np.concatenate([np.zeros(0, dtype=np.int64), *made]))
+        for node, _, units in self.axes.inputs:
+            mixed = np.isin(self.axes.sets.find(units), others)
+            self.axes.fix(units[mixed], "it is added to what a layer makes", node)
+        for sources in self.reads:
+            if all(self.dead.get(s, Dead.ZERO) is not Dead.ZERO for s in sources):
+                for source in sources:
+                    labels = self.axes.of.get(source)
+                    if isinstance(labels, Tensor) and self._of_inputs(np.unique(stored(labels).numpy())):
+                        self.axes.fix(labels, "it is summed over as it comes in", source)
 
     def _visit(self, node: fx.Node) -> None:
         value = self.program.values[node]
@@ -287,6 +330,7 @@ class Labeller:
         if source not in self.axes.weight_axes and labels is None:
             value = self.program.weights[source]
             self.axes.weight_axes[source] = [None] * value.dim()
+            self.axes.whole[source] = (why, node)
 
     def fix(self, source: Any, why: str, node: fx.Node) -> None:
         """All units of a tensor stay."""
@@ -295,7 +339,14 @@ class Labeller:
             self.axes.fix(part, why, node)
 
     def read(
-        self, source: Any, keep: tuple[int, ...], node: fx.Node, what: str, *, sums: bool = True
+        self,
+        source: Any,
+        keep: tuple[int, ...],
+        node: fx.Node,
+        what: str,
+        *,
+        sums: bool = True,
+        column: bool = False,
     ) -> Ints:
         """Labels along the axes over which an operation sums: what is gone must have been zero there.
 
@@ -305,9 +356,12 @@ class Labeller:
             node: the operation.
             what: its name.
             sums: whether it sums over units; else what is gone may have been anything.
+            column: whether a weight has a column for each unit, which can be zero in place of the unit.
         """
         labels = self.labels(source)
         found = self.axes.reduce(labels, keep, what, node)
+        if column and self._of_inputs(found):
+            return found
         if sums:
             self.reads.append((source,))
         if sums and isinstance(source, fx.Node) and self.dead.get(source, Dead.ZERO) is not Dead.ZERO:
