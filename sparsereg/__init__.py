@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sparsereg.calibration import SparseCalibrationWeights
-    from sparsereg.compression import compact, count, explain, export, gate
+    from sparsereg.compression import compact, count, explain, export, gate, restore_class
     from sparsereg.compression.oneshot import shrink
     from sparsereg.distributions import HardConcrete
     from sparsereg.gates import FeatureGate, HybridGate, L0Gate, SampleGate
@@ -55,6 +55,7 @@ __all__ = [
     "get_active_parameter_count",
     "get_sparsity_stats",
     "prune_model",
+    "restore_class",
     "shrink",
     "update_temperatures",
 ]
@@ -75,7 +76,7 @@ _HOMES = {
     "sparse": ("SparseL0Linear",),
     "calibration": ("SparseCalibrationWeights",),
     "compression.oneshot": ("shrink",),
-    "compression": ("compact", "count", "explain", "export", "gate"),
+    "compression": ("compact", "count", "explain", "export", "gate", "restore_class"),
     "loops.huggingface": ("SparsifyTrainer",),
     "loops.lightning": ("Sparsify",),
     "loops.plain": ("Sparsifier",),

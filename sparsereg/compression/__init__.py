@@ -6,6 +6,7 @@ from sparsereg.compression.deploy import export, fuse, shift_pools
 from sparsereg.compression.insert import gate
 from sparsereg.compression.latency import Latency, Timing, benchmark
 from sparsereg.compression.quantization import quantize
+from sparsereg.compression.restore import restore_class
 from sparsereg.compression.storage import is_compacted, load_compacted, save_compacted
 from sparsereg.compression.units.explain import Explanation, explain
 
@@ -27,6 +28,7 @@ __all__ = [
     "load_compacted",
     "original_size",
     "quantize",
+    "restore_class",
     "save_compacted",
     "shift_pools",
 ]

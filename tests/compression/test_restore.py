@@ -1,0 +1,184 @@
+"""A smaller network in the class of its author, with the arguments that give its shape."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from sparsereg.compression import compact, gate, restore_class
+from sparsereg.compression.graph import tensors_in
+from sparsereg.compression.verify import difference
+from sparsereg.errors import InputError
+from sparsereg.penalties import hard_concretes
+
+IDS = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def shut_(network, part, places):
+    """Shut the same places in all gates that have a part in their name."""
+    for name, gates in hard_concretes(network).items():
+        gates.log_alpha.fill_(10.0)
+        if part in name:
+            gates.log_alpha[places] = -10.0
+
+
+def same(a, b, example):
+    with torch.no_grad():
+        one, two = (
+            tensors_in(f(example) if not isinstance(example, dict) else f(**example))[0] for f in (a, b)
+        )
+    return difference(one, two)
+
+
+def vision_transformer():
+    torch.manual_seed(0)
+    return torchvision.models.VisionTransformer(16, 4, 2, 3, 24, 40, num_classes=5).eval()
+
+
+def test_hidden_units_of_torchvision():
+    original = vision_transformer()
+    nn.init.normal_(original.heads.head.weight)
+    gated = gate(original, IMAGES, families="units", jitter=0.0)
+    shut_(gated, "mlp", slice(0, 15))
+    restored = restore_class(gated, original, IMAGES)
+    assert type(restored) is torchvision.models.VisionTransformer
+    assert restored.mlp_dim == 25
+    assert same(gated, restored, IMAGES) < 1e-5
+    assert same(gated, restore_class(compact(gated, IMAGES), original, IMAGES), IMAGES) < 1e-5
+
+
+def test_a_ragged_shape_is_refused_with_the_layers_that_differ():
+    original = vision_transformer()
+    nn.init.normal_(original.heads.head.weight)
+    gated = gate(original, IMAGES, families="units", jitter=0.0)
+    shut_(gated, "layer_1.mlp", slice(0, 15))
+    with pytest.raises(InputError, match=r"has one mlp_dim for all layers.*25 in .*layer_1.*40 in .*layer_0"):
+        restore_class(gated, original, IMAGES)
+    gated = gate(original, IMAGES, families="blocks", jitter=0.0)
+    shut_(gated, "layer_1.mlp", slice(0, 1))
+    with pytest.raises(InputError, match=r"cannot be without encoder.layers.encoder_layer_1"):
+        restore_class(gated, original, IMAGES)
+
+
+class Plain(nn.Module):
+    """A class of a user's own, which keeps one of its arguments."""
+
+    def __init__(self, features, widths=(6, 8), hidden=4):
+        super().__init__()
+        self.features = features
+        self.a, self.b = nn.Linear(features, widths[0]), nn.Linear(widths[0], widths[1])
+        self.c, self.d = nn.Linear(widths[1], hidden), nn.Linear(hidden, 2)
+
+    def forward(self, x):
+        return self.d(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+
+def test_arguments_that_are_lists():
+    torch.manual_seed(0)
+    original, x = Plain(5).eval(), torch.randn(3, 5)
+    gated = gate(original, x, jitter=0.0)
+    with torch.no_grad():
+        for gates, left in zip(hard_concretes(gated).values(), (5, 3, 2), strict=True):
+            gates.log_alpha.fill_(10.0)
+            gates.log_alpha[left:] = -10.0
+    restored = restore_class(gated, original, x)
+    assert [m.out_features for m in restored.children()] == [5, 3, 2, 2]
+    assert same(gated, restored, x) < 1e-6
+
+
+def test_arguments_that_nobody_knows_are_asked_for():
+    torch.manual_seed(0)
+    original, x = Plain(5, (7, 9)).eval(), torch.randn(3, 5)
+    gated = gate(original, x)
+    with pytest.raises(InputError, match="the arguments that Plain was made with are not known: give build="):
+        restore_class(gated, original, x)
+    with pytest.raises(ValueError, match="must have gates, or be what compact"):
+        restore_class(original, original, x)
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
+        attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BertForMaskedLM(config).eval()
+
+
+HUGGINGFACE = {
+    "llama units": (llama, "units", "mlp", slice(0, 20), {"intermediate_size": 28}),
+    "llama groups": (llama, "kv_groups", "kv_groups", slice(0, 1), {"num_key_value_heads": 1}),
+    "llama width": (llama, "width", "gate", slice(3, 7), {"hidden_size": 28}),
+    "bert units": (bert, "units", "intermediate", slice(1, 7), {"intermediate_size": 30}),
+}
+
+
+@pytest.mark.parametrize("case", HUGGINGFACE)
+def test_models_of_transformers_know_their_new_configuration(case, tmp_path):
+    build, family, part, places, expected = HUGGINGFACE[case]
+    original = build()
+    example = {"input_ids": IDS}
+    gated = gate(original, example, families=family, jitter=0.0)
+    shut_(gated, part, places)
+    restored = restore_class(gated, original, example)
+    for key, value in expected.items():
+        assert getattr(restored.config, key) == value
+    assert same(gated, restored, example) < 1e-5
+    restored.save_pretrained(tmp_path)
+    again = type(original).from_pretrained(tmp_path).eval()
+    assert same(gated, again, example) < 1e-5
+    assert sum(p.numel() for p in again.parameters()) <= sum(p.numel() for p in original.parameters())
+
+
+def test_networks_of_timm():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    original = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4).eval()
+    x = torch.randn(2, 3, 32, 32)
+    gated = gate(original, x, families="units", jitter=0.0)
+    shut_(gated, "mlp", slice(0, 384))
+    restored = restore_class(gated, original, x)
+    assert restored.blocks[0].mlp.fc1.out_features == 384
+    assert same(gated, restored, x) < 1e-5
+
+
+@torch.no_grad()
+def shut_some_(network, sizes):
+    """Of each tensor of gates, the first ones, as many as its size says."""
+    for gates in hard_concretes(network).values():
+        gates.log_alpha.fill_(10.0)
+        gates.log_alpha[: sizes[gates.log_alpha.numel()]] = -10.0
+
+
+def test_smaller_heads_keep_the_scale_of_the_original_ones():
+    original = bert()
+    example = {"input_ids": IDS}
+    gated = gate(original, example, families=["head_dims", "width"], jitter=0.0)
+    shut_some_(gated, {6: 1, 24: 4})
+    restored = restore_class(gated, original, example)
+    assert restored.config.hidden_size == 20
+    assert restored.bert.encoder.layer[0].attention.self.attention_head_size == 5
+    assert same(gated, restored, example) < 1e-5
+
+
+def test_frequencies_of_rotary_positions_are_those_of_the_class():
+    """With some pairs gone the frequencies are no longer what the class makes of the size of a head."""
+    original = llama()
+    example = {"input_ids": IDS}
+    gated = gate(original, example, families="head_dims", jitter=0.0)
+    shut_some_(gated, {4: 1, 8: 2})
+    with pytest.raises(InputError, match="LlamaForCausalLM has the shape but gives other answers"):
+        restore_class(gated, original, example)
