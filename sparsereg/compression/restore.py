@@ -322,7 +322,7 @@ def _by_name(start: Values, values: Values) -> dict[str, Any]:
 
 def _arguments(original: nn.Module) -> Iterator[tuple[Key, float]]:
     """Arguments of a network's class that may be sizes, with the values that it was made with."""
-    config = getattr(original, "config", None)
+    config: Any = getattr(original, "config", None)
     if hasattr(config, "to_dict"):
         known = dict(config.to_dict())
     else:
@@ -348,7 +348,7 @@ def _kept(original: nn.Module, parameter: inspect.Parameter) -> Any:
 
 def _builder(original: nn.Module) -> Build:
     """How a network was made, as far as it can be known."""
-    config = getattr(original, "config", None)
+    config: Any = getattr(original, "config", None)
     if hasattr(config, "to_dict"):
         return lambda **values: _of_config(original, values)
     pretrained = getattr(original, "pretrained_cfg", None)
