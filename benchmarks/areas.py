@@ -173,7 +173,10 @@ def by_level(problem: AreaProblem, args: argparse.Namespace) -> None:
         "nation": np.abs(problem.measures @ total / asked[-1] - 1),
     }
     for level, error in levels.items():
-        print(f"  {level}: mean error {error.mean():.2e}, largest {error.max():.2e}")
+        print(
+            f"  {level}: median error {np.median(error):.2e}, mean {error.mean():.2e},"
+            f" largest {error.max():.2e}"
+        )
 
 
 def main() -> None:

@@ -363,6 +363,10 @@ class Area(Group):
             raise Contradiction(
                 "{}files and {}reconcile need {}column, {}clones or {}crosswalk; so do {}mode and {}groups"
             )
+        for name, usual, mode in (("price", 100.0, "independent"), ("most", 10, "joint")):
+            if getattr(self, name) != usual and self.mode in ("independent", mode):
+                needed = "joint or prune" if name == "price" else "prune"
+                raise Contradiction(f"{{}}{name} needs {{}}mode={needed}, got {{}}mode={self.mode}")
         if (self.mode == "prune") != (self.keep is not None):
             raise Contradiction("{}mode=prune and {}keep=K need each other")
 

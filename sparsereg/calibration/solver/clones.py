@@ -84,7 +84,8 @@ def _pruned(joint: Joint, keep: int, most: int, seed: int) -> Iterator[AreaWeigh
     joint.solve()
     drawn = _drawn(joint, most, _SURPLUS * keep, seed)
     _log.info("%s of the pairs of area and household are looked at", f"{len(drawn.area):,}")
-    kept = calibrate(_problem_of(problem, drawn), keep, seed=seed).weights
+    # The few targets of the nation count as much together as the many of the areas.
+    kept = calibrate(_problem_of(problem, drawn), keep, seed=seed, normalize_groups=True).weights
     seconds = time.perf_counter() - started
     for area in range(problem.num_areas):
         yield _weights_of(problem, replace(drawn, weights=kept), area, joint.steps, seconds)
@@ -128,7 +129,7 @@ def _drawn(joint: Joint, most: int, number: int, seed: int) -> Pairs:
 
 
 def _problem_of(problem: AreaProblem, pairs: Pairs) -> CalibrationProblem:
-    """Targets of all levels over pairs; every target is soft."""
+    """Targets of all levels over pairs, soft, in groups by how deep they stand."""
     columns = sp.csr_array(problem.measures.T.tocsr())
     starts = np.searchsorted(pairs.area, np.arange(problem.num_areas + 1))
     data, targets, places = [], [], []
@@ -149,6 +150,7 @@ def _problem_of(problem: AreaProblem, pairs: Pairs) -> CalibrationProblem:
     return CalibrationProblem(
         sp.csr_array(sp.coo_array(entries, shape=shape).tocsr()), problem.targets, pairs.weights,
         target_names=problem.names, target_weights=problem.prices,
+        target_groups=np.where(problem.is_of_area, "areas", problem.depth[problem.area].astype(str)),
     )  # fmt: skip
 
 

@@ -181,6 +181,8 @@ def test_wrong_input_is_one_line_and_leaves_nothing(case, tmp_path):
         (("area.files=true",), "area.files and area.reconcile need"),
         (("area.mode=joint",), "so do area.mode and area.groups"),
         (("area.column=district", "area.mode=prune"), "area.mode=prune and area.keep=K need each other"),
+        (("area.column=district", "area.price=3"), "area.price needs area.mode=joint or prune"),
+        (("area.column=district", "area.mode=joint", "area.most=3"), "area.most needs area.mode=prune"),
         (("area.column=district", "area.keep=7"), "area.mode=prune and area.keep=K need each other"),
         (
             ("area.column=district", "area.mode=prune", "area.keep=7", "bounds=[0.5,2]"),
