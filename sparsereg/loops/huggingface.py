@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc]
     learning rate stays as it is. Before each step the gradient of the constraint is added to theirs; the
     cost that is allowed falls to the target, which is met exactly at the last step. Then the model is
     compacted: ``compacted``, and ``compacted.pt`` in ``output_dir``. ``train(resume_from_checkpoint=...)``
-    goes on exactly: gates are among the weights of a checkpoint, the multiplier in its trainer_state.json.
+    goes on with gates, which are among the weights of a checkpoint, and multiplier, in trainer_state.json.
 
     Args:
         trainer: with its model, arguments and training data; given this callback.
@@ -153,7 +154,8 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compact, however training has ended and whichever weights it has left."""
         self._meet()
-        self.compacted = self.sparsifier.finish()
+        with _plainly_called(self.model):
+            self.compacted = self.sparsifier.finish()
         if self.save and args.should_save:
             self.path = saved(self.compacted, Path(args.output_dir))
 
@@ -183,6 +185,17 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc]
             yield by_rule(self.trainer.model, dict(collate(batch)))
 
 
+@contextmanager
+def _plainly_called(model: nn.Module) -> Iterator[None]:
+    """Call a model in its own precision for a while, where accelerate has put a cast around it."""
+    cast = model.__dict__.pop("forward", None) if "_original_forward" in model.__dict__ else None
+    try:
+        yield
+    finally:
+        if cast is not None:
+            model.__dict__["forward"] = cast
+
+
 def _declare_shared(model: nn.Module) -> None:
     """Tell Hugging Face which names stand for one gate, so that its checkpoints hold each once."""
     names: dict[int, list[str]] = {}
@@ -190,7 +203,7 @@ def _declare_shared(model: nn.Module) -> None:
         if name.endswith(".log_alpha"):
             names.setdefault(id(parameter), []).append(name)
     tied = {other: last for *others, last in map(sorted, names.values()) for other in others}
-    model._tied_weights_keys = {**(getattr(model, "_tied_weights_keys", None) or {}), **tied}
+    model.__dict__["_tied_weights_keys"] = {**(getattr(model, "_tied_weights_keys", None) or {}), **tied}
 
 
 def _known(row: Any, names: set[str] | None) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.checks import check_count, check_positive
-from sparsereg.compression.budget import Budget, Constraint, exact_share, least_share
+from sparsereg.compression.budget import Budget, Constraint, least_share
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.insert import Choice, gate_
@@ -118,6 +118,7 @@ class Sparsifier:
         self.num_steps = 0
         self.progress = 0.0
         self._measured = False
+        self._met_with: Tensor | None = None
 
     @property
     def gates(self) -> list[nn.Parameter]:
@@ -200,9 +201,10 @@ class Sparsifier:
 
     def meet(self) -> None:
         """Open or shut the gates nearest to the boundary until the exact cost meets the target."""
-        budget = self.budget
-        if not budget.met or exact_share(budget.accountant, budget.cost) > budget.kept:
-            budget.meet()
+        now = torch.cat([location.detach().flatten() for location in self.gates])
+        if not self.budget.met or self._met_with is None or not torch.equal(now, self._met_with):
+            self.budget.meet()
+            self._met_with = torch.cat([location.detach().flatten() for location in self.gates])
 
     def finish(self, batches: Iterable[Any] | None = None) -> fx.GraphModule:
         """Meet the target exactly and return the smaller network, in eval mode, without gates.

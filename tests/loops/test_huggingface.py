@@ -1,5 +1,6 @@
 """SparsifyTrainer in Trainers of Hugging Face, on tiny configurations with random weights."""
 
+import copy
 import warnings
 
 import pytest
@@ -93,36 +94,61 @@ def test_three_lines(tmp_path):
     assert made.lr_scheduler.get_last_lr()[0] < 1e-4
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "bf16": True}])
-def test_resumed_bitwise(tmp_path, changes):
-    ends = []
-    for name in ("whole", "cut"):
-        made = trainer(
-            tmp_path / name, bert(), Texts(), **changes, max_steps=9, save_strategy="steps", save_steps=3
+class Seen(transformers.TrainerCallback):
+    """What there is when a checkpoint is written, and when training begins."""
+
+    def __init__(self, sparsify, stop=None):
+        self.sparsify, self.stop, self.states = sparsify, stop, {}
+
+    def note(self, state, optimizer):
+        parts = (
+            self.sparsify.model.state_dict(),
+            optimizer.state_dict(),
+            self.sparsify.sparsifier.state_dict(),
         )
-        SparsifyTrainer(made, target_macs=0.5)
-        if name == "cut":
-            made.add_callback(StopAt(4))
-            made.train()
-            made = trainer(tmp_path / name, bert(), Texts(), **changes, max_steps=9)
-            torch.manual_seed(99)
-            sparsify = SparsifyTrainer(made, target_macs=0.5)
-            made.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-3"))
-            assert sparsify.sparsifier.num_steps == 9
-        else:
-            made.train()
-        ends.append(made.model.state_dict())
-    assert ends[0].keys() == ends[1].keys()
-    for name, value in ends[0].items():
-        assert torch.equal(value, ends[1][name]), name
+        self.states[state.global_step] = copy.deepcopy(parts)
 
+    def on_save(self, args, state, control, optimizer=None, **kwargs):
+        self.note(state, optimizer)
 
-class StopAt(transformers.TrainerCallback):
-    def __init__(self, step):
-        self.step = step
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.note(state, optimizer)
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
+        control.should_training_stop = state.global_step == self.stop
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "bf16": True}])
+def test_resumed_run_begins_with_gates_and_multiplier_of_the_checkpoint(tmp_path, changes):
+    saved = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, **changes}
+    first = trainer(tmp_path, bert(), Texts(), **saved)
+    before = Seen(SparsifyTrainer(first, target_macs=0.5), stop=4)
+    first.add_callback(before)
+    first.train()
+    again = trainer(tmp_path, bert(), Texts(), **saved)
+    sparsify = SparsifyTrainer(again, target_macs=0.5)
+    after = Seen(sparsify)
+    again.add_callback(after)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert min(after.states) == 3
+    assert before.states[3][2]["budget"]["integral"] > 0
+    assert_same(before.states[3], after.states[3])
+    assert sparsify.sparsifier.num_steps == 7
+    assert 0.4 < share(sparsify) <= 0.5
+
+
+def assert_same(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
 
 
 def test_statistics_of_convolutions_are_taken_anew(tmp_path):
