@@ -32,7 +32,7 @@ help:
 
 install: $(READY) ## .venv with everything; also what make TORCH=cpu alone does
 
-demo: $(READY) ## train, test and compact a gated GoogleNet, calibrate a survey; a table at the end
+demo: $(READY) ## train, test and compact a gated GoogleNet and a GPT, calibrate a survey; a table at the end
 	$(BIN)/python -m sparsereg demo
 
 test: $(READY) ## the tests, but for whole pipelines of a minute and more

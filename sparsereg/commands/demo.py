@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("  multiply-accumulates per image", f"{tested['macs']:,} -> {tested['compacted_macs']:,}"),
         ("  compacted network: test accuracy", f"{tested['compacted_test_acc']:.2%}"),
         ("byte-level GPT on Python's sources: bits per byte", f"{small['test_bits_per_byte']:.3f}"),
-        ("  heads, hidden units and width: open gates", f"{small['open_gates']:,} of {small['gates']:,}"),
+        ("  open gates of heads, units, width, blocks", f"{small['open_gates']:,} of {small['gates']:,}"),
         ("  parameters", f"{small['parameters']:,} -> {small['compacted_parameters']:,}"),
         ("  multiply-accumulates per window", f"{small['macs']:,} -> {small['compacted_macs']:,}"),
         ("  compacted network: bits per byte", f"{small['compacted_test_bits_per_byte']:.3f}"),

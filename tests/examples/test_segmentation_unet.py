@@ -51,9 +51,8 @@ def test_killed_run_goes_on_bitwise_and_half_the_operations_go(tmp_path):
     out, err = done.communicate()
     assert done.returncode == 0, err
     assert out.strip() == str(reached)
-    whole, resumed = (
-        torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "killed")
-    )
+    folders = (tmp_path / "whole", tmp_path / "killed")
+    whole, resumed = (torch.load(folder / "last.ckpt", weights_only=True) for folder in folders)
     assert whole["state_dict"].keys() == resumed["state_dict"].keys()
     assert any("log_alpha" in name for name in whole["state_dict"])
     for name, value in whole["state_dict"].items():

@@ -115,25 +115,26 @@ class Seen(transformers.TrainerCallback):
         self.note(state, optimizer)
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.stop
+        if state.global_step == self.stop:
+            control.should_training_stop = True
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "bf16": True}])
 def test_resumed_run_begins_with_gates_and_multiplier_of_the_checkpoint(tmp_path, changes):
-    saved = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, **changes}
+    saved = {"max_steps": 9, "save_strategy": "steps", "save_steps": 6, **changes}
     first = trainer(tmp_path, bert(), Texts(), **saved)
-    before = Seen(SparsifyTrainer(first, target_macs=0.5), stop=4)
+    before = Seen(SparsifyTrainer(first, target_macs=0.5), stop=7)
     first.add_callback(before)
     first.train()
     again = trainer(tmp_path, bert(), Texts(), **saved)
     sparsify = SparsifyTrainer(again, target_macs=0.5)
     after = Seen(sparsify)
     again.add_callback(after)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert min(after.states) == 3
-    assert before.states[3][2]["budget"]["integral"] > 0
-    assert_same(before.states[3], after.states[3])
-    assert sparsify.sparsifier.num_steps == 7
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert min(after.states) == 6
+    assert before.states[6][2]["budget"]["integral"] > 0
+    assert_same(before.states[6], after.states[6])
+    assert sparsify.sparsifier.num_steps == 9
     assert 0.4 < share(sparsify) <= 0.5
 
 
