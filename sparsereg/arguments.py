@@ -84,6 +84,17 @@ def opened(arguments: Sequence[str]) -> list[str]:
     ]
 
 
+BOUNDS = ("pick",)
+"""Keys whose values hold signs that Hydra reads only in quotes."""
+
+
+def quoted(arguments: Sequence[str]) -> list[str]:
+    """Let bounds stand as a shell hands them on: ``pick=macs<=3`` as ``pick='macs<=3'``."""
+    parts = [(a, *a.partition("=")[::2]) for a in arguments]
+    bounds = [(k in BOUNDS and any(sign in v for sign in "<>=") and "'" not in v) for _, k, v in parts]
+    return [f"{k}='{v}'" if bound else a for (a, k, v), bound in zip(parts, bounds, strict=True)]
+
+
 def own_choices(arguments: Sequence[str]) -> list[str]:
     """Return the choices ``model=own`` and so on that targets among the arguments imply."""
     own = {_own_path(a) for a in arguments}

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from sparsereg import interruption
-from sparsereg.arguments import OWN_GROUPS, check, named_keys, opened, own_choices, swept_keys
+from sparsereg.arguments import OWN_GROUPS, check, named_keys, opened, own_choices, quoted, swept_keys
 from sparsereg.choices import store_tables
 from sparsereg.errors import SAID, FellShort, InputError, OutputError, interpolation_error, nearest
 from sparsereg.extras import advice, plugin_advice
@@ -66,7 +66,7 @@ def script(
     """
     given = sys.argv[1:] if arguments is None else arguments
     with interruption.guard(given):
-        _script(name, run, choices, opened(_overrides_first(given)))
+        _script(name, run, choices, opened(quoted(_overrides_first(given))))
 
 
 @dataclass

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric.utilities.apply_func import move_data_to_device
 from torch import fx, nn
 
 from sparsereg.compression import (
@@ -48,8 +47,8 @@ from sparsereg.training.artefacts import (
 )
 from sparsereg.training.checkpoint import Checkpoint
 from sparsereg.training.config import Evaluation, Training
-from sparsereg.training.results import as_written
 from sparsereg.training.stages import UNDER_GATES
+from sparsereg.training.tasks.measure import measure
 from sparsereg.training.tasks.task import SHARES, Task
 from sparsereg.zoo import networks
 from sparsereg.zoo.kinds.compacted import CompactedModel
@@ -426,24 +425,3 @@ def store_sparse(net: nn.Module, path: Path) -> dict[str, Any]:
         "dense_bytes": storage.dense_bytes,
         "nonzero_parameters": storage.num_nonzero,
     }
-
-
-@torch.inference_mode()
-def measure(
-    answer: Callable[[Any], Any], task: Task, batches: Iterable[Any], device: torch.device
-) -> dict[str, float]:
-    """Return the figures of a task.
-
-    Args:
-        answer: from inputs to what a network in eval mode answers.
-        task: that tells what is measured.
-        batches: of test examples, on any device.
-        device: where inputs and answers are.
-    """
-    metrics = {name: metric.to(device) for name, metric in task.metrics().items()}
-    for batch in batches:
-        inputs, labels = task.split(move_data_to_device(batch, device))
-        predictions, labels = task.predictions(answer(inputs), labels)
-        for metric in metrics.values():
-            metric.update(predictions, labels)
-    return {name: as_written(metric.compute()) for name, metric in metrics.items()}

@@ -1,6 +1,7 @@
 """Train or fine-tune a network with L0 gates: `python train.py --help`."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparsereg import interruption
 from sparsereg.cli import first_keys, first_overrides, named, script, settings_of, wrong_input
+from sparsereg.errors import FellShort
 
 if TYPE_CHECKING:
     from sparsereg.training.config import Training
@@ -21,6 +23,8 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.training.config import Training
 
     given = settings_of(Training, composed)
+    if given.front and given.target_key is None:
+        given = replace(given, target_sparsity=given.front[-1])
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -61,6 +65,8 @@ def run(composed: DictConfig) -> Path:
     if stage.trainer.is_global_zero:
         results |= {"provenance": came_from.to_dict()}
         report(stage, cfg, results)
+    if results.get("pick_short"):
+        raise FellShort(stage.folder / "results.json", [results["pick_short"]])
     return stage.folder / "results.json"
 
 

@@ -47,6 +47,7 @@ from sparsereg.training.compaction import Compaction
 from sparsereg.training.config import TIMING, Callbacks, Evaluation, Training, check_pair, two_ways
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.ending import EndsTogether
+from sparsereg.training.front import Front
 from sparsereg.training.module import Learner, Provenance
 from sparsereg.training.progress_bar import ProgressBar
 from sparsereg.training.results import measured, names
@@ -692,6 +693,9 @@ def build_callbacks(
         assert traced is not None
         callbacks.append(_target(cfg, traced, data, average))
     callbacks.append(batch_norm_estimation(cfg, average))
+    if cfg.front:
+        assert traced is not None
+        callbacks.append(_front(cfg, data, task, traced, folder, average))
     if not cfg.without_using_gate:
         assert traced is not None
         callbacks += [
@@ -722,6 +726,31 @@ def _target(
     budget = measured_budget(cfg, accountant, example_input(data, accountant.model))
     assert budget is not None
     return SparsityTarget(accountant, target_settings(cfg, budget.cost, budget.kept), average, budget)
+
+
+def _front(
+    cfg: Training,
+    data: RunData,
+    task: Task,
+    accountant: Accountant,
+    folder: Path,
+    average: WeightAverage | None,
+) -> Front:
+    asked = asked_for(cfg)
+    assert asked is not None
+    epochs = cfg.front_epochs
+    if epochs is None:
+        epochs = max(1, round((cfg.trainer.max_epochs or 1) / 10))
+    notes = {
+        "config": plain(cfg),
+        **form_of(cfg, data).taken_by(accountant.model).described(),
+        "data": data.describe(),
+        "checkpoint": str(folder / "checkpoints" / "last.ckpt"),
+    }
+    example = example_input(data, accountant.model)
+    settings = target_settings(cfg, *asked)
+    lr = cfg.finetune.lr
+    return Front(accountant, settings, cfg.front, epochs, lr, data, example, task, folder, notes, average)
 
 
 def own(settings: Callbacks) -> list[pl.Callback]:

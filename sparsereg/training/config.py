@@ -3,6 +3,7 @@
 Nothing here imports PyTorch: the command line is checked before anything slow is loaded.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ from sparsereg.settings import (
 )
 from sparsereg.targets import Own, is_own
 from sparsereg.temperature import Temperature
+from sparsereg.training.pick import Pick
 from sparsereg.training.schedules import SCHEDULES
 from sparsereg.training.tasks.config import FIGURES, TaskSettings
 from sparsereg.zoo.config import CONFIGS as NETWORKS
@@ -380,6 +382,19 @@ class Training(Settings):
         within("(0, 1)"),
     )
     target: Target = setting(Target, "how target_sparsity or target_macs is reached; docs/choosing-lambda.md")
+    front: tuple[float, ...] = setting(
+        (),
+        "shares to remove, rising, e.g. [0.5,0.7,0.9]: on the way to the last one, the target, a copy is met,"
+        " repaired and fine-tuned at each; docs/one-shot.md",
+        within("(0, 1)", "a share"),
+        empty=True,
+    )
+    front_epochs: int | None = setting(
+        None, "of fine-tuning at each size of the front; null: a tenth of the epochs", count(0)
+    )
+    pick: str | None = setting(
+        None, "a bound on a column of front.csv, such as 'latency_ms<=3': the best that fits is handed over"
+    )
     finetune: Finetune = setting(
         Finetune, "then the gates are folded and the compacted network is trained further"
     )
@@ -430,6 +445,7 @@ class Training(Settings):
                 "finetune.epochs trains what gates have left, but without_using_gate=true: leave one of them"
                 " out"
             )
+        self._check_front()
         self._check_target()
         if self.compacts:
             self._check_compaction()
@@ -447,6 +463,28 @@ class Training(Settings):
                 f"{self.model.said} is for task={' or '.join(model)}, {self.data.said} for task="
                 f"{' or '.join(data)}: change one of them"
             )
+
+    def _check_front(self) -> None:
+        if not self.front:
+            for key in ("pick", "front_epochs"):
+                if getattr(self, key) is not None:
+                    raise InputError(f"{key}={getattr(self, key)} needs a front: give front=[0.5,0.7,0.9]")
+            return
+        said = f"front={shown(self.front)}"
+        if any(b <= a for a, b in itertools.pairwise(self.front)):
+            raise InputError(f"{said}: expected shares to remove that rise, such as [0.5,0.7,0.9]")
+        removed = self.target_sparsity if self.target_macs is None else 1 - self.target_macs
+        if self.target_key not in (None, "target_sparsity", "target_macs") or (
+            removed is not None and abs(removed - self.front[-1]) > 1e-9
+        ):
+            raise InputError(
+                f"{said} is the way to target_sparsity={self.front[-1]:g}: leave the target out, or give"
+                f" that, or target_macs={1 - self.front[-1]:g} for a front of multiply-accumulates"
+            )
+        if self.trainer.strategy != "auto" or self.trainer.devices not in (1, "1", "auto"):
+            raise InputError(f"{said} is made by one process: give trainer.devices=1 and no trainer.strategy")
+        if self.pick is not None:
+            Pick.read(self.pick, FIGURES)
 
     def _check_target(self) -> None:
         key = self.target_key

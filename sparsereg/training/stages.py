@@ -25,7 +25,7 @@ from sparsereg.data.own import RunData
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
 from sparsereg.settings import plain
-from sparsereg.training import build, resume
+from sparsereg.training import build, front, resume
 from sparsereg.training import callbacks as ours
 from sparsereg.training.accounting import PlainAccountant, accountant_of
 from sparsereg.training.checkpoint import Checkpoint, FirstStage, load_all_weights_
@@ -34,6 +34,7 @@ from sparsereg.training.distillation import Distillation
 from sparsereg.training.loggers import build_loggers
 from sparsereg.training.module import Learner
 from sparsereg.training.optimizers import check_own_code
+from sparsereg.training.pick import Pick
 from sparsereg.training.results import count_summary, gate_summary, measured, names, target_summary
 from sparsereg.training.tensorboard import METRICS, in_order
 from sparsereg.zoo.kinds.compacted import CompactedModel
@@ -131,6 +132,8 @@ def begin(cfg: Training, data: RunData, checkpoint: Checkpoint | None, outputs: 
     folder = lambda: build.claim_run_folder(outputs)  # noqa: E731
     stage = _assemble(stage_cfg, data, net, structure, teacher, folder, before, resumed)
     stage.module.batch_norm_is_current = build.statistics_fit(cfg, net, checkpoint)
+    if resumed is not None and cfg.front and stage.trainer.is_global_zero:
+        front.take_over(stage.folder, resumed.path.parent.parent)
     if resumed is not None and before is not None:
         for name in UNDER_GATES.values():
             if (beside := resumed.path.with_name(name)).is_file():
@@ -150,6 +153,9 @@ def carry_out(cfg: Training, stage: Stage, named: Sequence[str] = ()) -> dict[st
     stage.fit()
     if stage.before is None:
         results = _first_results(stage)
+        if cfg.front and stage.trainer.is_global_zero:
+            pick = None if cfg.pick is None else Pick.read(cfg.pick, stage.module.task.figures)
+            results |= front.finished(stage.folder, stage.module.task, pick)
         if cfg.finetune.epochs:
             stage = finetuning(stage, results)
             stage.fit()
@@ -231,6 +237,9 @@ def finetuning_config(cfg: Training) -> Training:
         resume_training=False,
         without_using_gate=True,
         target_sparsity=None,
+        front=(),
+        front_epochs=None,
+        pick=None,
         target_macs=None,
         target_latency_ms=None,
         target_memory_mb=None,
