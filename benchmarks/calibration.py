@@ -1,13 +1,13 @@
 """Speed, memory and quality of the calibration, beside l0-python where that is installed.
 
-    python benchmarks/calibration.py epoch              seconds per epoch of gates, small and large
-    python benchmarks/calibration.py calls              calibrate() from problem to weights, small and large
-    python benchmarks/calibration.py quality            same problem, same number of households, three seeds
-    python benchmarks/calibration.py quality --disagreement 0      the same with targets that can all be met
-    python benchmarks/calibration.py stress             l0-python's stress test: all at random
-    python benchmarks/calibration.py lambda             how many households a price keeps, two sizes
-    python benchmarks/calibration.py huge               one million households, sixty million entries
-    python benchmarks/calibration.py exact              280,000 households x 520 targets, targets met exactly
+    python -m benchmarks.calibration epoch              seconds per epoch of gates, small and large
+    python -m benchmarks.calibration calls              calibrate() from problem to weights, small and large
+    python -m benchmarks.calibration quality            same problem, same number of households, three seeds
+    python -m benchmarks.calibration quality --disagreement 0      the same with targets that can all be met
+    python -m benchmarks.calibration stress             l0-python's stress test: all at random
+    python -m benchmarks.calibration lambda             how many households a price keeps, two sizes
+    python -m benchmarks.calibration huge               one million households, sixty million entries
+    python -m benchmarks.calibration exact              280,000 households x 520 targets, targets met exactly
 
 l0-python (``pip install l0-python==0.6.2``, in an environment of its own put on PYTHONPATH) is left out
 where it is missing. ``OMP_NUM_THREADS=1`` measures one core. Problems are the built-in synthetic survey.

@@ -1,8 +1,9 @@
 """How often confidence intervals cover the truth: samples of a population whose truth is known.
 
-    python benchmarks/coverage_of_intervals.py                          1,000 samples of each design
-    python benchmarks/coverage_of_intervals.py --samples 200 --variance jackknife
-    python benchmarks/coverage_of_intervals.py --population made-up     without the package svy
+    python -m benchmarks.coverage_of_intervals                          1,000 samples of each design
+    python -m benchmarks.coverage_of_intervals --samples 200 --variance jackknife
+    python -m benchmarks.coverage_of_intervals --samples 50 --first 50 --rows R.csv     go on, from R.csv on
+    python -m benchmarks.coverage_of_intervals --population made-up     without the package svy
 
 The population is the census of 57,867 households that the package ``svy`` 0.35 ships (World Bank, synthetic
 data 2023; ``pip install svy``, or ``--census FILE`` for its hld_pop_wb_2023.parquet); where that is missing,
@@ -120,11 +121,11 @@ def clusters(t: pd.DataFrame, generator: np.random.Generator, num: int = 96, wit
     return rows, np.concatenate(weights), {"strata": region[rows], "psu": np.concatenate(psu)}
 
 
-def measure(t: pd.DataFrame, draw, samples: int, variance: str) -> pd.DataFrame:
-    """Coverage, bias and standard errors of each statistic over many samples."""
+def intervals(t: pd.DataFrame, draw, seeds: range, variance: str) -> pd.DataFrame:
+    """Estimates and intervals of each statistic, one row per sample and statistic, before and after."""
     rows, found = target_rows(t), []
     totals = rows.sum(axis=1)
-    for seed in range(samples):
+    for seed in seeds:
         at, weights, design = draw(t, np.random.default_rng(seed))
         sample = t.iloc[at]
         result = calibrate(CalibrationProblem(rows[:, at], totals, weights), method="calibrate")
@@ -145,8 +146,25 @@ def measure(t: pd.DataFrame, draw, samples: int, variance: str) -> pd.DataFrame:
                     else t[column].sum() / (t[of].sum() if of else len(t))
                 )
                 name = f"{statistic} of {column}" + (f" to {of}" if of else "")
-                found.append((name, calibrated, truth, *one.iloc[0][["estimate", "se", "lower", "upper"]]))
-    table = pd.DataFrame(found, columns=["name", "calibrated", "truth", "estimate", "se", "lower", "upper"])
+                told = one.iloc[0][["estimate", "se", "lower", "upper"]]
+                found.append((draw.__name__, variance, seed, name, calibrated, truth, *told))
+    columns = [
+        "design",
+        "variance",
+        "seed",
+        "name",
+        "calibrated",
+        "truth",
+        "estimate",
+        "se",
+        "lower",
+        "upper",
+    ]
+    return pd.DataFrame(found, columns=columns)
+
+
+def measure(table: pd.DataFrame) -> pd.DataFrame:
+    """Coverage, bias and standard errors of each statistic over many samples."""
     table["covered"] = (table.lower <= table.truth) & (table.truth <= table.upper)
     group = table.groupby(["name", "calibrated"], sort=False)
     return pd.DataFrame(
@@ -177,6 +195,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first sample")
+    parser.add_argument("--rows", type=Path, help="a CSV of earlier samples, which gets these ones, too")
     parser.add_argument("--variance", default="linearized", choices=["linearized", "jackknife", "bootstrap"])
     parser.add_argument("--population", default="census", choices=["census", "made-up"])
     parser.add_argument("--census", type=Path, help="hld_pop_wb_2023.parquet")
@@ -187,11 +207,16 @@ def main() -> None:
     for draw in (stratified, clusters):
         if args.design in ("both", draw.__name__):
             start = time.process_time()
-            table = measure(t, draw, args.samples, args.variance)
-            size = len(draw(t, np.random.default_rng(0))[0])
+            seeds = range(args.first, args.first + args.samples)
+            table = intervals(t, draw, seeds, args.variance)
+            if args.rows:
+                table.to_csv(args.rows, mode="a", index=False, header=not args.rows.exists())
+                table = pd.read_csv(args.rows)
+                table = table[(table.design == draw.__name__) & (table.variance == args.variance)]
+            size, samples = len(draw(t, np.random.default_rng(0))[0]), table.seed.nunique()
             seconds = time.process_time() - start
-            print(f"\n{draw.__name__}: {size:,} households, {seconds:.0f} s of processor time")
-            print(table.to_string(float_format=lambda v: f"{v:.4f}"))
+            print(f"\n{draw.__name__}: {size:,} households, {samples:,} samples, {seconds:.0f} s of CPU")
+            print(measure(table.copy()).to_string(float_format=lambda v: f"{v:.4f}"), flush=True)
 
 
 if __name__ == "__main__":

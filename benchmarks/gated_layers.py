@@ -1,6 +1,6 @@
 """Time of gated layers and sparse regression, beside l0-python where that is installed.
 
-    python benchmarks/gated_layers.py [--rounds 15] [--threads 2] [--large]
+    python -m benchmarks.gated_layers [--rounds 15] [--threads 2] [--large]
 
 Prints one Markdown table: medians of forward + backward in milliseconds (for SparseL0Linear of five
 epochs of fit), and the median over rounds of the ratio of the two, timed one right after the other.

@@ -1,8 +1,8 @@
 """The same calibration problems through sparsereg and its peers: errors, distance, bounds, time.
 
-    python benchmarks/publishable.py --data FOLDER
-    python benchmarks/publishable.py --data FOLDER --python balance=ENV/bin/python --blas libblas.so.3
-    python benchmarks/publishable.py --only apiclus1 --only eusilc --peers sparsereg,survey
+    python -m benchmarks.publishable --data FOLDER
+    python -m benchmarks.publishable --data FOLDER --python balance=ENV/bin/python --blas libblas.so.3
+    python -m benchmarks.publishable --only apiclus1 --only eusilc --peers sparsereg,survey
 
 FOLDER holds cps_households.csv.gz (w, fips, agi, XTOT) and cps_targets.csv.gz: 280,005 US tax units and
 published totals by state. What is not installed is left out and named: R with survey (``apt-get install
@@ -285,12 +285,21 @@ def ask(peer: str, folder: Path, args: argparse.Namespace) -> tuple[np.ndarray |
         if args.blas:
             environment["LD_PRELOAD"] = args.blas
     else:
-        command = [pythons.get(peer, sys.executable), __file__, "--work", peer, str(folder)]
+        command = [
+            pythons.get(peer, sys.executable),
+            "-m",
+            "benchmarks.publishable",
+            "--work",
+            peer,
+            str(folder),
+        ]
         if peer in pythons:
             environment.pop("PYTHONPATH", None)
     (folder / "found.bin").unlink(missing_ok=True)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=args.seconds)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=args.seconds, cwd=HERE.parent
+        )
     except subprocess.TimeoutExpired:
         return None, float("nan"), f"not done in {args.seconds} s"
     if not (folder / "found.bin").is_file():

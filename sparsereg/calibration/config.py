@@ -45,7 +45,7 @@ CAP = 1.0
 WEIGHT_FORMATS = ("csv", "parquet", "dta")
 WEIGHTS = ("real", "integer")
 UNTOUCHABLE = ("error", "drop", "keep")
-PSEUDO_TARGETS = ("none", "own_columns")
+PSEUDO_TARGETS = ("auto", "none", "own_columns")
 MISSING_VALUES = ("error", "zero", "drop")
 DECIMALS = ("point", "comma")
 RECONCILE = ("none", "proportional", "standard_errors")
@@ -521,8 +521,9 @@ class CalibrationRun(Settings):
         count(),
     )
     pseudo_targets: str = setting(
-        "none",
-        "own_columns: totals of the household table's own columns, of the whole file, as soft targets",
+        "auto",
+        "own_columns: totals of the household table's own columns, of the whole file, as soft targets; auto:"
+        " where every target has a tolerance, and within it",
         choices=PSEUDO_TARGETS,
     )
     untouchable: str = setting(
@@ -590,7 +591,7 @@ class CalibrationRun(Settings):
         self._check_variance()
         self._check_targets()
         self._check_area()
-        if self.pseudo_targets != "none":
+        if self.pseudo_targets == "own_columns":
             if isinstance(self.problem, MatrixProblem):
                 raise Contradiction("{}pseudo_targets needs the households' columns: {}problem=households")
             if self.num_households is None:
@@ -617,7 +618,7 @@ class CalibrationRun(Settings):
             raise Contradiction("{}bounds are for areas that keep everybody, not for {}area.mode=prune")
         if any(isinstance(side, str) for side in self.bounds or ()):
             raise Contradiction("areas know bounds that are numbers: {}bounds=[low,high]")
-        usual = {"untouchable": "error", "normalize_groups": False, "pseudo_targets": "none"}
+        usual = {"untouchable": "error", "normalize_groups": False, "pseudo_targets": "auto"}
         others = ("variance", "weight_bounds", "unit_factor", "start", "ckpt_path", "max_weight_ratio")
         strange = [
             name for name, value in (usual | dict.fromkeys(others)).items() if getattr(self, name) != value

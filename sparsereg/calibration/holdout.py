@@ -73,23 +73,24 @@ def hold_out(problem: CalibrationProblem, folds: Sequence[Sequence[str]], solve:
         solve: Calibrates what is left.
 
     Returns:
-        One row per fold and group: fold, group, targets, initial_mean_are, mean_are, median_are (of the
-        left-out targets), fitted_mean_are (of those that were calibrated to). Targets of 0 do not count.
-        ``attrs["errors"]`` has the absolute relative errors of the left-out targets, a list per fold;
-        ``attrs["large"]`` those of them that at least ``LARGE_CELL`` households touch, and
-        ``attrs["fitted_large"]`` the same of those that were calibrated to.
+        One row per fold and group: fold, group, targets, initial_mean_are, mean_are, median_are,
+        large_mean_are (of the left-out targets; of those that at least ``LARGE_CELL`` households touch),
+        fitted_mean_are and fitted_median_are (of those that were calibrated to). Targets of 0 do not count.
+        ``attrs`` has the absolute relative errors, a list per fold: ``"errors"`` of the left-out targets,
+        ``"large"`` of the large ones of them, ``"fitted"`` and ``"fitted_large"`` of those calibrated to.
     """
     import pandas as pd
 
     labels = _label_of_each(problem)
     initial = np.abs(relative_errors(problem.estimates(problem.starting_weights), problem.targets))
     rows: list[dict[str, Any]] = []
-    told: dict[str, list[list[float]]] = {"errors": [], "large": [], "fitted_large": []}
+    told: dict[str, list[list[float]]] = {"errors": [], "large": [], "fitted": [], "fitted_large": []}
     large = np.diff(problem.linear.matrix.indptr) >= LARGE_CELL
     for number, groups in enumerate(folds):
         out = np.isin(labels, list(groups))
         errors = np.abs(relative_errors(problem.estimates(solve(problem.subset(~out))), problem.targets))
-        for key, which in (("errors", out), ("large", out & large), ("fitted_large", ~out & large)):
+        parts = {"errors": out, "large": out & large, "fitted": ~out, "fitted_large": ~out & large}
+        for key, which in parts.items():
             told[key].append(errors[which].tolist())
         for group in groups:
             member = labels == group
@@ -100,8 +101,10 @@ def hold_out(problem: CalibrationProblem, folds: Sequence[Sequence[str]], solve:
                     "targets": int(member.sum()),
                     "initial_mean_are": _mean(initial[member]),
                     "mean_are": _mean(errors[member]),
-                    "median_are": float(np.nanmedian(errors[member])) if not _empty(errors[member]) else None,
+                    "median_are": _median(errors[member]),
+                    "large_mean_are": _mean(errors[member & large]),
                     "fitted_mean_are": _mean(errors[~out]),
+                    "fitted_median_are": _median(errors[~out]),
                 }
             )
         log.info("hold-out %d of %d: %s", number + 1, len(folds), ", ".join(groups))
@@ -118,7 +121,9 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
     """
     known = table.dropna(subset=["mean_are"])
     share = known.targets / known.targets.sum()
-    errors, large, fitted_large = (_known(table.attrs[k]) for k in ("errors", "large", "fitted_large"))
+    errors, large, fitted, fitted_large = (
+        _known(table.attrs[k]) for k in ("errors", "large", "fitted", "fitted_large")
+    )
     return {
         "groups": table.group.tolist(),
         "folds": int(table.fold.nunique()),
@@ -127,6 +132,7 @@ def summarise(table: pd.DataFrame) -> dict[str, Any]:
         "mean_are": float((share * known.mean_are).sum()),
         "median_are": float(np.median(errors)) if len(errors) else None,
         "fitted_mean_are": float(table.groupby("fold").fitted_mean_are.first().mean()),
+        "fitted_median_are": float(np.median(fitted)) if len(fitted) else None,
         "large_targets": len(large),
         "large_mean_are": float(large.mean()) if len(large) else None,
         "fitted_large_mean_are": float(fitted_large.mean()) if len(fitted_large) else None,
@@ -154,3 +160,7 @@ def _empty(errors: np.ndarray) -> bool:
 
 def _mean(errors: np.ndarray) -> float | None:
     return None if _empty(errors) else float(np.nanmean(errors))
+
+
+def _median(errors: np.ndarray) -> float | None:
+    return None if _empty(errors) else float(np.nanmedian(errors))

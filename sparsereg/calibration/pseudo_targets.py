@@ -3,8 +3,9 @@
 A small selection that meets its targets may be worse than the initial weights on everything else. So the
 whole file is calibrated first, with a real pull towards the initial weights, and what it then says of itself
 becomes soft targets of the selection: how many households have each pair of values of two columns with few
-different values, and the sums of every column of numbers by each value of those. What the columns span is
-kept; what has nothing to do with any column is not.
+different values, and the sums of every column of numbers by each value of those. Columns of numbers have few
+values, too: negative, zero, and the thirds of the positive ones. What the columns span is kept; what has
+nothing to do with any column is not. How strong the pull is, is cross-validated.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as sp
 
+from sparsereg.calibration.cross_validation import CrossValidation, Solve, cross_validate
 from sparsereg.calibration.problem import CalibrationProblem, exact_totals
 
 if TYPE_CHECKING:
@@ -24,14 +26,22 @@ if TYPE_CHECKING:
 
 MOST_VALUES = 60
 """Different values up to which a column says to which group a household belongs."""
-SMALLEST_CELL = 15
-"""Households below which a total says more about them than about the population."""
-FULL_CELL = 200
+CLASSES = 3
+"""Classes of equal size that the positive values of a column of numbers are cut into."""
+SMALLEST_CELL = 3
+"""Households below which a total is of single ones."""
+FULL_CELL = 30
 """Households from which a total counts in full."""
 SHARE = 0.3
 """What all of them count together, as a share of the user's own targets."""
-PULL = 0.01
-"""``chi2`` of the full calibration, of the selection and of its refit."""
+PULL = 0.001
+"""``chi2`` of the selection and its refit; of the full calibration where that is not cross-validated."""
+PULLS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Among which that of the full calibration is cross-validated."""
+MOST_VALIDATED = 3_000_000
+"""Entries of the targets' rows up to which it is."""
+AIM = 0.5
+"""Share of a tolerance within which a target is fitted beside them, so that it ends within the whole."""
 ROOM = 4.0
 """Largest weight, as a multiple of the initial weight over the share of households that is kept."""
 MOST_ENTRIES = 200_000_000
@@ -66,10 +76,10 @@ def own_columns(table: pd.DataFrame, leave_out: Collection[str] = ()) -> OwnColu
 
     Args:
         table: One row per household. Columns of texts, of true and false, and of whole numbers with at most
-            ``MOST_VALUES`` different values are groups; other columns of numbers are summed. Columns of texts
-            with more different values, of one value, and of whole numbers that are all different, as ids,
-            are left alone. Missing values are a value
-            of their own in groups and add nothing to sums.
+            ``MOST_VALUES`` different values are groups; other columns of numbers are summed, and their
+            classes are groups as long as all of it fits into memory. Columns of texts with more different
+            values, of one value, and of whole numbers that are all different, as ids, are left alone. Missing
+            values are a value of their own in groups and add nothing to sums.
         leave_out: Columns that are weights or ids.
 
     Returns:
@@ -79,7 +89,10 @@ def own_columns(table: pd.DataFrame, leave_out: Collection[str] = ()) -> OwnColu
         ValueError: The totals would not fit into memory.
     """
     groups, numbers = _kinds(table.drop(columns=[c for c in leave_out if c in table.columns]))
-    combined = len(groups) * (len(groups) - 1) // 2 + len(groups) * len(numbers)
+    classes = {name: _classes(values) for name, values in numbers.items()}
+    if _combined(len(groups) + len(classes), len(numbers)) * len(table) <= MOST_ENTRIES:
+        groups |= {name: found for name, found in classes.items() if len(found.labels) > 1}
+    combined = _combined(len(groups), len(numbers))
     if combined * len(table) > MOST_ENTRIES:
         raise ValueError(
             f"pseudo_targets=own_columns: {combined:,} combinations of {len(groups) + len(numbers)} columns"
@@ -134,6 +147,21 @@ def _kinds(table: pd.DataFrame) -> tuple[dict[str, _Groups], dict[str, np.ndarra
     return groups, numbers
 
 
+def _combined(num_groups: int, num_numbers: int) -> int:
+    """How many pairs of groups there are, and of a group with a column of numbers."""
+    return num_groups * (num_groups - 1) // 2 + num_groups * num_numbers
+
+
+def _classes(values: np.ndarray) -> _Groups:
+    """Negative, zero, and classes of equal size of the positive values."""
+    positive = values[values > 0]
+    edges = np.unique(np.quantile(positive, np.arange(1, CLASSES) / CLASSES)) if len(positive) else positive
+    codes = np.where(values > 0, 2 + np.searchsorted(edges, values), np.where(values < 0, 0, 1))
+    above = [f"above {edge:.6g}" for edge in (0.0, *edges)]
+    found, codes = np.unique(codes, return_inverse=True)
+    return _Groups(np.ravel(codes), [("negative", "zero", *above)[i] for i in found])
+
+
 def _has_fractions(column: pd.Series) -> bool:
     import pandas as pd
 
@@ -153,6 +181,25 @@ def _is_id(column: pd.Series, num_values: int) -> bool:
 def _sums_by(codes: np.ndarray, values: np.ndarray, size: int) -> sp.csr_array:
     columns = np.arange(len(codes))
     return sp.csr_array((values, (codes, columns)), shape=(size, len(codes)))
+
+
+def full_calibration(
+    problem: CalibrationProblem, solve: Solve, seed: int
+) -> tuple[np.ndarray, CrossValidation | None]:
+    """Calibrate everybody, with the pull that does best on families of targets that were left out.
+
+    Args:
+        problem: The user's.
+        solve: Calibrates everybody with some pull.
+        seed: Of the folds.
+
+    Returns:
+        Weights of shape (households,), and how the pull was found; None: there are no groups to leave out, or
+        too many entries to try, and it is ``PULL``.
+    """
+    small = problem.matrix.nnz <= MOST_VALIDATED
+    validation = cross_validate(problem, PULLS, solve, seed) if small else None
+    return solve(problem, PULL if validation is None else validation.best), validation
 
 
 def extended(problem: CalibrationProblem, own: OwnColumns, full: np.ndarray) -> CalibrationProblem:
@@ -181,7 +228,7 @@ def extended(problem: CalibrationProblem, own: OwnColumns, full: np.ndarray) -> 
         "target_weights": np.concatenate([given, shares]),
         "target_names": (*problem.names, *(f"{GROUP}: {own.names[i]}" for i in useful)),
         "target_scales": _longer(problem.target_scales, more, 0.0),
-        "target_tolerances": _longer(problem.target_tolerances, more, 0.0),
+        "target_tolerances": _longer(_smaller(problem.target_tolerances), more, 0.0),
         "target_hard": _longer(problem.target_hard, more, False),
         "parent": _longer(problem.parent, more, -1),
     }
@@ -197,12 +244,16 @@ def _stacked(first: sp.csr_array, second: sp.csr_array) -> sp.csr_array:
     return sp.csr_array(sp.vstack([first.astype(np.float64), second]))
 
 
+def _smaller(tolerances: np.ndarray | None) -> np.ndarray | None:
+    return None if tolerances is None else AIM * tolerances
+
+
 def _longer(values: np.ndarray | None, more: int, with_: Any) -> np.ndarray | None:
     return None if values is None else np.concatenate([values, np.full(more, with_)])
 
 
 def selecting(settings: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """Settings of a selection with such targets: a real pull, also in the refit, and room for the weights.
+    """Settings of a selection with such targets: a pull, also in the refit, and room for the weights.
 
     Args:
         settings: ``chi2`` and ``max_weight_ratio`` as the user gave them.

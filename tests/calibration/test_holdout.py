@@ -53,6 +53,7 @@ def test_cells_of_a_hundred_households_are_told_apart():
     assert total["large_targets"] == 1
     assert total["large_mean_are"] == pytest.approx(0.75)
     assert total["fitted_large_mean_are"] == pytest.approx(0.5)
+    assert total["fitted_median_are"] == pytest.approx(0.25)
     assert total["mean_are"] == pytest.approx((0.75 + 0.9) / 2)
 
 

@@ -5,12 +5,15 @@ import pandas as pd
 import pytest
 
 from sparsereg.calibration import CalibrationProblem, calibrate
+from sparsereg.calibration.cross_validation import cross_validate
 from sparsereg.calibration.pseudo_targets import (
     GROUP,
     PULL,
+    PULLS,
     SHARE,
     SMALLEST_CELL,
     extended,
+    full_calibration,
     own_columns,
     selecting,
 )
@@ -42,7 +45,25 @@ def test_totals_are_those_of_a_group_by():
     assert found["income of size 3"] == pytest.approx(sums[3], rel=1e-12)
     assert not any(word in name for name in own.names for word in ("id", "note", "same"))
     assert (own.cells >= SMALLEST_CELL).all()
-    assert len(own.names) == 3 * 2 + 3 * 4 + 2 * 4 + (3 + 2 + 4)
+    thirds = np.quantile(table.income, [1 / 3, 2 / 3])
+    middle = (table.income > thirds[0]) & (table.income <= thirds[1])
+    label = f"size 2, income above {thirds[0]:.6g}"
+    assert found[label] == pytest.approx(w[middle & (table["size"] == 2)].sum(), rel=1e-12)
+    pairs = 3 * 2 + 3 * 4 + 2 * 4 + 3 * (3 + 2 + 4)  # of region, owner, size and three classes of income
+    assert len(own.names) == pairs + (3 + 2 + 4 + 3)
+
+
+def test_numbers_are_cut_at_zero_and_into_thirds_of_the_positive_ones():
+    values = np.concatenate([np.full(10, -5.5), np.zeros(20), np.arange(1, 31) + 0.5])
+    table = pd.DataFrame({"x": values, "half": ["a", "b"] * 30})
+    names = own_columns(table).names
+    found = {name.partition("x ")[2] for name in names if ", x " in name}
+    assert found == {"negative", "zero", "above 0", "above 11.1667", "above 20.8333"}
+
+
+def test_classes_are_left_out_where_they_would_fill_the_memory(monkeypatch):
+    monkeypatch.setattr("sparsereg.calibration.pseudo_targets.MOST_ENTRIES", 6 * 600)
+    assert not any("above" in name for name in own_columns(survey(), ["id"]).names)
 
 
 def test_small_cells_missing_values_and_ids_are_left_alone():
@@ -95,6 +116,64 @@ def test_a_small_file_is_better_on_what_it_was_not_fitted_to():
         ):
             errors.append(np.abs(held_out.astype(float) @ weights / wanted - 1).mean())
     assert np.mean(with_) < 0.5 * np.mean(without)
+
+
+def sources(noise, seed=0, n=2000):
+    """A survey, and totals of three families by region, each of them off by about so much."""
+    table = survey(n, seed)
+    generator = np.random.default_rng(100 + seed)
+    true = np.exp(0.4 * (table.region == "north") + 0.3 * table.owner)
+    one = [
+        (table.region == r) & (table["size"] == s) for r in ("north", "south", "west") for s in range(1, 5)
+    ]
+    rows = np.stack([*one, *(table.income * o for o in one), *(table.owner & o for o in one)]).astype(float)
+    targets = rows @ true * np.exp(noise * generator.normal(size=len(rows)))
+    groups = np.repeat(["households", "income", "owners"], 12)
+    return CalibrationProblem(rows, targets, np.ones(n), target_groups=groups), true
+
+
+@pytest.mark.parametrize(("noise", "low", "high"), [(0.0, 1e-4, 1e-2), (0.4, 1e-1, 1.0)])
+def test_the_pull_is_that_with_which_families_are_predicted_best(noise, low, high):
+    """Sources that agree are to be believed, those that do not are not: so it must come out."""
+    problem, true = sources(noise)
+    weights, validation = full_calibration(problem, everybody, 0)
+    assert low <= validation.best <= high
+    assert validation.errors[validation.pulls.index(validation.best)] == min(validation.errors)
+    assert np.array_equal(weights, everybody(problem, validation.best))
+    far = [np.abs(np.log(everybody(problem, pull) / true)).mean() for pull in PULLS]
+    assert np.abs(np.log(weights / true)).mean() <= 1.25 * min(far)
+
+
+def everybody(problem, pull):
+    return calibrate(problem, method="all", chi2=pull).weights
+
+
+def test_what_is_left_out_is_not_seen_by_the_pull_that_it_judges():
+    problem, _ = sources(0.0)
+    seen = []
+
+    def solve(part, pull):
+        seen.append((pull, tuple(np.unique(part.target_groups))))
+        return np.ones(part.num_households)
+
+    found = cross_validate(problem, (0.1, 0.2), solve, 0)
+    assert sorted(seen[:3]) == [
+        (0.1, ("households", "income")),
+        (0.1, ("households", "owners")),
+        (0.1, ("income", "owners")),
+    ]
+    assert len(seen) == 6
+    errors = np.minimum(np.abs(problem.scaled_errors(problem.estimates(np.ones(2000)))), 1.0)
+    counts = np.diff(problem.matrix.indptr) >= 100
+    assert found.errors == pytest.approx((errors[counts].mean(),) * 2)
+    assert found.told()[1]["chi2"] == 0.2
+
+
+def test_without_groups_there_is_nothing_to_leave_out():
+    problem = problem_of(survey(), np.ones(600))
+    weights, validation = full_calibration(problem, everybody, 0)
+    assert validation is None
+    assert np.array_equal(weights, everybody(problem, PULL))
 
 
 def test_a_table_of_too_many_columns_is_refused_before_it_fills_the_memory(monkeypatch):

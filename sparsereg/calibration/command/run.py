@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from sparsereg import interruption
 from sparsereg.calibration import holdout
-from sparsereg.calibration.command import areas, estimates, shared
+from sparsereg.calibration.command import areas, estimates, pseudo, shared
 from sparsereg.calibration.command.checkpoint import Moments, Saver, fingerprint
 from sparsereg.calibration.command.provenance import provenance_of
 from sparsereg.calibration.command.requirements import judged
@@ -23,7 +23,7 @@ from sparsereg.calibration.config import CalibrationRun, Settings
 from sparsereg.calibration.findings import KINDS, Finding, check, gave_way, in_order, set_aside, summary
 from sparsereg.calibration.measures import measure, relative_errors
 from sparsereg.calibration.problem import CalibrationProblem
-from sparsereg.calibration.pseudo_targets import PULL, OwnColumns, extended, own_columns, selecting
+from sparsereg.calibration.pseudo_targets import OwnColumns
 from sparsereg.calibration.reading.design import Variable, read_design, read_variables
 from sparsereg.calibration.reading.households import BuiltProblem, Source
 from sparsereg.calibration.reading.missing import Missing
@@ -117,6 +117,8 @@ class Prepared:
         task: What is to be calibrated, with all that was found.
         cfg: The settings.
         solver: Those of the solver, columns in the place of their names.
+        fitted: What is calibrated, with totals of own columns.
+        ahead: Weights to start from, if there are any.
         calibration: About to begin, or where a checkpoint left it.
         saver: Of its checkpoints.
         moments: Totals at moments so far.
@@ -128,17 +130,14 @@ class Prepared:
     task: Task
     cfg: CalibrationRun
     solver: Settings
+    fitted: pseudo.Fitted
+    ahead: np.ndarray | None
     calibration: Calibration
     saver: Saver
     moments: Moments
     folds: list[tuple[str, ...]]
     provenance: Provenance
     began: tuple[float, float]
-
-    @property
-    def fitted(self) -> CalibrationProblem:
-        """What is calibrated, with pseudo-targets."""
-        return self.calibration.problem
 
 
 def prepared(
@@ -157,10 +156,10 @@ def prepared(
     """
     folds, now = _folds(task.problem, cfg), time.perf_counter()
     solver = _with_columns(replace(cfg.solver(), device=device_of(cfg.device)), task.columns)
-    fitted, solver = _with_pseudo_targets(task, solver, cfg.num_households)
+    fitted = pseudo.with_own_columns(task.problem, task.own, solver, cfg.num_households)
     if ahead is None and cfg.start is not None:
-        ahead = read_start(cfg.start, fitted)
-    calibration = Calibration(fitted, cfg.num_households, solver, start=ahead)
+        ahead = read_start(cfg.start, fitted.problem)
+    calibration = Calibration(fitted.problem, cfg.num_households, fitted.solver, start=ahead)
     aside = calibration.set_aside
     more = set_aside(task.problem, aside[aside < task.problem.num_targets])
     if calibration.is_exact:
@@ -168,7 +167,8 @@ def prepared(
     task = replace(task, findings=in_order([*task.findings, *more]))
     saver = Saver(calibration, fingerprint(task.problem, cfg), cfg.checkpoint_seconds)
     moments = saver.load(Path(cfg.ckpt_path)) if cfg.ckpt_path else []
-    return Prepared(task, cfg, solver, calibration, saver, moments, folds, provenance, (task.began, now))
+    began = (task.began, now)
+    return Prepared(task, cfg, solver, fitted, ahead, calibration, saver, moments, folds, provenance, began)
 
 
 def carry_out(ready: Prepared, folder: Path) -> tuple[CalibrationResult, dict[str, Any]]:
@@ -178,7 +178,7 @@ def carry_out(ready: Prepared, folder: Path) -> tuple[CalibrationResult, dict[st
         ready: The calibration.
         folder: Where the files are written; it is there.
     """
-    task, cfg, solver, calibration = ready.task, ready.cfg, ready.solver, ready.calibration
+    task, cfg, calibration = ready.task, ready.cfg, ready.calibration
     _announce(task, cfg, folder)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
     if task.findings:
@@ -188,6 +188,9 @@ def carry_out(ready: Prepared, folder: Path) -> tuple[CalibrationResult, dict[st
         _drive(calibration, recorder, ready.saver, folder / "checkpoint.pt")
         with wrong_input():  # the penalty shut every household, or the bounds cannot hold the total
             result = calibration.result().of(task.problem)
+            if task.own is not None and cfg.pseudo_targets == "auto":
+                result, ready = _within_tolerance(ready, result)
+                task = ready.task
         if not calibration.is_exact and result.kkt_violation is not None and result.kkt_violation > TOLERANCE:
             log.info(
                 "refit: violates the optimality conditions by %.1e (%g is exact); more rounds gained little",
@@ -199,13 +202,16 @@ def carry_out(ready: Prepared, folder: Path) -> tuple[CalibrationResult, dict[st
             estimated = estimates.estimate(result, task.variables, task.design)
         recorder.finish(result.loss, result.weights)
     results = _figures(ready, result, solved)
+    own = None
     if task.own is not None:
-        results["pseudo_targets"] = _write_pseudo_targets(ready.fitted, task.problem, result.weights, folder)
-        results["pseudo_targets"] |= {"chi2": solver.chi2, "max_weight_ratio": solver.max_weight_ratio}
+        results["pseudo_targets"], own = pseudo.written(ready.fitted, task.problem, result.weights, folder)
+    elif cfg.pseudo_targets == "auto":
+        results["pseudo_targets"] = {"used": False}
     left_out = _hold_out(task, ready.folds, cfg, folder) if ready.folds else None
     results["holdout"] = held_out = None if left_out is None else holdout.summarise(left_out)
     results["held_out_mean"] = None if held_out is None else held_out["mean_are"]
     results["held_out_median"] = None if held_out is None else held_out["median_are"]
+    results["held_out_large_mean"] = None if held_out is None else held_out["large_mean_are"]
     targets, groups = _write_files(folder, result, recorder, cfg, task.labels)
     results["worst_targets"] = report.worst_targets(targets)
     results |= estimated.write(folder, cfg)
@@ -214,7 +220,7 @@ def carry_out(ready: Prepared, folder: Path) -> tuple[CalibrationResult, dict[st
     results["total_seconds"] = time.perf_counter() - ready.began[0]
     contents = Contents(
         results, plain(cfg), targets, groups, result.to_frame(), task.problem.starting_weights, task.findings,
-        left_out, estimated.variables, estimated.standard_errors,
+        left_out, estimated.variables, estimated.standard_errors, own,
     )  # fmt: skip
     write_page(folder / "report.html", contents)
     write_json(folder / "results.json", results)
@@ -222,6 +228,20 @@ def carry_out(ready: Prepared, folder: Path) -> tuple[CalibrationResult, dict[st
     for line in _told(results, folder):
         print(line)
     return result, results
+
+
+def _within_tolerance(ready: Prepared, result: CalibrationResult) -> tuple[CalibrationResult, Prepared]:
+    """Give up own columns, which nobody asked for, where they cost more than the user's tolerance."""
+    task, cfg = ready.task, ready.cfg
+
+    def without() -> CalibrationResult:
+        return calibrate(task.problem, cfg.num_households, start=ready.ahead, **vars(ready.solver))
+
+    result, used = pseudo.accepted(result, cfg.require, without)
+    if used:
+        return result, ready
+    plainly = pseudo.Fitted(task.problem, ready.solver)
+    return result, replace(ready, task=replace(task, own=None), fitted=plainly)
 
 
 def _figures(ready: Prepared, result: CalibrationResult, solved: float) -> dict[str, Any]:
@@ -234,7 +254,7 @@ def _figures(ready: Prepared, result: CalibrationResult, solved: float) -> dict[
         "optimality": result.kkt_violation,
     }
     results |= {"seconds": solved - ready.began[1], "steps": result.steps}
-    results |= _bounds_told(result, ready.solver)
+    results |= _bounds_told(result, ready.fitted.solver)
     results |= _settings_told(cfg)
     results["integer_weights"] = _rounding_told(result)
     results["missing_households"] = max(0, (cfg.num_households or 0) - results["kept"])
@@ -256,9 +276,7 @@ def _task(built: BuiltProblem, cfg: CalibrationRun, began: float) -> Task:
     _check_budget(problem, cfg.num_households)
     found = check(problem, cfg.num_households, cfg.max_weight_ratio, cfg.hold_total, hints)
     variables, design = _asked(cfg, built.source, problem.starting_weights)
-    own = None
-    if cfg.pseudo_targets != "none" and built.source is not None:
-        own = own_columns(built.source.households, built.source.used)
+    own = pseudo.found(cfg, built.source, problem)
     return Task(problem, found, dropped, built.columns, variables, design, own, built.labels, began)
 
 
@@ -273,27 +291,6 @@ def _asked(
         raise InputError(f"{key} needs problem.weights=W.csv, a table with its columns")
     design = None if cfg.variance is None else read_design(cfg, source, initial)
     return read_variables(cfg, source, initial), design
-
-
-def _with_pseudo_targets(
-    task: Task, solver: Settings, num_households: int | None
-) -> tuple[CalibrationProblem, Settings]:
-    """Add what the whole file says of its own columns to what is fitted."""
-    if task.own is None or num_households is None:
-        return task.problem, solver
-    full = calibrate(task.problem, **vars(replace(solver, method="all", chi2=PULL))).weights
-    share = num_households / task.problem.num_households
-    return extended(task.problem, task.own, full), replace(solver, **selecting(vars(solver), share))
-
-
-def _write_pseudo_targets(
-    fitted: CalibrationProblem, problem: CalibrationProblem, weights: np.ndarray, folder: Path
-) -> dict[str, Any]:
-    """Write what the totals of the file's own columns came to, and return their errors."""
-    table = report.target_frame(fitted, weights).iloc[problem.num_targets :]
-    write_table(folder / "pseudo_targets.csv", table)
-    errors = table.relative_error.abs()
-    return {"targets": len(table), "mean_are": float(errors.mean()), "median_are": float(errors.median())}
 
 
 def _columns_kept(cfg: CalibrationRun) -> list[str] | None:
@@ -415,9 +412,8 @@ def _hold_out(task: Task, folds: list[tuple[str, ...]], cfg: CalibrationRun, fol
         return _with_columns(replace(cfg.solver(groups), device=device_of(cfg.device)), task.columns)
 
     def solve(part: CalibrationProblem) -> np.ndarray:
-        here = replace(task, problem=part)
-        fitted, solver = _with_pseudo_targets(here, settings(part), cfg.num_households)
-        return calibrate(fitted, cfg.num_households, **vars(solver)).weights
+        fitted = pseudo.with_own_columns(part, task.own, settings(part), cfg.num_households)
+        return calibrate(fitted.problem, cfg.num_households, **vars(fitted.solver)).weights
 
     table = holdout.hold_out(task.problem, folds, solve)
     write_table(folder / "holdout.csv", table)
@@ -500,7 +496,7 @@ def with_method(cfg: CalibrationRun) -> CalibrationRun:
         raise InputError(
             "nothing decides how many households to keep: give num_households=K or lambda_l0 > 0"
         )
-    return cfg
+    return pseudo.resolved(cfg)
 
 
 def device_of(name: str) -> str:

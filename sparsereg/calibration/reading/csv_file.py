@@ -1,8 +1,8 @@
 """Read CSV as spreadsheets and statistics programs write it; every row must have a cell for every column.
 
-Files without a quotation mark are read by pyarrow, in parallel; the others, and those that it refuses, by
-Python's ``csv``, which knows the place of what is wrong. Large files are read in parts, twice: first to learn
-what the cells of each column are, then the cells.
+Files without a quotation mark below their header are read by pyarrow, in parallel; the others, and those
+that it refuses, by Python's ``csv``, which knows the place of what is wrong. Large files are read in parts,
+twice: first to learn what the cells of each column are, then the cells.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class CsvFile:
         import pandas as pd
 
         raw, separator = _content(self.file, self.encoding)
-        header, columns = (_quoted if b'"' in raw else _plain)(self.file, raw, separator)
+        quoted = raw.count(b'"') > _first_line(raw).count(b'"')
+        header, columns = (_quoted if quoted else _plain)(self.file, raw, separator)
         names = _checked_header(self.file, header)
         named = list(_named(self.file, names, columns))
         table = pd.DataFrame({name: to_series(self._converted(name, texts)) for name, texts in named})
@@ -166,7 +167,7 @@ class _Parts:
         encoding: Of its text.
         separator: Between cells.
         header: The names of all columns; "" for one without.
-        plain: Whether it has neither quotation marks nor empty rows.
+        plain: Whether it has neither quotation marks below a header of one line nor empty rows.
         apostrophes: Whether a text may be one that ``files.inert`` marked.
         skipped: Lines in front of the header.
     """
@@ -202,7 +203,8 @@ class _Parts:
             header = _checked_header(file, next(rows, []))
         except csv.Error as error:
             raise InputError(f"{file} cannot be read as CSV: {error} in row 1") from error
-        return cls(file, found, separator, header, not (quotes or gap), apostrophes, skipped)
+        plain = rows.line_num == 1 and quotes == _first_line(first).count(b'"') and not gap
+        return cls(file, found, separator, header, plain, apostrophes, skipped)
 
     def texts(self, columns: list[str], rows: int) -> Iterator[dict[str, pa.ChunkedArray]]:
         """Yield the cells of some columns as texts, about so many rows at a time."""
@@ -243,19 +245,16 @@ class _Parts:
     def _by_csv(self, columns: list[str], rows: int) -> Iterator[dict[str, pa.ChunkedArray]]:
         import pyarrow as pa
 
-        wanted = [self.header.index(name) for name in columns]
+        named = [(name, self.header.index(name)) for name in columns]
         with _text(self.file, self.encoding) as text:
             for _ in range(self.skipped):
                 text.readline()
             lines = _rows(self.file, text, self.separator)
             next(lines)
             try:
-                while some := list(itertools.islice(lines, min(rows, _ROWS_AT_ONCE * 8))):
-                    cells = zip(*some, strict=True)
-                    arrays = [
-                        pa.chunked_array([pa.array([c or None for c in cs], pa.string())]) for cs in cells
-                    ]
-                    yield {name: arrays[at] for name, at in zip(columns, wanted, strict=True)}
+                while some := list(itertools.islice(lines, min(rows, _ROWS_AT_ONCE))):
+                    cells = {name: [row[at] or None for row in some] for name, at in named}
+                    yield {name: pa.chunked_array([pa.array(cs, pa.string())]) for name, cs in cells.items()}
             except UnicodeDecodeError as error:
                 raise InputError(f"{self.file} is not {self.encoding.upper()} text: {_ADVICE}") from error
 
@@ -316,13 +315,13 @@ def _text(file: Path, encoding: str) -> io.TextIOWrapper:
     )
 
 
-def _looked_through(file: Path, encoding: str) -> tuple[bool, bool, bool]:
-    """Return whether there are quotation marks, apostrophes, and empty rows.
+def _looked_through(file: Path, encoding: str) -> tuple[int, bool, bool]:
+    """Return how many quotation marks there are, and whether there are apostrophes and empty rows.
 
     Raises:
         InputError: it is not text; the message names the line.
     """
-    quotes, apostrophes, gap, tail, line = False, False, False, "", 1
+    quotes, apostrophes, gap, tail, line = 0, False, False, "", 1
     text = _text(file, encoding)
     with text:
         while True:
@@ -339,7 +338,7 @@ def _looked_through(file: Path, encoding: str) -> tuple[bool, bool, bool]:
             if "\0" in block:
                 line += block[: block.index("\0")].count("\n")
                 raise InputError(f"{file} is not text, though its name says CSV: a NUL byte in line {line}")
-            quotes, apostrophes = quotes or '"' in block, apostrophes or "'" in block
+            quotes, apostrophes = quotes + block.count('"'), apostrophes or "'" in block
             content = tail + block
             inside = content.rstrip("\r\n")
             gap = gap or any(two in inside for two in ("\n\n", "\n\r", "\r\r"))
@@ -400,12 +399,16 @@ def _without_hint(raw: bytes) -> tuple[bytes, str | None]:
     return raw, None
 
 
+def _first_line(raw: bytes) -> bytes:
+    return raw.partition(b"\n")[0].partition(b"\r")[0]
+
+
 def _line(raw: bytes, at: int) -> int:
     return raw.count(b"\n", 0, at) + 1
 
 
 def _plain(file: Path, raw: bytes, separator: str | None) -> tuple[list[str], list[Any]]:
-    """Read a file without quotation marks; None: find the separator."""
+    """Read a file without quotation marks below its header; None: find the separator."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from pyarrow import csv as arrow
@@ -414,8 +417,7 @@ def _plain(file: Path, raw: bytes, separator: str | None) -> tuple[list[str], li
         return _quoted(file, raw, separator)  # an empty row, whose place it knows
     separator = separator or _separator(file, raw)
     try:
-        first = raw.partition(b"\n")[0].partition(b"\r")[0]
-        header = first.decode("utf-8").split(separator)
+        header = _split(_first_line(raw).decode("utf-8"), separator)
         keys = [str(i) for i in range(len(header))]
         table = arrow.read_csv(
             pa.BufferReader(raw),
@@ -425,12 +427,18 @@ def _plain(file: Path, raw: bytes, separator: str | None) -> tuple[list[str], li
                 column_types=dict.fromkeys(keys, pa.string()), strings_can_be_null=True, null_values=[""]
             ),
         )
-    except (pa.ArrowInvalid, UnicodeDecodeError):
+    except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error):
         return _quoted(file, raw, separator)
     columns = table.columns
     if any((pc.max(pc.binary_length(c)).as_py() or 0) > _MOST_CHARACTERS for c in columns):
         return _quoted(file, raw, separator)
     return header, [_without_blanks(c) for c in columns]
+
+
+def _split(line: str, separator: str) -> list[str]:
+    if '"' not in line:
+        return line.split(separator)
+    return next(csv.reader([line], delimiter=separator, strict=True, skipinitialspace=True))
 
 
 def _without_blanks(texts: Any) -> Any:

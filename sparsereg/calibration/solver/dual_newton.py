@@ -54,6 +54,11 @@ class Slack:
     band: Float[np.ndarray, "targets"]
     stiffness: Float[np.ndarray, "targets"]
 
+    @property
+    def rounded(self) -> float:
+        """By how much the bound may be off because lines within tolerances are steep, but not upright."""
+        return float((0.5 * np.square(self.band) / self.stiffness)[self.stiffness > 0].sum())
+
     def value(self, multipliers: Float[np.ndarray, "targets"]) -> float:
         """Integral of what is added, from 0 to these multipliers."""
         size = np.abs(multipliers)

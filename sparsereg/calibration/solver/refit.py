@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsereg.calibration.solver.distances.linear import Linear
 from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, solve
-from sparsereg.calibration.solver.exact import blocks, over_scales
+from sparsereg.calibration.solver.exact import BAND_STIFFNESS, blocks, over_scales
 from sparsereg.calibration.solver.least_squares import LeastSquares, System
 from sparsereg.calibration.solver.losses import TargetLoss
 from sparsereg.shapes import Bool, Float, Int
@@ -78,15 +78,16 @@ def refit(
             the selection add up to those of all, >= 0.
         tolerance: Violation of the optimality conditions to reach.
         rows: Entries of these households as they were read, households x targets. With them, and a pull, a
-            squared loss of no more targets than households is solved exactly by its dual.
+            squared loss, beyond tolerances, of no more targets than households is solved by its dual.
         hard: Which targets must be met, shape (targets,): then by the dual, whatever it costs.
         thorough: By the dual, whatever it costs.
         warm: The weights are those of an earlier calibration: the dual starts from them, too.
     """
     lower = _smallest_weights(system, kept, smallest) if smallest else None
     fit = system.of(kept, weights, lower)
-    if rows is not None and loss.is_quadratic:
-        exact = by_dual(system, fit, rows, hard, thorough, warm)
+    if rows is not None and loss.loss in ("relative", "mse"):
+        band = None if loss.tolerance is None else loss.tolerance.cpu().numpy()
+        exact = by_dual(system, fit, rows, hard, thorough, warm, band)
         if exact is not None:
             return exact
     violation = fit.solve(tolerance, _FIRST_ROUNDS)
@@ -116,6 +117,7 @@ def by_dual(
     hard: Bool[np.ndarray, "targets"] | None,
     thorough: bool,
     warm: bool = False,
+    tolerance: Float[np.ndarray, "targets"] | None = None,
 ) -> Refit | None:
     """Solve a least-squares problem with a pull as a calibration with prices; None if that does not pay.
 
@@ -126,11 +128,12 @@ def by_dual(
         hard: Which targets must be met.
         thorough: Whatever it costs.
         warm: Start from the weights of the fit.
+        tolerance: How far each total may be from its target without being wrong; None: 0.
     """
     pull, center = fit.pull.cpu().numpy(), fit.center.cpu().numpy()
     if system.chi2 == 0 or not (pull > 0).all() or not (center > 0).all():
         return None
-    matrix, targets, scales, price = _priced(system, rows, hard)
+    matrix, targets, scales, price, band = _priced(system, rows, hard, tolerance)
     parts = list(blocks(matrix, np.ones(len(center), dtype=bool)))
     work = sum(float(len(part[0])) ** 3 for part in parts)
     asked = hard is not None and bool(hard.any())
@@ -138,6 +141,7 @@ def by_dual(
         return None
     low, high = (bound.cpu().numpy() / center for bound in (fit.lower, fit.upper))
     weights, primal, dual_value, error = np.clip(center, low * center, high * center), 0.0, 0.0, 0.0
+    rounded = 0.0
     given, steps = fit.weights.cpu().numpy(), 0
     for members, households, part in parts:
         own = Dual(
@@ -146,25 +150,36 @@ def by_dual(
             center[households],
             np.ones(len(households)),
             Linear(low[households], high[households]),
-            Slack(price[members], *np.zeros((2, len(members)))),
+            Slack(price[members], band[members], np.zeros(len(members))),
         )
+        if band[members].any():
+            slack = replace(own.slack, stiffness=BAND_STIFFNESS * own.diagonal())
+            own, rounded = replace(own, slack=slack), rounded + slack.rounded
         found = solve(own, weights=given[households] if warm else None)
         steps = max(steps, found.steps)
         weights[households] = found.weights
         primal, dual_value = primal + own.primal(found.weights), dual_value + own.value(found.multipliers)
         error = max(error, own.violation(found.weights))
-    gap = abs(primal - dual_value) / max(primal, np.finfo(np.float64).tiny)
+    least = np.finfo(np.float64).tiny if rounded == 0 else _GAP * float(center.sum())
+    gap = max(0.0, abs(primal - dual_value) - rounded) / max(primal, least)
     if error > 1e-9 or gap > _GAP:
         return None
     return Refit(torch.from_numpy(weights).to(fit.weights), max(error, gap), steps)
 
 
 def _priced(
-    system: System, rows: sp.csr_array, hard: Bool[np.ndarray, "given"] | None
+    system: System,
+    rows: sp.csr_array,
+    hard: Bool[np.ndarray, "given"] | None,
+    tolerance: Float[np.ndarray, "all"] | None,
 ) -> tuple[
-    sp.csr_array, Float[np.ndarray, "targets"], Float[np.ndarray, "targets"], Float[np.ndarray, "targets"]
+    sp.csr_array,
+    Float[np.ndarray, "targets"],
+    Float[np.ndarray, "targets"],
+    Float[np.ndarray, "targets"],
+    Float[np.ndarray, "targets"],
 ]:
-    """Rows, targets, scales and prices of the targets that count, and of a sum that is held."""
+    """Rows, targets, scales, prices and tolerances of the targets that count, and of a sum that is held."""
     weight = system.quadratic.weight.cpu().numpy()
     targets = system.quadratic.targets.cpu().numpy()
     given = system.quadratic.scales
@@ -172,15 +187,16 @@ def _priced(
     price = weight * scales**2 * float(system.initial_weights.sum()) / system.chi2
     if hard is not None:
         price[: len(hard)][hard] = np.inf
+    band = np.zeros(len(targets)) if tolerance is None else tolerance / scales
     counts = np.flatnonzero(price > 0)
     matrix = sp.csr_array(rows.T.tocsr()[counts])
-    targets, scales, price = targets[counts], scales[counts], price[counts]
+    targets, scales, price, band = targets[counts], scales[counts], price[counts], band[counts]
     if system.total is not None:
         everybody = sp.csr_array(np.ones((1, matrix.shape[1])))
         matrix = sp.csr_array(sp.vstack([matrix, everybody]))
         targets, scales = np.append(targets, system.total), np.append(scales, system.total)
-        price = np.append(price, np.inf)
-    return matrix, targets, scales, price
+        price, band = np.append(price, np.inf), np.append(band, 0.0)
+    return matrix, targets, scales, price, band
 
 
 def _smallest_weights(

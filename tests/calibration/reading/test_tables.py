@@ -304,3 +304,33 @@ def test_many_columns_are_read_and_a_name_twice_is_found(tmp_path):
     file.write_text(",".join([*names, "c7"]) + "\n" + ",".join(["1"] * 30_001) + "\n")
     with pytest.raises(InputError, match="the column 'c7' is there twice"):
         read_table(file)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(
+    ("text", "quick"),
+    [
+        ('"id","the, name",x\n1,a,2.5\n2,b,3\n', True),
+        ('"id","the, name",x\r\n1,a,2.5\r\n2,b,3\r\n', True),
+        ('id,"the\nname",x\n1,a,2.5\n2,b,3\n', False),
+        ('"id","the, name",x\n1,"a",2.5\n2,b,3\n', False),
+        ('"id,the name,x\n1,a,2.5\n', None),
+    ],
+)
+def test_names_in_quotes_do_not_make_reading_slow(tmp_path, monkeypatch, text, quick, large):
+    """R and pyarrow write names in quotes, and cells without: PyArrow reads those all the same."""
+    file = tmp_path / "H.csv"
+    file.write_bytes(text.encode())
+    monkeypatch.setattr(csv_file, "LARGE", 1 if large else 2**40)
+    slow = []
+    real = csv_file._rows
+    monkeypatch.setattr(csv_file, "_rows", lambda *given: slow.append(1) or real(*given))
+    if quick is None:
+        with pytest.raises(InputError, match="H.csv cannot be read as CSV: .* row 1"):
+            read_table(file)
+        return
+    table = read_table(file)
+    assert bool(slow) is not quick
+    assert table.columns[1] == ("the\nname" if "the\n" in text else "the, name")
+    assert table.iloc[:, 1].tolist() == ["a", "b"]
+    assert table.x.tolist() == [2.5, 3.0]

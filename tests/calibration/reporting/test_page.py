@@ -81,7 +81,7 @@ def evil():
         findings=[Finding("tiny", 0, EVIL, EVIL)],
         holdout=pd.DataFrame(
             [{"fold": 0, "group": EVIL, "targets": 1, "initial_mean_are": 0.1, "mean_are": 0.2,
-              "median_are": 0.2, "fitted_mean_are": 0.0}]
+              "median_are": 0.2, "large_mean_are": None, "fitted_mean_are": 0.0, "fitted_median_are": 0.0}]
         ),
         bystanders=pd.DataFrame(
             {"name": [EVIL], "statistic": ["total"], "initial": [1.0], "estimate": [2.0]}

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -355,6 +356,35 @@ def test_what_lies_within_the_tolerance_is_right():
     assert result.loss == 0
     assert result.diagnostics["max_abs_scaled_error"] == 0
     assert result.diagnostics["mean_are"] <= 0.03
+
+
+def test_tolerances_are_met_exactly_with_the_least_change_of_weights():
+    """Within its tolerance a target pulls at nothing: the dual with a band, against the long way round."""
+    problem = survey(15, targets=8, households=300, noise=0.0)
+    initial = problem.estimates(problem.starting_weights)
+    off = initial * np.linspace(0.9, 1.1, 8)
+    banded = CalibrationProblem(
+        problem.matrix, off, problem.initial_weights, target_tolerances=0.04 * initial
+    )
+    result = calibrate(banded, method="all", chi2=1e-3)
+    assert result.steps > 0
+    assert result.kkt_violation < 1e-9
+
+    def objective(w):
+        ratio = w / problem.starting_weights * problem.starting_weights.sum() / w.sum()
+        assert ratio.min() > 0
+        loss = np.square(banded.scaled_errors(banded.estimates(w))).mean()
+        far = np.square(w / problem.starting_weights - 1)
+        return loss + 1e-3 * (problem.starting_weights @ far) / problem.starting_weights.sum()
+
+    best = objective(result.weights)
+    generator = np.random.default_rng(0)
+    for size in (1e-1, 1e-2, 1e-3):
+        for _ in range(20):
+            near = result.weights * np.exp(size * generator.normal(size=300))
+            assert objective(near) > best
+    middle = calibrate(replace(banded, target_tolerances=None), method="all", chi2=1e-3)
+    assert objective(middle.weights) > best
 
 
 def test_a_target_without_an_estimate_leaves_the_largest_error_unknown():

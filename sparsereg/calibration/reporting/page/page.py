@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _HERE = Path(__file__).parent
+_MOST_OWN = 60
+"""Totals of own columns that the page shows; pseudo_targets.csv has all."""
 _MOST_TARGETS = 1500
 _MOST_FINDINGS = 200
 _ON_PAPER = 60
@@ -59,6 +61,7 @@ class Contents:
         holdout: As ``holdout.hold_out`` returns it, if something was left out.
         bystanders: name, statistic, initial and estimate of what nobody targeted, if that was asked for.
         estimates: A table of estimates with standard errors, if there are any.
+        own_columns: What totals of the file's own columns came to, as targets, if they were used.
     """
 
     results: Mapping[str, Any]
@@ -71,6 +74,7 @@ class Contents:
     holdout: pd.DataFrame | None = None
     bystanders: pd.DataFrame | None = None
     estimates: pd.DataFrame | None = None
+    own_columns: pd.DataFrame | None = None
 
 
 def write_page(path: Path, contents: Contents) -> None:
@@ -129,6 +133,7 @@ def _values(c: Contents) -> dict[str, Any]:
         "changed": _changed(c.weights),
         "holdout": holdout,
         "bystanders": bystanders,
+        "own": None if c.own_columns is None else _own(c.own_columns),
         "moved_much": MOVED_MUCH,
         "estimates": None if c.estimates is None else _estimates(c.estimates),
         "findings": findings,
@@ -141,12 +146,13 @@ def _sections(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the sections that are there, in order: anchor and name."""
     optional = {
         "groups": len(values["groups"]) > 1, "heldout": values["holdout"], "bystanders": values["bystanders"],
-        "estimates": values["estimates"], "first": values["notes"],
+        "estimates": values["estimates"], "first": values["notes"], "own": values["own"],
     }  # fmt: skip
     names = {
         "first": "Read this first", "asked": "What was asked", "reached": "What was reached",
         "groups": "Groups",
         "targets": "Targets", "weights": "Weights", "heldout": "Held-out families",
+        "own": "Own columns",
         "bystanders": "Bystanders", "estimates": "Standard errors", "findings": "Findings",
         "provenance": "Provenance",
     }  # fmt: skip
@@ -283,6 +289,12 @@ def _changed(weights: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
 
 def _held_out(table: pd.DataFrame) -> list[dict[str, Any]]:
     return _records(table.assign(worse=table.mean_are > table.initial_mean_are))
+
+
+def _own(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the totals of own columns that are furthest off, the largest cells among equals first."""
+    worst = table.scaled_error.abs().sort_values(ascending=False, na_position="first")
+    return _records(table.loc[worst.index[:_MOST_OWN]])
 
 
 def _bystanders(table: pd.DataFrame) -> list[dict[str, Any]]:
