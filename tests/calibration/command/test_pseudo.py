@@ -77,6 +77,7 @@ def test_by_default_they_are_used_where_every_target_has_a_tolerance_and_cost_no
     page = (folder / "report.html").read_text()
     assert own.name[own.scaled_error.abs().idxmax()] in page
     assert "How strongly the whole file was held" in page
+    assert "Bounds: max_weight_ratio 40" in page
     without, _ = run(*BASE, "pseudo_targets=none")
     assert not (without / "pseudo_targets.csv").exists()
     assert "Own columns" not in (without / "report.html").read_text()

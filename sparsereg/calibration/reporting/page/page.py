@@ -257,6 +257,8 @@ def _bounds(c: Contents) -> str:
     r, s = c.results, c.settings
     hit = int(r.get("bounds_hit") or 0)
     given = {key: s[key] for key in ("bounds", "weight_bounds", "max_weight_ratio") if s.get(key) is not None}
+    if (own := r.get("pseudo_targets")) and own["used"]:
+        given["max_weight_ratio"] = own["max_weight_ratio"]
     total = (
         f"The weights add up to {number(r['total_weight'])}, initially {number(r['initial_total_weight'])}."
     )
