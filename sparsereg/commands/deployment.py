@@ -15,7 +15,6 @@ from sparsereg.compression import (
     Count,
     benchmark,
     compact,
-    count,
     export,
     fuse,
     load_compacted,
@@ -37,7 +36,7 @@ from sparsereg.layers import GatedLayer, save_csr
 from sparsereg.layers.storage import Storage
 from sparsereg.training import build
 from sparsereg.training import checkpoint as checkpoints
-from sparsereg.training.accounting import PlainAccountant
+from sparsereg.training.accounting import PlainAccountant, accountant_of
 from sparsereg.training.artefacts import (
     Artefact,
     examples_in_words,
@@ -190,6 +189,9 @@ class HandOver:
         costs = PlainAccountant(small.cpu(), self.example)
         made = Artefact("shrunk", str(path), figures, costs.parameters, costs.macs, file_megabytes(path))
         self._add(made, fuse(small))
+        # This is what is exported, quantized and timed from here on.
+        self.net = self._small = small
+        self.__dict__.pop("_costs", None)
         key, word = f"test_{self.task.figure}", SHARES.get(self.task.figure, self.task.figure)
         print(f"shrunk: {path}, test {word} {self.figures[key]:.4f} -> {figures[key]:.4f}", flush=True)
 
@@ -212,7 +214,7 @@ class HandOver:
     @cached_property
     def _costs(self) -> Count:
         """Of ``small``."""
-        return count(self.small, self.example)
+        return accountant_of(self.small, self.example).count()
 
     @property
     def round_to(self) -> int:
@@ -331,7 +333,7 @@ class HandOver:
 
     def _time(self) -> Latency:
         """Time everything in turns, print rows as they are measured, and note them in the artefacts."""
-        if self.checkpoint.gated and "compacted" not in self.sources:
+        if self.checkpoint.gated and not {"compacted", "shrunk"} & self.sources.keys():
             costs = self._costs
             made = fuse(self.small)
             size = weights_megabytes(made)

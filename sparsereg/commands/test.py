@@ -2,10 +2,14 @@
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from sparsereg.cli import named, script, settings_of, wrong_input
+
+if TYPE_CHECKING:
+    from sparsereg.commands.deployment import HandOver
 
 log = logging.getLogger(__name__)
 
@@ -16,13 +20,12 @@ def run(composed: DictConfig) -> Path:
 
     given = settings_of(Evaluation, composed)
     from sparsereg.commands import deployment
-    from sparsereg.files import new_version, write_json
+    from sparsereg.files import new_version
     from sparsereg.provenance import Provenance
-    from sparsereg.settings import plain
-    from sparsereg.training import artefacts, build
+    from sparsereg.training import build
     from sparsereg.training.accounting import accountant_of
-    from sparsereg.training.page.page import PACKAGES, write_page
-    from sparsereg.training.results import block_table, count_summary, gate_summary, headline, measured, names
+    from sparsereg.training.page.page import PACKAGES
+    from sparsereg.training.results import block_table, count_summary, gate_summary, measured, names
     from sparsereg.training.start_line import start_line
 
     with wrong_input():
@@ -70,8 +73,25 @@ def run(composed: DictConfig) -> Path:
     sizes = (count.parameters, count.macs)
     handed = deployment.HandOver(given, cfg, checkpoint, net, example, data, task, device, figures, sizes)
     results |= {**handed.run(folder), "provenance": came_from.to_dict()}
-    blocks = block_table(count, net)
-    settings = {**plain(given), **plain(cfg)}
+    return report(folder, results, handed, block_table(count, net))
+
+
+def report(folder: Path, results: dict[str, Any], handed: "HandOver", blocks: str) -> Path:
+    """Write report.html and results.json, and print what was found: return the path of the second.
+
+    Args:
+        folder: of the test.
+        results: all of them.
+        handed: what was made of the checkpoint.
+        blocks: the table of blocks.
+    """
+    from sparsereg.files import write_json
+    from sparsereg.settings import plain
+    from sparsereg.training import artefacts
+    from sparsereg.training.page.page import write_page
+    from sparsereg.training.results import headline
+
+    settings, task = {**plain(handed.given), **plain(handed.cfg)}, handed.task
     write_page(folder / "report.html", "Test report", results, handed.artefacts, settings, task, blocks)
     write_json(folder / "results.json", results)
     print(blocks)

@@ -595,3 +595,5 @@ class Evaluation(Settings):
             raise InputError("give the checkpoint to test: ckpt_path=RUN/checkpoints/last.ckpt")
         if self.quantize is not None and self.export != "onnx":
             raise InputError(f"quantize={self.quantize} works on an ONNX file: give export=onnx, too")
+        if self.shrink is not None and self.round_to != 1:
+            raise InputError("shrink and round_to exclude each other: give one of them")
