@@ -258,6 +258,7 @@ class HandOver:
         suffix = SUFFIXES[str(self.given.export)]
         beside = self.checkpoint.path.parent
         path = free_path(beside / f"compacted{suffix}")
+        print(f"exporting to {self.given.export} ...", flush=True)
         export(self.net, self.example, path, round_to=self.round_to)
         self.results["exported"] = str(path)
         self._made("exported", path, self._tested(path), path)

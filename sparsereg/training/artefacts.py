@@ -157,6 +157,7 @@ def examples_in_words(described: Mapping[str, Any], limit: int | float | None = 
         limit: of ``trainer.limit_test_batches``.
     """
     number = described.get("num_test")
-    some = "" if limit in (None, 1.0) else f", of which trainer.limit_test_batches={limit} were taken"
+    whole = limit is None or (isinstance(limit, float) and limit == 1)
+    some = "" if whole else f", of which trainer.limit_test_batches={limit} were taken"
     count = "" if number is None else f"{number:,} "
     return f"the {count}test examples of {described.get('source', 'the data')}{some}"
