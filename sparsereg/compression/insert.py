@@ -7,6 +7,7 @@ import difflib
 import fnmatch
 import itertools
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from sparsereg.penalties import hard_concretes
 
 DEFAULT = tuple(family for family in FAMILIES if family != "inputs")
 """What is gated if nothing is asked for; columns of the data have to be."""
+SHAPES = ("free", "uniform")
+"""Whether layers that are alike may come to differ in size."""
 logger = logging.getLogger(__name__)
 
 Choice = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -38,6 +41,7 @@ def gate(
     *,
     families: str | Sequence[str] | None = None,
     residual: bool = True,
+    shape: str = "free",
     **gate_settings: object,
 ) -> nn.Module:
     """Return a copy of a network with gates on all that can go: channels, hidden units, heads, width.
@@ -57,11 +61,13 @@ def gate(
         families: kinds of gates (``channels units heads head_dims kv_groups width blocks inputs``); all but
             the features of the inputs if None.
         residual: whether what several layers write together gets a gate, too.
+        shape: ``free``, or ``uniform``: layers that are alike share their gates, so that they stay equally
+            large and the network's own class can hold the result (``restore_class``).
         **gate_settings: keyword arguments of L0Gate, such as ``droprate_init`` and ``temperature``.
 
     Raises:
         InputError: the network cannot be traced.
-        ValueError: no layer or family has that name, or none can be gated.
+        ValueError: no layer, family or shape has that name, or nothing can be gated.
 
     Example:
         >>> import torch
@@ -71,7 +77,7 @@ def gate(
     """
     _check_plain(model)
     gated = copy.deepcopy(model)
-    gate_(gated, example_input, layers, families=families, residual=residual, **gate_settings)
+    gate_(gated, example_input, layers, families=families, residual=residual, shape=shape, **gate_settings)
     return gated
 
 
@@ -82,6 +88,7 @@ def gate_(
     *,
     families: str | Sequence[str] | None = None,
     residual: bool = True,
+    shape: str = "free",
     **gate_settings: object,
 ) -> None:
     """Put gates into a network itself, see ``gate``; where that raises, nothing has been changed.
@@ -99,7 +106,7 @@ def gate_(
             "none of these layers has channels that can go, so there is nothing to gate:\n"
             + str(explanation(type(model).__name__, analysis.units))
         )
-    gates = {id(v): shared_gate(factory, len(v.choices)) for v in vectors}
+    gates = _gates(analysis, vectors, factory, shape)
     _Inserter(model, analysis, vectors, gates).insert()
     paths = {id(m): name for name, m in model.named_modules() if isinstance(m, HardConcrete)}
     places = {
@@ -110,6 +117,22 @@ def gate_(
     model.__dict__[ATTRIBUTE] = Structure(analysis, places, shapes_of(args, kwargs))
     model.register_forward_pre_hook(draw_anew)
     logger.info("%d gates in %d groups of %s now", len(places), len(vectors), type(model).__name__)
+
+
+def _gates(analysis: Analysis, vectors: list[Vector], factory: GateFactory, shape: str) -> dict[int, L0Gate]:
+    """The gate of each tensor of choices, by its identity; layers that are alike share one if asked to."""
+    if shape not in SHAPES:
+        raise ValueError(f"shape: unknown {shape!r}; known are {', '.join(SHAPES)}")
+    made: dict[Any, L0Gate] = {}
+    found = {}
+    for vector in vectors:
+        names = tuple(re.sub(r"\d+", "*", analysis.program.names[w]) for w in vector.sites)
+        alike = shape == "uniform" and vector.family != "blocks"
+        key = (vector.family, len(vector.choices), names) if alike else id(vector)
+        if key not in made:
+            made[key] = shared_gate(factory, len(vector.choices))
+        found[id(vector)] = made[key]
+    return found
 
 
 def _check_plain(model: nn.Module) -> None:

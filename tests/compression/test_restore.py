@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from sparsereg.compression import compact, gate, restore_class
+from sparsereg.compression import compact, count, gate, restore_class
 from sparsereg.compression.graph import tensors_in
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
@@ -182,3 +182,25 @@ def test_frequencies_of_rotary_positions_are_those_of_the_class():
     shut_some_(gated, {4: 1, 8: 2})
     with pytest.raises(InputError, match="LlamaForCausalLM has the shape but gives other answers"):
         restore_class(gated, original, example)
+
+
+@pytest.mark.parametrize("build", [llama, bert])
+def test_a_uniform_shape_always_comes_back(build):
+    original, example = build(), {"input_ids": IDS}
+    families = ["units", "width", "heads", "kv_groups"] if build is llama else "units"
+    gated = gate(original, example, families=families, shape="uniform", jitter=0.0)
+    free = gate(original, example, families=families)
+    assert len(hard_concretes(gated)) < len(hard_concretes(free))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, gates in hard_concretes(gated).items():
+            keep = "heads" in name or "kv_groups" in name
+            gates.log_alpha.copy_(3 * torch.randn(gates.log_alpha.shape, generator=generator) + 20 * keep)
+    restored = restore_class(gated, original, example)
+    assert same(gated, restored, example) < 1e-5
+    assert count(gated, example).compacted_parameters == sum(p.numel() for p in restored.parameters())
+
+
+def test_shapes_are_known():
+    with pytest.raises(ValueError, match="shape: unknown 'even'; known are free, uniform"):
+        gate(Plain(5).eval(), torch.randn(2, 5), shape="even")

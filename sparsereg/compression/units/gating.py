@@ -155,16 +155,16 @@ class GatedModule(nn.Module):
         axis, centred = self._gated_norm
         shape = [1] * x.dim()
         shape[axis] = -1
+        over = {axis % x.dim()} if axis < 0 else set(range(1, x.dim()))
         mask = self.open_places().to(x.dtype)
-        scale = (mask.numel() / mask.sum().clamp(min=1)).sqrt()
-        mask = mask.view(shape)
+        num_open = mask.sum().clamp(min=1)
+        far = mask * (mask.numel() / num_open).sqrt()
         if not centred:
-            return x * (mask * scale)
-        over = [axis] if axis < 0 else list(range(1, x.dim()))
-        places = x.numel() // x.shape[0] if axis >= 0 else x.shape[axis]
-        share = mask.numel() / mask.sum().clamp(min=1) / places
-        mean = (x * mask).sum(over, keepdim=True) * share
-        return torch.where(mask > 0, x, mean) * scale
+            return x * far.view(shape)
+        # One product for the mean, one pass from there: to the mean itself, or beyond the input.
+        lines = x.movedim(axis, -1) if axis < 0 else x.flatten(2).mean(2)
+        mean = (lines @ mask / num_open).view([1 if d in over else n for d, n in enumerate(x.shape)])
+        return torch.lerp(mean, x, far.view(shape))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base, names = type(self)._made_of  # type: ignore[attr-defined]

@@ -88,7 +88,23 @@ class NoSkip(nn.Module):
         return self.out(x)
 
 
+class Experts(nn.Module):
+    """A mixture whose experts are all computed and weighed by a router."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out, self.router = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 4)
+        self.experts = nn.ModuleList([mlp(8, 10) for _ in range(4)])
+
+    def forward(self, x):
+        x = self.into(x)
+        weights = self.router(x).softmax(-1)
+        mixed = sum(weights[..., i, None] * expert(x) for i, expert in enumerate(self.experts))
+        return self.out(torch.tanh(mixed))
+
+
 OWN = {
+    "experts": (Experts, torch.randn(3, 5), 4),
     "parallel": (Parallel, torch.randn(2, 4, 5), 2),
     "nested": (Nested, torch.randn(3, 5), 3),
     "shared": (Shared, torch.randn(3, 5), 3),
