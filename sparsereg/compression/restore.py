@@ -77,8 +77,8 @@ def restore_class(
     if not isinstance(smaller, fx.GraphModule):
         raise ValueError("network must have gates, or be what compact() returned")
     restorer = _Restorer(original, build or _builder(original), _weights(smaller, original))
-    reasons = []
-    for values in restorer.candidates():
+    reasons: list[InputError] = []
+    for values in restorer.candidates(reasons):
         try:
             return restorer.made(values, smaller, example_input)
         except InputError as error:
@@ -140,12 +140,10 @@ class _Restorer:
             made = self.build(**_by_name(self.start, values))
         return {n: tuple(p.shape) for n, p in made.named_parameters(remove_duplicate=False)}
 
-    def candidates(self) -> Iterator[Values]:
-        """Arguments to try: as many heads as there were, or fewer."""
+    def candidates(self, reasons: list[InputError]) -> Iterator[Values]:
+        """Arguments to try: as many heads as there were, or fewer; why some are none is noted."""
         heads = [k for k, v in self.start.items() if "head" in k[0] and "dim" not in k[0] and v > 1]
         most = int(max((self.start[k] for k in heads), default=1))
-        failed: InputError | None = None
-        any_fits = False
         for number in range(most, 0, -1):
             fixed = {k: max(1.0, self.start[k] * number / most) for k in heads}
             if any(v != int(v) for v in fixed.values()):
@@ -153,20 +151,18 @@ class _Restorer:
             try:
                 found = self._solved(fixed if number < most else {})
             except InputError as error:
-                failed = failed or error
+                reasons.append(error)
                 continue
-            any_fits = True
             yield found
-        if failed is not None and not any_fits:
-            raise failed
 
     def _solved(self, values: Values) -> Values:
         """Values of arguments with which the class has the wanted shapes."""
+        refused = ""
         for _ in range(len(self.start) + 1):
             try:
-                now = self._shapes(values)
-            except Exception:
-                now = self.first
+                now, refused = self._shapes(values), ""
+            except Exception as error:
+                now, refused = self.first, (str(error) or type(error).__name__).strip().partition("\n")[0]
             missing = {
                 (n, d) for n, s in now.items() for d, size in enumerate(s) if size != self.wanted[n].shape[d]
             }
@@ -176,8 +172,10 @@ class _Restorer:
             key = self._best(moved, missing)
             if key is None:
                 break
-            values = {**values, key: self._value(key, moved, now, missing)}
-        raise InputError(self._ragged(missing, now))
+            if refused:  # another argument would have to explain what this one does not
+                raise InputError(self._refused(values, refused))
+            values = {**values, key: self._value(key, moved, now)}
+        raise InputError(self._refused(values, refused) if refused else self._ragged(missing, now))
 
     def _best(self, moved: Mapping[Key, Mapping[Dim, float]], missing: set[Dim]) -> Key | None:
         """The argument that alone decides on most of the sizes that are wrong."""
@@ -213,7 +211,6 @@ class _Restorer:
         key: Key,
         moved: Mapping[Key, Mapping[Dim, float]],
         now: dict[str, tuple[int, ...]],
-        missing: set[Dim],
     ) -> float:
         """The value of an argument with which the sizes are right; they have to agree."""
         found: dict[float, list[str]] = {}
@@ -230,6 +227,10 @@ class _Restorer:
             f"restore_class: {self._name} has one {key[0]} for all layers, and these differ now: {said};"
             " train with shape=uniform, or keep what compact() returned"
         )
+
+    def _refused(self, values: Values, why: str) -> str:
+        said = ", ".join(f"{name}={value:g}" for (name, _), value in values.items())
+        return f"restore_class: {self._name} refuses {said}: {why}"
 
     def _ragged(self, missing: set[Dim], now: dict[str, tuple[int, ...]]) -> str:
         layers = sorted({n for n, _ in missing})

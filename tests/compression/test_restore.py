@@ -193,9 +193,10 @@ def test_a_uniform_shape_always_comes_back(build):
     assert len(hard_concretes(gated)) < len(hard_concretes(free))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, gates in hard_concretes(gated).items():
-            keep = "heads" in name or "kv_groups" in name
-            gates.log_alpha.copy_(3 * torch.randn(gates.log_alpha.shape, generator=generator) + 20 * keep)
+        for gates in hard_concretes(gated).values():
+            order = torch.randperm(gates.log_alpha.numel(), generator=generator)
+            gates.log_alpha.copy_(torch.where(order % 4 > 0, 0.5 + torch.rand(len(order)), -10.0))
+            gates.log_alpha[:] = gates.log_alpha if len(order) > 4 else 10.0
     restored = restore_class(gated, original, example)
     assert same(gated, restored, example) < 1e-5
     assert count(gated, example).compacted_parameters == sum(p.numel() for p in restored.parameters())
@@ -204,3 +205,11 @@ def test_a_uniform_shape_always_comes_back(build):
 def test_shapes_are_known():
     with pytest.raises(ValueError, match="shape: unknown 'even'; known are free, uniform"):
         gate(Plain(5).eval(), torch.randn(2, 5), shape="even")
+
+
+def test_what_a_class_refuses_is_said():
+    original, example = llama(), {"input_ids": IDS}
+    gated = gate(original, example, families="width")
+    shut_(gated, "gate", slice(0, 10))
+    with pytest.raises(InputError, match="LlamaForCausalLM refuses hidden_size=22"):
+        restore_class(gated, original, example)
