@@ -62,7 +62,6 @@ def repaired(
     batches: Iterable[Any],
     *,
     round_to: int = 1,
-    layer_by_layer: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> fx.GraphModule:
@@ -75,8 +74,6 @@ def repaired(
         batches: inputs as the network takes them, without labels; one to four thousand are plenty, from 8 on
             there is a repair.
         round_to: see ``compact``.
-        layer_by_layer: each layer sees what the repair of earlier ones gives; else all are fitted at once to
-            what they see without a repair, in a single pass.
         seed: of the places of maps and texts that are drawn where there are more than a layer needs.
         progress: show a bar on a terminal.
 
@@ -100,8 +97,9 @@ def repaired(
     if sum(examples(b) for b in given) < FEWEST:
         log.warning("a repair needs %d inputs or more: give data, not one example", FEWEST)
         return student
-    stages = [[task] for task in tasks] if layer_by_layer else [tasks]
-    _Repair(teacher, student, given, torch.Generator().manual_seed(seed)).run(stages, progress)
+    _Repair(teacher, student, given, torch.Generator().manual_seed(seed)).run(
+        [[task] for task in tasks], progress
+    )
     return student
 
 
