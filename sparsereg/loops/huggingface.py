@@ -26,7 +26,7 @@ STATE = "SparsifyTrainer"
 """Key in the state of a Trainer: the name of the class, as the Trainer stores it."""
 
 
-class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc]
+class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, unused-ignore]
     """Makes the model of a Hugging Face Trainer smaller while it trains; to be made before ``train()``.
 
     Gates are put into ``trainer.model`` itself and get a group of their own in its optimizer, whose
@@ -83,7 +83,7 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc]
         num_images: int = 4096,
         save: bool = True,
     ) -> None:
-        self.trainer = trainer
+        self.trainer: Any = trainer  # whose parts are set by and by, as its type does not say
         self.num_images = num_images
         self.save = save
         self.compacted: fx.GraphModule | None = None
@@ -91,7 +91,7 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc]
         with isolated():
             example = next(self._batches(ROWS), None) if example is None else example
         self.sparsifier = Sparsifier(
-            trainer.model,
+            self.trainer.model,
             example,
             steps=1,
             target_sparsity=target_sparsity,
@@ -108,7 +108,7 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc]
         )
         _declare_shared(self.model)
         self._make = trainer.create_optimizer
-        trainer.create_optimizer = self._create_optimizer
+        self.trainer.create_optimizer = self._create_optimizer
         trainer.add_callback(self)
 
     @property
