@@ -83,7 +83,7 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
         num_images: int = 4096,
         save: bool = True,
     ) -> None:
-        self.trainer: Any = trainer  # whose parts are set by and by, as its type does not say
+        self.trainer = _with_its_parts(trainer)
         self.num_images = num_images
         self.save = save
         self.compacted: fx.GraphModule | None = None
@@ -183,6 +183,11 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
         taken = (_known(row, names) for row in itertools.islice(rows, most))
         while len(batch := list(itertools.islice(taken, size))) >= min(size, ROWS):
             yield by_rule(self.trainer.model, dict(collate(batch)))
+
+
+def _with_its_parts(trainer: Any) -> Any:
+    """A Trainer whose model is there, and whose methods can be replaced, which its type does not say."""
+    return trainer
 
 
 @contextmanager
