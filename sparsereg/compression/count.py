@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.expected import expected_costs
-from sparsereg.compression.graph import Analysis, Network, trace
-from sparsereg.compression.ops import Mask, Op
 from sparsereg.compression.units.explain import inputs_of
+from sparsereg.compression.units.flow import Flow, flow_of
+from sparsereg.compression.units.gating import GatedModule
 from sparsereg.compression.units.lines import Bools
 from sparsereg.compression.units.structure import Structure, structure_of
+from sparsereg.errors import InputError
 from sparsereg.summary import in_html, in_lines
 
 if TYPE_CHECKING:
@@ -143,20 +143,33 @@ class Accountant:
     """
 
     def __init__(self, model: nn.Module, example_input: Any) -> None:
-        structure = structure_of(model, *inputs_of(example_input))
-        self._example = example_input
+        self._example = inputs_of(example_input)
+        structure = structure_of(model, *self._example)
         self.model = model
         self._counted: _Channels | _Units = (
-            _Channels(trace(model, example_input)) if structure is None else _Units(model, structure)
+            _Channels(model, flow_of(model, *self._example))
+            if structure is None
+            else _Units(model, structure)
         )
         self.parameters, self.macs = self._counted.parameters, self._counted.macs
         self.gates = self._counted.gates
 
     @cached_property
-    def network(self) -> Network:
-        """The network as a graph of channels."""
+    def flow(self) -> Flow:
+        """The network as operations on channels.
+
+        Raises:
+            InputError: a layer has gates of several kinds.
+        """
+        several = next((n for n, m in self.model.named_modules() if isinstance(m, GatedModule)), None)
+        if several is not None:
+            raise InputError(
+                f"{type(self.model).__name__} has a layer with gates of several kinds, {several!r}:"
+                " it is counted and compacted, but its channels cannot leave while it trains"
+                " (compact_every_n_epochs=0)"
+            )
         counted = self._counted
-        return counted.network if isinstance(counted, _Channels) else trace(self.model, self._example)
+        return counted.flow if isinstance(counted, _Channels) else flow_of(self.model, *self._example)
 
     def count(self) -> Count:
         """Count with the gates and weights as they are now."""
@@ -241,40 +254,32 @@ class _Units:
 class _Channels:
     """Counts a network whose gates its author has put in."""
 
-    def __init__(self, network: Network) -> None:
-        self.network = network
-        self._full = full_costs(network)
-        self.parameters = sum(parameters for parameters, _ in self._full.values())
-        self.macs = sum(macs for _, macs in self._full.values())
-        self.gates = network.gates
+    def __init__(self, model: nn.Module, flow: Flow) -> None:
+        self.model = model
+        self.flow = flow
+        self.parameters, self.macs = flow.full
+        self.gates = flow.gates(model)
 
     def kept_parameters(self) -> int:
         """Parameters of the compacted network."""
-        analysis = self.network.analyse()
-        return sum(self.network.parameters_of(op, analysis) for op in self.network.ops.values())
+        return self.flow.kept_parameters(self.flow.analyse(self.model))
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """Expected parameters and MACs that stay."""
-        return expected_costs(self.network)
+        return self.flow.expected(self.model)
 
     def rows(self) -> list[LayerCount]:
-        """A row for each operation."""
-        analysis = self.network.analyse()
-        return [self._row(op, analysis) for op in self.network.ops.values()]
+        """A row for each module that holds weights or computes products."""
+        found: dict[str, dict[str, int]] = {}
+        for path, costs in self.flow.rows(self.flow.analyse(self.model)):
+            row = found.setdefault(path, dict.fromkeys(costs, 0))
+            for key, cost in costs.items():
+                row[key] = max(row[key], cost) if key.endswith("channels") else row[key] + cost
+        return [self._row(path, row) for path, row in found.items()]
 
-    def _row(self, op: Op, analysis: Analysis) -> LayerCount:
-        parameters, macs = self._full[op.name]
-        kept = analysis.kept.get(op.name)
-        return LayerCount(
-            name=op.path or op.name,
-            kind=type(op.module).__name__ if op.module is not None else op.kind,
-            channels=op.width,
-            kept_channels=0 if kept is None else int(kept.sum()),
-            parameters=parameters,
-            kept_parameters=self.network.parameters_of(op, analysis),
-            macs=macs,
-            kept_macs=self.network.macs_of(op, analysis),
-        )
+    def _row(self, path: str, row: dict[str, int]) -> LayerCount:
+        module = self.model.get_submodule(path) if path else self.model
+        return LayerCount(name=path, kind=type(module).__name__, **row)
 
 
 def count(model: nn.Module, example_input: Any) -> Count:
@@ -294,15 +299,3 @@ def count(model: nn.Module, example_input: Any) -> Count:
         True
     """
     return Accountant(model, example_input).count()
-
-
-def full_costs(network: Network) -> dict[str, tuple[int, int]]:
-    """Return parameters and MACs of each operation with all its channels."""
-    return {
-        name: (op.num_parameters([_all(w) for w in op.input_widths], _all(op.width)), op.macs)
-        for name, op in network.ops.items()
-    }
-
-
-def _all(width: int) -> Mask:
-    return np.ones(width, dtype=bool)

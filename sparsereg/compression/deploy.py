@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from sparsereg.compression.compact import compact
-from sparsereg.compression.graph import tensors_in
+from sparsereg.compression.running import tensors_in
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError

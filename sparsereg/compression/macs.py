@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
@@ -65,14 +64,3 @@ def counting() -> Iterator[FlopCounterMode]:
             yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def recurrent_flops(layer: nn.RNNBase, x: Tensor) -> int:
-    """Floating-point operations of an RNN, LSTM or GRU: every step applies every matrix once.
-
-    Args:
-        layer: the layer.
-        x: its input, steps and examples in either order, features last.
-    """
-    steps = x.numel() // x.shape[-1]
-    return 2 * steps * sum(p.numel() for p in layer.parameters() if p.dim() == 2)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsereg.compression.compact import compact
-from sparsereg.compression.graph import Example
+from sparsereg.compression.running import Example
 from sparsereg.penalties import hard_concretes
 
 _BITS = 20

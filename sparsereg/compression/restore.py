@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.compact import compact
-from sparsereg.compression.graph import tensors_in
+from sparsereg.compression.running import tensors_in
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError

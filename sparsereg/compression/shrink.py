@@ -14,23 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from sparsereg.compression.graph import Network
-from sparsereg.compression.ops import (
-    Add,
-    Cat,
-    Gate,
-    Input,
-    Mask,
-    Mixing,
-    Mul,
-    Norm,
-    Op,
-    PerChannel,
-    Reshape,
-    Slopes,
-)
+from sparsereg.compression.units.flow import Flow
+from sparsereg.compression.units.program import name_of
+from sparsereg.compression.units.rules.moves import COPIES
+from sparsereg.compression.units.steps.mixing import Mixing
+from sparsereg.compression.units.steps.norms import Norm
+from sparsereg.compression.units.steps.pairs import Add, Mul
+from sparsereg.compression.units.steps.single import Gate, Single, Slopes, Take
+from sparsereg.compression.units.steps.table import Mask, Step
 from sparsereg.distributions import HardConcrete
 from sparsereg.model.basic_l0_blocks import L0Gate
 
@@ -64,174 +57,228 @@ def is_shut(gate: HardConcrete) -> Tensor:
     return gate.log_alpha.detach() < SHUT + 1
 
 
-def plan(network: Network) -> dict[str, Mask]:
-    """Find the channels of each tensor that stay while gates at ``SHUT`` are taken out.
-
-    Every tensor keeps at least one channel, also behind gates that are all shut. Open gates of channels
-    that serve nobody any more leave as well; ``shut_useless_`` shuts them.
+class Live:
+    """A network whose channels can leave while it trains.
 
     Args:
-        network: the traced network, at its original size.
+        flow: its operations on channels, at its original size.
+        model: the network.
+
+    Attributes:
+        gates: of each operation, the tensors of gates that shut its units, unit by unit.
+        fixed: operations that need what they read, and give what they make, with all units.
+        whole: units that never leave, since the network's code may say how many there are.
+    """
+
+    def __init__(self, flow: Flow, model: nn.Module) -> None:
+        self.flow = flow
+        self.model = model
+        self.steps = flow.steps
+        self.gates = {step.number: self._gates(step) for step in flow.steps}
+        self.fixed = {step.number for step in flow.steps if self._is_fixed(step)}
+        self.whole = np.zeros(flow.size, dtype=bool)
+        for node in flow.placed.program.calls:
+            if (
+                node in flow.follower.axes.of
+                and node not in flow.follower.maker
+                and not _for_any_number(node)
+            ):
+                for tensor in (node, *node.all_input_nodes):
+                    self.whole[flow.follower._all(tensor)] = True
+
+    def _gates(self, step: Step) -> list[HardConcrete]:
+        first = self.flow.placed.first
+        found = []
+        for places in step.closes:
+            number = int(np.searchsorted(first, places[0], side="right")) - 1
+            gate = self.flow.placed.gate(self.model, number)
+            size = first[number + 1] - first[number]
+            if size == step.size and (places == first[number] + np.arange(size)).all():
+                found.append(gate)
+        return found
+
+    def _is_fixed(self, step: Step) -> bool:
+        if len(self.gates[step.number]) < len(step.closes):
+            return True
+        if isinstance(step, Mixing):
+            plain = isinstance(self.layer(step), nn.Linear | nn.modules.conv._ConvNd)
+            several = bool(step.single or step.columns) or (step.shape.groups > 1 and not _depthwise(step))
+            return not plain or several
+        if isinstance(step, Norm):
+            known = isinstance(self.layer(step), nn.modules.batchnorm._BatchNorm)
+            return not known or not step.affine or not step.tracks
+        if isinstance(step, Slopes):
+            return not isinstance(self.layer(step), nn.PReLU)
+        if isinstance(step, Gate):
+            return not isinstance(self.holder(step), L0Gate)
+        return not isinstance(step, Single | Take | Add | Mul)
+
+    def layer(self, step: Step) -> nn.Module:
+        """The module that holds an operation's weight."""
+        return self.model.get_submodule(self.flow.placed.program.names[step.weights[0]].rpartition(".")[0])
+
+    def holder(self, step: Gate) -> nn.Module:
+        """The module that applies gates to a tensor."""
+        first = self.flow.placed.first
+        number = int(np.searchsorted(first, step.scales[0][0], side="right")) - 1
+        return self.model.get_submodule(self.flow.placed.gates[number].rpartition(".")[0])
+
+
+_SIZELESS = (
+    *COPIES,
+    *(
+        "cat",
+        "concat",
+        "flatten",
+        "unsqueeze",
+        "transpose",
+        "permute",
+        "movedim",
+        "mul",
+        "multiply",
+        "getitem",
+    ),
+)
+
+
+def _for_any_number(node: fx.Node) -> bool:
+    """Whether a move works for any number of channels: flattening, or a last size that is left open."""
+    name = name_of(node)
+    sizes = node.args[1] if len(node.args) > 1 else None
+    last = sizes[-1] if isinstance(sizes, list | tuple) and sizes else None
+    return name in _SIZELESS or (name in ("view", "reshape") and len(sizes or ()) == 2 and last == -1)  # type: ignore[arg-type]
+
+
+def _depthwise(step: Step) -> bool:
+    return isinstance(step, Mixing) and step.shape.groups > 1 and step.shape.ins == step.shape.outs == 1
+
+
+def plan(live: Live) -> Mask:
+    """Find the units that stay while gates at ``SHUT`` are taken out.
+
+    Every tensor keeps at least one unit, also behind gates that are all shut. Open gates of units that serve
+    nobody any more leave as well; ``shut_useless_`` shuts them.
+
+    Args:
+        live: the network, at its original size.
 
     Returns:
-        Channels that stay, by the name of the tensor.
+        Which units stay, (units,).
     """
-    ops = list(network.ops.values())
-    zero = _zeros(network)
-    stay = {name: need & ~zero[name] for name, need in _needed(network, zero).items()}
-    _tie(ops, stay)
-    for op in ops:
-        if not stay[op.name].any():
-            stay[op.name][_last_to_shut(op)] = True
-            _tie(ops, stay)
+    zero = _zeros(live)
+    stay = (_needed(live, zero) & ~zero) | live.whole
+    _tie(live, stay)
+    for step in live.steps:
+        if not stay[step.out].any():
+            stay[step.first + _last_to_shut(live, step)] = True
+            _tie(live, stay)
     return stay
 
 
 @torch.no_grad()
-def shut_useless_(network: Network, stay: dict[str, Mask]) -> None:
-    """Shut the gates of the channels that leave with those in front of them or behind them.
+def shut_useless_(live: Live, stay: Mask) -> None:
+    """Shut the gates of the units that leave with those in front of them or behind them.
 
     Args:
-        network: the traced network, whose gates are changed in place.
+        live: the network, whose gates are changed in place.
         stay: what ``plan`` returned.
     """
-    for op in network.ops.values():
-        for gate in op.gates if not _fixed(op) else ():
-            leaves = torch.from_numpy(~stay[op.name]).to(gate.log_alpha.device)
+    for step in live.steps:
+        for gate in live.gates[step.number] if step.number not in live.fixed else ():
+            leaves = torch.from_numpy(~stay[step.out]).to(gate.log_alpha.device)
             gate.log_alpha.masked_fill_(leaves.view_as(gate.log_alpha), SHUT)
 
 
-def removable_gates(network: Network) -> list[HardConcrete]:
-    """The gates of a network that can leave it: those on channels of layers that can be cut."""
-    return list({id(g): g for op in network.ops.values() if not _fixed(op) for g in op.gates}.values())
+def removable_gates(live: Live) -> list[HardConcrete]:
+    """The gates of a network that can leave it: those on units of layers that can be cut."""
+    able = (step for step in live.steps if step.number not in live.fixed)
+    return list({id(gate): gate for step in able for gate in live.gates[step.number]}.values())
 
 
-def _last_to_shut(op: Op) -> int:
-    """The channel that stays of a tensor that would have none."""
-    return int(op.gates[0].log_alpha.detach().argmax()) if op.gates else 0
+def _last_to_shut(live: Live, step: Step) -> int:
+    """The unit that stays of a tensor that would have none."""
+    gates = live.gates[step.number]
+    return int(gates[0].log_alpha.detach().argmax()) if gates else 0
 
 
-def _closed(op: Op) -> Mask:
-    """Channels behind a gate of this operation that is shut for good."""
-    closed = np.zeros(op.width, dtype=bool)
-    for gate in op.gates:
+def _zeros(live: Live) -> Mask:
+    """Units that are zero whatever the input, the weights and the biases are."""
+    zero = np.zeros(live.flow.size, dtype=bool)
+    for step in live.steps:
+        if step.number not in live.fixed:
+            zero[step.out] = _zero(step, [zero[units] for units in step.ins], _closed(live, step))
+    return zero
+
+
+def _closed(live: Live, step: Step) -> Mask:
+    """Units behind a gate of this operation that is shut for good."""
+    closed = np.zeros(step.size, dtype=bool)
+    for gate in live.gates[step.number]:
         closed |= is_shut(gate).flatten().cpu().numpy()
     return closed
 
 
-def _zeros(network: Network) -> dict[str, Mask]:
-    """Channels that are zero whatever the input, the weights and the biases are."""
-    zero: dict[str, Mask] = {}
-    for name, op in network.ops.items():
-        zero[name] = _zero(op, [zero[i] for i in op.inputs])
-    return zero
-
-
-def _zero(op: Op, inputs: Sequence[Mask]) -> Mask:
-    if _fixed(op):
-        return np.zeros(op.width, dtype=bool)
-    if isinstance(op, Mixing):
-        closed = _closed(op)
-        if op.bias is None:
-            closed |= inputs[0].reshape(op.groups, -1).all(axis=1).repeat(op.out_group)
+def _zero(step: Step, ins: Sequence[Mask], closed: Mask) -> Mask:
+    if isinstance(step, Mixing):
+        if step.bias is None:
+            closed |= ins[0].reshape(step.shape.groups, -1).all(axis=1).repeat(step.shape.outs)
         return closed
-    if isinstance(op, Norm):  # its bias is trained
-        return _closed(op)
-    if isinstance(op, Gate):
-        return inputs[0] | _closed(op)
-    if isinstance(op, PerChannel):
-        passes = isinstance(op, Slopes) or op.of_zero == 0
-        return inputs[0] if passes else np.zeros(op.width, dtype=bool)
-    if isinstance(op, Reshape):
-        return inputs[0].repeat(op.spread)
-    if isinstance(op, Cat):
-        return np.concatenate(inputs)
-    return inputs[0] & inputs[1] if isinstance(op, Add) else inputs[0] | inputs[1]
+    if isinstance(step, Norm):  # its bias is trained
+        return closed
+    if isinstance(step, Gate):
+        return ins[0] | closed
+    if isinstance(step, Single):
+        return ins[0] if step.of_zero == 0 else closed
+    if isinstance(step, Slopes | Take):
+        return ins[0]
+    return ins[0] & ins[1] if isinstance(step, Add) else ins[0] | ins[1]
 
 
-def _needed(network: Network, zero: dict[str, Mask]) -> dict[str, Mask]:
-    """Channels that something reads whose own output is read and not always zero."""
-    need = {name: np.zeros(op.width, dtype=bool) for name, op in network.ops.items()}
-    for name in reversed(network.ops):
-        op = network.ops[name]
-        stays = need[name] & ~zero[name]
-        if not stays.any() and not _fixed(op):
+def _needed(live: Live, zero: Mask) -> Mask:
+    """Units that something reads whose own output is read and not always zero."""
+    need = np.zeros(live.flow.size, dtype=bool)
+    for step in reversed(live.steps):
+        stays = need[step.out] & ~zero[step.out]
+        all_of_it = step.number in live.fixed or (isinstance(step, Mixing) and not _depthwise(step))
+        if not stays.any() and step.number not in live.fixed:
             continue
-        if _fixed(op):
-            parts = [np.ones(width, dtype=bool) for width in op.input_widths]
-        elif isinstance(op, Mixing) and not _depthwise(op):
-            parts = [np.ones(op.input_widths[0], dtype=bool)]
-        elif isinstance(op, Reshape):
-            parts = [np.asarray(stays.reshape(-1, op.spread).any(axis=1))]
-        elif isinstance(op, Cat):
-            parts = np.split(stays, np.cumsum(op.input_widths)[:-1])
-        else:
-            parts = [stays] * len(op.inputs)
-        for source, part in zip(op.inputs, parts, strict=True):
-            need[source] |= part
+        for units in step.ins:
+            need[units if all_of_it else units[stays]] = True
     return need
 
 
-def _fixed(op: Op) -> bool:
-    """Whether an operation needs its inputs, and gives its output, with all their channels."""
-    if isinstance(op, Mixing):
-        plain = op.layer is op.module and op.weight_gate is None
-        return not plain or (op.groups > 1 and not _depthwise(op))
-    if isinstance(op, Reshape):
-        return op.sized
-    if isinstance(op, Norm):
-        return not op.norm.affine or not op.tracks
-    return not isinstance(op, PerChannel | Gate | Cat | Add | Mul)
-
-
-def _depthwise(op: Op) -> bool:
-    return isinstance(op, Mixing) and op.groups > 1 and op.in_group == 1 and op.out_group == 1
-
-
-def _tie(ops: Sequence[Op], stay: dict[str, Mask]) -> None:
+def _tie(live: Live, stay: Mask) -> None:
     """Enlarge masks until every operation fits the tensors around it."""
-    of_gates: dict[int, list[str]] = {}
-    for op in ops:
-        for gate in op.gates:
-            of_gates.setdefault(id(gate), []).append(op.name)
-    shared = [names for names in of_gates.values() if len(names) > 1]
+    of_gates: dict[int, list[Step]] = {}
+    for step in live.steps:
+        for gate in live.gates[step.number]:
+            of_gates.setdefault(id(gate), []).append(step)
+    shared = [steps for steps in of_gates.values() if len(steps) > 1]
     before = -1
-    while before != (now := sum(int(mask.sum()) for mask in stay.values())):
+    while before != (now := int(stay.sum())):
         before = now
-        for op in ops:
-            _tie_one(op, stay)
-        for names in shared:
-            _unite(names, stay)
+        for step in live.steps:
+            _tie_one(live, step, stay)
+        for steps in shared:
+            united = np.logical_or.reduce([stay[step.out] for step in steps])
+            for step in steps:
+                stay[step.out] = united
 
 
-def _unite(names: Sequence[str], stay: dict[str, Mask]) -> None:
-    united = np.logical_or.reduce([stay[name] for name in names])
-    for name in names:
-        stay[name] = united.copy()
-
-
-def _tie_one(op: Op, stay: dict[str, Mask]) -> None:
-    if _fixed(op):
-        for name in op.inputs if isinstance(op, Input) else (op.name, *op.inputs):
-            stay[name] = np.ones_like(stay[name])
-        if isinstance(op, Input):
-            stay[op.name] = np.ones_like(stay[op.name])
-    elif isinstance(op, Mixing) and not _depthwise(op):
+def _tie_one(live: Live, step: Step, stay: Mask) -> None:
+    if step.number in live.fixed:
+        stay[step.out] = True
+        for units in step.ins:
+            stay[units] = True
+    elif isinstance(step, Mixing) and not _depthwise(step):
         pass
-    elif isinstance(op, Reshape):
-        (source,) = op.inputs
-        stay[source] = stay[source] | stay[op.name].reshape(-1, op.spread).any(axis=1)
-        stay[op.name] = stay[source].repeat(op.spread)
-    elif isinstance(op, Cat):
-        parts = np.split(stay[op.name], np.cumsum(op.input_widths)[:-1])
-        for source, part in zip(op.inputs, parts, strict=True):
-            stay[source] = stay[source] | part
-        stay[op.name] = np.concatenate([stay[source] for source in op.inputs])
-    elif isinstance(op, Gate):  # it can select
-        (source,) = op.inputs
-        stay[source] = stay[source] | stay[op.name]
+    elif isinstance(step, Gate):  # it can select
+        stay[step.ins[0][stay[step.out]]] = True
     else:
-        _unite((op.name, *op.inputs), stay)
+        mask = np.logical_or.reduce([stay[step.out], *(stay[units] for units in step.ins)])
+        for units in step.ins:
+            stay[units[mask]] = True
+        stay[step.out] = np.logical_or.reduce([stay[units] for units in step.ins])
 
 
 Index = tuple[Tensor | None, ...]
@@ -347,67 +394,67 @@ class Shrunk:
 
 
 @torch.no_grad()
-def shrink_(
-    network: Network, stay: dict[str, Mask], optimizers: Sequence[torch.optim.Optimizer] = ()
-) -> Shrunk:
-    """Cut the live network down to the channels that stay.
+def shrink_(live: Live, stay: Mask, optimizers: Sequence[torch.optim.Optimizer] = ()) -> Shrunk:
+    """Cut the live network down to the units that stay.
 
     Parameters and modules remain the same objects; their tensors are exchanged. The traced network
     describes the original size throughout and must not count or compact until it is expanded again.
 
     Args:
-        network: the traced network, whose model is changed in place.
+        live: the network, which is changed in place.
         stay: what ``plan`` returned.
         optimizers: cut their moments, too.
     """
     shrunk = Shrunk(optimizers)
-    for op in network.ops.values():
-        if _fixed(op):
+    for step in live.steps:
+        if step.number in live.fixed:
             continue
-        out = _positions(stay[op.name], op)
-        into = _positions(stay[op.inputs[0]], op)
-        if isinstance(op, Mixing):
-            _cut_mixing(shrunk, op, out, into)
-        elif isinstance(op, Norm) and out is not None:
+        out = _positions(stay[step.out], live, step)
+        into = _positions(stay[step.ins[0]], live, step)
+        if isinstance(step, Mixing):
+            _cut_mixing(shrunk, live.layer(step), step, out, into)
+        elif isinstance(step, Norm) and out is not None:
+            norm = live.layer(step)
             for name in ("weight", "bias"):
-                shrunk.cut_parameter(op.norm, name, (out,))
+                shrunk.cut_parameter(norm, name, (out,))
             for name in ("running_mean", "running_var"):
-                shrunk.cut_buffer(op.norm, name, (out,))
-            shrunk.set(op.norm, "num_features", len(out))
-        elif isinstance(op, Slopes) and out is not None:
-            assert op.module is not None
-            shrunk.cut_parameter(op.module, "weight", (out,))
-            shrunk.set(op.module, "num_parameters", len(out))
-        elif isinstance(op, Gate) and not np.array_equal(stay[op.name], stay[op.inputs[0]]):
-            chosen = stay[op.name][stay[op.inputs[0]]]
-            assert isinstance(op.module, L0Gate)
-            positions = torch.from_numpy(np.flatnonzero(chosen)).to(op.module.gates.log_alpha.device)
-            shrunk.set(op.module, "selection", positions)
+                shrunk.cut_buffer(norm, name, (out,))
+            shrunk.set(norm, "num_features", len(out))
+        elif isinstance(step, Slopes) and out is not None:
+            shrunk.cut_parameter(live.layer(step), "weight", (out,))
+            shrunk.set(live.layer(step), "num_parameters", len(out))
+        elif isinstance(step, Gate) and not np.array_equal(stay[step.out], stay[step.ins[0]]):
+            holder = live.holder(step)
+            assert isinstance(holder, L0Gate)
+            chosen = np.flatnonzero(stay[step.out][stay[step.ins[0]]])
+            shrunk.set(holder, "selection", torch.from_numpy(chosen).to(holder.gates.log_alpha.device))
         if out is not None:
-            for gate in op.gates:
+            for gate in live.gates[step.number]:
                 _cut_gate(shrunk, gate, out)
     return shrunk
 
 
-def _positions(mask: Mask, op: Op) -> Tensor | None:
-    """Positions of the channels that stay, on the device of the operation's weights; None for all."""
+def _positions(mask: Mask, live: Live, step: Step) -> Tensor | None:
+    """Positions of the units that stay, on the device of the operation's weights; None for all."""
     if mask.all():
         return None
-    holder: Any = op.gates[0] if op.gates else op.module
+    gates = live.gates[step.number]
+    holder: Any = gates[0] if gates else live.layer(step) if step.weights else None
     like = next(holder.parameters(), None) if holder is not None else None
     positions = torch.from_numpy(np.flatnonzero(mask))
     return positions if like is None else positions.to(like.device)
 
 
-def _cut_mixing(shrunk: Shrunk, op: Mixing, out: Tensor | None, into: Tensor | None) -> None:
-    layer: Any = op.layer
-    if _depthwise(op):
+def _cut_mixing(
+    shrunk: Shrunk, layer: nn.Module, step: Mixing, out: Tensor | None, into: Tensor | None
+) -> None:
+    if _depthwise(step):
         if out is None:
             return
         index: Index = (out,)
         shrunk.set(layer, "groups", len(out))
     else:
-        index = (into, out) if op.transposed else (out, into)
+        index = (into, out) if step.shape.transposed else (out, into)
     if any(positions is not None for positions in index):
         shrunk.cut_parameter(layer, "weight", index)
     if out is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.graph import evaluating, tensors_in
+from sparsereg.compression.running import evaluating, tensors_in
 
 FLOAT64_TOLERANCE = 1e-7
 """Largest difference in float64, as a share of the output's spread. Not tighter: a float32 location on

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from sparsereg.compression import graph as rules
 from sparsereg.compression.sizes import of_size
 from sparsereg.compression.units.rules import RULES
 from sparsereg.errors import InputError
@@ -41,6 +40,13 @@ _HOMES: tuple[tuple[str, Any], ...] = (("operator", operator), ("F", F), ("torch
 _FURTHER = """
     operator.getitem operator.add operator.sub operator.mul operator.truediv operator.floordiv operator.mod
     operator.neg operator.matmul operator.pow
+    torch.relu torch.avg_pool1d torch.adaptive_avg_pool1d torch.max_pool2d torch.abs torch.tanh torch.sigmoid
+    torch.clamp torch.dropout torch.mean torch.sum torch.amax torch.concat
+    F.relu F.leaky_relu F.max_pool1d F.max_pool2d F.max_pool3d F.avg_pool1d F.avg_pool2d F.avg_pool3d
+    F.adaptive_avg_pool1d F.adaptive_avg_pool2d F.adaptive_avg_pool3d F.adaptive_max_pool1d
+    F.adaptive_max_pool2d F.interpolate F.relu6 F.hardtanh F.gelu F.silu F.elu F.celu F.selu F.mish F.softplus
+    F.hardswish F.hardsigmoid F.logsigmoid F.tanh F.sigmoid F.dropout F.dropout1d F.dropout2d F.dropout3d
+    F.alpha_dropout
     torch.index_select torch.mul torch.add torch.sub torch.neg torch.div torch.cat torch.stack torch.flatten
     torch.reshape torch.matmul torch.bmm torch.transpose torch.permute torch.chunk torch.split torch.softmax
     torch.exp torch.log torch.sqrt torch.square torch.pow torch.squeeze torch.unsqueeze torch.roll
@@ -48,7 +54,7 @@ _FURTHER = """
     F.linear F.conv1d F.conv2d F.conv3d F.softmax F.log_softmax F.layer_norm F.group_norm F.normalize F.pad
     F.scaled_dot_product_attention F.batch_norm F.pixel_shuffle F.glu F.bilinear
 """.split()  # noqa: SIM905
-"""Functions that a file may name, besides those that compaction has rules for."""
+"""Functions that a file may name, besides the operations that a network is traced to."""
 METHODS = frozenset(
     """
     expand size view reshape permute transpose contiguous flatten mean sum amax squeeze unsqueeze chunk split
@@ -65,14 +71,6 @@ def _known_functions() -> dict[str, Callable[..., Any]]:
     for name in _FURTHER:
         home, _, attribute = name.partition(".")
         known[name] = getattr(homes[home], attribute)
-    for function in rules.FUNCTIONS:
-        if callable(function):
-            for home, module in _HOMES:
-                # Some go by another name than their own.
-                own = [getattr(function, "__name__", ""), *vars(module)]
-                found = next((n for n in own if getattr(module, n, None) is function), None)
-                if found is not None:
-                    known[f"{home}.{found}"] = function
     return {**known, **_aten_functions(), "sparsereg.of_size": of_size, "getattr": getattr}
 
 

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from sparsereg.compression.count import Accountant, _Channels, _Units
-from sparsereg.compression.expected import _Pass
-from sparsereg.compression.ops import Mixing
 from sparsereg.compression.times import Layer
 from sparsereg.compression.units.program import bound, name_of
+from sparsereg.compression.units.steps.chances import Pass
+from sparsereg.compression.units.steps.mixing import Mixing
 
 Pair = tuple[Tensor, Tensor]
 """Inputs and outputs of each layer, (layers,), float64."""
@@ -136,69 +137,53 @@ _LAYERS_OF: dict[str, Callable[[Any, fx.Node], Layer]] = {
 """Operations that are timed as layers."""
 
 
+def _transposed_node(program: Any, node: fx.Node) -> Layer:
+    """A transposed convolution takes the time of one over the positions that it reads."""
+    a = bound(node)
+    layer = _conv_node(program, node)
+    groups, weight = int(a["groups"]), program.values[a["weight"]].shape
+    positions = tuple(int(n) for n in program.values[a["input"]].shape[-len(layer.kernel) :])
+    ones = (1,) * len(layer.kernel)
+    return replace(layer, inputs=int(weight[0]), outputs=int(weight[1]) * groups, size=positions, stride=ones)
+
+
 class _OfChannels:
     """Layers of a network whose gates its author has put in."""
 
     def __init__(self, counted: _Channels) -> None:
-        self._network = counted.network
-        self._ops = [op for op in counted.network.ops.values() if isinstance(op, Mixing)]
-        self.layers = [_mixing(op) for op in self._ops]
+        self._flow, self._model = counted.flow, counted.model
+        self._steps = [step for step in self._flow.steps if isinstance(step, Mixing)]
+        program = self._flow.placed.program
+        kinds = [_LAYERS_OF.get(name_of(step.node), _transposed_node) for step in self._steps]
+        self.layers = [kind(program, step.node) for kind, step in zip(kinds, self._steps, strict=True)]
 
     def expected(self) -> Pair:
         """Expected widths."""
-        pass_ = _Pass(self._network)
-        pairs = [self._expected(pass_, op, layer) for op, layer in zip(self._ops, self.layers, strict=True)]
+        run = self._flow.passed(self._model)
+        pairs = [
+            self._expected(run, step, layer) for step, layer in zip(self._steps, self.layers, strict=True)
+        ]
         return torch.stack([i for i, _ in pairs]), torch.stack([o for _, o in pairs])
 
-    def _expected(self, pass_: _Pass, op: Mixing, layer: Layer) -> Pair:
-        if op.name not in pass_.stays:
-            nothing = pass_.none.new_zeros(())
+    def _expected(self, run: Pass, step: Mixing, layer: Layer) -> Pair:
+        if step.number not in run.stays:
+            nothing = run.none.new_zeros(())
             return nothing, nothing
-        outputs = pass_.stays[op.name].value.sum()
-        if op.groups > 1:
+        outputs = run.stays[step.number].value.sum()
+        if step.shape.groups > 1:
             return _ratio(layer, outputs), outputs
-        return pass_.stays[op.inputs[0]].value.sum(), outputs
+        return run.staying(step, 0).sum(), outputs
 
     def exact(self) -> Pair:
         """Widths that stay."""
-        analysis = self._network.analyse()
+        x = self._flow.analyse(self._model)
+        there = set(map(id, x.steps))
         pairs = []
-        for op, layer in zip(self._ops, self.layers, strict=True):
-            there = op.name in analysis.read and op.name not in analysis.constant
-            outputs = float(analysis.kept[op.name].sum()) if there else 0.0
-            mask = analysis.read[op.name][0] if there else None
+        for step, layer in zip(self._steps, self.layers, strict=True):
+            kept = x.kept[step.out]
+            mask = step.reads(kept, x)[0] if id(step) in there else None
+            outputs = float(kept.sum()) if mask is not None else 0.0
             read = 0.0 if mask is None else float(mask.sum())
-            pairs.append((_ratio(layer, outputs) if op.groups > 1 else read, outputs))
+            pairs.append((_ratio(layer, outputs) if step.shape.groups > 1 else read, outputs))
         both = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2)
         return both[:, 0], both[:, 1]
-
-
-def _mixing(op: Mixing) -> Layer:
-    positions = max(1, round(op.macs_per_weight / op.taps))
-    inputs = op.in_group * op.groups
-    if isinstance(op.layer, nn.Linear):
-        return Layer("linear", inputs, op.width, (positions,))
-    kernel = tuple(int(n) for n in op.weight.shape[2:])
-    stride, dilation = (tuple(int(n) for n in getattr(op.layer, k)) for k in ("stride", "dilation"))
-    size = _spread(positions, len(kernel))
-    return Layer(
-        "conv",
-        inputs,
-        op.width,
-        size,
-        kernel,
-        (1,) * len(kernel) if op.transposed else stride,
-        dilation,
-        op.groups,
-    )
-
-
-def _spread(positions: int, dims: int) -> tuple[int, ...]:
-    """Divide a number of positions into sides that are as equal as possible."""
-    sides = []
-    for left in range(dims, 0, -1):
-        near = round(positions ** (1 / left))
-        side = min((n for n in range(1, positions + 1) if positions % n == 0), key=lambda n: abs(n - near))
-        sides.append(side)
-        positions //= side
-    return tuple(sides)

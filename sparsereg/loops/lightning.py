@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from sparsereg.checks import check_count
-from sparsereg.compression.graph import evaluating, first_line
 from sparsereg.compression.insert import Choice
+from sparsereg.compression.running import evaluating, first_line
 from sparsereg.compression.units.gating import draw_anew
 from sparsereg.data.batches import call
 from sparsereg.distributions import TEMPERATURE

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sparsereg.compression.graph import evaluating, first_line, tensors_in
+from sparsereg.compression.running import evaluating, first_line, tensors_in
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.data.batches import LABELS, call, inputs_and_labels, moved, num_examples
 from sparsereg.data.form import arguments_of

@@ -7,8 +7,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from sparsereg.compression import Accountant
-from sparsereg.compression.ops import Mask
 from sparsereg.compression.shrink import (
+    Live,
     Shrunk,
     plan,
     removable_gates,
@@ -16,6 +16,7 @@ from sparsereg.compression.shrink import (
     shut_for_good_,
     shut_useless_,
 )
+from sparsereg.compression.units.steps.table import Mask
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +45,15 @@ class Compaction(Callback):
                 "every_n_epochs must be >= 1 and threshold in (0, 0.5), "
                 f"got {every_n_epochs!r} and {threshold!r}"
             )
-        self.network = accountant.network
-        if not removable_gates(self.network):
+        self.live = Live(accountant.flow, accountant.model)
+        self.gates = accountant.gates
+        if not removable_gates(self.live):
             raise ValueError(
                 "callbacks.compact_every_n_epochs: no gate of this network is on a channel that can leave it"
             )
         self.every_n_epochs = every_n_epochs
         self.threshold = threshold
-        self._stay: dict[str, Mask] | None = None
+        self._stay: Mask | None = None
         self._shrunk: Shrunk | None = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -66,11 +68,11 @@ class Compaction(Callback):
             return
         if self._stay is None:
             if trainer.current_epoch and trainer.current_epoch % self.every_n_epochs == 0:
-                shut_for_good_(removable_gates(self.network), self.threshold)
-            self._stay = plan(self.network)
-            shut_useless_(self.network, self._stay)
-        self._shrunk = shrink_(self.network, self._stay, trainer.optimizers)
-        left = sum(gate.num_removed for gate in self.network.gates)
+                shut_for_good_(removable_gates(self.live), self.threshold)
+            self._stay = plan(self.live)
+            shut_useless_(self.live, self._stay)
+        self._shrunk = shrink_(self.live, self._stay, trainer.optimizers)
+        left = sum(gate.num_removed for gate in self.gates)
         log.debug("epoch %d trains without %d gates that are shut for good", trainer.current_epoch, left)
         if batch_idx == 0:
             pl_module.log("gates_removed", float(left), on_step=False, on_epoch=True, batch_size=1)

@@ -7,102 +7,99 @@ import pytest
 import torch
 from torch import nn
 
-from sparsereg.compression import compact, expected, graph, load_compacted, ops, save_compacted, shrink
+from sparsereg.compression import compact, load_compacted, save_compacted
 from sparsereg.compression import vocabulary as words
-from sparsereg.compression.compact import _BUILD
+from sparsereg.compression.shrink import Live
+from sparsereg.compression.units.flow import flow_of
+from sparsereg.compression.units.rules import RULES
+from sparsereg.compression.units.steps import follow, pairs, table
+from sparsereg.compression.units.steps.single import Take
 from sparsereg.compression.verify import difference
-from sparsereg.layers import GatedLayer
 from sparsereg.model.basic_l0_blocks import L0Gate
 from tests.compression.networks import NETWORKS, make, set_gates
 
 
-def kinds(cls=ops.Op):
+def kinds(cls=table.Step):
     yield cls
     for kind in cls.__subclasses__():
         yield from kinds(kind)
 
 
-KINDS = tuple(kinds())
-KEEPS_ALL = {ops.Op, ops.Output}
+KINDS = set(kinds()) - {table.Step, table.Along, pairs.Pair}
+KEEPS_ALL = {table.Whole, table.Result}
 """What has no rule: constants end there, and everything in front of it is needed."""
-SOURCES = {ops.Input, ops.Attribute}
-"""What reads nothing."""
 LACKING = {
-    "constants": KEEPS_ALL | SOURCES,
-    "needs": KEEPS_ALL | SOURCES,
-    "rebuild": {ops.Input},  # made as a placeholder, before any other
-    "shrinking": KEEPS_ALL | SOURCES,
+    "constants": KEEPS_ALL | {table.Source},
+    "needs": KEEPS_ALL | {table.Source},
+    "chances": KEEPS_ALL | {table.Source},
+    "writing": KEEPS_ALL | {table.Source, Take},  # a choice of positions is written where they are read
+    "shrinking": KEEPS_ALL | {table.Source, pairs.Over},
 }
 
 
 def test_no_kind_is_unknown_to_this_test():
     names = " ".join(sorted(kind.__name__ for kind in KINDS))
-    assert names == "Add Attribute Cat Gate Input Mixing Mul Norm Op Output PerChannel Reshape Slopes"
-    assert len({kind.kind for kind in KINDS}) == len(KINDS)
+    assert names == "Add Gate Mixing Mul Norm Over Result Single Slopes Source Take Whole"
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kind", sorted(KINDS, key=lambda k: k.__name__), ids=lambda k: k.__name__)
 def test_every_kind_has_all_its_parts(kind):
     parts = {
-        "constants": kind.forward is not ops.Op.forward,
-        "needs": kind.needs is not ops.Op.needs,
-        "rebuild": kind in _BUILD,
+        "constants": kind.forward is not table.Step.forward,
+        "needs": kind.needs is not table.Step.needs,
+        "chances": kind.alive is not table.Step.alive,
+        "writing": kind.write is not table.Step.write,
         "shrinking": kind in shrinks(),
     }
     for part, there in parts.items():
         assert there != (kind in LACKING[part]), f"{kind.__name__}: {part}"
-    assert kind in expected._ALIVE
-    assert kind in expected._ASK
-    assert issubclass(kind, ops.Op)
-    for cost in ("num_parameters", "num_macs", "num_constants"):
-        assert callable(getattr(kind, cost))
 
 
 @cache
 def traced():
-    """All operations of all networks of the tests."""
-    return [
-        op for name in sorted(set(NETWORKS) - {"densenet"}) for op in graph.trace(*make(name)).ops.values()
-    ]
+    """All operations of all networks of the tests that a network's author has put gates into."""
+    found = []
+    for name in ("googlenet", "lenet5", "mlp", "layers", "functional", "residual", "grouped"):
+        network, x = make(name)
+        found.append(Live(flow_of(network, (x,), {}), network))
+    return found
 
 
 def shrinks():
     """Kinds of which some are cut down while training."""
-    return {type(op) for op in traced() if not shrink._fixed(op)}
+    return {type(step) for live in traced() for step in live.steps if step.number not in live.fixed}
 
 
 def test_the_networks_of_the_tests_have_every_kind():
-    found = {type(op) for op in traced()}
-    assert set(KINDS) - found <= {ops.Attribute, ops.Op}
+    found = {type(step) for live in traced() for step in live.steps}
+    assert KINDS - found <= {pairs.Over}
+    assert set(NETWORKS) >= {"googlenet", "functional", "residual", "grouped"}
 
 
-def test_every_module_with_a_rule_can_be_kept_in_a_file():
-    ours = (GatedLayer, L0Gate)
-    for cls in graph.MODULES:
-        if not issubclass(cls, ours):
-            assert cls.__name__ in words.CLASSES, cls
+def test_every_operation_that_is_followed_can_be_kept_in_a_file():
+    known = {name.split(".")[1] for name in words.FUNCTIONS if name.startswith("aten.")}
+    for name in follow.FOLLOW:
+        if hasattr(torch.ops.aten, name):
+            assert name in known, name
 
 
-def test_every_function_with_a_rule_can_be_kept_in_a_file():
-    known = set(words.FUNCTIONS.values())
-    for function in graph.FUNCTIONS:
-        if isinstance(function, str):
-            assert function in words.METHODS, function
-        else:
-            assert function in known, function
+def test_every_move_has_its_rule():
+    for name, kind in follow.FOLLOW.items():
+        assert kind is not follow.move or name in RULES, name
 
 
-def test_what_replaces_writing_in_place_has_the_rule_of_what_it_replaces():
-    for new in graph.IN_PLACE.values():
-        assert new in graph.FUNCTIONS, new
-
-
-def test_every_dropout_function_has_its_module():
-    for function, module in graph.DROPOUT_FUNCTIONS.items():
-        assert function in graph.FUNCTIONS
-        assert module in graph.DROPOUT
-
-
+CHANNELWISE = (
+    *(nn.ReLU, nn.LeakyReLU, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d),
+    *(nn.AvgPool3d, nn.LPPool1d, nn.LPPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
+    *(nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample),
+    *(nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReLU6),
+    *(nn.Hardtanh, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Softplus),
+    *(nn.Softsign, nn.Softshrink, nn.Hardshrink, nn.Hardswish, nn.Hardsigmoid, nn.LogSigmoid),
+    *(nn.Tanhshrink, nn.Threshold, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.Identity),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+"""Modules that treat channels apart."""
 BORDERED = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
@@ -117,7 +114,7 @@ def channelwise():
         **dict.fromkeys(("Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d"), (None, 2)),
         "Threshold": (0.1, 0.2),
     }
-    for cls in (*graph.HOMOGENEOUS, *graph.ELEMENTWISE, *graph.DROPOUT):
+    for cls in CHANNELWISE:
         name = cls.__name__
         rank = int(name[-2]) if name[-1] == "d" and name[-2].isdigit() else 2
         yield pytest.param(cls, arguments.get(name, ()), rank, id=name)

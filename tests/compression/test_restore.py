@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from sparsereg.compression import compact, count, gate, restore_class
-from sparsereg.compression.graph import tensors_in
+from sparsereg.compression.running import tensors_in
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes

@@ -10,6 +10,7 @@ from torch import nn
 from sparsereg.compression import Accountant
 from sparsereg.compression.shrink import (
     SHUT,
+    Live,
     is_shut,
     plan,
     removable_gates,
@@ -39,6 +40,10 @@ def shut_at_random_(net: nn.Module, seed: int) -> int:
     return shut_for_good_(gates, 0.02)
 
 
+def live_of(net: nn.Module, x: torch.Tensor) -> Live:
+    return Live(Accountant(net, x).flow, net)
+
+
 def loss_of(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return net(x).square().sum() + l_c0(net)
 
@@ -48,17 +53,17 @@ def loss_of(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def test_answers_gradients_and_steps_of_the_original(name, seed):
     net, x = make(name, seed)
     net, x = net.double().eval(), x.double()
-    accountant = Accountant(net, x)
+    live = live_of(net, x)
     shut_at_random_(net, seed)
-    stay = plan(accountant.network)
-    shut_useless_(accountant.network, stay)
-    assert all(mask.any() for mask in stay.values())
+    stay = plan(live)
+    shut_useless_(live, stay)
+    assert all(stay[step.out].any() for step in live.steps)
     twin = copy.deepcopy(net)
     optimizers = [torch.optim.SGD(n.parameters(), lr=1e-4, momentum=0.9) for n in (net, twin)]
     for _ in range(2):
         for n, optimizer in zip((net, twin), optimizers, strict=True):
             optimizer.zero_grad()
-            shrunk = shrink_(accountant.network, stay, [optimizer]) if n is net else None
+            shrunk = shrink_(live, stay, [optimizer]) if n is net else None
             loss_of(n, x).backward()
             optimizer.step()
             if shrunk is not None:
@@ -73,9 +78,9 @@ def test_answers_gradients_and_steps_of_the_original(name, seed):
 @pytest.mark.parametrize("name", ["googlenet", "lenet300", "resnet18"])
 def test_what_is_cut_off_comes_back_untouched(name):
     net, x = make(name, 0)
-    accountant = Accountant(net, x)
+    live = live_of(net, x)
     shut_at_random_(net, 0)
-    stay = plan(accountant.network)
+    stay = plan(live)
     optimizer = torch.optim.AdamW(net.parameters())
     net.train()
     loss_of(net, x).backward()
@@ -85,7 +90,7 @@ def test_what_is_cut_off_comes_back_untouched(name):
     moments = copy.deepcopy(optimizer.state_dict()["state"])
     full = sum(p.numel() for p in net.parameters())
     parameters = {id(p) for p in net.parameters()}
-    shrunk = shrink_(accountant.network, stay, [optimizer])
+    shrunk = shrink_(live, stay, [optimizer])
     assert sum(p.numel() for p in net.parameters()) < 0.75 * full
     assert {id(p) for p in net.parameters()} == parameters
     assert all(v["exp_avg"].shape == p.shape for p, v in optimizer.state.items())
@@ -100,11 +105,12 @@ def test_what_is_cut_off_comes_back_untouched(name):
 def test_penalties_count_gates_that_have_left():
     net, x = make("lenet300", 0)
     accountant = Accountant(net, x)
+    live = Live(accountant.flow, net)
     shut_at_random_(net, 0)
-    stay = plan(accountant.network)
-    shut_useless_(accountant.network, stay)
+    stay = plan(live)
+    shut_useless_(live, stay)
     penalty, expected = l_c0(net).item(), accountant.expected_parameters().item()
-    shrunk = shrink_(accountant.network, stay)
+    shrunk = shrink_(live, stay)
     assert sum(g.num_removed for g in hard_concretes(net).values()) > 200
     assert l_c0(net).item() == pytest.approx(penalty, abs=1e-6)
     assert accountant.expected_parameters().item() == pytest.approx(expected, rel=1e-4)
@@ -121,25 +127,26 @@ def test_one_gate_of_each_tensor_stays_open_to_change():
     shut_for_good_([gate], 0.02)
     assert (~is_shut(gate)).nonzero().flatten().tolist() == [7]
     assert gate.log_alpha[8] == SHUT
-    stay = plan(Accountant(net, x).network)
-    assert np.flatnonzero(stay["fc1"]).tolist() == [7]
+    live = live_of(net, x)
+    (fc1,) = [s for s in live.steps if live.flow.path(s) == "fc1"]
+    assert np.flatnonzero(plan(live)[fc1.out]).tolist() == [7]
 
 
 def test_gates_on_single_weights_cannot_leave():
     net = SparseMLP(3, (1, 4, 4), hidden_sizes=[5])
-    assert removable_gates(Accountant(net, torch.zeros(1, 1, 4, 4)).network) == []
+    assert removable_gates(live_of(net, torch.zeros(1, 1, 4, 4))) == []
 
 
 def test_the_memory_format_survives():
     # A convolution of one input channel and 1x1 kernels look alike in both formats.
     net = GoogleNet(in_channels=1, gate="all").to(memory_format=torch.channels_last)
     x = torch.randn(2, 1, 8, 8)
-    accountant = Accountant(net, x)
+    live = live_of(net, x)
     shut_at_random_(net, 0)
     seen = []
     net.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
-    for stay in (None, plan(accountant.network)):
-        shrunk = shrink_(accountant.network, stay) if stay else None
+    for stay in (None, plan(live)):
+        shrunk = shrink_(live, stay) if stay is not None else None
         net(x)
         if shrunk:
             shrunk.expand_()
@@ -150,4 +157,4 @@ def test_the_memory_format_survives():
 def test_layers_with_several_gates_say_that_nothing_of_them_leaves_in_training():
     net, x = make("densenet", 0)
     with pytest.raises(InputError, match=r"gates of several kinds, 'features.*compact_every_n_epochs=0"):
-        _ = Accountant(net, x).network
+        live_of(net, x)

@@ -106,8 +106,8 @@ def test_a_file_cannot_name_other_functions(tmp_path):
 def test_what_cannot_be_saved_is_named(tmp_path):
     class Sorts(nn.Module):
         def forward(self, x):
-            return torch.cumsum(x, 1)
+            return torch.special.bessel_j0(x)
 
-    with pytest.raises(InputError, match="cumsum"):
+    with pytest.raises(InputError, match="bessel_j0"):
         save_compacted(compact(Sorts(), torch.randn(2, 3)), tmp_path / "c.pt")
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import torch
 from sparsereg.compression import Accountant, compact, gate
 from sparsereg.compression.runtimes import RUNTIMES
 from sparsereg.compression.times import Clock, Grid, Layer, _points
-from sparsereg.compression.widths import Widths, _spread
+from sparsereg.compression.widths import Widths
 from sparsereg.distributions import HardConcrete
 from tests.compression.networks import make, set_gates
 
@@ -110,10 +110,3 @@ def test_widths_are_those_of_the_compacted_network(name):
 
 def grouped(module):
     return getattr(module, "groups", 1) > 1
-
-
-@pytest.mark.parametrize(
-    ("positions", "dims", "sides"), [(36, 2, (6, 6)), (28, 2, (4, 7)), (7, 1, (7,)), (27, 3, (3, 3, 3))]
-)
-def test_positions_are_spread_over_sides(positions, dims, sides):
-    assert sorted(_spread(positions, dims)) == sorted(sides)

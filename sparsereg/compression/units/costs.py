@@ -164,6 +164,16 @@ class Costs:
         return [self._term(node, macs * share, [])] if macs else []
 
 
+def macs_of(program: Program, node: fx.Node) -> float:
+    """Multiply-accumulates of an operation of the whole network, for one example."""
+    name = name_of(node)
+    if name not in _PRODUCTS:
+        return _counted(program, node) / program.batch
+    products = _PRODUCTS[name](program, node)
+    sizes = [f * math.prod(program.values[n].shape[axis] for n, axis in axes) for f, axes in products]
+    return float(sum(sizes) / program.batch)
+
+
 class _Arrays:
     """Terms as arrays."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,18 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression.sizes import ANY, of_size
 from sparsereg.compression.units.cut import Cut
-from sparsereg.compression.units.program import Call, Scaled, bound, module_of, op_name
+from sparsereg.compression.units.program import Call, Ready, Scaled, bound, module_of, op_name
 from sparsereg.compression.units.rules.recurrent import BLOCKS, KINDS, Pass, passes, starts_at_zero
 from sparsereg.compression.vocabulary import reserved
 
 _PLACES = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy")
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
-_DROPOUTS = {"dropout": nn.Dropout, "feature_dropout": nn.Dropout2d, "alpha_dropout": nn.AlphaDropout}
+_DROPOUTS: dict[str, Any] = {
+    "dropout": nn.Dropout,
+    "feature_dropout": nn.Dropout2d,
+    "alpha_dropout": nn.AlphaDropout,
+    "feature_alpha_dropout": nn.FeatureAlphaDropout,
+}
 """Operations that hand on their input in eval mode, and the modules that drop in training."""
 
 
@@ -83,9 +89,25 @@ class Emitter:
         return self.graph.call_function(torch.ops.aten.index_select.default, (made, axis, index))
 
     def _result(self) -> Any:
-        flat = [self._value(leaf) for leaf in self.program.output.args[0]]  # type: ignore[union-attr]
+        return self._unflattened([self._value(leaf) for leaf in self.program.output.args[0]])  # type: ignore[union-attr]
+
+    def _unflattened(self, flat: list[Any]) -> Any:
+        """The results put together as the network returns them."""
         result = torch.utils._pytree.tree_unflatten(flat, self.program.returns)
-        return _plain(result)
+        return self._plain(result)
+
+    def _plain(self, value: Any) -> Any:
+        """Lists, tuples and plain dictionaries in place of what a library makes of them."""
+        if isinstance(value, Mapping):
+            return {key: self._plain(v) for key, v in value.items() if v is not None}
+        if is_dataclass(value) and not isinstance(value, type):
+            parts = {key: self._plain(v) for key, v in vars(value).items()}
+            return self.graph.call_function(type(value), (), parts)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self._plain(v) for v in value))
+        if isinstance(value, list | tuple):
+            return type(value)(self._plain(v) for v in value)
+        return value
 
     def _without_dead_code(self) -> None:
         for node in reversed(list(self.graph.nodes)):
@@ -127,6 +149,8 @@ class Emitter:
         if isinstance(leaf, Scaled):
             whole = self.graph.call_function(operator.mul, (self.made[leaf.node], leaf.left))
             return self.graph.call_function(operator.floordiv, (whole, leaf.whole))
+        if isinstance(leaf, Ready):
+            return leaf.node
         if isinstance(leaf, fx.Node):
             return self._weight(leaf) if leaf in self.program.weights else self.made[leaf]
         if isinstance(leaf, Tensor):
@@ -253,6 +277,9 @@ class Emitter:
 
     def _dropout(self, node: fx.Node, cls: type[nn.Module]) -> fx.Node:
         p = float(bound(node)["p"])
+        if cls is nn.Dropout2d:  # PyTorch has one operation for all
+            rank = bound(node)["input"].meta["val"].dim()
+            cls = {3: nn.Dropout1d, 5: nn.Dropout3d}.get(rank, cls)
         path = self._path(module_of(node)) or "dropout"
         if path in self.layers or self._taken(path):
             path = self._free("dropout")
@@ -273,12 +300,13 @@ class Emitter:
         }
         if any(self.program.names.get(n) != f"{path}.{key}" for key, n in own.items()):
             return None
-        a = {k: self.program.arguments(node).get(k, v) if isinstance(v, fx.Node) else v for k, v in a.items()}
+        given = self.program.arguments(node)
+        a = {k: given.get(k, v) if isinstance(v, fx.Node | Ready) else v for k, v in a.items()}
         cls, settings = _LAYERS[name](a, self.cut.weights[weight], isinstance(bias, fx.Node))
         place = self._path(path)
         if cls is None or not self._make(place, cls, settings, {"weight": weight, **own}):
             return None
-        source = next(v for v in call.args if isinstance(v, fx.Node) and v is not weight)
+        source = next(v for v in call.args if isinstance(v, fx.Node | Ready) and v is not weight)
         return self.graph.call_module(place, (self._value(source),))
 
     def _make(
@@ -348,17 +376,6 @@ def _named(call: Call) -> dict[str, Any]:
     return found
 
 
-def _plain(value: Any) -> Any:
-    """Lists, tuples and plain dictionaries in place of what a library makes of them."""
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    if isinstance(value, tuple):
-        return tuple(_plain(v) for v in value)
-    return value
-
-
 Made = tuple["type[nn.Module] | None", dict[str, Any]]
 
 
@@ -415,6 +432,10 @@ def _group_norm(a: dict[str, Any], w: Tensor, bias: bool) -> Made:
     return (nn.GroupNorm if bias else None), settings
 
 
+def _slopes(a: dict[str, Any], w: Tensor, bias: bool) -> Made:
+    return nn.PReLU, {"num_parameters": w.numel()}
+
+
 def _embedding(a: dict[str, Any], w: Tensor, bias: bool) -> Made:
     padding = a["padding_idx"]
     settings = {"num_embeddings": w.shape[0], "embedding_dim": w.shape[1]}
@@ -428,6 +449,7 @@ _LAYERS: dict[str, Any] = {
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
     "embedding": _embedding,
+    "prelu": _slopes,
     **{f"conv{rank}d": _convolution(rank, False) for rank in (1, 2, 3)},
     **{f"conv_transpose{rank}d": _convolution(rank, True) for rank in (1, 2, 3)},
 }

@@ -5,6 +5,7 @@ Every tensor of the graph is computed once, so that its shape, and the numbers o
 
 from __future__ import annotations
 
+import logging
 import re
 import traceback
 import warnings
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.graph import evaluating
+from sparsereg.compression.running import evaluating
 from sparsereg.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 _TORCH = Path(torch.__file__).parent
 _MUTATING = {
@@ -157,6 +160,13 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """A node of the smaller network in the arguments of one of the whole network."""
+
+    node: Any
+
+
+@dataclass(frozen=True)
 class Call:
     """How an operation is called on what is left.
 
@@ -247,18 +257,30 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
         return program
 
 
+def trace_any_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """Export a network for inputs of any size, as far as it takes them, and run it once; see `_traced`."""
+    for maps in (None, False):
+        try:
+            return _traced(model, args, kwargs, maps)
+        except Exception as error:
+            if maps is False:
+                raise
+            logger.info("%s takes inputs of one size only: %s", type(model).__name__, error)
+    raise AssertionError("unreachable")
+
+
 _FIXED = {"softmax", "scaled_dot_product_attention", "roll"}
 """Operations of networks that cut maps into windows or tokens, whose sizes are not followed."""
 
 
-def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], maps: bool) -> Program:
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], maps: bool | None) -> Program:
     """Export a network and run it once.
 
     Args:
         model: left as it is.
         args: positional inputs of one example batch.
         kwargs: inputs by name.
-        maps: follow the sizes of maps, too.
+        maps: follow the sizes of maps, too; None: all sizes.
 
     Raises:
         InputError: the network fails on the example, or its path depends on the data; the line is named.
@@ -341,13 +363,14 @@ def _once(exported: torch.export.ExportedProgram, tensors: dict[fx.Node, Tensor]
 
 
 def _export(
-    model: nn.Module, args: Any, kwargs: Any, maps: bool = False
+    model: nn.Module, args: Any, kwargs: Any, maps: bool | None = False
 ) -> tuple[torch.export.ExportedProgram, Any, Any]:
     """Export a network for any batch size and length of sequences, or else for those of the example."""
     pair = torch.utils._pytree.tree_map(_two, (args, kwargs))  # a size of one cannot be told from no size
+    wide = torch.utils._pytree.tree_map(_two_places, pair) if maps is None else pair
     try:
         exported = torch.export.export(
-            model, pair[0], pair[1] or None, dynamic_shapes=_any_size(pair, maps), strict=False
+            model, wide[0], wide[1] or None, dynamic_shapes=_any_size(wide, maps), strict=False
         )
     except Exception:
         pair = (args, kwargs)
@@ -414,14 +437,22 @@ def _two(x: Any) -> Any:
     return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
 
 
-def _any_size(example: Any, maps: bool) -> torch.export.ShapesCollection:
+def _two_places(x: Any) -> Any:
+    """Maps of two places where they have one."""
+    for axis in range(2, x.dim() if isinstance(x, Tensor) and x.dim() > 3 else 0):
+        x = torch.cat([x, x], axis) if x.shape[axis] == 1 else x
+    return x
+
+
+def _any_size(example: Any, maps: bool | None) -> torch.export.ShapesCollection:
     """The sizes that may differ from call to call: of the batch, and the length of sequences."""
     sizes = torch.export.ShapesCollection()
     for x in torch.utils._pytree.tree_leaves(example):
         if isinstance(x, Tensor) and x.dim():
             tokens = x.dim() == 2 and not x.is_floating_point()
-            dims = (0, 1) if tokens or x.dim() == 3 else (0,)
+            dims: tuple[int, ...] = (0, 1) if tokens or x.dim() == 3 else (0,)
             dims = (0, *range(2, x.dim())) if maps and x.dim() > 3 else dims
+            dims = tuple(range(x.dim())) if maps is None else dims
             sizes[x] = dict.fromkeys(dims, torch.export.Dim.AUTO)
     return sizes
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from sparsereg.compression import Accountant, compact, count, gate, load_compacted, save_compacted
-from sparsereg.compression.graph import tensors_in
 from sparsereg.compression.macs import counting
+from sparsereg.compression.running import tensors_in
 from sparsereg.compression.units.structure import ATTRIBUTE
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError

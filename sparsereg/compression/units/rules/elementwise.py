@@ -15,13 +15,13 @@ from sparsereg.compression.units.rules.table import Dead, Labeller, rule
 ZERO_STAYS = """
     relu relu6 leaky_relu gelu silu tanh hardswish elu selu celu mish hardtanh abs neg sqrt sin asin atan sinh
     erf sign round floor ceil trunc expm1 log1p square softsign prelu rrelu hardshrink softshrink nan_to_num
-    tanhshrink real positive
+    tanhshrink real positive tan
 """.split()  # noqa: SIM905
 """Functions with f(0) = 0."""
 _ZERO_MOVES = """
     sigmoid exp rsqrt reciprocal cos log log2 softplus hardsigmoid clamp clamp_min clamp_max clip pow
     logsigmoid log_sigmoid exp2 erfinv acos logical_not bitwise_not isnan isinf cumsum cumprod
-    eq ne lt le gt ge logical_and logical_or fill masked_fill
+    cosh log10 threshold eq ne lt le gt ge logical_and logical_or fill masked_fill
 """.split()  # noqa: SIM905
 """Functions whose value at 0 may be another constant."""
 _SUMS = ("add", "sub", "rsub", "maximum", "minimum", "__and__", "__or__", "bitwise_and", "bitwise_or")

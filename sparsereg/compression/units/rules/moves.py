@@ -20,9 +20,9 @@ _ON_FLOATS = """
     replication_pad3d
 """.split()  # noqa: SIM905
 """Operations that know floating-point numbers only; labels are small enough to be exact in them."""
-_COPIES = """
+COPIES = """
     to _to_copy alias detach clone contiguous lift_fresh lift_fresh_copy type_as dropout feature_dropout
-    alpha_dropout float double half
+    alpha_dropout feature_alpha_dropout float double half
 """.split()  # noqa: SIM905
 _MOVES = """
     transpose permute movedim moveaxis swapaxes swapdims t numpy_T mT unsqueeze squeeze roll flip cat concat
@@ -34,7 +34,7 @@ _VIEWS = """
 """.split()  # noqa: SIM905
 
 
-@rule(*_COPIES)
+@rule(*COPIES)
 def copies(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """The same elements at the same places."""
     return x.labels(node.args[0])
@@ -287,5 +287,5 @@ def shapes_only(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
     """Nothing of the values is read."""
 
 
-MOVING.update(_COPIES, _MOVES, _VIEWS, ("split", "chunk", "split_with_sizes", "unsafe_split", "tensor_split"))
+MOVING.update(COPIES, _MOVES, _VIEWS, ("split", "chunk", "split_with_sizes", "unsafe_split", "tensor_split"))
 MOVING.update(("slice", "select", "index", "index_select", "gather"))

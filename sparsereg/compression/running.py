@@ -1,0 +1,46 @@
+"""Running a network for what it tells, without disturbing it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+Example = Tensor | tuple[Tensor, ...]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode is put back afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else ""
+    return line if " " in line else f"{type(error).__name__} {line}".strip()
+
+
+def tensors_in(result: Any) -> tuple[Tensor, ...]:
+    """All tensors in what a network or an operation returns: lists, tuples, dictionaries, dataclasses."""
+    found: list[Tensor] = []
+
+    def collect(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found.extend(tensors_in(dict(vars(leaf))))
+        return leaf
+
+    fx.node.map_aggregate(result, collect)
+    return tuple(found)
