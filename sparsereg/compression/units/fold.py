@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -286,6 +287,18 @@ class Folder(Emitter):
 
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), swap)
         return self._called(node, Call(node.target, args, kwargs))
+
+    def pool(self, node: fx.Node, source: Any) -> Any:
+        """Write the pooling of a module as that module, which `shift_pools` looks for; None if it is none."""
+        path = module_of(node)
+        if name_of(node) != "max_pool2d" or not path or self._taken(self._path(path)):
+            return None
+        layer = dict(self.model.named_modules(remove_duplicate=False)).get(path)
+        if type(layer) is not nn.MaxPool2d:
+            return None
+        place = self._path(path)
+        self._put(place, copy.deepcopy(layer), nn.MaxPool2d, {})
+        return self.graph.call_module(place, (source,))
 
     def two(self, node: fx.Node, sides: list[Any]) -> Any:
         """Write an operation on two tensors."""

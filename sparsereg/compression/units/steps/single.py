@@ -114,7 +114,8 @@ class Single(Along):
     def write(self, fold: Folder) -> Any:
         """The same function."""
         source, _ = fold.read(self, 0, fold.channels.kept[self.out], exact=not self.homogeneous)
-        return fold.again(self.node, {self.sources[0]: source})
+        pool = fold.pool(self.node, source)
+        return fold.again(self.node, {self.sources[0]: source}) if pool is None else pool
 
 
 class Slopes(Along):
