@@ -36,9 +36,9 @@ from sparsereg.choices import store_tables
 from sparsereg.errors import SAID, FellShort, InputError, OutputError, interpolation_error, nearest
 from sparsereg.extras import advice, plugin_advice
 from sparsereg.files import new_folder, no_room, write_text
+from sparsereg.own_code import is_own
 from sparsereg.reference import declared_by, help_of
 from sparsereg.settings import Settings, all_keys, flat, read, shown
-from sparsereg.targets import is_own
 
 _HERE = Path(__file__).resolve().parent
 CONFIGS = next((path for path in (_HERE / "configs", _HERE.parent / "configs") if path.is_dir()), _HERE)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import sparsereg
-from sparsereg import interruption, targets
+from sparsereg import interruption, own_code
 from sparsereg.errors import SAID, FellShort, InputError, interpolation_error
 from sparsereg.files import write_json, write_table
 from sparsereg.sweep_plot import draw
@@ -152,7 +152,7 @@ def digest(name: str, cfg: DictConfig) -> str:
     assert isinstance(plain, dict)
     for key in ("rerun", "objective"):
         plain.pop(key, None)
-    code = [file for path in targets.source_files(plain) for file in _files(path)]
+    code = [file for path in own_code.source_files(plain) for file in _files(path)]
     text = json.dumps([name, sparsereg.__version__, plain, _files(plain), code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from sparsereg.data import kinds
 from sparsereg.errors import InputError
+from sparsereg.own_code import is_own
 from sparsereg.settings import (
     NOT_NEGATIVE,
     POSITIVE,
@@ -23,7 +24,6 @@ from sparsereg.settings import (
     setting,
     within,
 )
-from sparsereg.targets import is_own
 
 KINDS = tuple(module.name for module in pkgutil.iter_modules(kinds.__path__))
 """Their names."""

@@ -9,7 +9,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from sparsereg import targets
+from sparsereg import own_code
 from sparsereg.data.batches import inputs_and_labels, moved, num_examples
 from sparsereg.data.form import Form, Inputs
 from sparsereg.data.kinds.own import OwnData
@@ -298,7 +298,7 @@ def build(settings: OwnData, seed: int, channels_last: bool) -> RunData:
         seed: offered as an argument.
         channels_last: the same.
     """
-    made = targets.call(settings.spec, "data", seed=seed, channels_last=channels_last)
+    made = own_code.call(settings.spec, "data", seed=seed, channels_last=channels_last)
     said = f"data._target_={settings._target_}"
     ours = ImageDataModule | TextDataModule | LabelledTextModule
     return made if isinstance(made, ours) else OwnDataModule(made, said)

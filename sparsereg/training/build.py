@@ -21,7 +21,7 @@ from torch import nn
 
 import sparsereg
 from sparsereg import data as data_sources
-from sparsereg import targets
+from sparsereg import own_code
 from sparsereg.compression import Accountant, storage
 from sparsereg.data import ImageDataModule
 from sparsereg.data.batches import only
@@ -122,7 +122,7 @@ def inherit(given: Training, settings: dict[str, Any], named: Set[str], source: 
     for path in named:
         if path.partition(".")[0] in settings and "." in path:
             merged = with_value(merged, path, value_at(own, path))
-    targets.check_repeated(_strange(merged, own), {}, source)
+    own_code.check_repeated(_strange(merged, own), {}, source)
     try:
         return read(Training, merged)
     except InputError as error:
@@ -131,13 +131,13 @@ def inherit(given: Training, settings: dict[str, Any], named: Set[str], source: 
 
 def _strange(merged: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return the names of code, by dotted key, that are not those which the user gave."""
-    given = targets.code_in(own)
-    return {key: code for key, code in targets.code_in(merged).items() if given.get(key) != code}
+    given = own_code.code_in(own)
+    return {key: code for key, code in own_code.code_in(merged).items() if given.get(key) != code}
 
 
 def _same_choice(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
     """Whether two groups are the same choice of ``model`` or ``data``."""
-    return all(mine.get(k) == theirs.get(k) for k in ("source", "name", targets.TARGET))
+    return all(mine.get(k) == theirs.get(k) for k in ("source", "name", own_code.TARGET))
 
 
 def resumed_settings(given: Training, config: dict[str, Any], named: Set[str]) -> dict[str, Any]:
@@ -503,12 +503,12 @@ def _teacher_of_own_code(cfg: Training, checkpoint: Checkpoint) -> Network | Non
         InputError: its class is another one, which nobody but a file has named.
     """
     stored = checkpoint.config["model"]
-    if checkpoint.structure is not None or not targets.is_own(stored):
+    if checkpoint.structure is not None or not own_code.is_own(stored):
         return None
-    if targets.code_in(stored) != targets.code_in(plain(cfg.model)):
+    if own_code.code_in(stored) != own_code.code_in(plain(cfg.model)):
         raise InputError(
-            f"{checkpoint.named} is a network of your own code, model._target_={stored[targets.TARGET]}, and "
-            "not of the class that is trained: give the compacted.pt that test.py compact=true makes of it"
+            f"{checkpoint.named} is a network of your own code, model._target_={stored[own_code.TARGET]}, "
+            "and not of the class that is trained: give the compacted.pt that test.py compact=true makes"
         )
     return read(Network, stored, "model")
 
@@ -759,11 +759,11 @@ def own(settings: Callbacks) -> list[pl.Callback]:
     Raises:
         InputError: one of them is none.
     """
-    made = {name: targets.call(spec, f"callbacks.{name}") for name, spec in settings.others.items()}
+    made = {name: own_code.call(spec, f"callbacks.{name}") for name, spec in settings.others.items()}
     for name, callback in made.items():
         if not isinstance(callback, pl.Callback):
             raise InputError(
-                f"callbacks.{name}._target_={settings.others[name][targets.TARGET]}: expected a Lightning "
+                f"callbacks.{name}._target_={settings.others[name][own_code.TARGET]}: expected a Lightning "
                 f"Callback, it makes a {type(callback).__name__}"
             )
     return list(made.values())
@@ -827,7 +827,7 @@ def rebuild(given: Evaluation, named: Set[str]) -> tuple[Training, Checkpoint]:
     left_out = ("trainer", "logger", *NEVER_INHERITED)
     settings = {k: v for k, v in checkpoint.config.items() if k not in left_out}
     settings["callbacks"] = own_callbacks(checkpoint.config)
-    if targets.code_in(settings.get("optimizer")):
+    if own_code.code_in(settings.get("optimizer")):
         del settings["optimizer"]  # nothing is trained here
     return inherit(read(Training, shared), settings, named, checkpoint.named), checkpoint
 

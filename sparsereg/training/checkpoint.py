@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsereg import targets
+from sparsereg import own_code
 from sparsereg.archives import load_torch, not_finite
 from sparsereg.compression import storage
 from sparsereg.data.config import CONFIGS as SOURCES
@@ -131,7 +131,7 @@ class Part:
 
 _MAPPING = Part(_is_mapping, "settings by name")
 _TEXT = Part(lambda v: isinstance(v, str), "a name")
-_NAME = Part(_TEXT.fits, "a name", unless=targets.TARGET)
+_NAME = Part(_TEXT.fits, "a name", unless=own_code.TARGET)
 _SWITCH = Part(lambda v: isinstance(v, bool), "true or false")
 _WEIGHTS = Part(_are_weights, "tensors by name, without NaN")
 _COUNT = Part(_is_count, "an integer >= 0")
@@ -371,9 +371,9 @@ def group_choices(arguments: list[str]) -> list[str]:
         f"{key}.{name}": value
         for key in chosen
         if key not in given
-        for name, value in targets.code_in(config[key]).items()
+        for name, value in own_code.code_in(config[key]).items()
     }
-    targets.check_repeated(stored, dict.fromkeys(given), checkpoint.named)
+    own_code.check_repeated(stored, dict.fromkeys(given), checkpoint.named)
     for key, known in (("model", NETWORKS), ("data", SOURCES), ("task", TASKS)):
         if key in chosen and chosen[key] not in known:
             raise InputError(

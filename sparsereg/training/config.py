@@ -13,6 +13,7 @@ from sparsereg.data.kind import Data
 from sparsereg.data.kinds.cifar10 import Cifar10Data
 from sparsereg.errors import InputError, nearest
 from sparsereg.goal import Target
+from sparsereg.own_code import Own, is_own
 from sparsereg.settings import (
     NOT_NEGATIVE,
     POSITIVE,
@@ -32,7 +33,6 @@ from sparsereg.settings import (
     shown,
     within,
 )
-from sparsereg.targets import Own, is_own
 from sparsereg.temperature import Temperature
 from sparsereg.training.pick import Pick
 from sparsereg.training.schedules import SCHEDULES

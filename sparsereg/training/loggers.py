@@ -6,7 +6,7 @@ from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger, Logger
 
-from sparsereg import targets
+from sparsereg import own_code
 from sparsereg.errors import InputError
 from sparsereg.extras import need
 from sparsereg.training import config
@@ -73,10 +73,10 @@ def build_loggers(settings: config.Logger, folder: Path | None) -> list[Logger]:
 
 def _own(others: Mapping[str, Any], folder: Path) -> list[Logger]:
     """Make the user's loggers; one alone stands in the group itself."""
-    specs = {"logger": others} if targets.is_own(others) else {f"logger.{k}": v for k, v in others.items()}
+    specs = {"logger": others} if own_code.is_own(others) else {f"logger.{k}": v for k, v in others.items()}
     built = []
     for key, spec in specs.items():
-        logger = targets.call(spec, key, save_dir=str(folder))
+        logger = own_code.call(spec, key, save_dir=str(folder))
         if not isinstance(logger, Logger):
             raise InputError(
                 f"{key}._target_={spec['_target_']}: expected a Lightning Logger, it makes a "

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsereg import targets
+from sparsereg import own_code
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 from sparsereg.training.config import Optimizer, OwnOptimizer
@@ -81,7 +81,7 @@ def build_optimizer(net: nn.Module, settings: Optimizer) -> torch.optim.Optimize
 
 def _own(groups: list[dict[str, Any]], settings: OwnOptimizer) -> torch.optim.Optimizer:
     """Make the optimizer that the user named."""
-    made = targets.call(settings.spec, "optimizer", (groups,), lr=settings.lr)
+    made = own_code.call(settings.spec, "optimizer", (groups,), lr=settings.lr)
     if not isinstance(made, torch.optim.Optimizer):
         raise InputError(
             f"optimizer._target_={settings._target_}: expected a torch.optim.Optimizer, it makes a "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from sparsereg import targets
+from sparsereg import own_code
 from sparsereg.errors import InputError
 from sparsereg.training.config import Optimizer
 
@@ -32,10 +32,10 @@ def own_learning_rate(
     Raises:
         InputError: it makes neither a function nor a scheduler whose rates depend on the place alone.
     """
-    said = f"{KEY}.{targets.TARGET}={spec[targets.TARGET]}"
+    said = f"{KEY}.{own_code.TARGET}={spec[own_code.TARGET]}"
     model = torch.optim.SGD([torch.zeros(1)], lr=settings.lr, momentum=0.9)
     epochs, steps = settings.schedule_epochs, max(round(steps_per_epoch), 1)
-    made = targets.call(spec, KEY, optimizer=model, epochs=epochs, steps_per_epoch=steps)
+    made = own_code.call(spec, KEY, optimizer=model, epochs=epochs, steps_per_epoch=steps)
     if isinstance(made, LRScheduler):
         replayed = _Replayed(made, model, said)
         counts = steps_per_epoch if settings.schedule_interval == "step" else 1.0
@@ -52,7 +52,7 @@ def _factor(function: Callable[[float], Any], epoch: float, said: str) -> float:
     try:
         value = float(function(epoch))
     except Exception as error:
-        where = f"{said} at epoch {epoch:g}: {type(error).__name__}: {error}{targets.place(error)}"
+        where = f"{said} at epoch {epoch:g}: {type(error).__name__}: {error}{own_code.place(error)}"
         raise InputError(where) from error
     return _checked(value, f"{said} at epoch {epoch:g}")
 

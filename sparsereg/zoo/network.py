@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsereg.errors import InputError
+from sparsereg.own_code import is_own
 from sparsereg.settings import POSITIVE, Contradiction, Settings, count, one_of, setting, within
-from sparsereg.targets import is_own
 from sparsereg.zoo import kinds
 
 KINDS = tuple(module.name for module in pkgutil.iter_modules(kinds.__path__))

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 import torch
 
-from sparsereg import targets
+from sparsereg import own_code
 from sparsereg.errors import InputError
 
 from .conftest import ROOT
@@ -228,14 +228,14 @@ def test_nothing_of_a_checkpoint_is_looked_up(run, own, monkeypatch):
 
 
 def test_calls():
-    made = targets.call({"_target_": "datetime.date", "_args_": [2026, 1], "day": 3}, "key")
+    made = own_code.call({"_target_": "datetime.date", "_args_": [2026, 1], "day": 3}, "key")
     assert made.isoformat() == "2026-01-03"
-    half = targets.call({"_target_": "datetime.date", "_partial_": True, "year": 2026}, "key")
+    half = own_code.call({"_target_": "datetime.date", "_partial_": True, "year": 2026}, "key")
     assert half(month=1, day=3) == made
     code = targets.code_in({"a": {"_target_": "x.Y", "b": [{"_target_": "z.W"}], "c": 1}})
     assert code == {"a._target_": "x.Y", "a.b": [{"_target_": "z.W"}]}
     with pytest.raises(InputError, match="add a.b="):
-        targets.check_repeated(code, {"a._target_": "x.Y"}, "F")
+        own_code.check_repeated(code, {"a._target_": "x.Y"}, "F")
 
 
 def test_sweep_knows_when_own_code_has_changed(run, own):

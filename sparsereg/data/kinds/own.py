@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsereg.data.kind import Data
+from sparsereg.own_code import Own
 from sparsereg.settings import again, setting
-from sparsereg.targets import Own
 
 if TYPE_CHECKING:
     from sparsereg.data.own import RunData

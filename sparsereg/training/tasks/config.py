@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sparsereg.own_code import Own, is_own
 from sparsereg.settings import POSITIVE, Rule, Settings, one_of, setting
-from sparsereg.targets import Own, is_own
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torchmetrics import Metric
 
-from sparsereg import targets
+from sparsereg import own_code
 from sparsereg.data.form import Form
 from sparsereg.errors import InputError
 from sparsereg.settings import keys
@@ -41,7 +41,7 @@ def build(settings: TaskSettings, form: Form) -> Task:
 
 
 def _own(settings: OwnTask, form: Form) -> Task:
-    made = targets.call(settings.spec, "task", num_classes=form.num_classes, form=form)
+    made = own_code.call(settings.spec, "task", num_classes=form.num_classes, form=form)
     said = settings.said
     if not isinstance(made, Task):
         raise InputError(

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sparsereg import targets
+from sparsereg import own_code
 from sparsereg.errors import InputError
+from sparsereg.own_code import Own
 from sparsereg.settings import setting
-from sparsereg.targets import Own
 from sparsereg.zoo.network import Network
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def build(form: "Form", gated: bool, gates: dict[str, Any], *, settings: OwnNetw
 
     said = f"model._target_={settings._target_}"
     offered = {**_offered(form), "gated": gated, **gates}
-    net = targets.call(settings.spec, "model", **offered)
+    net = own_code.call(settings.spec, "model", **offered)
     if not isinstance(net, nn.Module):
         raise InputError(f"{said}: expected a torch.nn.Module, it makes a {type(net).__name__}")
     check_answer(net, form, said)
