@@ -3,7 +3,11 @@
 import math
 from dataclasses import dataclass
 
+from sparsereg.checks import check_positive
 from sparsereg.settings import NOT_NEGATIVE, Settings, count, setting, within
+
+MILLISECONDS = "milliseconds"
+"""The cost of a target that is about time."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,15 @@ def falling(kept: float, progress: float) -> float:
 def goal(
     target_sparsity: float | None, target_macs: float | None, target_latency_ms: float | None = None
 ) -> tuple[str, float]:
-    """Return which cost a target is about, one of ``budget.COSTS``, and the share of it that may stay.
+    """Return which cost a target is about, and how much of it may stay.
 
     Args:
         target_sparsity: share of the parameters to remove, in (0, 1).
         target_macs: share of the multiply-accumulate operations to keep, in (0, 1).
-        target_latency_ms: milliseconds that one call may take.
+        target_latency_ms: milliseconds that one call may take, > 0.
+
+    Returns:
+        One of ``budget.COSTS`` and a share of it, or ``MILLISECONDS`` and their number.
 
     Raises:
         ValueError: none of them is given, or several, or one that is outside its range.
@@ -61,7 +68,7 @@ def goal(
         said = " and ".join(named) or "none"
         raise ValueError(f"give one of target_sparsity, target_macs and target_latency_ms, got {said}")
     if target_latency_ms is not None:
-        raise ValueError("target_latency_ms cannot be trained for yet: give target_macs or target_sparsity")
+        return MILLISECONDS, check_positive("target_latency_ms", target_latency_ms)
     value = given[named[0]]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise ValueError(f"{named[0]} must be a share in (0, 1), got {value!r}")

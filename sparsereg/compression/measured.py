@@ -391,6 +391,8 @@ def latency_budget(
     accountant: Accountant,
     example_input: Any,
     milliseconds: float,
+    proportional_gain: float = 10.0,
+    integral_gain: float = 0.01,
     *,
     runtime: str | None = None,
     threads: int = 1,
@@ -402,6 +404,8 @@ def latency_budget(
         accountant: of the network with gates.
         example_input: one example as it takes it, on the CPU.
         milliseconds: that one call of the compacted network may take.
+        proportional_gain: of the multiplier.
+        integral_gain: of the multiplier.
         runtime: where; onnxruntime, or eager PyTorch where that is not installed, if None.
         threads: how many may compute.
         batch: examples in a call.
@@ -412,4 +416,4 @@ def latency_budget(
     cost = Milliseconds(
         accountant, example_input, default_runtime() if runtime is None else runtime, threads, batch
     )
-    return MeasuredBudget(accountant, cost, milliseconds, example_input)
+    return MeasuredBudget(accountant, cost, milliseconds, example_input, proportional_gain, integral_gain)

@@ -1,5 +1,6 @@
 """Whether two networks give the same answers: what every compaction and every exported file is checked by."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.running import evaluating, tensors_in
+
+log = logging.getLogger(__name__)
 
 FLOAT64_TOLERANCE = 1e-7
 """Largest difference in float64, as a share of the output's spread. Not tighter: a float32 location on
@@ -34,9 +37,9 @@ def verify(
         RuntimeError: the answers differ.
     """
     own = (args, dict(kwargs))
-    batches = [own, _noise_like(own)]
     tolerance = TOLERANCE.get(_precision(model), 1e-3)
     with evaluating(model):
+        batches = [own, *_noise_for(model, own)]
         for given, named in batches:
             _compare(model(*given, **named), smaller(*given, **named), type(model).__name__, tolerance)
             leaves = [x for x in torch.utils._pytree.tree_leaves((given, named)) if isinstance(x, Tensor)]
@@ -90,15 +93,31 @@ def _supports_float64(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda")
 
 
-def _noise_like(inputs: Any) -> Any:
-    """Normal noise with the mean and spread of each input; whole numbers are turned round."""
+def _noise_for(model: nn.Module, inputs: Any) -> Iterator[Any]:
+    """Noise that a network takes; whole numbers as they are where it refuses them turned round."""
+    if all(x.is_floating_point() for x in tensors_in(inputs)):
+        yield _noise_like(inputs)
+        return
+    for turned in (True, False):
+        made = _noise_like(inputs, turned)
+        try:
+            model(*made[0], **made[1])
+        except Exception as error:  # all kinds, of the user's code, which took the example itself
+            log.debug("%s takes no noise in place of the example: %s", type(model).__name__, error)
+        else:
+            yield made
+            return
+
+
+def _noise_like(inputs: Any, turned: bool = True) -> Any:
+    """Normal noise with the mean and spread of each input; whole numbers are turned round, or stay."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         if not x.is_floating_point():
-            return x.flip(0)
+            return x.flip(0) if turned and x.dim() else x
         made = torch.randn(x.shape, generator=generator)
         spread = x.std(correction=0) if x.numel() > 1 else torch.ones(())
         return made.to(x) * torch.where(spread > 0, spread, 1.0).to(x) + x.mean()

@@ -38,8 +38,12 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
     Args:
         trainer: with its model, arguments and training data; given this callback.
         target_sparsity: share of the parameters to remove, in (0, 1); or
-        target_macs: share of the multiply-accumulate operations to keep, in (0, 1).
-        target_latency_ms: not to be trained for yet.
+        target_macs: share of the multiply-accumulate operations to keep, in (0, 1); or
+        target_latency_ms: milliseconds that one call of the compacted network may take, > 0, measured.
+        runtime: where that is measured: eager, compiled, onnxruntime or openvino; onnxruntime, or eager where
+            that is not installed, if None.
+        threads: that may compute in such a call.
+        batch: examples in such a call.
         example: one batch as the model takes it, without labels; the first of the training data if None.
         families: kinds of gates, see ``sparsereg.gate``; all that serve if None.
         layers: which layers get gates, see ``sparsereg.gate``; all if None.
@@ -73,6 +77,9 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
         target_macs: float | None = None,
         target_latency_ms: float | None = None,
         *,
+        runtime: str | None = None,
+        threads: int = 1,
+        batch: int = 1,
         example: Any = None,
         families: str | Sequence[str] | None = None,
         layers: Choice | None = None,
@@ -97,6 +104,9 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
             target_sparsity=target_sparsity,
             target_macs=target_macs,
             target_latency_ms=target_latency_ms,
+            runtime=runtime,
+            threads=threads,
+            batch=batch,
             families=families,
             layers=layers,
             gate_lr=gate_lr,
@@ -160,7 +170,8 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
             self.path = saved(self.compacted, Path(args.output_dir))
 
     def _meet(self) -> None:
-        self.sparsifier.meet()
+        with _plainly_called(self.model):
+            self.sparsifier.meet()
         if self.num_images and has_statistics(self.model):
             size = max(self.trainer.args.per_device_train_batch_size, 2)
             device = device_of(self.model)

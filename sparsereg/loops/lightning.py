@@ -22,7 +22,8 @@ from sparsereg.compression.units.gating import draw_anew
 from sparsereg.data.batches import call
 from sparsereg.distributions import TEMPERATURE
 from sparsereg.errors import InputError
-from sparsereg.goal import Target, goal
+from sparsereg.goal import Target
+from sparsereg.loops.asked import Asked
 from sparsereg.loops.first_call import first_call
 from sparsereg.loops.groups import follow_, gated_weights, keep_rates_, regroup_
 from sparsereg.loops.plain import DROPRATE, Sparsifier, saved
@@ -56,8 +57,12 @@ class Sparsify(Callback):
 
     Args:
         target_sparsity: share of the parameters to remove, in (0, 1); or
-        target_macs: share of the multiply-accumulate operations to keep, in (0, 1).
-        target_latency_ms: not to be trained for yet.
+        target_macs: share of the multiply-accumulate operations to keep, in (0, 1); or
+        target_latency_ms: milliseconds that one call of the compacted network may take, > 0, measured.
+        runtime: where that is measured: eager, compiled, onnxruntime or openvino; onnxruntime, or eager where
+            that is not installed, if None.
+        threads: that may compute in such a call.
+        batch: examples in such a call.
         example: one batch as the network takes it: a tensor, a tuple of inputs, or a dictionary of inputs
             by name. If None, what ``training_step`` calls the network with on the first batch.
         module: name of the network in the LightningModule, such as ``net`` or ``model.backbone``.
@@ -91,6 +96,9 @@ class Sparsify(Callback):
         target_macs: float | None = None,
         target_latency_ms: float | None = None,
         *,
+        runtime: str | None = None,
+        threads: int = 1,
+        batch: int = 1,
         example: Any = None,
         module: str | None = None,
         families: str | Sequence[str] | None = None,
@@ -103,10 +111,10 @@ class Sparsify(Callback):
         seed: int | None = None,
         save: bool = True,
     ) -> None:
-        goal(target_sparsity, target_macs, target_latency_ms)
+        asked = Asked(target_sparsity, target_macs, target_latency_ms, runtime, threads, batch)
         self.settings: dict[str, Any] = {
-            **{"target_sparsity": target_sparsity, "target_macs": target_macs},
-            **{"target_latency_ms": target_latency_ms, "families": families, "layers": layers},
+            **vars(asked),
+            **{"families": families, "layers": layers},
             **{"gate_lr": gate_lr, "ramp": Target(ramp=ramp).ramp},
             **{"droprate_init": droprate_init, "temperature": temperature},
         }

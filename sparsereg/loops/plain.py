@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.checks import check_count, check_positive
-from sparsereg.compression.budget import Budget, Constraint, least_share
+from sparsereg.compression.budget import Constraint
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.insert import Choice, gate_
@@ -18,7 +18,8 @@ from sparsereg.compression.storage import save_compacted
 from sparsereg.data.batches import moved
 from sparsereg.distributions import TEMPERATURE
 from sparsereg.errors import InputError
-from sparsereg.goal import Target, falling, goal
+from sparsereg.goal import Target, falling
+from sparsereg.loops.asked import Asked
 from sparsereg.loops.reading import check_example, device_of, like
 from sparsereg.model.batch_norm import estimate_batch_norm_
 
@@ -42,8 +43,12 @@ class Sparsifier:
         example: one batch as it takes it: a tensor, a tuple of inputs, or a dictionary of inputs by name.
         steps: of the optimizer that you will make, >= 1.
         target_sparsity: share of the parameters to remove, in (0, 1); or
-        target_macs: share of the multiply-accumulate operations to keep, in (0, 1).
-        target_latency_ms: not to be trained for yet.
+        target_macs: share of the multiply-accumulate operations to keep, in (0, 1); or
+        target_latency_ms: milliseconds that one call of the compacted network may take, > 0, measured.
+        runtime: where that is measured: eager, compiled, onnxruntime or openvino; onnxruntime, or eager where
+            that is not installed, if None.
+        threads: that may compute in such a call.
+        batch: examples in such a call.
         families: kinds of gates, see ``sparsereg.gate``; all that serve if None.
         layers: which layers get gates, see ``sparsereg.gate``; all if None.
         gate_lr: learning rate of the gates, > 0; if None ten times that of the weights, or more in a short
@@ -88,6 +93,9 @@ class Sparsifier:
         target_sparsity: float | None = None,
         target_macs: float | None = None,
         target_latency_ms: float | None = None,
+        runtime: str | None = None,
+        threads: int = 1,
+        batch: int = 1,
         families: str | Sequence[str] | None = None,
         layers: Choice | None = None,
         gate_lr: float | None = None,
@@ -100,7 +108,7 @@ class Sparsifier:
         self.steps = check_count("steps", steps)
         self.gate_lr = gate_lr if gate_lr is None else check_positive("gate_lr", gate_lr)
         self.how = Target(ramp=ramp)
-        cost, kept = goal(target_sparsity, target_macs, target_latency_ms)
+        asked = Asked(target_sparsity, target_macs, target_latency_ms, runtime, threads, batch)
         self.example = check_example(model, example)
         self.model = model if inplace else copy.deepcopy(model)
         gate_(
@@ -112,9 +120,7 @@ class Sparsifier:
             temperature=temperature,
             generator=torch.Generator().manual_seed(seed),
         )
-        accountant = Accountant(self.model, self.example)
-        _check_reachable(accountant, cost, kept)
-        self.budget = Budget(accountant, cost, kept, self.how.proportional_gain, self.how.integral_gain)
+        self.budget = asked.budget(Accountant(self.model, self.example), self.example, self.how)
         self.num_steps = 0
         self.progress = 0.0
         self._measured = False
@@ -260,14 +266,3 @@ def saved(compacted: fx.GraphModule, folder: Path) -> Path | None:
         return None
     log.info("the compacted network: %s", path)
     return path
-
-
-def _check_reachable(accountant: Accountant, cost: str, kept: float) -> None:
-    least = least_share(accountant, cost)
-    if kept < least:
-        given = f"target_macs={kept:g}" if cost == "macs" else f"target_sparsity={1 - kept:g}"
-        raise InputError(
-            f"{given} cannot be met: with every gate shut {least:.2%} of the {cost} stay; give"
-            f" {'target_macs of more than that' if cost == 'macs' else f'at most {1 - least:.4f}'}, or let"
-            " more families or layers go"
-        )

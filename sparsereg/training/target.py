@@ -12,8 +12,7 @@ from pytorch_lightning.callbacks import Callback
 
 from sparsereg.compression import Accountant
 from sparsereg.compression.budget import COSTS, Budget, Constraint
-from sparsereg.compression.measured import MeasuredBudget, Megabytes, Milliseconds
-from sparsereg.compression.runtimes import default_runtime
+from sparsereg.compression.measured import MeasuredBudget, Megabytes, latency_budget
 from sparsereg.goal import Target, falling, goal
 from sparsereg.settings import NOT_NEGATIVE, POSITIVE, setting, within
 from sparsereg.training.averaging import WeightAverage
@@ -38,17 +37,14 @@ def measured_budget(cfg: Training, accountant: Accountant, example_input: Any) -
     Raises:
         InputError: the runtime is not installed, or the network cannot be that small, or already is.
     """
-    cost: Milliseconds | Megabytes
-    if cfg.target_latency_ms is not None:
-        runtime = default_runtime() if cfg.runtime is None else cfg.runtime
-        cost = Milliseconds(accountant, example_input, runtime, cfg.threads, cfg.batch)
-        target = cfg.target_latency_ms
-    elif cfg.target_memory_mb is not None:
-        cost, target = Megabytes(accountant, example_input, cfg.batch), cfg.target_memory_mb
-    else:
-        return None
     gains = cfg.target.proportional_gain, cfg.target.integral_gain
-    return MeasuredBudget(accountant, cost, target, example_input, *gains)
+    if cfg.target_latency_ms is not None:
+        timing: dict[str, Any] = {"runtime": cfg.runtime, "threads": cfg.threads, "batch": cfg.batch}
+        return latency_budget(accountant, example_input, cfg.target_latency_ms, *gains, **timing)
+    if cfg.target_memory_mb is not None:
+        cost = Megabytes(accountant, example_input, cfg.batch)
+        return MeasuredBudget(accountant, cost, cfg.target_memory_mb, example_input, *gains)
+    return None
 
 
 @runtime_checkable

@@ -9,6 +9,8 @@ from torch.utils.data import Dataset
 
 import sparsereg
 from sparsereg.compression import load_compacted
+from sparsereg.compression.deploy import fuse
+from sparsereg.compression.measured import TOLERANCE
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -92,6 +94,15 @@ def test_three_lines(tmp_path):
     groups = made.optimizer.param_groups
     assert [len(g["params"]) for g in groups if "gate_lr" in g] == [len(sparsify.sparsifier.gates)]
     assert made.lr_scheduler.get_last_lr()[0] < 1e-4
+
+
+def test_milliseconds_are_met_by_what_is_measured(milliseconds, tmp_path):
+    made = trainer(tmp_path, bert(), Texts())
+    asked = 0.8 * milliseconds(made.model)
+    sparsify = SparsifyTrainer(made, target_latency_ms=asked, runtime="eager", batch=4)
+    made.train()
+    assert sparsify.sparsifier.budget.reached == pytest.approx(asked, rel=TOLERANCE)
+    assert milliseconds(fuse(sparsify.compacted)) == pytest.approx(sparsify.sparsifier.budget.reached)
 
 
 class Seen(transformers.TrainerCallback):

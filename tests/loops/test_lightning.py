@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import sparsereg
 from sparsereg import Sparsify
 from sparsereg.compression import load_compacted
+from sparsereg.compression.deploy import fuse
+from sparsereg.compression.measured import TOLERANCE
+from sparsereg.errors import InputError
 from sparsereg.loops.groups import RATE
 from sparsereg.penalties import hard_concretes
 
@@ -87,6 +90,28 @@ def test_network_is_found_compacted_written_and_equal(tmp_path):
     inputs = torch.cat([b[0] for b in loader()])
     mean = net[0]((inputs - 0.5) / 2).mean(0)  # of what training_step makes of the batch
     torch.testing.assert_close(net[1].running_mean, mean, rtol=1e-3, atol=1e-3)
+
+
+def test_milliseconds_are_met_by_what_is_measured(milliseconds, tmp_path):
+    module = Mine()
+    module.net = nn.Sequential(
+        nn.Linear(6, 200), nn.BatchNorm1d(200), nn.ReLU(), nn.Linear(200, 90), nn.ReLU(), nn.Linear(90, 2)
+    )
+    asked = 0.6 * milliseconds(module.net)
+    with pytest.raises(ValueError, match="threads must be an integer >= 1"):
+        Sparsify(target_latency_ms=asked, threads=0)
+    sparsify = Sparsify(target_latency_ms=asked, runtime="eager", batch=4)
+    with pytest.raises(RuntimeError, match="when the Trainer starts"):
+        sparsify.network
+    trainer = fitted(module, sparsify, tmp_path, max_epochs=4)
+    assert sparsify.sparsifier.budget.measured.what == "eager, 1 thread, batch 4"
+    assert sparsify.sparsifier.budget.reached == pytest.approx(asked, rel=TOLERANCE)
+    assert milliseconds(fuse(sparsify.compacted)) == pytest.approx(sparsify.sparsifier.budget.reached)
+    assert trainer.callback_metrics["lambda_target"] >= 0
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(sparsify.compacted(x), module.net.eval()(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match=r"^target_latency_ms=1e-06: with all gates shut .*: ask for more$"):
+        fitted(Mine(), Sparsify(target_latency_ms=1e-6, runtime="eager"), tmp_path)
 
 
 def test_gates_have_a_group_of_their_own_without_decay(tmp_path):

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 
 import sparsereg
 from sparsereg import Sparsifier
+from sparsereg.compression.deploy import fuse
+from sparsereg.compression.measured import TOLERANCE
+from sparsereg.errors import InputError
 from sparsereg.loops.reading import like
 from sparsereg.penalties import hard_concretes
 
@@ -195,6 +198,40 @@ def test_autoencoder_has_statistics_of_the_batches_at_the_end():
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def convolutional():
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, 40, 3), nn.BatchNorm2d(40), nn.ReLU(), nn.Conv2d(40, 60, 3), nn.ReLU()]
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(60, 5))
+
+
+def test_milliseconds_are_held_while_training_and_met_by_what_is_measured(milliseconds):
+    net, x = convolutional(), torch.randn(16, 3, 8, 8)
+    asked = 0.4 * milliseconds(net)
+    draws = torch.get_rng_state()
+    how = {"runtime": "eager", "batch": 4}
+    sparsifier = Sparsifier(net, x[:2], steps=40, target_latency_ms=asked, **how)
+    assert torch.equal(draws, torch.get_rng_state())
+    assert sparsifier.budget.measured.what == "eager, 1 thread, batch 4"
+    optimizer = adam(sparsifier)
+    for _ in range(40):
+        loss = sparsifier.loss(F.cross_entropy(sparsifier.model(x), torch.arange(16) % 5))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sparsifier.step()
+    assert float(sparsifier.budget.expected_share().detach()) < 0.5  # before anything is cut off
+    small = sparsifier.finish([x])
+    assert sparsifier.budget.reached == pytest.approx(asked, rel=TOLERANCE)
+    assert milliseconds(fuse(small)) == pytest.approx(sparsifier.budget.reached)
+    torch.testing.assert_close(small(x), sparsifier.model.eval()(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match=r"^target_latency_ms=1e-06: with all gates shut .*: ask for more$"):
+        Sparsifier(net, x[:2], steps=40, target_latency_ms=1e-6, **how)
+    with pytest.raises(
+        InputError, match=r"^target_latency_ms=1e\+06: the whole network takes .*: ask for less"
+    ):
+        Sparsifier(net, x[:2], steps=40, target_latency_ms=1e6, **how)
+
+
 class Noisy(nn.Module):
     def __init__(self):
         super().__init__()
@@ -219,7 +256,10 @@ class Noisy(nn.Module):
         ({"target_sparsity": 0.5}, "give one of target_sparsity, target_macs and target_latency_ms, got t"),
         ({"target_macs": None}, "got none"),
         ({"target_macs": 1.5}, r"target_macs must be a share in \(0, 1\), got 1.5"),
-        ({"target_macs": None, "target_latency_ms": 3.0}, "target_latency_ms cannot be trained for yet"),
+        ({"target_macs": None, "target_latency_ms": 0}, "target_latency_ms must be a number > 0, got 0"),
+        ({"batch": 8}, "batch=8 says how target_latency_ms is measured: give that, too"),
+        ({"target_macs": None, "target_latency_ms": 3, "runtime": "tvm"}, "some of eager, .*, got 'tvm'"),
+        ({"target_macs": None, "target_latency_ms": 3, "threads": 0}, "threads must be an integer >= 1"),
         ({"steps": 0}, "steps must be an integer >= 1"),
         ({"ramp": 0.0}, "ramp"),
         ({"gate_lr": -1.0}, "gate_lr must be a number > 0"),

@@ -290,6 +290,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], map
         exported, args, kwargs = _export(model, args, kwargs, maps)
     _unwrap(model, exported)
     signature = exported.graph_signature
+    _check_constant(model, signature)
     named = {
         **signature.inputs_to_parameters,
         **signature.inputs_to_buffers,
@@ -321,6 +322,16 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], map
     program.values.update(weights)
     program.values.update(zip(inputs, flat, strict=True))
     return program
+
+
+def _check_constant(model: nn.Module, signature: torch.export.ExportGraphSignature) -> None:
+    """Raise if a network changes itself in a call, which one that is smaller would not."""
+    written = [*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()]
+    if written:
+        raise InputError(
+            f"{type(model).__name__} cannot be traced: it writes into {', '.join(written)} in eval mode, as"
+            " an embedding with max_norm does; leave that out there (where self.training is False)"
+        )
 
 
 def _unwrap(model: nn.Module, exported: torch.export.ExportedProgram) -> None:

@@ -9,7 +9,7 @@ from sparsereg.compression import Accountant, compact, count, gate, load_compact
 from sparsereg.compression.macs import counting
 from sparsereg.compression.running import tensors_in
 from sparsereg.compression.units.structure import ATTRIBUTE
-from sparsereg.compression.verify import difference
+from sparsereg.compression.verify import difference, verify
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 from tests.compression.units.networks import NETWORKS, build
@@ -261,3 +261,65 @@ def test_gates_that_fit_nothing_are_not_taken_for_open():
     other = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), taken[0])
     with pytest.raises(InputError, match=r"gate 0 of 2\.gate\.gates belongs to no unit of Sequential"):
         count(other, x)
+
+
+class Bags(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.bags = nn.EmbeddingBag(20, 8, **settings)
+        self.head = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3))
+
+    def forward(self, ids, offsets=None):
+        return self.head(self.bags(ids, offsets))
+
+
+@pytest.mark.parametrize(
+    "example",
+    [(torch.arange(24).reshape(4, 6) % 17,), (torch.arange(24) % 17, torch.tensor([0, 5, 6, 6, 17]))],
+)
+def test_bags_are_gated_counted_and_compacted_with_offsets_or_without(example):
+    torch.manual_seed(0)
+    network = gate(Bags(mode="mean", padding_idx=2), example).double().eval()
+    shuffle_(network)
+    sizes = count(network, example)
+    smaller = compact(network, example)
+    assert sum(p.numel() for p in smaller.parameters()) == sizes.compacted_parameters < sizes.parameters
+    assert min(w.shape[1] for w in smaller.parameters() if w.shape[0] == 20) < 8
+    assert difference(network(*example), smaller(*example)) < 1e-12
+
+
+def test_a_noise_that_a_network_refuses_hides_no_difference():
+    """Offsets turned round are none: what is compared then is the example and the numbers beside them."""
+    example = (torch.arange(24) % 17, torch.tensor([0, 5, 6, 6, 17]))
+    network, other = Bags(), Bags()
+    with pytest.raises(RuntimeError, match="gives other answers"):
+        verify(network, other, copy.deepcopy(other).double(), example, {})
+    verify(network, network, copy.deepcopy(network).double(), example, {})
+
+
+class Counting(nn.Module):
+    """Changes its own state in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(
+    ("network", "example", "names"),
+    [
+        (Counting(), torch.ones(2, 6), "calls"),
+        (Bags(max_norm=1.0), torch.ones(2, 3, dtype=torch.int64), "bags.weight"),
+    ],
+)
+def test_networks_that_change_themselves_are_refused_in_one_line(network, example, names):
+    with pytest.raises(
+        InputError, match=f"it writes into {names} in eval mode.*where self.training"
+    ) as caught:
+        gate(network, example)
+    assert "\n" not in str(caught.value)

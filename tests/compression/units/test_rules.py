@@ -239,3 +239,36 @@ def test_one_number_for_all_channels_ties_none():
     assert free(Scalars(False), x) == {("a.weight", 0): 6}
     assert halved(Scalars(False), x) < 1e-12
     assert free(Scalars(True), x) == {}  # what is gone would be that number
+
+
+class Bags(nn.Module):
+    """Sums of rows of a table, between offsets where these are given, and layers behind them."""
+
+    def __init__(self, *, mode="sum", norm=False, **settings):
+        super().__init__()
+        self.bags = nn.EmbeddingBag(20, 8, mode=mode, **settings)
+        self.norm = nn.LayerNorm(8) if norm else nn.Identity()
+        self.hidden, self.head = nn.Linear(8, 10), nn.Linear(10, 3)
+
+    def forward(self, ids, offsets=None, weights=None):
+        return self.head(torch.relu(self.hidden(self.norm(self.bags(ids, offsets, weights)))))
+
+
+IDS = torch.arange(24).reshape(4, 6) % 17
+OFFSETS = torch.tensor([0, 5, 6, 6, 17])
+
+
+@pytest.mark.parametrize(
+    ("network", "example"),
+    [
+        (Bags(), (IDS,)),
+        (Bags(mode="mean", norm=True), (IDS,)),
+        (Bags(mode="max", padding_idx=3), (IDS,)),
+        (Bags(mode="mean"), (IDS.flatten(), OFFSETS)),
+        (Bags(include_last_offset=True), (IDS.flatten(), torch.tensor([0, 5, 6, 24]))),
+    ],
+)
+def test_bags_of_a_table_go_by_its_columns(network, example):
+    names = {("bags.weight", 1): 8, ("hidden.weight", 0): 10}
+    assert free(network, *example) == names
+    assert halved(network, *example) < 1e-12

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from sparsereg.compression.units.labels import LIVE, Grid, Ints, Labels, along
+from sparsereg.compression.units.labels import LIVE, Grid, Ints, Labels, along, live
 from sparsereg.compression.units.program import Call, name_of
 from sparsereg.compression.units.rules.table import (
     TURNS,
@@ -162,15 +162,27 @@ def weight_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
         x.weight(a["g"], axis, x.weight(a["v"], axis, None, node), node)
 
 
-@rule("embedding", "embedding_bag")
+@rule("embedding")
 def embedding(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """Rows of a table by their numbers."""
-    rows = x.weight(a["weight"], 0, None, node)
-    x.axes.fix(rows, "tokens are looked up in it", node)
-    units = x.weight(a["weight"], 1, None, node)
-    shape = x.program.values[node].shape
+    return along(_columns(x, node, a["weight"]), -1, x.program.values[node].shape)
+
+
+@rule("embedding_bag")
+def embedding_bag(x: Labeller, node: fx.Node, a: dict[str, Any]) -> tuple[Labels, ...]:
+    """Sums, means or largest of rows of a table, column by column; behind them what gradients need."""
+    units = _columns(x, node, a["weight"])
+    made, *others = x.program.values[node]
+    if any(u.users and (name_of(u) != "getitem" or u.args[1] != 0) for u in node.users):
+        x.axes.fix(units, "more is read of embedding_bag than its sums", node)
+    return along(units, -1, made.shape), *(live(v.shape) for v in others)
+
+
+def _columns(x: Labeller, node: fx.Node, table: Any) -> Ints:
+    """Units along the width of a table, of which single rows are read."""
+    x.axes.fix(x.weight(table, 0, None, node), "tokens are looked up in it", node)
     x.dead[node] = Dead.ZERO
-    return along(units, len(shape) - 1, shape)
+    return x.weight(table, 1, None, node)
 
 
 @rule("bilinear")

@@ -1,0 +1,91 @@
+"""What a network may cost in the end, as it is asked for in a loop of your own, and the budget of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsereg.checks import check_count
+from sparsereg.compression.budget import Budget, least_share
+from sparsereg.compression.count import Accountant
+from sparsereg.compression.measured import latency_budget
+from sparsereg.compression.runtimes import check_runtime, default_runtime
+from sparsereg.data.batches import moved
+from sparsereg.errors import InputError
+from sparsereg.goal import MILLISECONDS, Target, goal
+from sparsereg.loops.reading import isolated
+from sparsereg.model.synchronised import several_processes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One of three targets, and how a call is measured where it is one in milliseconds.
+
+    Attributes:
+        target_sparsity: share of the parameters to remove, in (0, 1); or
+        target_macs: share of the multiply-accumulate operations to keep, in (0, 1); or
+        target_latency_ms: milliseconds that one call of the compacted network may take, > 0.
+        runtime: where it is measured, see ``sparsereg.compression.measured.latency_budget``.
+        threads: that may compute in such a call.
+        batch: examples in such a call.
+
+    Raises:
+        InputError: the runtime is not installed.
+        ValueError: none of the targets is given, or several, one is outside its range, the runtime is
+            unknown, or it is said how to measure what is not measured.
+    """
+
+    target_sparsity: float | None = None
+    target_macs: float | None = None
+    target_latency_ms: float | None = None
+    runtime: str | None = None
+    threads: int = 1
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        cost, _ = self._goal()
+        check_count("threads", self.threads)
+        check_count("batch", self.batch)
+        if cost == MILLISECONDS:
+            check_runtime(default_runtime() if self.runtime is None else self.runtime)
+            return
+        timing = {"runtime": (self.runtime, None), "threads": (self.threads, 1), "batch": (self.batch, 1)}
+        for name, (value, default) in timing.items():
+            if value != default:
+                raise ValueError(f"{name}={value!r} says how target_latency_ms is measured: give that, too")
+
+    def _goal(self) -> tuple[str, float]:
+        return goal(self.target_sparsity, self.target_macs, self.target_latency_ms)
+
+    def budget(self, accountant: Accountant, example: Any, how: Target) -> Budget:
+        """Return the budget of a network with gates.
+
+        Args:
+            accountant: of it.
+            example: one batch as the network takes it.
+            how: the target is reached.
+
+        Raises:
+            InputError: the network cannot be that small or fast, or already is.
+        """
+        cost, kept = self._goal()
+        gains = how.proportional_gain, how.integral_gain
+        if cost != MILLISECONDS:
+            _check_reachable(accountant, cost, kept)
+            return Budget(accountant, cost, kept, *gains)
+        if several_processes():
+            raise InputError("target_latency_ms is measured by one process: give the Trainer devices=1")
+        timing: dict[str, Any] = {"runtime": self.runtime, "threads": self.threads, "batch": self.batch}
+        with isolated():
+            return latency_budget(accountant, moved(example, torch.device("cpu")), kept, *gains, **timing)
+
+
+def _check_reachable(accountant: Accountant, cost: str, kept: float) -> None:
+    least = least_share(accountant, cost)
+    if kept < least:
+        given = f"target_macs={kept:g}" if cost == "macs" else f"target_sparsity={1 - kept:g}"
+        raise InputError(
+            f"{given} cannot be met: with every gate shut {least:.2%} of the {cost} stay; give"
+            f" {'target_macs of more than that' if cost == 'macs' else f'at most {1 - least:.4f}'}, or let"
+            " more families or layers go"
+        )
