@@ -164,7 +164,7 @@ class GatedModule(nn.Module):
         # One product for the mean, one pass from there: to the mean itself, or beyond the input.
         lines = x.movedim(axis, -1) if axis < 0 else x.flatten(2).mean(2)
         mean = (lines @ mask / num_open).view([1 if d in over else n for d, n in enumerate(x.shape)])
-        return torch.lerp(mean, x, far.view(shape))
+        return torch.lerp(mean.to(x.dtype), x, far.view(shape))  # autocast takes products in bfloat16
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base, names = type(self)._made_of  # type: ignore[attr-defined]

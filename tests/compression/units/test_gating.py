@@ -323,3 +323,14 @@ def test_networks_that_change_themselves_are_refused_in_one_line(network, exampl
     ) as caught:
         gate(network, example)
     assert "\n" not in str(caught.value)
+
+
+def test_a_norm_with_gates_takes_means_under_autocast():
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2)
+    network, x = gate(nn.Sequential(*layers), torch.ones(2, 6)), torch.randn(4, 6)
+    shuffle_(network)
+    network.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = network(x)
+    assert difference(network(x), rounded) < 0.05
