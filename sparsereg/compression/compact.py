@@ -43,6 +43,7 @@ def compact(
         RuntimeError: the compacted network gives other answers.
 
     Example:
+        >>> import torch
         >>> from sparsereg import SparseMLP
         >>> net = SparseMLP(6, 8, 3).eval()
         >>> x = torch.ones(1, 6)
@@ -70,6 +71,7 @@ def original_size(model: nn.Module) -> dict[str, int]:
     """Return ``parameters`` and ``macs`` of the network that a compacted one was made from; else nothing.
 
     Example:
+        >>> import torch
         >>> from sparsereg import SparseMLP
         >>> original_size(compact(SparseMLP(6, 8, 3), torch.ones(1, 6)))["parameters"]
         155
