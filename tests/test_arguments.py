@@ -129,7 +129,7 @@ BY_SCRIPT = {
     "test": [
         ("compact=1", "compact=1: expected true or false"),
         ("benchmark=yes", "benchmark=yes: expected true or false"),
-        ("export=tflite", "export=tflite: expected one of onnx, pt2 or null"),
+        ("export=tflite", "export=tflite: expected one of onnx, openvino, pt2 or null"),
         ("", "give the checkpoint to test"),
         *NETWORKS,
     ],

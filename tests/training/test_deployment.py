@@ -175,7 +175,7 @@ def test_wrong_input(run, trained):
         ([f"ckpt_path={trained.last}", "benchmark=true", "runtime=[eager,jit]"], "expected one of eager, "),
         (
             [f"ckpt_path={trained.last}", "benchmark=true", "batch=[1,0]"],
-            "batch=[1,0]: expected",
+            "batch=[1, 0]: expected",
         ),
         ([f"ckpt_path={trained.last}", "round_to=automatic"], "expected one of auto"),
         ([f"ckpt_path={trained.last}", "compact=maybe"], "true or false"),

@@ -64,7 +64,7 @@ def test_the_first_line_says_what_runs_where(run, tiny):
     trained = run("train", *given)
     assert trained.code == 0, trained.err
     assert "%|" not in trained.out + trained.err
-    assert len(trained.out.splitlines()) < 10
+    assert len(trained.out.splitlines()) < 14
     line = next(line for line in trained.err.splitlines() if "parameters," in line)
     assert re.fullmatch(
         r"lenet300: [\d,]+ parameters, [\d,]+ gates; data npz; on cpu \(\d+ threads\); files in \S+version_0",
