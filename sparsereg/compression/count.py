@@ -165,8 +165,8 @@ class Accountant:
         if several is not None:
             raise InputError(
                 f"{type(self.model).__name__} has a layer with gates of several kinds, {several!r}:"
-                " it is counted and compacted, but its channels cannot leave while it trains"
-                " (compact_every_n_epochs=0)"
+                " it is counted and compacted, but its channels cannot leave while it trains:"
+                " compact_every_n_epochs=0, or gates without families=blocks"
             )
         counted = self._counted
         return counted.flow if isinstance(counted, _Channels) else flow_of(self.model, *self._example)

@@ -257,6 +257,7 @@ class _Inserter:
         self.analysis = analysis
         self.vectors = vectors
         self.gates = gates
+        self.chosen = {choice for vector in vectors for choice in vector.choices}
         self.of_site: dict[fx.Node, list[Vector]] = {}
         for vector in vectors:
             for site in vector.sites:
@@ -312,8 +313,8 @@ class _Inserter:
     def _in_order(self, site: fx.Node, vector: Vector) -> bool:
         if self.analysis.sites.axis.get(site, WHOLE) == WHOLE or site in self.analysis.sites.columns:
             return False
-        sets = self.analysis.choices_along(site)
-        return [set(s) for s in sets.ravel()] == [{c} for c in vector.choices]
+        sets = self.analysis.choices_along(site)  # families that were not asked for are among them
+        return [set(s) & self.chosen for s in sets.ravel()] == [{c} for c in vector.choices]
 
     def _put(self, path: str, name: str, site: fx.Node, vectors: list[Vector]) -> None:
         module = self.network.get_submodule(path)

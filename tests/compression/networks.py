@@ -13,6 +13,7 @@ from sparsereg.model.googlenet import GoogleNet
 from sparsereg.model.lenet import LeNet5, LeNet300
 from sparsereg.model.sparse_mlp import SparseMLP
 from sparsereg.penalties import hard_concretes
+from sparsereg.zoo.torchvision import FAMILIES
 
 
 class Functional(nn.Module):
@@ -119,8 +120,8 @@ def layers() -> nn.Module:
     )
 
 
-def gated(network: nn.Module) -> nn.Module:
-    return gate(network, torch.zeros(1, 3, 32, 32))
+def gated(network: nn.Module, families: tuple[str, ...] | None = None) -> nn.Module:
+    return gate(network, torch.zeros(1, 3, 32, 32), families=families)
 
 
 RGB8, RGB32 = (3, 8, 8), (3, 32, 32)
@@ -142,11 +143,17 @@ NETWORKS = {
     "densenet": (lambda: gated(dense()), RGB32),
 }
 """Name to builder and image shape."""
+ONE_KIND = {
+    "resnet18": (lambda: gated(torchvision.models.resnet18(num_classes=5), FAMILIES), RGB32),
+    "mobilenet_v2": (lambda: gated(torchvision.models.mobilenet_v2(num_classes=5), FAMILIES), RGB32),
+    "mobilenet_v3": (lambda: gated(torchvision.models.mobilenet_v3_small(num_classes=5), FAMILIES), RGB32),
+}
+"""The same with gates of one kind on each layer, so that channels can leave while they train."""
 
 
-def make(name: str, seed: int = 0, batch: int = 3) -> tuple[nn.Module, Tensor]:
+def make(name: str, seed: int = 0, batch: int = 3, one_kind: bool = False) -> tuple[nn.Module, Tensor]:
     """A network in eval mode with statistics that BatchNorm might have learnt, and a batch."""
-    builder, shape = NETWORKS[name]
+    builder, shape = (NETWORKS | ONE_KIND if one_kind else NETWORKS)[name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = builder().eval()
