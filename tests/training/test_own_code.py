@@ -209,7 +209,7 @@ def test_nothing_of_a_checkpoint_is_looked_up(run, own, monkeypatch):
     trained = run("train", *QUICK, *SMALL, "model=lenet300", "optimizer=sgd_cosine")
     (own / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\nclass Net: pass\n")
     evil = {"_target_": "evil.Net"}
-    monkeypatch.setattr(targets, "locate", lambda *a: pytest.fail("looked up"))
+    monkeypatch.setattr(own_code, "locate", lambda *a: pytest.fail("looked up"))
     places = {
         "model": evil, "data": evil, "optimizer": evil, "temperature": evil, "trainer": {"plugins": [evil]},
         "callbacks": {"mine": evil}, "logger": evil, "distill": evil, "finetune": evil, "target": evil,
@@ -232,7 +232,7 @@ def test_calls():
     assert made.isoformat() == "2026-01-03"
     half = own_code.call({"_target_": "datetime.date", "_partial_": True, "year": 2026}, "key")
     assert half(month=1, day=3) == made
-    code = targets.code_in({"a": {"_target_": "x.Y", "b": [{"_target_": "z.W"}], "c": 1}})
+    code = own_code.code_in({"a": {"_target_": "x.Y", "b": [{"_target_": "z.W"}], "c": 1}})
     assert code == {"a._target_": "x.Y", "a.b": [{"_target_": "z.W"}]}
     with pytest.raises(InputError, match="add a.b="):
         own_code.check_repeated(code, {"a._target_": "x.Y"}, "F")

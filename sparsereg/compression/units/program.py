@@ -464,7 +464,8 @@ def _any_size(example: Any, maps: bool | None) -> torch.export.ShapesCollection:
             dims: tuple[int, ...] = (0, 1) if tokens or x.dim() == 3 else (0,)
             dims = (0, *range(2, x.dim())) if maps and x.dim() > 3 else dims
             dims = tuple(range(x.dim())) if maps is None else dims
-            sizes[x] = dict.fromkeys(dims, torch.export.Dim.AUTO)
+            # A size of one is taken as it is in any case, which torch.export would say on stderr.
+            sizes[x] = dict.fromkeys((d for d in dims if x.shape[d] > 1), torch.export.Dim.AUTO)
     return sizes
 
 
