@@ -33,8 +33,6 @@ _SEAL = len(_MARK) + 64
 _END = b"PK\x05\x06"
 _END_SIZE = 22
 _CHUNK = 1 << 20
-
-
 _REPEATED = 2**26
 """Bytes that a tensor in a file may come to by repeating few numbers."""
 

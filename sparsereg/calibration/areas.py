@@ -192,12 +192,12 @@ class AreaProblem:
         """How many areas there are."""
         return len(self.placement.areas)
 
-    @property
+    @cached_property
     def places(self) -> tuple[str, ...]:
         """Names of areas, then of groups."""
         return (*self.placement.areas, *self.groups)
 
-    @property
+    @cached_property
     def is_of_area(self) -> np.ndarray:
         """Which targets are of an area, not of a group or the nation."""
         return (self.area >= 0) & (self.area < self.num_areas)

@@ -618,21 +618,26 @@ class CalibrationRun(Settings):
             raise Contradiction("{}bounds are for areas that keep everybody, not for {}area.mode=prune")
         if any(isinstance(side, str) for side in self.bounds or ()):
             raise Contradiction("areas know bounds that are numbers: {}bounds=[low,high]")
-        usual = {"untouchable": "error", "normalize_groups": False, "pseudo_targets": "auto"}
-        others = ("variance", "weight_bounds", "unit_factor", "start", "ckpt_path", "max_weight_ratio")
-        strange = [
-            name for name, value in (usual | dict.fromkeys(others)).items() if getattr(self, name) != value
-        ]
-        strange += ["a list of years as targets.year"] if len(self.targets.years) > 1 else []
-        strange += ["problem.persons"] if self.problem.persons is not None else []
-        strange += ["report.variables"] if self.report.variables is not None else []
-        strange += ["holdout.folds"] if self.holdout.folds is not None else []
+        strange = [*self.of_whole_runs, *(["weight_bounds"] if self.weight_bounds is not None else [])]
         if strange:
             raise Contradiction(f"{{}}{strange[0]} is not known where areas have weights of their own")
         if self.missing == "drop" or "drop" in self.missing_in.values():
             raise Contradiction("areas know {}missing=error and {}missing=zero")
         if self.weights_format not in ("csv", "parquet"):
             raise Contradiction("areas write {}weights_format=csv or parquet")
+
+    @property
+    def of_whole_runs(self) -> list[str]:
+        """What is given that only one process with one weight per household knows."""
+        usual = {"untouchable": "error", "normalize_groups": False, "pseudo_targets": "auto"}
+        others = ("variance", "unit_factor", "start", "ckpt_path", "max_weight_ratio")
+        given = [name for name, v in (usual | dict.fromkeys(others)).items() if getattr(self, name) != v]
+        given += ["group_multipliers"] if self.group_multipliers else []
+        given += ["a list of years as targets.year"] if len(self.targets.years) > 1 else []
+        persons = isinstance(self.problem, HouseholdsProblem) and self.problem.persons is not None
+        given += ["problem.persons"] if persons else []
+        given += ["report.variables"] if self.report.variables is not None else []
+        return given + (["holdout.folds"] if self.holdout.folds is not None else [])
 
     @property
     def variance_method(self) -> str | None:

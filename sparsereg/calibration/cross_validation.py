@@ -71,14 +71,15 @@ def cross_validate(
     out = [np.isin(labels, fold) for fold in random_folds(problem, min(_FOLDS, count), seed)]
     sizes = np.diff(problem.linear.matrix.indptr)
     counts = sizes >= LARGE_CELL if (sizes >= LARGE_CELL).any() else sizes > 0
+    parts = [problem.subset(~fold) for fold in out]  # what a problem derives is derived once for all pulls
     errors, fitted = np.zeros((2, len(pulls)))
     for k, pull in enumerate(pulls):
         left, met = [np.empty(0)], [np.empty(0)]
-        for fold in out:
-            found = _errors(problem, solve(problem.subset(~fold), pull))
+        for fold, part in zip(out, parts, strict=True):
+            found = _errors(problem, solve(part, pull))
             left.append(found[fold & counts])
             met.append(found[~fold & counts])
-        errors[k], fitted[k] = (float(np.concatenate(part).mean()) for part in (left, met))
+        errors[k], fitted[k] = (float(np.concatenate(e).mean()) for e in (left, met))
     best = float(pulls[int(np.argmin(errors))])
     log.info("pull cross-validated over %d folds: chi2=%g", len(out), best)
     return CrossValidation(tuple(pulls), tuple(errors.tolist()), tuple(fitted.tolist()), best)

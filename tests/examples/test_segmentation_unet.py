@@ -12,6 +12,7 @@ import torch
 
 from examples import segmentation_unet as example
 from sparsereg.compression import load_compacted
+from tests.states import assert_same
 
 SIZES = {"epochs": 4, "images": 64, "width": 8}
 RUN = f"""
@@ -62,18 +63,3 @@ def test_killed_run_goes_on_bitwise_and_half_the_operations_go(tmp_path):
     a, b = (load_compacted(folder / "compacted.pt") for folder in folders)
     images = example.shapes(4, 7).tensors[0]
     assert torch.equal(a(images), b(images))
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        for one, other in zip(a, b, strict=True):
-            assert_same(one, other)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b

@@ -11,6 +11,7 @@ import sparsereg
 from sparsereg.compression import load_compacted
 from sparsereg.compression.deploy import fuse
 from sparsereg.compression.measured import TOLERANCE
+from tests.states import assert_same
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -147,20 +148,6 @@ def test_resumed_run_begins_with_gates_and_multiplier_of_the_checkpoint(tmp_path
     assert_same(before.states[6], after.states[6])
     assert sparsify.sparsifier.num_steps == 9
     assert 0.4 < share(sparsify) <= 0.5
-
-
-def assert_same(a, b):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        for one, other in zip(a, b, strict=True):
-            assert_same(one, other)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 def test_statistics_of_convolutions_are_taken_anew(tmp_path):

@@ -50,8 +50,8 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
         problem = read_areas(
             plain(cfg.problem), cfg.area, Missing(cfg.missing, dict(cfg.missing_in)), cfg.seed, cfg.targets
         )
-        _announce(problem, cfg)
         found = problem.disagreements()
+        _announce(problem, found, cfg)
         if cfg.area.reconcile != "none":
             problem = problem.reconciled(cfg.area.reconcile)
         provenance = provenance_of(cfg)
@@ -63,9 +63,10 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
     books = _Books(problem, cfg.area.mode == "independent")
     with wrong_input():
         _write_weights(folder, problem, books.entered(made), cfg)
-    for name, table in books.tables().items():
+    tables = books.tables()
+    for name, table in tables.items():
         write_table(folder / f"{name}.csv", table)
-    results = books.results() | {
+    results = books.results(tables) | {
         "seconds": time.perf_counter() - start,
         "method": "calibrate",
         "mode": cfg.area.mode,
@@ -103,7 +104,7 @@ def _numbers(
     return low, high
 
 
-def _announce(problem: AreaProblem, cfg: CalibrationRun) -> None:
+def _announce(problem: AreaProblem, found: list[Sum], cfg: CalibrationRun) -> None:
     """Say what will be done, and which targets of areas and nation do not add up."""
     log.info(
         "%s targets of %s areas, %s of %s groups and the nation, %s households",
@@ -122,7 +123,6 @@ def _announce(problem: AreaProblem, cfg: CalibrationRun) -> None:
     idle = [name for i, name in enumerate(problem.groups, problem.num_areas) if i not in asked]
     if idle:
         log.warning("%s of area.groups has no target: %s", f"{len(idle):,}", ", ".join(idle[:8]))
-    found = problem.disagreements()
     how = {"none": "", "proportional": ": multiplied to it", "standard_errors": ": moved by standard errors"}
     for sum_ in found[:5]:
         log.warning(
@@ -264,9 +264,12 @@ class _Books:
             }),
         }  # fmt: skip
 
-    def results(self) -> dict[str, Any]:
-        """Figures of results.json."""
-        tables = self.tables()
+    def results(self, tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+        """Figures of results.json.
+
+        Args:
+            tables: As ``tables`` returns them.
+        """
         areas, targets = tables["areas"], tables["targets"]
         if self._exact:  # what was not asked to be met
             targets = targets[targets.area.isin(self._problem.placement.areas)]

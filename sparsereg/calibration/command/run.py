@@ -103,7 +103,7 @@ def run(cfg: CalibrationRun) -> Path:
         provenance = provenance_of(cfg)
         ready = prepared(task, cfg, provenance)
         folder = new_version(OUTPUTS)
-    _, results = carry_out(ready, folder)
+    results = carry_out(ready, folder).results
     if short := [row["text"] for row in results["required"] if not row["met"]]:
         raise FellShort(folder / "results.json", short)
     return folder / "results.json"
@@ -171,8 +171,23 @@ def prepared(
     return Prepared(task, cfg, solver, fitted, ahead, calibration, saver, moments, folds, provenance, began)
 
 
-def carry_out(ready: Prepared, folder: Path) -> tuple[CalibrationResult, dict[str, Any]]:
-    """Calibrate and write all files; return the weights and what results.json holds.
+@dataclass(frozen=True, eq=False)
+class Ended:
+    """A calibration whose files are written.
+
+    Args:
+        result: The weights.
+        results: What results.json holds.
+        targets: What targets.csv holds.
+    """
+
+    result: CalibrationResult
+    results: dict[str, Any]
+    targets: pd.DataFrame
+
+
+def carry_out(ready: Prepared, folder: Path) -> Ended:
+    """Calibrate and write all files; return the weights, what results.json holds, and the targets.
 
     Args:
         ready: The calibration.
@@ -219,15 +234,16 @@ def carry_out(ready: Prepared, folder: Path) -> tuple[CalibrationResult, dict[st
     results["provenance"] = ready.provenance.to_dict()
     results["total_seconds"] = time.perf_counter() - ready.began[0]
     contents = Contents(
-        results, plain(cfg), targets, groups, result.to_frame(), task.problem.starting_weights, task.findings,
-        left_out, estimated.variables, estimated.standard_errors, own,
+        results, plain(cfg), _with_prices(targets), groups, result.to_frame(),
+        task.problem.starting_weights, task.findings, left_out,
+        estimated.variables, estimated.standard_errors, own,
     )  # fmt: skip
     write_page(folder / "report.html", contents)
     write_json(folder / "results.json", results)
     (folder / "checkpoint.pt").unlink(missing_ok=True)  # there is nothing left to continue
     for line in _told(results, folder):
         print(line)
-    return result, results
+    return Ended(result, results, targets)
 
 
 def _within_tolerance(ready: Prepared, result: CalibrationResult) -> tuple[CalibrationResult, Prepared]:
@@ -445,9 +461,14 @@ def _write_files(
         from sparsereg.calibration.reporting.plots import plot_all
 
         plot_all(folder / "plots", targets, kept, recorder.history)
-    if multipliers is not None:
-        targets["price"] = multipliers * targets.scale / 100
     return targets, groups
+
+
+def _with_prices(targets: pd.DataFrame) -> pd.DataFrame:
+    """What a percent of each target costs, where that is known."""
+    if "multiplier" not in targets:
+        return targets
+    return targets.assign(price=targets.multiplier * targets.scale / 100)
 
 
 def _told(r: dict[str, Any], folder: Path) -> list[str]:

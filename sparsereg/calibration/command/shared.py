@@ -16,6 +16,7 @@ import numpy as np
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from sparsereg.calibration.command.provenance import provenance_of
 from sparsereg.calibration.command.requirements import judged
 from sparsereg.calibration.config import CalibrationRun, HouseholdsProblem
 from sparsereg.calibration.measures import error_summary, relative_errors
@@ -25,6 +26,7 @@ from sparsereg.calibration.reading.households import TARGET_TEXTS, build, names_
 from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.reading.parquet_file import share_of
 from sparsereg.calibration.reading.tables import read_table
+from sparsereg.calibration.reporting.tables import weight_frame
 from sparsereg.calibration.solver.shared import SharedWeights, calibrate_shared, largest, summed
 from sparsereg.cli import wrong_input
 from sparsereg.errors import FellShort, InputError
@@ -35,9 +37,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 T = TypeVar("T")
-_ALONE = (
-    "variance", "unit_factor", "start", "ckpt_path", "max_weight_ratio", "num_households", "lambda_l0",
-)  # fmt: skip
 
 
 def in_processes() -> bool:
@@ -86,7 +85,7 @@ def _run(cfg: CalibrationRun, outputs: Path, rank: int, size: int) -> Path:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
         write_table(folder / "targets.csv", _targets(part, found))
     dist.barrier()
-    write_table(folder / "weights" / f"part-{rank:05d}.parquet", _weights(part, found))
+    write_table(folder / "weights" / f"part-{rank:05d}.parquet", weight_frame(part, found.weights))
     results = _results(part, found)
     results |= {"seconds": solved - read, "processes": size, "method": "calibrate"}
     results["required"] = judged(cfg.require, results)
@@ -94,6 +93,7 @@ def _run(cfg: CalibrationRun, outputs: Path, rank: int, size: int) -> Path:
     dist.barrier()
     if rank > 0:
         return folder / "results.json"
+    results["provenance"] = provenance_of(cfg).to_dict()
     write_json(folder / "results.json", results)
     print(f"households      {results['households']:,} in {size} processes, in {results['seconds']:.1f} s")
     print(f"error           largest {results['max_abs_scaled_error']:.2e} of its scale;", end=" ")
@@ -138,11 +138,9 @@ def _check(cfg: CalibrationRun) -> None:
         raise InputError(
             "several processes need method=calibrate problem=households: give both, or start one"
         )
-    if cfg.area.is_given or len(cfg.targets.years) > 1 or cfg.problem.persons is not None:
-        raise InputError(
-            "several processes know no areas, no list of years and no persons: start one process"
-        )
-    strange = [name for name in _ALONE if getattr(cfg, name) is not None]
+    strange = [*cfg.of_whole_runs, *(["areas"] if cfg.area.is_given else [])]
+    strange += [name for name in ("num_households", "lambda_l0") if getattr(cfg, name) is not None]
+    strange += ["weights_format=dta"] if cfg.weights_format == "dta" else []
     strange += ["weights=integer"] if cfg.weights != "real" else []
     strange += ["missing=drop"] if "drop" in (cfg.missing, *cfg.missing_in.values()) else []
     if strange:
@@ -203,14 +201,6 @@ def _targets(part: CalibrationProblem, found: SharedWeights) -> pd.DataFrame:
 def _scaled(part: CalibrationProblem, found: SharedWeights) -> np.ndarray:
     error = found.estimates - part.targets
     return np.asarray(np.sign(error) * np.maximum(np.abs(error) - part.tolerance, 0.0) / found.scale)
-
-
-def _weights(part: CalibrationProblem, found: SharedWeights) -> pd.DataFrame:
-    import pandas as pd
-
-    kept = np.flatnonzero(found.weights)
-    columns = {"id": part.household_ids[kept], "initial_weight": part.starting_weights[kept]}
-    return pd.DataFrame(columns | {"weight": found.weights[kept]})
 
 
 def _results(part: CalibrationProblem, found: SharedWeights) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
         ready = one.prepared(tasks[first], settings[first], provenance)
         folder = new_version(outputs)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
-    found: dict[str, tuple[CalibrationResult, dict[str, Any]]] = {}
+    found: dict[str, one.Ended] = {}
     ahead = None
     for year, task in tasks.items():
         if year != first:
@@ -61,10 +61,11 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
         place.mkdir()
         print(f"year            {year}")
         found[str(year)] = one.carry_out(ready, place)
-        ahead = found[str(year)][0].weights if cfg.method in STARTED else None
-    write_table(folder / f"weights.{cfg.weights_format}", weight_frame({y: r for y, (r, _) in found.items()}))
+        ahead = found[str(year)].result.weights if cfg.method in STARTED else None
+    weights = weight_frame({year: ended.result for year, ended in found.items()})
+    write_table(folder / f"weights.{cfg.weights_format}", weights)
     write_table(folder / "targets.csv", _targets(found))
-    results = _together({year: told for year, (_, told) in found.items()})
+    results = _together({year: ended.results for year, ended in found.items()})
     results |= {"total_seconds": time.perf_counter() - start, "provenance": provenance.to_dict()}
     write_json(folder / "results.json", results)
     if short := [f"{year}: {row['text']}" for year, row in _missed(found)]:
@@ -105,18 +106,15 @@ def weight_frame(results: dict[str, CalibrationResult]) -> pd.DataFrame:
     return pd.DataFrame(columns | {f"weight_{y}": weights[kept, i] for i, y in enumerate(results)})
 
 
-def _targets(found: dict[str, tuple[CalibrationResult, dict[str, Any]]]) -> pd.DataFrame:
+def _targets(found: dict[str, one.Ended]) -> pd.DataFrame:
     """The targets of all years, one under the other."""
     import pandas as pd
 
-    from sparsereg.calibration.reporting.tables import target_frame
-
-    frames = [target_frame(r.problem, r.weights) for r, _ in found.values()]
-    return pd.concat([f.assign(year=int(y)) for y, f in zip(found, frames, strict=True)], ignore_index=True)
+    return pd.concat([e.targets.assign(year=int(y)) for y, e in found.items()], ignore_index=True)
 
 
-def _missed(found: dict[str, tuple[CalibrationResult, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-    return [(year, row) for year, (_, r) in found.items() for row in r["required"] if not row["met"]]
+def _missed(found: dict[str, one.Ended]) -> list[tuple[str, dict[str, Any]]]:
+    return [(year, row) for year, e in found.items() for row in e.results["required"] if not row["met"]]
 
 
 def _together(years: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -259,15 +259,3 @@ def _mean_of_squares(node: fx.Node) -> bool:
     if name_of(source) == "pow":
         return bool(source.args[1] == 2)
     return name_of(source) == "mul" and source.args[0] is source.args[1]
-
-
-def index_of(units: Ints, places: dict[int, int]) -> Tensor:
-    """For each unit its place, or one behind the last.
-
-    Args:
-        units: representatives, of any shape.
-        places: of some of them.
-    """
-    found, inverse = np.unique(units, return_inverse=True)
-    per = np.array([places.get(int(u), len(places)) for u in found], dtype=np.int64)
-    return torch.from_numpy(per[inverse].reshape(units.shape))

@@ -189,6 +189,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(case, tmp_path):
             "bounds are for areas that keep everybody",
         ),
         (("area.column=district", "variance=linearized"), "variance is not known where areas"),
+        (("area.column=district", "+group_multipliers.a=2"), "group_multipliers is not known where areas"),
         (("area.column=district", "bounds=[low,high]"), "bounds that are numbers"),
         (("area.column=district", "weights_format=dta"), "csv or parquet"),
     ],

@@ -2,15 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import numpy as np
 import pandas as pd
 import pytest
 
+from sparsereg.calibration.command.shared import _check
+from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.reading.parquet_file import share_of
+from sparsereg.cli import settings_of
 from sparsereg.errors import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -98,6 +103,7 @@ def test_two_processes_write_the_weights_of_one(tmp_path, place):
     [
         (("method=calibrate", "targets.year=2031"), "has no column value_2031"),
         (("num_households=5",), "several processes need method=calibrate problem=households"),
+        (("method=calibrate", "normalize_groups=true"), "normalize_groups is not known with several"),
     ],
 )
 def test_wrong_input_is_one_line_of_one_process(tmp_path, given, message):
@@ -108,3 +114,32 @@ def test_wrong_input_is_one_line_of_one_process(tmp_path, given, message):
     assert len(lines) == 1
     assert message in lines[0]
     assert not (tmp_path / "outputs").exists()
+
+
+def settings(*given):
+    households = ("problem=households", "problem.households=H.parquet", "problem.targets=T.csv")
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        composed = hydra.compose("calibrate", [*households, "method=calibrate", *given])
+    return settings_of(CalibrationRun, composed)
+
+
+def test_what_several_processes_know_is_taken():
+    _check(settings("distance=raking", "bounds=[0.2,5]", "targets.year=2026", "require.max_error=0.1"))
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("normalize_groups=true", "normalize_groups"),
+        ("+group_multipliers.a=2", "group_multipliers"),
+        ("untouchable=drop", "untouchable"),
+        ("holdout.folds=2", "holdout.folds"),
+        ("report.variables=[w]", "report.variables"),
+        ("weights_format=dta", "weights_format=dta"),
+        ("targets.year=[2025,2026]", "a list of years"),
+        ("area.column=region", "areas"),
+    ],
+)
+def test_what_several_processes_would_leave_out_is_refused(given, name):
+    with pytest.raises(InputError, match=f"^{re.escape(name)}.* not known with several processes"):
+        _check(settings(given))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
@@ -335,9 +334,3 @@ def _steady(node: fx.Node, shape: Shape) -> bool:
 
 def _numbers(value: Any) -> Sequence[int]:
     return [value] if isinstance(value, int) else list(value)
-
-
-def weight_tensor(values: Vector, like: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Numbers as a weight of the type and on the device of another one."""
-    made = torch.from_numpy(np.ascontiguousarray(values))
-    return made.to(like.device, dtype or like.dtype)
