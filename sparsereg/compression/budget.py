@@ -304,7 +304,7 @@ def exact_share(accountant: Accountant, cost: Exact) -> float:
         return cost()
     if cost == "parameters":
         return 1.0 - accountant.exact_sparsity()
-    return accountant.count().compacted_macs / accountant.macs
+    return accountant.exact_macs() / accountant.macs
 
 
 @torch.no_grad()

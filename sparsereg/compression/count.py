@@ -195,6 +195,10 @@ class Accountant:
         """Share of the weights that compaction removes now; cheaper than a whole count."""
         return 1.0 - self._counted.kept_parameters() / self.parameters if self.parameters else 0.0
 
+    def exact_macs(self) -> int:
+        """MACs that compaction leaves now for one example; cheaper than a whole count."""
+        return self._counted.kept_macs()
+
     def expected_parameters(self) -> Tensor:
         """Expected weights that stay, differentiable in every log_alpha; a scalar in float32 or wider."""
         return self._counted.expected()[0]
@@ -217,6 +221,10 @@ class _Units:
     def kept_parameters(self) -> int:
         """Parameters of the compacted network."""
         return int(self.costs.exact(self.structure.stays(self.model))[0].sum())
+
+    def kept_macs(self) -> int:
+        """MACs of the compacted network for one example."""
+        return int(self.costs.exact(self.structure.stays(self.model))[1].sum())
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """Expected parameters and MACs that stay."""
@@ -263,6 +271,10 @@ class _Channels:
     def kept_parameters(self) -> int:
         """Parameters of the compacted network."""
         return self.flow.kept_parameters(self.flow.analyse(self.model))
+
+    def kept_macs(self) -> int:
+        """MACs of the compacted network for one example."""
+        return self.flow.kept_macs(self.flow.analyse(self.model))
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """Expected parameters and MACs that stay."""

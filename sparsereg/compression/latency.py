@@ -3,8 +3,7 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from sparsereg.compression.deploy import flat_inputs
+from sparsereg.compression.running import evaluating
 from sparsereg.compression.runtimes import (
     Loaded,
     Loaders,
@@ -180,7 +180,7 @@ def benchmark(
     share = seconds / (len(runtimes) * len(batch_sizes))
     loaders, rows = Loaders(example_input, threads), []
     in_memory = [m for m in models.values() if isinstance(m, nn.Module)]
-    with evaluating_all(in_memory), torch_threads(threads), torch.inference_mode():
+    with evaluating(*in_memory), torch_threads(threads), torch.inference_mode():
         for runtime in runtimes:
             ready = _loaded(models, loaders, runtime, on_step)
             for batch in batch_sizes if ready else ():
@@ -191,19 +191,6 @@ def benchmark(
                     if on_row is not None:
                         on_row(row)
     return Latency(tuple(rows), _settings(example_input, threads, channels_last))
-
-
-@contextmanager
-def evaluating_all(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Put networks in eval mode for a while; afterwards every module has the mode that it had."""
-    modes = [(m, m.training) for model in models for m in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 READS = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",), ".pt2": ("eager", "compiled")}

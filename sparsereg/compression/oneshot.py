@@ -24,6 +24,7 @@ from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.structure import structure_of
 from sparsereg.distributions import HardConcrete, shift
 from sparsereg.errors import nearest
+from sparsereg.goal import goal
 from sparsereg.penalties import hard_concretes
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,8 @@ def meet_by_importance_(
     for g in gates:
         inside = (NEARLY_OPEN - g.gamma) / (g.zeta - g.gamma)
         _set_(g, torch.full_like(g.log_alpha, g.temperature * math.log(inside / (1 - inside))))
-    frozen = [p for p in network.parameters() if not any(p is g.log_alpha for g in gates)]
+    own = {id(g.log_alpha) for g in gates}
+    frozen = [p for p in network.parameters() if p.requires_grad and id(p) not in own]
     for p in frozen:
         p.requires_grad_(False)
     expected = accountant.expected_parameters() if cost == "parameters" else accountant.expected_macs()
@@ -155,7 +157,7 @@ def meet_by_importance_(
     if importance == LEFTOVER:
         ratio = _by_leftover(network, example, batches, slopes, ratio)
     for p in frozen:
-        p.requires_grad_(p.is_floating_point())
+        p.requires_grad_(True)
     rank = torch.empty_like(ratio)
     rank[ratio.argsort()] = torch.linspace(-OPEN, OPEN, len(ratio), dtype=rank.dtype, device=rank.device)
     for g, own in zip(gates, rank.split([g.log_alpha.numel() for g in gates]), strict=True):
@@ -193,15 +195,10 @@ def _by_leftover(
 
 
 def _budget(target_macs: float | None, target_sparsity: float | None) -> tuple[str, float]:
-    """The cost that a target is about, and the share of it that may stay."""
+    """See ``goal``."""
     if (target_macs is None) == (target_sparsity is None):
         raise ValueError("give either target_macs, a share to keep, or target_sparsity, a share to remove")
-    name, value = (
-        ("target_macs", target_macs) if target_macs is not None else ("target_sparsity", target_sparsity)
-    )
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise ValueError(f"{name} must be a share in (0, 1), got {value!r}")
-    return ("macs", float(value)) if name == "target_macs" else ("parameters", 1 - float(value))
+    return goal(target_sparsity=target_sparsity, target_macs=target_macs)
 
 
 @torch.no_grad()

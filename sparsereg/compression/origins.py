@@ -1,13 +1,12 @@
 """Where the weights of a compacted network come from: which rows and columns of the original's they are."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsereg.compression.compact import compact
-from sparsereg.compression.running import Example
+from sparsereg.compression.running import Example, doubled
 from sparsereg.penalties import hard_concretes
 
 _BITS = 20
@@ -40,14 +39,10 @@ def origins(model: nn.Module, example_input: Example, round_to: int = 1) -> dict
         for weight in told.parameters():
             if weight.dim() > 1 and id(weight) not in gates and max(weight.shape[:2]) < _WIDEST:
                 weight.copy_(_tags(weight))
-    wide = torch.utils._pytree.tree_map(_double, example_input)
+    wide = doubled(example_input)
     small = compact(told, wide, round_to=round_to, check=False)
     found = {name: _read(value) for name, value in small.named_parameters() if value.dim() > 1}
     return {name: places for name, places in found.items() if places is not None}
-
-
-def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _tags(weight: Tensor) -> Tensor:

@@ -97,9 +97,7 @@ def repaired(
     if sum(examples(b) for b in given) < FEWEST:
         log.warning("a repair needs %d inputs or more: give data, not one example", FEWEST)
         return student
-    _Repair(teacher, student, given, torch.Generator().manual_seed(seed)).run(
-        [[task] for task in tasks], progress
-    )
+    _Repair(teacher, student, given, torch.Generator().manual_seed(seed)).run(tasks, progress)
     return student
 
 
@@ -173,24 +171,21 @@ class _Repair:
         self._walks: dict[int, tuple[Walk, Walk]] = {}
         self._keeps = self._fits_in_memory()
 
-    def run(self, stages: Sequence[Sequence[_Task]], progress: bool) -> None:
-        """Repair layers, those of a stage at once."""
-        total = sum(len(stage) for stage in stages)
+    def run(self, tasks: Sequence[_Task], progress: bool) -> None:
+        """Repair layers, one after the other."""
         changed = 0
-        with _bar(total, progress) as bar:
-            for stage in stages:
-                sums = [self._none(task) for task in stage]
+        with _bar(len(tasks), progress) as bar:
+            for task in tasks:
+                train, held = self._none(task)
                 for i in range(len(self.batches)):
-                    self._add(i, stage, sums)
-                changed += sum(self._solve(task, *own) for task, own in zip(stage, sums, strict=True))
-                bar.update(len(stage))
-        log.info("%d of %d layers repaired on %d inputs", changed, total, self.first[-1])
+                    self._add(i, task, train, held)
+                changed += self._solve(task, train, held)
+                bar.update(1)
+        log.info("%d of %d layers repaired on %d inputs", changed, len(tasks), self.first[-1])
 
     def _fits_in_memory(self) -> bool:
-        walks = [route.start(self.batches[0]) for route in self.routes]
-        for walk in walks:
-            walk.to_the_end()
-        return sum(walk.largest for walk in walks) * len(self.batches) <= MEMORY
+        needed = sum(route.start(self.batches[0]).peak() for route in self.routes)
+        return needed * len(self.batches) <= MEMORY
 
     def _walk(self, i: int) -> tuple[Walk, Walk]:
         if not self._keeps:
@@ -222,23 +217,21 @@ class _Repair:
             matrix = torch.cat([matrix, bias], 1)
         return matrix[:, :, task.places >= 0] if reader.groups == 1 else matrix
 
-    def _add(self, i: int, stage: Sequence[_Task], sums: Sequence[tuple[Sums, Sums]]) -> None:
-        """Add what one batch shows of the layers of a stage."""
+    def _add(self, i: int, task: _Task, train: Sums, held: Sums) -> None:
+        """Add what one batch shows of a layer."""
         teacher, student = self._walk(i)
-        for task, (train, held) in zip(stage, sums, strict=True):
-            reader = task.reader
-            axis = -1 if reader.layer is None else 1
-            chosen = task.places[task.places >= 0].to(next(self.student.parameters()).device)
-            wanted = teacher.after(task.target).index_select(axis, chosen)
-            most = -(-max(ROWS * train.gram.shape[1], LEAST_ROWS) // len(self.batches))
-            x, y, example = reader.rows(
-                student.before(reader.node, reader.source), wanted, most, self.generator
-            )
-            if self._constant(task):
-                x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
-            out = (example + self.first[i]) % HELD == HELD - 1
-            for part, mine in ((train, ~out), (held, out)):
-                part.add_(x[:, mine], y[:, mine])
+        reader = task.reader
+        axis = -1 if reader.layer is None else 1
+        chosen = task.places[task.places >= 0].to(next(self.student.parameters()).device)
+        wanted = teacher.after(task.target).index_select(axis, chosen)
+        most = -(-max(ROWS * train.gram.shape[1], LEAST_ROWS) // len(self.batches))
+        read = student.before(reader.node, reader.source)
+        x, y, example = reader.rows(read, wanted, most, self.generator)
+        if self._constant(task):
+            x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
+        out = (example + self.first[i]) % HELD == HELD - 1
+        for part, mine in ((train, ~out), (held, out)):
+            part.add_(x[:, mine], y[:, mine])
 
     @torch.no_grad()
     def _solve(self, task: _Task, train: Sums, held: Sums) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.compact import compact
-from sparsereg.compression.running import tensors_in
+from sparsereg.compression.running import doubled, tensors_in
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
@@ -267,16 +267,12 @@ def _some(names: list[str]) -> str:
 @torch.no_grad()
 def _difference(network: nn.Module, smaller: nn.Module, example: Any) -> float:
     """Largest difference of the answers in float64, as a share of their spread."""
-    args, kwargs = torch.utils._pytree.tree_map(_wide, inputs_of(example))
+    args, kwargs = doubled(inputs_of(example))
     one = tensors_in(copy.deepcopy(network).double()(*args, **kwargs))
     two = tensors_in(copy.deepcopy(smaller).double()(*args, **kwargs))
     if [a.shape for a in one] != [b.shape for b in two]:
         return math.inf
     return max((difference(b, a) for a, b in zip(one, two, strict=True)), default=0.0)
-
-
-def _wide(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 @torch.no_grad()

@@ -12,16 +12,24 @@ Example = Tensor | tuple[Tensor, ...]
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode is put back afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+    modes = [(m, m.training) for model in models for m in model.modules()]
     try:
+        for model in models:
+            model.eval()
         with torch.no_grad():
             yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def doubled(inputs: Any) -> Any:
+    """Inputs, nested as they may be, with floating-point tensors in float64."""
+    return torch.utils._pytree.tree_map(
+        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
+    )
 
 
 def first_line(error: Exception) -> str:

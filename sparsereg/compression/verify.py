@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.running import evaluating, tensors_in
+from sparsereg.compression.running import doubled, evaluating, tensors_in
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def verify(
             leaves = [x for x in torch.utils._pytree.tree_leaves((given, named)) if isinstance(x, Tensor)]
             if not all(_supports_float64(x) for x in leaves):
                 continue
-            given, named = torch.utils._pytree.tree_map(_double, (given, named))
+            given, named = doubled((given, named))
             with _in_float64(model):
                 answers = model(*given, **named)
             tolerance_64 = ROUNDED_TOLERANCE if _rounds(wide) else FLOAT64_TOLERANCE
@@ -56,10 +56,6 @@ def _rounds(wide: nn.Module) -> bool:
     """Whether a network goes to float32 by itself, as many norms of transformers do."""
     nodes = wide.graph.nodes if isinstance(wide, fx.GraphModule) else ()
     return any(torch.float32 in (*node.args, *node.kwargs.values()) for node in nodes)
-
-
-def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _precision(model: nn.Module) -> torch.dtype:

@@ -53,8 +53,6 @@ class Walk:
         self._next = 0
         self._run = fx.Interpreter(route.module, garbage_collect_values=False)
         self._run.args_iter = iter(route.arguments(inputs))
-        self.largest = 0
-        """Bytes that were needed at once."""
 
     def before(self, node: fx.Node, source: fx.Node) -> Tensor:
         """Walk up to an operation and return one of its inputs."""
@@ -68,9 +66,14 @@ class Walk:
         value: Tensor = self._step()
         return value
 
-    def to_the_end(self) -> None:
-        """Walk over all operations that are left."""
-        self._to(len(self._route.nodes))
+    def peak(self) -> int:
+        """Walk over all operations that are left; return the bytes that results of them took at once."""
+        largest = 0
+        while self._next < len(self._route.nodes):
+            self._step()
+            held = (_bytes(v) for n, v in self._run.env.items() if n.op != "get_attr")
+            largest = max(largest, sum(held))
+        return largest
 
     def _to(self, place: int) -> None:
         while self._next < place:
@@ -80,7 +83,6 @@ class Walk:
     def _step(self) -> Any:
         node, env = self._route.nodes[self._next], self._run.env
         value = env[node] = self._run.run_node(node)
-        self.largest = max(self.largest, sum(_bytes(v) for v in env.values()))
         for done in self._route.done[self._next]:
             del env[done]
         self._next += 1

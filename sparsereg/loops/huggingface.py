@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -142,7 +141,7 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
         return int(self.trainer.state.max_steps or self.trainer.args.max_steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on with the multiplier of a checkpoint, and keep the gates' learning rate."""
+        """Go on with the multiplier of a checkpoint."""
         kept = state.stateful_callbacks.get(STATE)
         if state.global_step and isinstance(kept, Mapping):
             self.sparsifier.load_state_dict(kept["attributes"]["sparsifier"])
@@ -232,4 +231,4 @@ def _in_json(value: Any) -> Any:
     """Tensors as lists, keys as text."""
     if isinstance(value, Mapping):
         return {str(key): _in_json(part) for key, part in value.items()}
-    return torch.as_tensor(value).tolist() if isinstance(value, Tensor) else value
+    return value.tolist() if isinstance(value, Tensor) else value

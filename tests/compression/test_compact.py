@@ -221,6 +221,7 @@ def test_accountant_follows_gates_weights_and_devices():
         counted = accountant.count()
         assert counted.compacted_parameters == size(compact(network, x, check=False))
         assert accountant.exact_sparsity() == counted.exact_sparsity
+        assert accountant.exact_macs() == counted.compacted_macs
     network.double()
     assert accountant.count().compacted_parameters == counted.compacted_parameters
 

@@ -9,7 +9,7 @@ import sparsereg
 
 ROOT = Path(sparsereg.__file__).parent
 BELOW = (
-    "archives", "checks", "data", "device", "distributions", "errors", "files", "layers", "model",
+    "archives", "checks", "data", "device", "distributions", "errors", "files", "goal", "layers", "model",
     "penalties", "summary",
 )  # fmt: skip
 UPWARD = {"penalties"}

@@ -137,7 +137,7 @@ class Branches:
             return self._any(_factors(self.program, node), shared, path)
         if name in _ZEROS:
             return set()
-        needed = _needed(self.program, node, name)
+        needed = _needed(node, name)
         if needed is None:
             return None
         found = self._all(needed, shared, path)
@@ -257,7 +257,7 @@ def _factors(program: Program, node: fx.Node) -> list[fx.Node]:
     return sorted(node.all_input_nodes, key=rank)
 
 
-def _needed(program: Program, node: fx.Node, name: str) -> list[Any] | None:
+def _needed(node: fx.Node, name: str) -> list[Any] | None:
     """What has to be zero so that the result of an operation is; None if nothing makes it that."""
     a = bound(node)
     if name in MAKERS:

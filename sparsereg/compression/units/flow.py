@@ -17,6 +17,7 @@ from sparsereg.compression.units.steps.chances import Pass, parts_of
 from sparsereg.compression.units.steps.follow import Follower
 from sparsereg.compression.units.steps.mixing import Mixing
 from sparsereg.compression.units.steps.norms import Norm
+from sparsereg.compression.units.steps.pairs import Pair
 from sparsereg.compression.units.steps.table import Channels, Mask, Result, Source, Step, Values
 from sparsereg.distributions import HardConcrete
 
@@ -109,6 +110,10 @@ class Flow:
         own = sum(step.num_parameters(x) + step.num_constants(x) for step in x.steps)
         return own + sum(self.constants(x).values())
 
+    def kept_macs(self, x: Channels) -> int:
+        """MACs of the smaller network for one example."""
+        return sum(step.num_macs(x) for step in x.steps)
+
     def constants(self, x: Channels) -> dict[fx.Node, int]:
         """Tensors of constants that something reads, with the parameters that they take."""
         if not (x.kept & ~np.isnan(x.const)).any():
@@ -116,7 +121,7 @@ class Flow:
         found: dict[fx.Node, int] = {}
         for step in x.steps:
             wanted = [True] * len(step.sources)
-            if type(step).__name__ in ("Add", "Mul", "Over"):
+            if isinstance(step, Pair):
                 wanted = [mask is not None for mask in step.needs(x.kept[step.out], x)]
             for source, reads in zip(step.sources, wanted, strict=True):
                 if reads:

@@ -23,7 +23,7 @@ from sparsereg.compression.units.program import Call, Ready, bound, module_of, n
 from sparsereg.compression.units.rules.moves import COPIES
 from sparsereg.compression.units.rules.recurrent import BLOCKS, starts_at_zero
 from sparsereg.compression.units.rules.table import rule_of
-from sparsereg.compression.units.steps.single import Gate
+from sparsereg.compression.units.steps.single import Gate, Take
 from sparsereg.compression.units.steps.table import Channels, Mask, Result, Step, Vector
 from sparsereg.errors import InputError
 
@@ -152,7 +152,7 @@ class Folder(Emitter):
             return self._layers(node)
         if step is not None:
             return step.write(self)
-        if self._is_gate(node):  # one that an earlier layer has absorbed
+        if name_of(node) in ("mul", "multiply"):  # one that an earlier layer has absorbed
             return self._value(next(n for n in node.all_input_nodes if n not in self.program.weights))
         rule = rule_of(node)
         call = Call(node.target, node.args, dict(node.kwargs))
@@ -180,9 +180,6 @@ class Folder(Emitter):
             self.made[source] = plain
         return made
 
-    def _is_gate(self, node: fx.Node) -> bool:
-        return name_of(node) in ("mul", "multiply")
-
     def _called(self, node: fx.Node, call: Call) -> Any:
         if self.dtype is not None and op_name(call.target) not in COPIES and "dtype" in call.kwargs:
             own = self.dtype if call.kwargs["dtype"] == self.like.dtype else call.kwargs["dtype"]
@@ -207,19 +204,14 @@ class Folder(Emitter):
         node = self._value(source)
         axis = step.axis
         if axis >= 0 and len(units) > 1 and not np.array_equal(mask, there):
-            axis = self._axis_in(step, source)
             node = self._selection(source, node, axis, mask[there])
         constant = self.flow.state(source, self.channels) == CONSTANT
         scale = np.ones(int(mask.sum())) if constant else self.scale[units[mask]]
         if exact and (scale != 1).any():
-            factor = self._along(scale, self._rank(source), self._axis_in(step, source))
+            factor = self._along(scale, self._rank(source), axis)
             node = self.graph.call_function(torch.mul, (node, self._number("scale", factor)))
             scale = np.ones_like(scale)
         return node, scale
-
-    def _axis_in(self, step: Step, source: fx.Node) -> int:
-        """The axis of a tensor that an operation reads along which it reads units."""
-        return step.axis
 
     def _rank(self, node: fx.Node) -> int:
         return int(self.program.values[node].dim())
@@ -250,9 +242,12 @@ class Folder(Emitter):
 
     def give(self, weight: fx.Node, values: Vector) -> None:
         """Give a weight what is left of it."""
-        made = torch.from_numpy(np.ascontiguousarray(values))
+        self.left.weights[weight] = self._as(weight, values)
+
+    def _as(self, weight: fx.Node, values: Vector) -> Tensor:
+        """Numbers as a tensor where a weight is, of its type."""
         like = self.flow.placed.value(self.model, weight)
-        self.left.weights[weight] = made.to(like.device, self.dtype or like.dtype)
+        return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, self.dtype or like.dtype)
 
     def bias(self, weight: fx.Node, bias: fx.Node | None, values: Vector) -> fx.Node:
         """Give a layer a bias, a new one if it has none."""
@@ -263,10 +258,7 @@ class Folder(Emitter):
                 f"{name.removesuffix('weight')}bias" if name.endswith("weight") else f"{name}_bias"
             )
             self.program.parameters.add(bias)
-            made = torch.from_numpy(np.ascontiguousarray(values))
-            like = self.flow.placed.value(self.model, weight)
-            self.left.weights[bias] = made.to(like.device, self.dtype or like.dtype)
-            self.program.weights[bias] = self.left.weights[bias]
+            self.left.weights[bias] = self.program.weights[bias] = self._as(weight, values)
         else:
             self.give(bias, values)
         return bias
@@ -392,7 +384,6 @@ class Folder(Emitter):
 
     def _fixed(self) -> dict[int, list[int]]:
         """The sizes that inputs must have, by the input's position."""
-        follower = self.flow.follower
         counted = self._counted_symbols()
         found = {}
         for position, node in enumerate(self.program.inputs):
@@ -414,7 +405,6 @@ class Folder(Emitter):
                 first = 2 if value.dim() > 3 else value.dim()
                 sizes = [s if i >= first or i in chosen or s < ANY else ANY for i, s in enumerate(sizes)]
             found[position] = sizes
-        assert follower is self.flow.follower
         return found
 
     def _chooses(self, step: Step) -> bool:
@@ -422,7 +412,7 @@ class Folder(Emitter):
         if not step.ins or isinstance(step, Result) or step.axis < 0 or not len(step.ins[0]):
             return False
         kept = self.channels.kept
-        if type(step).__name__ == "Take":
+        if isinstance(step, Take):
             return bool(kept[step.out].any() and not kept[step.out].all())
         return bool(
             step.size == len(step.ins[0])

@@ -156,7 +156,7 @@ class Sites:
 
         def rank(n: fx.Node) -> tuple[bool, bool, int]:
             value = self.program.values[n]
-            covers = self._covers(n, wanted, out)
+            covers = self._covers(n, wanted)
             return covers, n in self.program.weights, int(value.numel())
 
         return max(able, key=rank)
@@ -166,7 +166,7 @@ class Sites:
         zero = self.labeller.dead.get(node, Dead.ZERO) is Dead.ZERO
         return self._labelled(node) and (weight or zero)
 
-    def _covers(self, node: fx.Node, wanted: set[int], out: Any) -> bool:
+    def _covers(self, node: fx.Node, wanted: set[int]) -> bool:
         labels = self.labeller.labels(node)
         return len(varying(labels)) >= len(wanted)
 

@@ -48,6 +48,8 @@ def test_several_years_are_what_each_is_alone(method):
     assert results["max_are"] == max(r["max_are"] for r in results["years"].values())
     targets = pd.read_csv(folder / "targets.csv")
     assert targets.groupby("year").size().tolist() == [4, 4, 4]
+    assert targets.level.tolist() == 3 * ["nation", "state", "state", "nation"]
+    assert ("multiplier" in targets) == (method == "calibrate")
     for year in (2025, 2026, 2027):
         alone, _ = run(*GIVEN, f"method={method}", f"targets.year={year}")
         theirs = pd.read_csv(alone / "weights.csv")

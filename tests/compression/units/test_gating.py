@@ -97,6 +97,7 @@ def test_expectation_is_exact_where_nothing_is_uncertain(gated, name):
     sizes = count(network, example(name))
     assert sizes.expected_parameters == pytest.approx(sizes.compacted_parameters, rel=1e-6)
     assert sizes.expected_macs == pytest.approx(sizes.compacted_macs, rel=1e-6)
+    assert Accountant(network, example(name)).exact_macs() == sizes.compacted_macs
 
 
 def test_expected_cost_has_a_gradient_for_every_gate(gated):
