@@ -98,7 +98,7 @@ class Budget:
 
     Args:
         accountant: counts the network.
-        cost: one of ``COSTS``.
+        cost: one of ``COSTS``; a class below may name another.
         kept: share of it that may stay in the end, in (0, 1).
         proportional_gain: of the multiplier.
         integral_gain: of the multiplier.

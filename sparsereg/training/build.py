@@ -48,7 +48,7 @@ from sparsereg.training.config import TIMING, Callbacks, Evaluation, Training, c
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.ending import EndsTogether
 from sparsereg.training.front import Front
-from sparsereg.training.module import Learner, Provenance
+from sparsereg.training.module import Learner, RunNotes
 from sparsereg.training.progress_bar import ProgressBar
 from sparsereg.training.results import measured, names
 from sparsereg.training.target import SparsityTarget, TargetSettings, asked_for, measured_budget
@@ -450,7 +450,7 @@ def build_module(
             f"label_smoothing={cfg.label_smoothing:g}: the loss of {cfg.task.said} takes no label_smoothing; "
             "leave it out"
         )
-    provenance = Provenance(
+    notes = RunNotes(
         config=plain(cfg),
         form=form,
         gated=bool(hard_concretes(net)),
@@ -463,7 +463,7 @@ def build_module(
         task,
         0.0 if cfg.lambda_l0 is None or cfg.target_key else cfg.lambda_l0,
         cfg.optimizer,
-        provenance,
+        notes,
         cfg.lambda_l2,
         cfg.trainer.compile,
         cfg.penalty,

@@ -25,7 +25,7 @@ from sparsereg.training.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Provenance:
+class RunNotes:
     """What a checkpoint must know to be tested or resumed without the command that made it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Learner(pl.LightningModule):
         lambda_l2: weight of half the expected squared norm of the weights under their gates, >= 0: the
             L2 norm inside the L0 penalty of the paper, see ``sparsereg.penalties.expected_l2``.
         optimizer: optimizer and schedule.
-        provenance: stored in checkpoints.
+        notes: stored in checkpoints.
         compiled: whether ``net`` is compiled.
         penalty: ``gates`` or, as in the paper, ``weights``: lambda_l0 is then the price of
             ``sparsereg.penalties.expected_l0`` instead of L_C0.
@@ -77,7 +77,7 @@ class Learner(pl.LightningModule):
         task: Task,
         lambda_l0: float,
         optimizer: Optimizer,
-        provenance: Provenance,
+        notes: RunNotes,
         lambda_l2: float = 0.0,
         compiled: bool = False,
         penalty: str = "gates",
@@ -97,7 +97,7 @@ class Learner(pl.LightningModule):
         self.lambda_l2 = lambda_l2
         self.penalty_scale = 1.0
         self.optimizer_settings = optimizer
-        self.provenance = provenance
+        self.notes = notes
         self.batch_norm_is_current = False
         """Whether the BatchNorm statistics were estimated for exactly these weights and gates."""
         self._scheduled_steps = 1.0
@@ -107,7 +107,7 @@ class Learner(pl.LightningModule):
         self._vectors = tuple(
             m.gates for m in net.modules() if isinstance(m, L0Gate) and m.sampling == "batch" and not compiled
         )
-        inputs = provenance.form.inputs
+        inputs = notes.form.inputs
         self._taken = None if inputs is None else tuple(inputs)
         self.train_metrics, self.val_metrics, self.test_metrics = (
             nn.ModuleDict(task.metrics()) for _ in range(3)
@@ -236,7 +236,7 @@ class Learner(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what test.py needs."""
-        p = self.provenance
+        p = self.notes
         checkpoint["sparsereg"] = {
             "version": sparsereg.__version__,
             "config": p.config,

@@ -18,10 +18,8 @@ from sparsereg.calibration.solver.bounds import Bounds, ratio_bounds
 from sparsereg.calibration.solver.distances import distance_of
 from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, Solution, independent, solve
 from sparsereg.calibration.solver.exact import GAVE_WAY, Domain, soften
+from sparsereg.calibration.target_scale import target_scale
 from sparsereg.linalg.threads import in_turns, num_threads
-
-SMALLEST_SHARE = 1e-3
-"""Share of what goes into a total that its error is at least compared with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,8 +179,7 @@ def _solve(problem: AreaProblem, template: _Template, area: int) -> AreaWeights:
     initial = problem.initial_weights[template.households] * shares
     weights = initial.copy() if found is None else found.weights * share
     estimates = problem.measures[template.measures] @ _of_all(problem, template, weights)
-    scale = np.maximum(np.abs(wanted), SMALLEST_SHARE * template.sizes * share)
-    errors = np.abs(estimates - wanted) / np.where(scale > 0, scale, 1.0)
+    errors = np.abs(estimates - wanted) / target_scale(wanted, None, template.sizes * share)
     low, high = template.dual.distance.low * initial, template.dual.distance.high * initial
     weights = np.clip(weights, low, high)
     at_bound = (weights <= low * (1 + 1e-12)) | (weights >= high * (1 - 1e-12))

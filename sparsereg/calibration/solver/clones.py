@@ -17,9 +17,10 @@ import scipy.sparse as sp
 
 from sparsereg.calibration.areas import AreaProblem
 from sparsereg.calibration.problem import CalibrationProblem
-from sparsereg.calibration.solver.areas import SMALLEST_SHARE, AreaWeights
+from sparsereg.calibration.solver.areas import AreaWeights
 from sparsereg.calibration.solver.calibration import calibrate
 from sparsereg.calibration.solver.joint import Joint
+from sparsereg.calibration.target_scale import target_scale
 from sparsereg.shapes import Float, Int
 
 _log = logging.getLogger(__name__)
@@ -168,8 +169,8 @@ def _weights_of(problem: AreaProblem, pairs: Pairs, area: int, steps: int, secon
     full_initial = np.zeros(problem.num_households)
     full_initial[households] = initial
     estimates, gross = np.asarray(rows @ full), np.asarray(abs(rows) @ full_initial)
-    scale = np.maximum(np.abs(problem.targets[targets]), SMALLEST_SHARE * gross)
-    errors = np.abs(estimates - problem.targets[targets]) / np.where(scale > 0, scale, 1.0)
+    wanted = problem.targets[targets]
+    errors = np.abs(estimates - wanted) / target_scale(wanted, None, gross)
     return AreaWeights(
         area, households, initial, weights, targets, estimates, errors, np.full(len(targets), np.nan),
         np.empty(0, dtype=np.int64), 0, steps, seconds,

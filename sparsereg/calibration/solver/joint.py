@@ -20,10 +20,11 @@ import scipy.linalg as sl
 import scipy.sparse as sp
 
 from sparsereg.calibration.areas import AreaProblem
-from sparsereg.calibration.solver.areas import SMALLEST_SHARE, AreaWeights
+from sparsereg.calibration.solver.areas import AreaWeights
 from sparsereg.calibration.solver.bounds import Bounds, ratio_bounds
 from sparsereg.calibration.solver.distances import distance_of
 from sparsereg.calibration.solver.dual_newton import Rows, gram
+from sparsereg.calibration.target_scale import target_scale
 from sparsereg.linalg.threads import in_turns, num_threads
 from sparsereg.shapes import Float, Int
 
@@ -167,8 +168,7 @@ class Joint:
         rows, sizes = p.measure[own], self.sizes[p.measure[own]]
         gross, weight = self._gross
         targets = p.targets[own] / sizes
-        scale = np.maximum(np.abs(targets), SMALLEST_SHARE * gross[place, rows])
-        scale = np.where(scale > 0, scale, 1.0)
+        scale = target_scale(targets, None, gross[place, rows])
         prices = self.price * (np.ones(len(own)) if p.prices is None else p.prices[own])
         prices = np.maximum(prices * weight[place], np.finfo(np.float64).tiny)
         return _Level(rows, targets, np.minimum(scale**2 / prices, 1e200), scale)

@@ -299,7 +299,7 @@ def _nothing() -> None:
 
 
 def constants_of(program: Program) -> dict[str, Tensor]:
-    """Tensors that are written into a network's code."""
+    """The weights of a program by their names."""
     return {name: program.weights[node] for node, name in program.names.items()}
 
 
