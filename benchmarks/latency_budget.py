@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import sparsereg
 from sparsereg.compression import Accountant, compact, fuse
-from sparsereg.compression.measured import MeasuredBudget, Milliseconds
-from sparsereg.compression.runtimes import Loaders, batch_of, torch_threads
-from sparsereg.compression.times import seconds_of
+from sparsereg.compression.timing.measured import MeasuredBudget, Milliseconds
+from sparsereg.compression.timing.runtimes import Loaders, batch_of, torch_threads
+from sparsereg.compression.timing.times import seconds_of
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sparsereg.calibration import SparseCalibrationWeights
     from sparsereg.compression import compact, count, explain, export, gate, restore_class
-    from sparsereg.compression.oneshot import shrink
+    from sparsereg.compression.oneshot.pruning import shrink
     from sparsereg.distributions import HardConcrete
     from sparsereg.gates import FeatureGate, HybridGate, L0Gate, SampleGate
     from sparsereg.layers import L0Conv2d, L0DepthwiseConv2d, L0Linear, SparseMLP, prune_model
@@ -75,7 +75,7 @@ _HOMES = {
     "temperature": ("TemperatureScheduler", "update_temperatures"),
     "sparse": ("SparseL0Linear",),
     "calibration": ("SparseCalibrationWeights",),
-    "compression.oneshot": ("shrink",),
+    "compression.oneshot.pruning": ("shrink",),
     "compression": ("compact", "count", "explain", "export", "gate", "restore_class"),
     "loops.huggingface": ("SparsifyTrainer",),
     "loops.lightning": ("Sparsify",),

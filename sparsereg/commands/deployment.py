@@ -23,11 +23,11 @@ from sparsereg.compression import (
     save_compacted,
 )
 from sparsereg.compression.deploy import check_packages, write_onnx
-from sparsereg.compression.latency import HEADER, Latency
-from sparsereg.compression.oneshot import shrink
+from sparsereg.compression.oneshot.pruning import shrink
 from sparsereg.compression.quantization import CALIBRATION_EXAMPLES
-from sparsereg.compression.rounding import fastest_rounding
-from sparsereg.compression.runtimes import Loaders, Source, check_runtime, default_runtime, installed
+from sparsereg.compression.timing.latency import HEADER, Latency
+from sparsereg.compression.timing.rounding import fastest_rounding
+from sparsereg.compression.timing.runtimes import Loaders, Source, check_runtime, default_runtime, installed
 from sparsereg.data.batches import call, only
 from sparsereg.data.own import RunData
 from sparsereg.errors import InputError

@@ -4,10 +4,10 @@ from sparsereg.compression.compact import compact, original_size
 from sparsereg.compression.count import Accountant, Count, LayerCount, count
 from sparsereg.compression.deploy import export, fuse, shift_pools
 from sparsereg.compression.insert import gate
-from sparsereg.compression.latency import Latency, Timing, benchmark
 from sparsereg.compression.quantization import quantize
 from sparsereg.compression.restore import restore_class
 from sparsereg.compression.storage import is_compacted, load_compacted, save_compacted
+from sparsereg.compression.timing.latency import Latency, Timing, benchmark
 from sparsereg.compression.units.explain import Explanation, explain
 
 __all__ = [

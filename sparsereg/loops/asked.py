@@ -8,8 +8,8 @@ import torch
 from sparsereg.checks import check_count
 from sparsereg.compression.budget import Budget, least_share
 from sparsereg.compression.count import Accountant
-from sparsereg.compression.measured import latency_budget
-from sparsereg.compression.runtimes import check_runtime, default_runtime
+from sparsereg.compression.timing.measured import latency_budget
+from sparsereg.compression.timing.runtimes import check_runtime, default_runtime
 from sparsereg.data.batches import moved
 from sparsereg.errors import InputError
 from sparsereg.goal import MILLISECONDS, Target, goal
@@ -25,7 +25,7 @@ class Asked:
         target_sparsity: share of the parameters to remove, in (0, 1); or
         target_macs: share of the multiply-accumulate operations to keep, in (0, 1); or
         target_latency_ms: milliseconds that one call of the compacted network may take, > 0.
-        runtime: where it is measured, see ``sparsereg.compression.measured.latency_budget``.
+        runtime: where it is measured, see ``sparsereg.compression.timing.measured.latency_budget``.
         threads: that may compute in such a call.
         batch: examples in such a call.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsereg.compression.latency import Timing
+from sparsereg.compression.timing.latency import Timing
 from sparsereg.training.tasks.task import SHARES, Task
 
 NAMES = {

@@ -318,7 +318,7 @@ MODEL_OF: dict[str, tuple[str, ...]] = {
 
 
 RUNTIMES = ("eager", "compiled", "onnxruntime", "openvino")
-"""Where a network can run; ``sparsereg.compression.runtimes`` has what each needs."""
+"""Where a network can run; ``sparsereg.compression.timing.runtimes`` has what each needs."""
 TARGETS = ("target_sparsity", "target_macs", "target_latency_ms", "target_memory_mb")
 """Settings that say what a network may cost."""
 MEASURED = ("target_latency_ms", "target_memory_mb")

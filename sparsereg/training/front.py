@@ -2,9 +2,9 @@
 
 While the target falls, the gates of the network pass through every size. At the end of the epoch in which
 a size is due, a copy is brought to it exactly, compacted, repaired in closed form
-(``sparsereg.compression.repair``) and trained further for a short while; the run itself goes on as if nothing
-had happened. Each size is a folder with its network and its figures, so that a run that was cut off goes on
-with those that are missing.
+(``sparsereg.compression.oneshot.repair``) and trained further for a short while; the run itself goes on as
+if nothing had happened. Each size is a folder with its network and its figures, so that a run that was cut
+off goes on with those that are missing.
 """
 
 import copy
@@ -24,7 +24,7 @@ from torch import fx
 
 from sparsereg.compression import Accountant, benchmark, fuse, save_compacted
 from sparsereg.compression.budget import meet_
-from sparsereg.compression.repair import repaired
+from sparsereg.compression.oneshot.repair import repaired
 from sparsereg.data.batches import call, only
 from sparsereg.data.own import RunData
 from sparsereg.files import write_atomically, write_json, write_text

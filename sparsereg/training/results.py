@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsereg.compression import Accountant, Count, original_size
 from sparsereg.compression.budget import exact_share
-from sparsereg.compression.measured import MeasuredBudget
+from sparsereg.compression.timing.measured import MeasuredBudget
 from sparsereg.penalties import hard_concretes
 from sparsereg.training.accounting import PlainAccountant
 from sparsereg.training.config import Training

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 
 from sparsereg.compression import Accountant
 from sparsereg.compression.budget import COSTS, Budget, Constraint
-from sparsereg.compression.measured import MeasuredBudget, Megabytes, latency_budget
+from sparsereg.compression.timing.measured import MeasuredBudget, Megabytes, latency_budget
 from sparsereg.goal import Target, falling, goal
 from sparsereg.settings import NOT_NEGATIVE, POSITIVE, setting, within
 from sparsereg.training.averaging import WeightAverage

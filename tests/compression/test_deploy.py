@@ -17,7 +17,7 @@ from sparsereg.compression import (
     shift_pools,
 )
 from sparsereg.compression import deploy as module
-from sparsereg.compression.runtimes import Loaders
+from sparsereg.compression.timing.runtimes import Loaders
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
 from tests.compression.networks import NETWORKS, make, set_gates

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sparsereg.compression import export, quantize
-from sparsereg.compression.runtimes import Loaders
+from sparsereg.compression.timing.runtimes import Loaders
 from sparsereg.errors import InputError
 from tests.compression.networks import make, set_gates
 

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from sparsereg.compression.runtimes import Loaded
-from sparsereg.compression.times import Grid
+from sparsereg.compression.timing.runtimes import Loaded
+from sparsereg.compression.timing.times import Grid
 
 
 def _seconds(network):
@@ -44,10 +44,10 @@ class _Products:
 @pytest.fixture
 def milliseconds(monkeypatch):
     """What a network takes by a clock that counts parameters: the one that budgets measure with."""
-    monkeypatch.setattr("sparsereg.compression.measured.Clock", _Products)
-    monkeypatch.setattr("sparsereg.compression.measured._SECONDS", 0.0)
-    monkeypatch.setattr("sparsereg.compression.measured.Loaders", _ByParameters)
+    monkeypatch.setattr("sparsereg.compression.timing.measured.Clock", _Products)
+    monkeypatch.setattr("sparsereg.compression.timing.measured._SECONDS", 0.0)
+    monkeypatch.setattr("sparsereg.compression.timing.measured.Loaders", _ByParameters)
     monkeypatch.setattr(
-        "sparsereg.compression.measured.seconds_of", lambda loaded, given, threads: loaded.run(given)
+        "sparsereg.compression.timing.measured.seconds_of", lambda loaded, given, threads: loaded.run(given)
     )
     return lambda network: 1e3 * _seconds(network)

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 import sparsereg
 from sparsereg.compression import load_compacted
 from sparsereg.compression.deploy import fuse
-from sparsereg.compression.measured import TOLERANCE
+from sparsereg.compression.timing.measured import TOLERANCE
 from tests.states import assert_same
 
 transformers = pytest.importorskip("transformers")

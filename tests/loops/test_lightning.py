@@ -14,7 +14,7 @@ import sparsereg
 from sparsereg import Sparsify
 from sparsereg.compression import load_compacted
 from sparsereg.compression.deploy import fuse
-from sparsereg.compression.measured import TOLERANCE
+from sparsereg.compression.timing.measured import TOLERANCE
 from sparsereg.errors import InputError
 from sparsereg.loops.groups import RATE
 from sparsereg.penalties import hard_concretes

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import sparsereg
 from sparsereg import Sparsifier
 from sparsereg.compression.deploy import fuse
-from sparsereg.compression.measured import TOLERANCE
+from sparsereg.compression.timing.measured import TOLERANCE
 from sparsereg.errors import InputError
 from sparsereg.loops.reading import like
 from sparsereg.penalties import hard_concretes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.count import Accountant, _Channels, _Units
-from sparsereg.compression.times import Layer
+from sparsereg.compression.timing.times import Layer
 from sparsereg.compression.units.program import bound, name_of
 from sparsereg.compression.units.steps.chances import Pass
 from sparsereg.compression.units.steps.mixing import Mixing

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from sparsereg.compression import benchmark, export
-from sparsereg.compression.rounding import fastest_rounding
-from sparsereg.compression.runtimes import RUNTIMES, Loaders, batch_of, default_runtime
+from sparsereg.compression.timing.rounding import fastest_rounding
+from sparsereg.compression.timing.runtimes import RUNTIMES, Loaders, batch_of, default_runtime
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
 from tests.compression.networks import make, set_gates
@@ -101,7 +101,7 @@ def test_wrong_arguments(monkeypatch):
         benchmark({"a": nn.Identity()}, torch.zeros(1), runtimes=("jit",))
     with pytest.raises(ValueError, match="at least one network"):
         benchmark({}, torch.zeros(1))
-    monkeypatch.setattr("sparsereg.compression.runtimes.find_spec", lambda name: None)
+    monkeypatch.setattr("sparsereg.compression.timing.runtimes.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"runtime=openvino needs the package onnx: pip install .* openvino"):
         benchmark({"a": nn.Identity()}, torch.zeros(1), runtimes=("openvino",))
     assert default_runtime() == "eager"

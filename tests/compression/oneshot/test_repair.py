@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from sparsereg.compression import compact, gate
-from sparsereg.compression.least_squares import Sums, solve
-from sparsereg.compression.origins import OPEN, origins
-from sparsereg.compression.readers import readers
-from sparsereg.compression.repair import repaired
+from sparsereg.compression.oneshot.least_squares import Sums, solve
+from sparsereg.compression.oneshot.origins import OPEN, origins
+from sparsereg.compression.oneshot.readers import readers
+from sparsereg.compression.oneshot.repair import repaired
 from sparsereg.penalties import hard_concretes
 from tests.nets import inputs, make
 
@@ -114,7 +114,7 @@ def test_it_does_the_same_with_little_memory(monkeypatch):
     net, x = convolutions()
     whole, half = halved(net, x, twins=False)
     kept = repaired(whole, half, x[:1], [x[:32], x[32:]])
-    monkeypatch.setattr("sparsereg.compression.repair.MEMORY", 0)
+    monkeypatch.setattr("sparsereg.compression.oneshot.repair.MEMORY", 0)
     anew = repaired(whole, half, x[:1], [x[:32], x[32:]])
     for a, b in zip(kept.state_dict().values(), anew.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)

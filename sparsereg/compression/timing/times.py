@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsereg.compression.runtimes import Loaded, Loaders
+from sparsereg.compression.timing.runtimes import Loaded, Loaders
 from sparsereg.errors import OutputError
 from sparsereg.files import write_atomically
 
@@ -112,7 +112,8 @@ class Clock:
     """Times layers in one runtime on this machine, each once: what was measured before is read from the disk.
 
     Args:
-        runtime: one of ``sparsereg.compression.runtimes.RUNTIMES``; layers are timed eagerly for "compiled".
+        runtime: one of ``sparsereg.compression.timing.runtimes.RUNTIMES``; layers are timed
+            eagerly for "compiled".
         threads: how many may compute.
         batch: examples in a call.
         folder: where times are kept; that of ``cache_folder`` if None.

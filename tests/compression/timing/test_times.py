@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from sparsereg.compression import Accountant, compact, gate
-from sparsereg.compression.runtimes import RUNTIMES
-from sparsereg.compression.times import Clock, Grid, Layer, _points
-from sparsereg.compression.widths import Widths
+from sparsereg.compression.timing.runtimes import RUNTIMES
+from sparsereg.compression.timing.times import Clock, Grid, Layer, _points
+from sparsereg.compression.timing.widths import Widths
 from sparsereg.distributions import HardConcrete
 from tests.compression.networks import make, set_gates
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.compact import compact
-from sparsereg.compression.least_squares import Sums
-from sparsereg.compression.readers import Reader, readers
+from sparsereg.compression.oneshot.least_squares import Sums
+from sparsereg.compression.oneshot.readers import Reader, readers
 from sparsereg.compression.units.structure import Structure
 from sparsereg.compression.walk import Route
 

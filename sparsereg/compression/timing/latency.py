@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsereg.compression.deploy import flat_inputs
 from sparsereg.compression.running import evaluating
-from sparsereg.compression.runtimes import (
+from sparsereg.compression.timing.runtimes import (
     Loaded,
     Loaders,
     Source,

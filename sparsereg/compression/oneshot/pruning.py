@@ -14,12 +14,12 @@ from torch import Tensor, fx, nn
 from sparsereg.compression.budget import meet_
 from sparsereg.compression.compact import ORIGINAL, compact, original_size
 from sparsereg.compression.count import Accountant
-from sparsereg.compression.importance import IMPORTANCE
-from sparsereg.compression.inputs import read_inputs
 from sparsereg.compression.insert import Choice, gate
-from sparsereg.compression.leftover import leftover
-from sparsereg.compression.origins import OPEN
-from sparsereg.compression.repair import repaired
+from sparsereg.compression.oneshot.importance import IMPORTANCE
+from sparsereg.compression.oneshot.inputs import read_inputs
+from sparsereg.compression.oneshot.leftover import leftover
+from sparsereg.compression.oneshot.origins import OPEN
+from sparsereg.compression.oneshot.repair import repaired
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.structure import structure_of
 from sparsereg.distributions import HardConcrete, shift
@@ -67,10 +67,10 @@ def shrink(
         target_macs: share of the multiply-accumulate operations to keep, in (0, 1), of the network as it
             stands: without units whose gates are shut already.
         target_sparsity: instead, share of the parameters to remove, in (0, 1).
-        importance: ``leftover``, what a repair could not make good (``sparsereg.compression.leftover``; very
-            wide networks take gradient instead), or ``gradient``, ``magnitude``, ``taylor``
-            (``sparsereg.compression.importance``).
-        repair: fit the layers that are left (``sparsereg.compression.repair``).
+        importance: ``leftover``, what a repair could not make good
+            (``sparsereg.compression.oneshot.leftover``; very wide networks take gradient instead), or ``gradient``, ``magnitude``, ``taylor``
+            (``sparsereg.compression.oneshot.importance``).
+        repair: fit the layers that are left (``sparsereg.compression.oneshot.repair``).
         num_inputs: how many inputs of the data are used.
         layers: which layers may lose units; see ``sparsereg.gate``.
         families: which kinds of units may go; see ``sparsereg.gate``.

@@ -1,7 +1,7 @@
 """Budgets in milliseconds and megabytes: expected while training, measured on the smaller network at the end.
 
-A model of the cost says what gates are worth: times of layers as ``sparsereg.compression.times`` measured
-them, and sizes of tensors. It is made to agree with the whole network and with the smallest one, and nothing
+A model of the cost says what gates are worth: times of layers as ``sparsereg.compression.timing.times``
+measured them, and sizes of tensors. It is made to agree with the whole network and with the smallest one, and nothing
 depends on it being right in between: at the end the compacted network itself is measured, the model's share
 is corrected, and the gates are set anew, until what was measured is what was asked for.
 """
@@ -22,7 +22,7 @@ from sparsereg.compression.budget import Budget, meet_
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.deploy import fuse
-from sparsereg.compression.runtimes import (
+from sparsereg.compression.timing.runtimes import (
     Loaded,
     Loaders,
     batch_of,
@@ -30,9 +30,9 @@ from sparsereg.compression.runtimes import (
     default_runtime,
     torch_threads,
 )
-from sparsereg.compression.times import Clock, seconds_of
+from sparsereg.compression.timing.times import Clock, seconds_of
+from sparsereg.compression.timing.widths import Widths
 from sparsereg.compression.units.explain import inputs_of
-from sparsereg.compression.widths import Widths
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
 
@@ -53,12 +53,12 @@ class Milliseconds:
 
     Times are taken in turns with the whole network, and are ratios to it times its median over all of them,
     so that other work on the machine, which slows both, hardly moves them. With one thread it is the time of
-    the processor, see ``sparsereg.compression.times.seconds_of``.
+    the processor, see ``sparsereg.compression.timing.times.seconds_of``.
 
     Args:
         accountant: of the network.
         example_input: one example as it takes it, on the CPU.
-        runtime: one of ``sparsereg.compression.runtimes.RUNTIMES``.
+        runtime: one of ``sparsereg.compression.timing.runtimes.RUNTIMES``.
         threads: how many may compute.
         batch: examples in a call.
 

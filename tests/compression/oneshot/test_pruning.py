@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sparsereg
 from sparsereg.compression import count, is_compacted, load_compacted, original_size, save_compacted
-from sparsereg.compression.inputs import read_inputs
+from sparsereg.compression.oneshot.inputs import read_inputs
 from sparsereg.errors import InputError
 from sparsereg.model.vit import ViT
 from sparsereg.penalties import hard_concretes

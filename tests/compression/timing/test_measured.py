@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from sparsereg.compression import Accountant, compact, gate
-from sparsereg.compression.measured import (
+from sparsereg.compression.timing.measured import (
     TOLERANCE,
     MeasuredBudget,
     Megabytes,
     Milliseconds,
     peak_megabytes,
 )
-from sparsereg.compression.times import CACHE
+from sparsereg.compression.timing.times import CACHE
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
 
@@ -114,7 +114,7 @@ def test_milliseconds(accountant, runtime, tmp_path, monkeypatch):
         for package in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(package)
     monkeypatch.setenv(CACHE, str(tmp_path))
-    monkeypatch.setattr("sparsereg.compression.measured._SECONDS", 0.01)
+    monkeypatch.setattr("sparsereg.compression.timing.measured._SECONDS", 0.01)
     counted, x = accountant
     cost = Milliseconds(counted, x, runtime, threads=1, batch=8)
     assert len(list(tmp_path.rglob("*.json"))) == 1
@@ -134,6 +134,6 @@ def test_milliseconds(accountant, runtime, tmp_path, monkeypatch):
 
 def test_a_runtime_that_is_not_there_is_named(accountant, monkeypatch):
     counted, x = accountant
-    monkeypatch.setattr("sparsereg.compression.runtimes.find_spec", lambda name: None)
+    monkeypatch.setattr("sparsereg.compression.timing.runtimes.find_spec", lambda name: None)
     with pytest.raises(InputError, match="runtime=openvino needs the package onnx: pip install"):
         Milliseconds(counted, x, "openvino", 1, 1)

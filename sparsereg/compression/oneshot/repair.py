@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.compact import compact
-from sparsereg.compression.inputs import examples
-from sparsereg.compression.least_squares import Sums, solve
-from sparsereg.compression.origins import origins
-from sparsereg.compression.readers import Reader, readers
+from sparsereg.compression.oneshot.inputs import examples
+from sparsereg.compression.oneshot.least_squares import Sums, solve
+from sparsereg.compression.oneshot.origins import origins
+from sparsereg.compression.oneshot.readers import Reader, readers
 from sparsereg.compression.running import Example
 from sparsereg.compression.walk import Route, Walk
 

@@ -8,8 +8,8 @@ from torch import fx, nn
 
 from sparsereg.compression.compact import compact
 from sparsereg.compression.deploy import fuse
-from sparsereg.compression.latency import Timing, benchmark
-from sparsereg.compression.runtimes import Source
+from sparsereg.compression.timing.latency import Timing, benchmark
+from sparsereg.compression.timing.runtimes import Source
 
 ROUNDINGS = (1, 4, 8, 16)
 """Multiples to which channels are rounded up in trials; kernels of today fill blocks of these sizes."""

@@ -1,0 +1,1 @@
+"""A smaller network without training: what goes, and what stays repaired by least squares."""
