@@ -1,6 +1,7 @@
 """Programs written for l0-python do not get worse: the recovery test of its own suite, on 20 seeds."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -24,17 +25,17 @@ ONE_COEFFICIENT = 0.2 / len(SEEDS)
 def problem(seed: int):
     """X, y, support and lambda of ``test_sparse_data_recovery`` in l0-python's tests/test_sparse.py."""
     n, p = 1000, 100
-    random = np.random.RandomState(seed)
-    support = random.choice(p, 5, replace=False)
+    state = np.random.RandomState(seed)
+    support = state.choice(p, 5, replace=False)
     b = np.zeros(p)
-    b[support] = random.choice([-3, -2, -1, 1, 2, 3], 5)
-    x = random.randn(n, p) * 0.5
-    empty = random.random_sample((n, p)) < 0.95
+    b[support] = state.choice([-3, -2, -1, 1, 2, 3], 5)
+    x = state.randn(n, p) * 0.5
+    empty = state.random_sample((n, p)) < 0.95
     x[empty] = 0
     for i in range(0, p - 1, 2):
         both = ~(empty[:, i] | empty[:, i + 1])
         x[both, i + 1] += 0.3 * x[both, i]
-    y = 30 + x @ b + 1.5 * random.randn(n)
+    y = 30 + x @ b + 1.5 * state.randn(n)
     centred = x - x.mean(axis=0)
     coefficients = np.linalg.lstsq(centred, y - y.mean(), rcond=None)[0]
     variance = np.var(y - y.mean() - centred @ coefficients)
@@ -56,7 +57,15 @@ def ours():
     return np.array([recovered(SparseL0Linear, seed) for seed in SEEDS])
 
 
-def test_recall_and_precision_are_at_least_those_of_the_original(ours):
+def test_recall_and_precision_are_at_least_those_of_the_original():
+    some = random.Random(0).sample(range(len(SEEDS)), 5)
+    found = np.array([recovered(SparseL0Linear, SEEDS[i]) for i in some])
+    original = np.array([RECALL, PRECISION])[:, some]
+    assert (found.mean(axis=0) >= original.mean(axis=1) - 0.2 / len(some)).all()
+
+
+@pytest.mark.slow
+def test_so_they_are_over_all_seeds(ours):
     recall, precision = ours.mean(axis=0)
     assert recall >= np.mean(RECALL) - ONE_COEFFICIENT
     assert precision >= np.mean(PRECISION) - ONE_COEFFICIENT

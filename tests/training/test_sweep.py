@@ -94,12 +94,12 @@ def test_sweeps_that_start_together_have_folders_of_their_own(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     sweeps = [
         subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
+        for _ in range(2)
     ]
     ends = [sweep.communicate()[0].splitlines()[-1] for sweep in sweeps]
-    assert [sweep.returncode for sweep in sweeps] == [0, 0, 0]
+    assert [sweep.returncode for sweep in sweeps] == [0, 0]
     tables = {tmp_path / line.removeprefix("results: ") for line in ends}
-    assert len(tables) == 3
+    assert len(tables) == 2
     assert all(len(pd.read_csv(table)) == 2 for table in tables)
 
 
