@@ -54,9 +54,11 @@ class Emitter:
         """The smaller network, in eval mode."""
         self._inputs()
         for node in self.program.calls:
+            if node not in self.cut.serving:
+                continue
             if node in self.cut.passed:
                 self.made[node] = self._value(self.cut.passed[node])
-            elif node in self.cut.serving and op_name(node.target) not in _CHECKS:
+            elif op_name(node.target) not in _CHECKS:
                 self.made[node] = self._entered(node, self._operation(node))
         self.graph.output(self._result())
         self._without_dead_code()

@@ -132,9 +132,10 @@ class GatedModule(nn.Module):
         factor = None if raw is None else self.factor(name)
         if raw is None or factor is None:
             return raw
+        factor = factor.to(raw.dtype)
         if self._gated_norm is not None and name != "bias":  # its input has been enlarged
             factor = factor / self.stretch()
-        return raw * factor.to(raw.dtype)
+        return raw * factor
 
     def open_places(self) -> Tensor:
         """1 where the input of a normalisation is open, else 0; (units,)."""

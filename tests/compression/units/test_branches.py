@@ -166,6 +166,19 @@ def test_gated_networks_are_compacted_to_the_counted_size(name, seed, tmp_path):
             assert difference(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["nested", "parallel", "experts"])
+@torch.no_grad()
+def test_branches_go_in_all_combinations(name):
+    network = gate(made(name), example_of(name), families="blocks", jitter=0.0)
+    own = branch_gates(network)
+    for open_ones in itertools.product([True, False], repeat=len(own)):
+        for gates, here in zip(own, open_ones, strict=True):
+            gates.log_alpha.fill_(10.0 if here else -10.0)
+        smaller = compact(network, example_of(name))  # compares
+        found = sum(p.numel() for p in smaller.parameters())
+        assert found == count(network, example_of(name)).compacted_parameters
+
+
 def branch_gates(network):
     return [gates for name, gates in hard_concretes(network).items() if "gate_blocks" in name]
 

@@ -77,6 +77,18 @@ def test_compacted_network_has_the_counted_size_and_the_same_answers(gated, name
     assert sizes.compacted_macs == counter.get_total_flops() / 2 / len(x) * 2
 
 
+@pytest.mark.parametrize("name", ["vision transformer", "encoder", "convnext"])
+@torch.no_grad()
+def test_a_network_in_float64_loses_nothing_to_gates_in_float32(name):
+    data = example(name).double()
+    network = gate(build(name).double(), data)
+    for i, gates in enumerate(hard_concretes(network).values()):
+        shut = torch.randperm(gates.log_alpha.numel(), generator=torch.Generator().manual_seed(i)) % 3 == 0
+        gates.log_alpha.copy_(torch.where(shut, -10.0, 10.0))
+    smaller = compact(network, data, check=False)
+    assert difference(first(network(data)), first(smaller(data))) < 1e-12
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_full_size_is_that_of_the_network(gated, name):
     with counting() as counter, torch.no_grad():
