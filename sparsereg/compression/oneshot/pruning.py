@@ -68,8 +68,8 @@ def shrink(
             stands: without units whose gates are shut already.
         target_sparsity: instead, share of the parameters to remove, in (0, 1).
         importance: ``leftover``, what a repair could not make good
-            (``sparsereg.compression.oneshot.leftover``; very wide networks take gradient instead), or ``gradient``, ``magnitude``, ``taylor``
-            (``sparsereg.compression.oneshot.importance``).
+            (``sparsereg.compression.oneshot.leftover``; very wide networks take gradient instead), or
+            ``gradient``, ``magnitude``, ``taylor`` (``sparsereg.compression.oneshot.importance``).
         repair: fit the layers that are left (``sparsereg.compression.oneshot.repair``).
         num_inputs: how many inputs of the data are used.
         layers: which layers may lose units; see ``sparsereg.gate``.

@@ -1,9 +1,9 @@
 """Budgets in milliseconds and megabytes: expected while training, measured on the smaller network at the end.
 
 A model of the cost says what gates are worth: times of layers as ``sparsereg.compression.timing.times``
-measured them, and sizes of tensors. It is made to agree with the whole network and with the smallest one, and nothing
-depends on it being right in between: at the end the compacted network itself is measured, the model's share
-is corrected, and the gates are set anew, until what was measured is what was asked for.
+measured them, and sizes of tensors. It is made to agree with the whole network and with the smallest one,
+and nothing depends on it being right in between: at the end the compacted network itself is measured, the
+model's share is corrected, and the gates are set anew, until what was measured is what was asked for.
 """
 
 import copy
