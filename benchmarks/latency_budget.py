@@ -4,15 +4,18 @@
 
 Gates get random places, as different as training makes them, and are then set so that the compacted
 network takes a share of what lies between the smallest and the whole network. What ``meet`` measured is
-compared with the target, and so is a second measurement with new sessions: plain medians of calls in turns
-with the whole network. With one thread all times are the processor's.
+compared with the target, and so is a second measurement: plain medians of calls in a row, in new sessions.
+The whole network is measured again, too: how far it is off then is the machine's doing, and how far single
+sessions scatter is what one measurement is worth. With one thread all times are the processor's. The table
+grows row by row; a call that is repeated goes on where it stopped.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
+import math
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import sparsereg
 from sparsereg.compression import Accountant, compact, fuse
 from sparsereg.compression.timing.measured import MeasuredBudget, Milliseconds
 from sparsereg.compression.timing.runtimes import Loaders, batch_of, torch_threads
-from sparsereg.compression.timing.times import seconds_of
+from sparsereg.compression.timing.times import seconds_in_a_row
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 
@@ -59,6 +62,8 @@ def lenet5() -> tuple[nn.Module, Tensor]:
     return LeNet5(10, (1, 28, 28), gate="units"), torch.zeros(1, 1, 28, 28)
 
 
+SESSIONS = 10
+"""New sessions of the second measurement."""
 NETWORKS = {"googlenet": googlenet, "resnet18": resnet18, "vit": vit, "lenet5": lenet5}
 
 
@@ -70,16 +75,25 @@ def spread_gates(net: nn.Module, seed: int) -> None:
         gate.log_alpha.copy_(2 * torch.randn(gate.log_alpha.shape, generator=generator))
 
 
-def cases(
-    name: str, runtime: str, batch: int, shares: list[float], threads: int, seed: int
-) -> list[dict[str, object]]:
-    """Meet budgets of one network in one runtime.
+class Once(Milliseconds):
+    """Measures the whole network and the smallest one once, however many budgets are made with it."""
+
+    def fit(self, whole: nn.Module, smallest: nn.Module) -> None:
+        """Measure them, unless that was done."""
+        if math.isnan(self.full):
+            super().fit(whole, smallest)
+
+
+def case(
+    name: str, runtime: str, batch: int, share: float, threads: int, seed: int
+) -> dict[str, str | int | float]:
+    """Meet a budget of one network in one runtime.
 
     Args:
         name: of the network.
         runtime: where it runs.
         batch: examples in a call.
-        shares: of the time between the smallest and the whole network.
+        share: of the time between the smallest and the whole network.
         threads: that may compute.
         seed: of the gates.
     """
@@ -88,42 +102,40 @@ def cases(
     net.eval()
     spread_gates(net, seed)
     accountant = Accountant(net, x)
-    cost = Milliseconds(accountant, x, runtime, threads, batch)
-    try:
-        MeasuredBudget(accountant, cost, 1e-9, x)  # says what the smallest network takes
-    except InputError as error:
-        print(f"# {name}, {runtime}: {error}", flush=True)
+    start = time.process_time()
+    cost = Once(accountant, x, runtime, threads, batch)
+    with contextlib.suppress(InputError):  # it says what the smallest network takes
+        MeasuredBudget(accountant, cost, 1e-9, x)
+    asked = cost.floor + share * (cost.full - cost.floor)
+    budget = MeasuredBudget(accountant, cost, asked, x)
+    budget.meet()
+    seconds = time.process_time() - start
+    small = fuse(compact(net, x))
+    left = 1 - accountant.exact_sparsity()
     whole = fuse(compact(opened(net), x, check=False))
-    rows = []
-    for share in shares:
-        spread_gates(net, seed)
-        asked = cost.floor + share * (cost.full - cost.floor)
-        start = time.perf_counter()
-        budget = MeasuredBudget(accountant, cost, asked, x)
-        budget.meet()
-        seconds = time.perf_counter() - start
-        small = fuse(compact(net, x))
-        again = median_ms([whole, small], x, runtime, threads, batch)[1]
-        assert budget.reached is not None
-        rows.append(
-            {
-                "network": name,
-                "runtime": runtime,
-                "batch": batch,
-                "threads": threads,
-                "whole_ms": round(cost.full, 3),
-                "smallest_ms": round(cost.floor, 3),
-                "asked_ms": round(asked, 3),
-                "got_ms": round(budget.reached, 3),
-                "miss": round(budget.reached / asked - 1, 4),
-                "again_ms": round(again, 3),
-                "again_miss": round(again / asked - 1, 4),
-                "parameters_left": round(1 - accountant.exact_sparsity(), 4),
-                "seconds": round(seconds, 1),
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
+    again, reference = (sessions(network, x, runtime, threads, batch) for network in (small, whole))
+    got = budget.reached
+    assert got is not None
+    return {
+        "network": name,
+        "runtime": runtime,
+        "batch": batch,
+        "share": share,
+        "threads": threads,
+        "seed": seed,
+        "whole_ms": round(cost.full, 3),
+        "smallest_ms": round(cost.floor, 3),
+        "asked_ms": round(asked, 3),
+        "got_ms": round(got, 3),
+        "miss": round(got / asked - 1, 4),
+        "again_ms": round(statistics.median(again), 3),
+        "again_miss": round(statistics.median(again) / asked - 1, 4),
+        "whole_again": round(statistics.median(reference) / cost.full - 1, 4),
+        "scatter": round(statistics.stdev(again) / statistics.mean(again), 4),
+        "whole_scatter": round(statistics.stdev(reference) / statistics.mean(reference), 4),
+        "parameters_left": round(left, 4),
+        "cpu_seconds": round(seconds, 1),
+    }
 
 
 @torch.no_grad()
@@ -134,24 +146,31 @@ def opened(net: nn.Module) -> nn.Module:
     return net
 
 
-def median_ms(
-    networks: list[nn.Module], example: Tensor, runtime: str, threads: int, batch: int, seconds: float = 8.0
+def sessions(
+    network: nn.Module, example: Tensor, runtime: str, threads: int, batch: int, seconds: float = 0.5
 ) -> list[float]:
-    """Plain medians of calls in turns, in sessions of their own."""
+    """Plain medians of calls in a row, in milliseconds, in new sessions that all stay alive."""
     x = batch_of(example, batch)
+    found, alive = [], []
+    loaders = Loaders(example, threads)
     with torch_threads(threads), torch.inference_mode():
-        loaded = [Loaders(example, threads).load(network, runtime) for network in networks]
-        given = [one.prepare(x) for one in loaded]
-        taken: list[list[float]] = [[] for _ in networks]
-        end = time.perf_counter() + seconds
-        while len(taken[0]) < 33 or time.perf_counter() < end:
-            for one, inputs, times in zip(loaded, given, taken, strict=True):
-                times.append(seconds_of(one, inputs, threads))
-    return [statistics.median(times[3:]) * 1e3 for times in taken]
+        for _ in range(SESSIONS):
+            alive.append(loaders.anew(network, runtime))
+            given = alive[-1].prepare(x)
+            found.append(1e3 * seconds_in_a_row(alive[-1], given, threads, seconds))
+    return found
+
+
+def done(path: Path) -> list[dict[str, str]]:
+    """The rows that an earlier call has written."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def main() -> None:
-    """Run all cases and write them as a table."""
+    """Run the cases that are not in the table yet, and write each as soon as it is measured."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -161,15 +180,22 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.6])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("latency_budget.csv"))
     given = parser.parse_args()
-    rows = []
-    for name, runtime, batch in itertools.product(given.networks, given.runtimes, given.batches):
-        rows += cases(name, runtime, batch, given.shares, given.threads, given.seed)
-    with given.out.open("w", newline="") if given.out else sys.stdout as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    key = ("network", "runtime", "batch", "share", "threads", "seed")
+    have = {tuple(row[k] for k in key) for row in done(given.out)}
+    asked = itertools.product(given.networks, given.runtimes, given.batches, given.shares)
+    for one in asked:
+        if tuple(str(v) for v in (*one, given.threads, given.seed)) in have:
+            continue
+        row = case(*one, given.threads, given.seed)
+        print(row, flush=True)
+        is_new = not given.out.exists()
+        with given.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
 
 
 if __name__ == "__main__":

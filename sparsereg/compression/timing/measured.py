@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 import statistics
-import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +30,7 @@ from sparsereg.compression.timing.runtimes import (
     default_runtime,
     torch_threads,
 )
-from sparsereg.compression.timing.times import Clock, seconds_of
+from sparsereg.compression.timing.times import Clock, seconds_in_a_row
 from sparsereg.compression.timing.widths import Widths
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.distributions import HardConcrete
@@ -41,19 +41,25 @@ log = logging.getLogger(__name__)
 TOLERANCE = 0.02
 """How far what is measured at the end may be from what was asked for, as a share of it."""
 _TRIALS = 12
-_SECONDS = 2.5
-"""How long one network is timed, in turns with the whole one."""
-_ROUNDS = (30, 400)
-"""Fewest and most runs of one network."""
+_SESSIONS = (4, 24)
+"""Fewest and most sessions in which one network is timed."""
+_PRECISION = 0.004
+"""Standard error of the median over sessions that is enough, as a share of it."""
+_SECONDS = 0.25
+"""How long a network is called in a row, in each session."""
+_ALIVE = 4
+"""Sessions that are kept, so that the next one cannot lie where the last one did."""
 _WIDE_OPEN = 20.0
 
 
 class Milliseconds:
-    """The median time of one call of the compacted network.
+    """The median time of one call of the compacted network, of many in a row, as a server makes them.
 
-    Times are taken in turns with the whole network, and are ratios to it times its median over all of them,
-    so that other work on the machine, which slows both, hardly moves them. With one thread it is the time of
-    the processor, see ``sparsereg.compression.timing.times.seconds_of``.
+    A network is loaded anew several times, since where its memory lies makes it a few per cent faster or
+    slower; each time it is called for a quarter of a second, and then the whole network, for which other
+    work on the machine is as heavy. Calls that were interrupted do not count. The time is the median ratio
+    of the two times the median of the whole network over all of them. With one thread it is the time of the
+    processor, see ``sparsereg.compression.timing.times.seconds_of``.
 
     Args:
         accountant: of the network.
@@ -91,7 +97,7 @@ class Milliseconds:
         with torch_threads(self._threads), torch.inference_mode():
             self._whole = self._loaders.load(whole, self._runtime)
         self.floor = self.measure(smallest)
-        self.full = statistics.median(self._of_whole) * 1e3
+        self.full = self._of_all()
         inputs, outputs = self._widths.whole()
         layers, elements = float(self._layers(inputs, outputs)), float(self._elements(outputs))
         rest = self.full - self.floor - layers
@@ -106,22 +112,36 @@ class Milliseconds:
         """Time of the compacted network with the gates as they are, by the model."""
         return float(self._model(*self._widths.exact()))
 
-    def measure(self, network: nn.Module) -> float:
-        """Return the median time of a call of a network."""
-        assert self._whole is not None
+    def measure(self, network: nn.Module, target: float = math.nan) -> float:
+        """Return the median time of a call of a network.
+
+        Args:
+            network: compacted.
+            target: what it is compared with: where it is clearly off, fewer sessions are enough.
+        """
+        ratios: list[float] = []
+        alive: deque[Loaded] = deque(maxlen=_ALIVE)
         with torch_threads(self._threads), torch.inference_mode():
-            loaded = self._loaders.load(network, self._runtime)
-            pairs = [(one, one.prepare(self._example)) for one in (self._whole, loaded)]
-            ratios: list[float] = []
-            for one, given in pairs * 3:
-                one.run(given)
-            end = time.perf_counter() + _SECONDS
-            while len(ratios) < _ROUNDS[0] or (len(ratios) < _ROUNDS[1] and time.perf_counter() < end):
-                taken = [seconds_of(one, given, self._threads) for one, given in pairs]
-                self._of_whole.append(taken[0])
-                ratios.append(taken[1] / taken[0])
+            while not _enough(ratios, target / self._of_all()):
+                alive.append(self._loaders.anew(network, self._runtime))
+                ratios.append(self._ratio(alive[-1]))
         self._loaders.forget(network)
-        return statistics.median(ratios) * statistics.median(self._of_whole) * 1e3
+        return statistics.median(ratios) * self._of_all()
+
+    def _of_all(self) -> float:
+        """Median time of the whole network over all sessions."""
+        return statistics.median(self._of_whole) * 1e3 if self._of_whole else math.nan
+
+    def _ratio(self, loaded: Loaded) -> float:
+        """Time of a network over that of the whole one."""
+        assert self._whole is not None
+        own = self._calls(loaded)
+        self._of_whole.append(self._calls(self._whole))
+        return own / self._of_whole[-1]
+
+    def _calls(self, loaded: Loaded) -> float:
+        """Median of calls in a row, in seconds."""
+        return seconds_in_a_row(loaded, loaded.prepare(self._example), self._threads, _SECONDS)
 
     def _model(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         layers, elements = self._layers(inputs, outputs), self._elements(outputs)
@@ -133,6 +153,21 @@ class Milliseconds:
 
     def _elements(self, outputs: Tensor) -> Tensor:
         return (outputs * outputs.new_tensor([layer.elements for layer in self._widths.layers])).sum()
+
+
+def _enough(ratios: list[float], wanted: float) -> bool:
+    """Whether their median is known well enough, or is clearly not the one that is wanted.
+
+    Args:
+        ratios: one of each session.
+        wanted: nan if none is.
+    """
+    if not _SESSIONS[0] <= len(ratios) < _SESSIONS[1]:
+        return len(ratios) >= _SESSIONS[1]
+    middle = statistics.median(ratios)
+    # 1.25: the standard error of a median of normal numbers over that of their mean.
+    error = 1.25 * statistics.stdev(ratios) / math.sqrt(len(ratios)) / middle
+    return error <= _PRECISION or abs(middle / wanted - 1) > TOLERANCE + 4 * error
 
 
 class Megabytes:
@@ -174,8 +209,13 @@ class Megabytes:
         inputs, outputs = self._widths.exact()
         return float(self._model(inputs.new_tensor(left), inputs, outputs))
 
-    def measure(self, network: nn.Module) -> float:
-        """Return the weights and the peak of the activations of a compacted network."""
+    def measure(self, network: nn.Module, target: float = math.nan) -> float:
+        """Return the weights and the peak of the activations of a compacted network.
+
+        Args:
+            network: compacted.
+            target: makes no difference to what is counted.
+        """
         assert isinstance(network, fx.GraphModule)
         return _megabytes_of_weights(network) + peak_megabytes(network, self._example)
 
@@ -351,7 +391,7 @@ class MeasuredBudget(Budget):
         for _ in range(_TRIALS):
             _restore(gates, before)
             meet_(self.accountant, self.exact_share, kept)
-            value = cost.measure(self._compacted())
+            value = cost.measure(self._compacted(), self.target)
             error = value / self.target - 1
             found.append((abs(error), value, [gate.log_alpha.clone() for gate in gates]))
             log.info("%s=%g: measured %.4g %s", cost.key, self.target, value, cost.unit)

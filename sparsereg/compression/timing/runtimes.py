@@ -1,5 +1,6 @@
 """Where a network runs: PyTorch as it is or compiled, onnxruntime, OpenVINO; from memory or from its file."""
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ class Loaders:
         self.example_input = example_input
         self.threads = threads
         self._onnx: dict[int, tuple[nn.Module, bytes]] = {}
+        self._compiled: tuple[nn.Module, Loaded] | None = None
 
     def load(self, source: Source, runtime: str) -> Loaded:
         """Make a network run in a runtime.
@@ -60,6 +62,21 @@ class Loaders:
         """
         check_runtime(runtime)
         return _LOADERS[runtime](self, source)
+
+    def anew(self, network: nn.Module, runtime: str) -> Loaded:
+        """Make a network run in memory of its own, so that two of them do not lie in the same place.
+
+        A compiled one, which takes minutes, is compiled once.
+
+        Args:
+            network: in eval mode.
+            runtime: one of ``RUNTIMES``.
+        """
+        if runtime != "compiled":
+            return self.load(copy.deepcopy(network) if runtime == "eager" else network, runtime)
+        if self._compiled is None or self._compiled[0] is not network:
+            self._compiled = network, self.load(network, runtime)
+        return self._compiled[1]
 
     def forget(self, source: Source) -> None:
         """Give the memory of a network's file back."""

@@ -11,8 +11,10 @@ from sparsereg.compression.timing.measured import (
     MeasuredBudget,
     Megabytes,
     Milliseconds,
+    _enough,
     peak_megabytes,
 )
+from sparsereg.compression.timing.runtimes import Loaders
 from sparsereg.compression.timing.times import CACHE
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
@@ -70,7 +72,7 @@ def test_megabytes_are_met(accountant, share):
 class Crooked(Megabytes):
     """Measures something that its model is wrong about, as clocks do."""
 
-    def measure(self, network):
+    def measure(self, network, target=math.nan):
         noise = sum(p.numel() for p in network.parameters()) % 3
         return super().measure(network) ** 0.6 * (1 + 0.002 * noise)
 
@@ -99,7 +101,7 @@ def test_what_cannot_be_met_is_said(accountant, caplog):
     assert all(torch.equal(a, g.log_alpha) for a, g in zip(before, counted.gates, strict=True))
 
     class Steps(Megabytes):
-        def measure(self, network):
+        def measure(self, network, target=math.nan):
             return 1.0 if super().measure(network) < 0.15 else 3.0
 
     coarse = Steps(counted, x, batch=1)
@@ -115,6 +117,7 @@ def test_milliseconds(accountant, runtime, tmp_path, monkeypatch):
             pytest.importorskip(package)
     monkeypatch.setenv(CACHE, str(tmp_path))
     monkeypatch.setattr("sparsereg.compression.timing.measured._SECONDS", 0.01)
+    monkeypatch.setattr("sparsereg.compression.timing.measured._SESSIONS", (2, 4))
     counted, x = accountant
     cost = Milliseconds(counted, x, runtime, threads=1, batch=8)
     assert len(list(tmp_path.rglob("*.json"))) == 1
@@ -130,6 +133,30 @@ def test_milliseconds(accountant, runtime, tmp_path, monkeypatch):
         assert cost.expected().item() == pytest.approx(cost.full, rel=1e-6)
     small = compact(counted.model, x)
     assert cost.measure(small) > 0
+
+
+def test_sessions_go_on_until_the_median_is_known_or_off():
+    steady = [1.0, 1.001, 0.999, 1.0]
+    wild = [1.0, 1.1, 0.9, 1.05]
+    assert not _enough(steady[:3], math.nan)  # too few to know how far they scatter
+    assert _enough(steady, math.nan)
+    assert not _enough(wild, math.nan)
+    assert not _enough(wild, 1.1)  # may be what is wanted
+    assert _enough(wild, 2.0)  # cannot be
+    assert _enough(wild * 6, math.nan)  # enough is enough
+
+
+def test_a_network_is_timed_in_memory_of_its_own():
+    network = nn.Linear(4, 2)
+    loaders = Loaders(torch.ones(1, 4), 1)
+    seen = []
+    network.register_forward_hook(lambda module, *_: seen.append(module.weight.data_ptr()))
+    with torch.inference_mode():
+        for _ in range(2):
+            loaded = loaders.anew(network, "eager")
+            loaded.run(loaded.prepare(torch.ones(1, 4)))
+    assert network.weight.data_ptr() not in seen
+    assert len(seen) == 2
 
 
 def test_a_runtime_that_is_not_there_is_named(accountant, monkeypatch):
