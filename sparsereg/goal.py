@@ -21,6 +21,11 @@ class Target(Settings):
         10.0, "multiplier for each unit of log(expected cost / target)", NOT_NEGATIVE
     )
     integral_gain: float = setting(0.01, "what it grows by in each step for each unit", NOT_NEGATIVE)
+    round_to: int = setting(
+        1,
+        "at the end gates of a layer open and shut so many at a time: multiples of 8 or 16 run faster",
+        count(),
+    )
     every_n_steps: int = setting(5, "the expected cost is differentiated anew every so many steps", count())
 
 

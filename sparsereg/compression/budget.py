@@ -102,6 +102,7 @@ class Budget:
         kept: share of it that may stay in the end, in (0, 1).
         proportional_gain: of the multiplier.
         integral_gain: of the multiplier.
+        round_to: see ``meet_``.
 
     Attributes:
         constraint: as it was measured last; None before.
@@ -110,9 +111,16 @@ class Budget:
     """
 
     def __init__(
-        self, accountant: Accountant, cost: str, kept: float, proportional_gain: float, integral_gain: float
+        self,
+        accountant: Accountant,
+        cost: str,
+        kept: float,
+        proportional_gain: float,
+        integral_gain: float,
+        round_to: int = 1,
     ) -> None:
         self.accountant = accountant
+        self.round_to = round_to
         self.cost = cost
         self.kept = kept
         self.multiplier = Multiplier(proportional_gain, integral_gain)
@@ -198,7 +206,7 @@ class Budget:
                 self.cost,
                 100 * self.kept,
             )
-        meet_(self.accountant, self.cost, self.kept)
+        meet_(self.accountant, self.cost, self.kept, self.round_to)
         self.met = True
 
 
@@ -211,7 +219,7 @@ MARGIN = 1e-3
 
 
 @torch.no_grad()
-def meet_(accountant: Accountant, cost: Exact, kept: float) -> float:
+def meet_(accountant: Accountant, cost: Exact, kept: float, round_to: int = 1) -> float:
     """Open or shut the gates nearest to the boundary until the exact cost is as large as is allowed.
 
     A gate that is opened lets next to nothing through, one that is shut did so before: the output hardly
@@ -223,6 +231,8 @@ def meet_(accountant: Accountant, cost: Exact, kept: float) -> float:
         accountant: of the network, whose gates are changed in place.
         cost: parameters or macs, or what returns the share of another cost that stays.
         kept: share of it that may stay, in (0, 1).
+        round_to: gates of a layer are opened and shut so many at a time, in the order of their odds, so that
+            widths are multiples of it, which kernels of today like.
 
     Returns:
         The share that stays; above ``kept`` only if a network with a single open gate costs more.
@@ -230,6 +240,8 @@ def meet_(accountant: Accountant, cost: Exact, kept: float) -> float:
     gates = accountant.gates
     shapes = [(g.temperature, g.gamma, g.zeta) for g in gates]
     odds = [g.log_alpha.double() - shift(*shape) for g, shape in zip(gates, shapes, strict=True)]
+    blocks = [_blocks(o, round_to) for o in odds]
+    odds = [_common(o, block) for o, block in zip(odds, blocks, strict=True)]
     opened = [
         g.log_alpha.clamp(min=log_alpha_at(0.5 + MARGIN, *shape))
         for g, shape in zip(gates, shapes, strict=True)
@@ -256,7 +268,22 @@ def meet_(accountant: Accountant, cost: Exact, kept: float) -> float:
         return reached
     next_below = ranked.where(ranked <= levels[num_shut - 1], -math.inf).topk(min(TRIES, len(ranked)))
     candidates = next_below.indices[next_below.values > -math.inf].tolist()
-    return _fill_(accountant, cost, kept, reached, candidates, opened)
+    return _fill_(accountant, cost, kept, reached, candidates, opened, blocks)
+
+
+def _blocks(odds: Tensor, size: int) -> list[Tensor]:
+    """Positions of the gates of a layer that are opened and shut together; weights have gates each alone."""
+    order = odds.flatten().argsort(descending=True)
+    return list(order.split(size if odds.dim() == 1 else 1))
+
+
+def _common(odds: Tensor, blocks: list[Tensor]) -> Tensor:
+    """Give all gates of a block their mean odds; the order of blocks is that of their gates."""
+    common = odds.flatten().clone()
+    for block in blocks:
+        if len(block) > 1:
+            common[block] = common[block].mean()
+    return common.view_as(odds)
 
 
 def _fill_(
@@ -266,8 +293,9 @@ def _fill_(
     reached: float,
     candidates: list[int],
     opened: list[Tensor],
+    blocks: list[list[Tensor]],
 ) -> float:
-    """Open single gates, in this order, that fit between the share that is reached and the one allowed.
+    """Open gates, in this order, that fit between the share that is reached and the one allowed.
 
     Args:
         accountant: of the network, whose gates are changed in place.
@@ -276,25 +304,31 @@ def _fill_(
         reached: share of it that stays now.
         candidates: positions of shut gates in all gates' log_alpha, end to end.
         opened: each gate's log_alpha when it is open, of its shape.
+        blocks: positions in each gate's log_alpha that are opened together.
 
     Returns:
         The share that stays then.
     """
     gates = accountant.gates
     starts = list(itertools.accumulate((g.log_alpha.numel() for g in gates), initial=0))
+    of = [{int(p): block for block in own for p in block} for own in blocks]
+    tried: set[tuple[int, int]] = set()
     for candidate in candidates:
         if reached >= ENOUGH * kept:
             break
         i = bisect.bisect_right(starts, candidate) - 1
-        position = candidate - starts[i]
+        together = of[i][candidate - starts[i]]
+        if (i, int(together[0])) in tried:
+            continue
+        tried.add((i, int(together[0])))
         log_alpha = gates[i].log_alpha.view(-1)
-        before = log_alpha[position].clone()
-        log_alpha[position] = opened[i].view(-1)[position]
+        before = log_alpha[together].clone()
+        log_alpha[together] = opened[i].view(-1)[together]
         larger = exact_share(accountant, cost)
         if reached < larger <= kept:
             reached = larger
         else:
-            log_alpha[position] = before
+            log_alpha[together] = before
     return reached
 
 

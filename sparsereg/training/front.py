@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import fx
 
 from sparsereg.compression import Accountant, benchmark, fuse, save_compacted
 from sparsereg.compression.budget import meet_
+from sparsereg.compression.oneshot.origins import Origins
 from sparsereg.compression.oneshot.repair import repaired
 from sparsereg.data.batches import call, only
 from sparsereg.data.own import RunData
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 FOLDER = "front"
 NUM_INPUTS, BATCH = 2048, 64
 """Training inputs, without augmentation and labels, that a repair looks at."""
+TIMING = 1.0
+"""Seconds for which each network is timed."""
 
 
 @dataclass(eq=False)
@@ -71,6 +74,7 @@ class Front(Callback):
     folder: Path
     notes: Mapping[str, Any]
     average: WeightAverage | None = None
+    _origins: Origins | None = field(default=None, init=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the networks of all sizes that are due."""
@@ -94,10 +98,12 @@ class Front(Callback):
         net = self.accountant.model
         before = copy.deepcopy(net).eval()
         after = copy.deepcopy(before)
-        meet_(Accountant(after, self.example), self.settings.cost, 1 - size)
+        meet_(Accountant(after, self.example), self.settings.cost, 1 - size, self.settings.round_to)
         names = tuple(self.example) if isinstance(self.example, dict) else None
         batches = [only(x, names) for x in self.data.estimation_batches(NUM_INPUTS, BATCH)]
-        small = repaired(before, after, self.example, batches, progress=False)
+        if self._origins is None:
+            self._origins = Origins(before, self.example)
+        small = repaired(before, after, self.example, batches, progress=False, origins=self._origins)
         self._tune(small, module.device, names)
         place = place_of(self.folder, size)
         place.mkdir(parents=True, exist_ok=True)
@@ -129,7 +135,7 @@ class Front(Callback):
         self, small: fx.GraphModule, device: torch.device, names: tuple[str, ...] | None
     ) -> dict[str, Any]:
         costs = PlainAccountant(small, self.example)
-        timed = benchmark({"small": fuse(small)}, self.example, batch_sizes=(1,), seconds=5)
+        timed = benchmark({"small": fuse(small)}, self.example, batch_sizes=(1,), seconds=TIMING)
         found: dict[str, Any] = {
             "sparsity": 1 - costs.parameters / self.accountant.parameters,
             "parameters": costs.parameters,

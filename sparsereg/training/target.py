@@ -102,6 +102,7 @@ class SparsityTarget(Callback):
         self.budget = budget or Budget(
             accountant, settings.cost, settings.kept, settings.proportional_gain, settings.integral_gain
         )
+        self.budget.round_to = settings.round_to
         self.found: float | None = None
         """The multiplier of the last step that looked at the cost."""
 

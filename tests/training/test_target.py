@@ -90,6 +90,25 @@ def test_exact_count_meets_the_target_from_below(model, kept, cost):
     assert is_open.sum() - first_unlike < 60
 
 
+@pytest.mark.parametrize("round_to", [8, 16])
+def test_widths_are_multiples_where_gates_open_together(round_to):
+    net = build({"name": "googlenet", "gate": "all"}, Form(10, (1, 8, 8)), gated=True).eval()
+    for seed, gate in enumerate(hard_concretes(net).values()):
+        noise = torch.randn(gate.log_alpha.shape, generator=torch.Generator().manual_seed(seed))
+        gate.log_alpha.data.copy_(2 * noise)
+    before = {path: gate.log_alpha.clone() for path, gate in hard_concretes(net).items()}
+    accountant = Accountant(net, torch.zeros(1, 1, 8, 8))
+    share = meet_(accountant, "parameters", 0.3, round_to)
+    assert share == exact_share(accountant, "parameters")
+    assert 0.28 <= share <= 0.3
+    for path, gate in hard_concretes(net).items():
+        is_open = gate.median() > 0
+        whole = len(is_open)
+        assert int(is_open.sum()) in {*range(0, whole, round_to), whole}
+        if 0 < is_open.sum() < whole:  # within a layer the likeliest stay
+            assert before[path][is_open].min() >= before[path][~is_open].max()
+
+
 def test_meeting_the_target_hardly_changes_the_output():
     net = build(LENET, Form(10, (1, 28, 28)), gated=True).eval()
     for gate in hard_concretes(net).values():

@@ -16,33 +16,44 @@ OPEN = 10.0
 """Location of a gate whose median is exactly 1; minus that, exactly 0."""
 
 
-def origins(model: nn.Module, example_input: Example, round_to: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
+Places = dict[str, tuple[Tensor, Tensor]]
+"""By a weight's name in a compacted network, places along its first two axes in the original."""
+
+
+class Origins:
     """For each weight of ``compact(model)``, the places along two axes of the original's that stayed.
 
     A copy whose weights say where they stand is compacted: with gates that are all surely open or shut, each
-    number of the result is one of its own.
+    number of the result is one of its own. It is traced once, for any state of the gates.
 
     Args:
         model: left as it is.
         example_input: see ``compact``.
-        round_to: see ``compact``.
-
-    Returns:
-        By the weight's name in the compacted network, places along the first axis and along the second one,
-        whole numbers. Weights with fewer axes, or with gates on single numbers, are left out.
     """
-    told = copy.deepcopy(model).double()
-    with torch.no_grad():
-        for gate in hard_concretes(told).values():
-            gate.log_alpha.copy_(torch.where(gate.median() > 0, OPEN, -OPEN))
-        gates = {id(gate.log_alpha) for gate in hard_concretes(told).values()}
-        for weight in told.parameters():
-            if weight.dim() > 1 and id(weight) not in gates and max(weight.shape[:2]) < _WIDEST:
-                weight.copy_(_tags(weight))
-    wide = doubled(example_input)
-    small = compact(told, wide, round_to=round_to, check=False)
-    found = {name: _read(value) for name, value in small.named_parameters() if value.dim() > 1}
-    return {name: places for name, places in found.items() if places is not None}
+
+    def __init__(self, model: nn.Module, example_input: Example) -> None:
+        self._told = copy.deepcopy(model).double()
+        self._wide = doubled(example_input)
+        self._gates = hard_concretes(self._told)
+        locations = {id(gate.log_alpha) for gate in self._gates.values()}
+        with torch.no_grad():
+            for weight in self._told.parameters():
+                if weight.dim() > 1 and id(weight) not in locations and max(weight.shape[:2]) < _WIDEST:
+                    weight.copy_(_tags(weight))
+
+    def of(self, model: nn.Module, round_to: int = 1) -> Places:
+        """Return the places that stayed in a network; weights with gates on single numbers are left out.
+
+        Args:
+            model: the network, with gates as they are now.
+            round_to: see ``compact``.
+        """
+        with torch.no_grad():
+            for path, gate in hard_concretes(model).items():
+                self._gates[path].log_alpha.copy_(torch.where(gate.median() > 0, OPEN, -OPEN))
+        small = compact(self._told, self._wide, round_to=round_to, check=False)
+        found = {name: _read(value) for name, value in small.named_parameters() if value.dim() > 1}
+        return {name: places for name, places in found.items() if places is not None}
 
 
 def _tags(weight: Tensor) -> Tensor:

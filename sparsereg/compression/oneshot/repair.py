@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from sparsereg.compression.compact import compact
 from sparsereg.compression.oneshot.inputs import examples
 from sparsereg.compression.oneshot.least_squares import Sums, solve
-from sparsereg.compression.oneshot.origins import origins
+from sparsereg.compression.oneshot.origins import Origins, Places
 from sparsereg.compression.oneshot.readers import Reader, readers
 from sparsereg.compression.running import Example
 from sparsereg.compression.walk import Route, Walk
@@ -64,6 +64,7 @@ def repaired(
     round_to: int = 1,
     seed: int = 0,
     progress: bool = True,
+    origins: Origins | None = None,
 ) -> fx.GraphModule:
     """Compact a network and fit its layers to what they gave before some of its gates were shut.
 
@@ -76,6 +77,7 @@ def repaired(
         round_to: see ``compact``.
         seed: of the places of maps and texts that are drawn where there are more than a layer needs.
         progress: show a bar on a terminal.
+        origins: of a network with these gates, where several are repaired: it takes a trace.
 
     Returns:
         What ``compact(after)`` returns, with other weights of the same shapes.
@@ -91,7 +93,8 @@ def repaired(
     """
     student = compact(after, example_input, round_to=round_to)
     teacher = compact(before, example_input, check=False)
-    sources = origins(before, example_input), origins(after, example_input, round_to)
+    told = Origins(before, example_input) if origins is None else origins
+    sources = told.of(before), told.of(after, round_to)
     tasks = _tasks(teacher, student, *sources)
     given = list(batches)
     if sum(examples(b) for b in given) < FEWEST:
@@ -99,9 +102,6 @@ def repaired(
         return student
     _Repair(teacher, student, given, torch.Generator().manual_seed(seed)).run(tasks, progress)
     return student
-
-
-Places = dict[str, tuple[Tensor, Tensor]]
 
 
 def _tasks(teacher: fx.GraphModule, student: fx.GraphModule, before: Places, after: Places) -> list[_Task]:

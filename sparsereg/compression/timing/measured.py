@@ -301,6 +301,7 @@ class MeasuredBudget(Budget):
         example_input: one example as the network takes it, on the CPU.
         proportional_gain: of the multiplier.
         integral_gain: of the multiplier.
+        round_to: see ``sparsereg.compression.budget.meet_``.
 
     Attributes:
         reached: what was measured last by ``meet``; None before.
@@ -317,10 +318,11 @@ class MeasuredBudget(Budget):
         example_input: Any,
         proportional_gain: float = 10.0,
         integral_gain: float = 0.01,
+        round_to: int = 1,
     ) -> None:
         self.measured, self.target, self.example_input = cost, target, example_input
         self.reached: float | None = None
-        super().__init__(accountant, cost.key, 1.0, proportional_gain, integral_gain)
+        super().__init__(accountant, cost.key, 1.0, proportional_gain, integral_gain, round_to)
         with _plain_tensors():
             self._fit()
         self.kept = target / cost.full
@@ -390,7 +392,7 @@ class MeasuredBudget(Budget):
         low, high, kept = cost.floor / cost.full, 1.0, self.kept
         for _ in range(_TRIALS):
             _restore(gates, before)
-            meet_(self.accountant, self.exact_share, kept)
+            meet_(self.accountant, self.exact_share, kept, self.round_to)
             value = cost.measure(self._compacted(), self.target)
             error = value / self.target - 1
             found.append((abs(error), value, [gate.log_alpha.clone() for gate in gates]))

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparsereg.compression import compact, gate
 from sparsereg.compression.oneshot.least_squares import Sums, solve
-from sparsereg.compression.oneshot.origins import OPEN, origins
+from sparsereg.compression.oneshot.origins import OPEN, Origins
 from sparsereg.compression.oneshot.readers import readers
 from sparsereg.compression.oneshot.repair import repaired
 from sparsereg.penalties import hard_concretes
@@ -154,7 +154,7 @@ def test_origins_are_the_open_gates():
     first = next(g for g in hard_concretes(half).values() if g.log_alpha.numel() == 12)
     with torch.no_grad():
         first.log_alpha[torch.tensor([0, 3, 7])] *= -1
-    found = origins(half, x[:1])
+    found = Origins(half, x[:1]).of(half)
     left = [1, 2, 4, 5, 7]
     assert found["0.weight"][0].tolist() == left
     assert found["2.weight"][1].tolist() == left
