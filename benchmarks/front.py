@@ -1,0 +1,113 @@
+"""What a front of five sizes costs beside one run, and whether it lies below single runs.
+
+    python -m benchmarks.front --networks lenet300 lenet5 googlenet vit --seeds 0 1 2 --mnist FILE.npz
+
+For each network and seed: a run with ``front=[0.5,0.7,0.8,0.9,0.95]``, and one run to each of these sizes
+with fine-tuning of as many epochs as a size of the front gets. Costs are seconds of the processor of the whole
+command, start and test included. The table grows row by row; a call that is repeated goes on where it stopped.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.latency_budget import done
+
+SIZES = (0.5, 0.7, 0.8, 0.9, 0.95)
+TUNING = 3
+"""Epochs of fine-tuning of each size."""
+COMMON = ("lambda_l0=null", "trainer=cpu", "logger=none", "trainer.enable_progress_bar=false")
+
+
+def settings(name: str, mnist: Path) -> list[str]:
+    """What ``train.py`` is told about a network, its data and its epochs."""
+    handwritten = ["data=npz", f"data.path={mnist}", "data.val_size=0", "data.batch_size=128"]
+    epochs = 18 if name == "googlenet" else 40 if name == "vit" else 20
+    length = [f"trainer.max_epochs={epochs}", f"optimizer.schedule_epochs={epochs}"]
+    own = {
+        "lenet300": ["model=lenet300", *handwritten],
+        "lenet5": ["model=lenet5", *handwritten],
+        "googlenet": ["experiment=digits_demo", "data.image_size=8", "data.augment.translate=0.5"],
+        "vit": [
+            *("model=vit", "model.patch=4", "model.width=64", "model.depth=3", "model.heads=4"),
+            *("data=digits", "data.image_size=16", "data.batch_size=64", "droprate_init=0.05"),
+        ],
+    }
+    return [*own[name], *length, "callbacks.penalty_warmup_epochs=4"]
+
+
+def run(arguments: list[str], folder: Path) -> tuple[dict[str, object], float]:
+    """Train in a folder; return results.json and the processor's seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, str(root / "train.py"), *arguments, *COMMON]
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, text=True).stdout
+    path = said.strip().splitlines()[-1].removeprefix("results: ")
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    results: dict[str, object] = json.loads((folder / path).read_text())
+    return results, seconds
+
+
+def rows(name: str, seed: int, kind: str, mnist: Path) -> list[dict[str, object]]:
+    """One run: the front, or to one size."""
+    told = [*settings(name, mnist), f"seed={seed}"]
+    front = kind == "front"
+    if front:
+        told += [f"front=[{','.join(map(str, SIZES))}]", f"front_epochs={TUNING}"]
+    else:
+        told += [f"target_sparsity={kind}", f"finetune.epochs={TUNING}"]
+    with tempfile.TemporaryDirectory() as folder:
+        results, seconds = run(told, Path(folder))
+    made = results["front"] if front else [{"size": float(kind), "test_acc": results["test_acc"]}]
+    assert isinstance(made, list)
+    return [
+        {
+            "network": name,
+            "seed": seed,
+            "kind": kind,
+            "size": one["size"],
+            "test_acc": round(one["test_acc"], 4),
+            "cpu_seconds": round(seconds, 1),
+        }
+        for one in made
+    ]
+
+
+def main() -> None:
+    """Make what is not in the table yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = ["lenet300", "lenet5", "googlenet", "vit"]
+    parser.add_argument("--networks", nargs="+", choices=names, default=names)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--mnist", type=Path, default=Path("mnist.npz"))
+    parser.add_argument("--out", type=Path, default=Path("front.csv"))
+    given = parser.parse_args()
+    have = {(r["network"], r["seed"], r["kind"]) for r in done(given.out)}
+    # The two that are compared in cost come first.
+    kinds = ["front", *(str(size) for size in reversed(SIZES))]
+    for name, seed, kind in itertools.product(given.networks, given.seeds, kinds):
+        if (name, str(seed), kind) in have:
+            continue
+        made = rows(name, seed, kind, given.mnist.resolve())
+        is_new = not given.out.exists()
+        with given.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(made[0]))
+            if is_new:
+                writer.writeheader()
+            writer.writerows(made)
+        for row in made:
+            print(*row.values(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
