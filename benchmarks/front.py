@@ -3,8 +3,9 @@
     python -m benchmarks.front --networks lenet300 lenet5 googlenet vit --seeds 0 1 2 --mnist FILE.npz
 
 For each network and seed: a run with ``front=[0.5,0.7,0.8,0.9,0.95]``, and one run to each of these sizes
-with fine-tuning of as many epochs as a size of the front gets. Costs are seconds of the processor of the whole
-command, start and test included. The table grows row by row; a call that is repeated goes on where it stopped.
+with fine-tuning of as many epochs as a size of the front gets. Costs are seconds of the processor of the
+whole command, start and test included. The table grows row by row; a call that is repeated goes on where it
+stopped.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def settings(name: str, mnist: Path) -> list[str]:
         "lenet5": ["model=lenet5", *handwritten],
         "googlenet": ["experiment=digits_demo", "data.image_size=8", "data.augment.translate=0.5"],
         "vit": [
-            *("model=vit", "model.patch=4", "model.width=64", "model.depth=3", "model.heads=4"),
+            *("model=vit", "model.patch_size=4", "model.width=64", "model.depth=3", "model.heads=4"),
             *("data=digits", "data.image_size=16", "data.batch_size=64", "droprate_init=0.05"),
         ],
     }
