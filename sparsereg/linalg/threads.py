@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,18 @@ def in_turns(work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list
     for future in waited:
         future.result()
     return results
+
+
+def in_turn_by_turn(work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """``in_turns`` for some calls at a time: results come in order, and need not all be kept.
+
+    Args:
+        work: What to call.
+        calls: Arguments of each call, asked for when they are needed.
+    """
+    ahead = iter(calls)
+    while some := list(itertools.islice(ahead, 4 * num_threads())):
+        yield from in_turns(work, some)
 
 
 @functools.lru_cache(maxsize=4)

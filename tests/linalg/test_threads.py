@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from sparsereg.linalg.threads import in_turns, num_threads, quiet_threads
+from sparsereg.linalg.threads import in_turn_by_turn, in_turns, num_threads, quiet_threads
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,20 @@ def squares(numbers):
 def test_results_come_in_order():
     assert squares(range(100)) == [n * n for n in range(100)]
     assert squares([]) == []
+
+
+def test_results_of_many_calls_come_while_others_are_not_yet_asked_for():
+    asked = []
+
+    def calls():
+        for n in range(100):
+            asked.append(n)
+            yield (n,)
+
+    found = in_turn_by_turn(lambda n: n * n, calls())
+    assert next(found) == 0
+    assert len(asked) == 16
+    assert list(found) == [n * n for n in range(1, 100)]
 
 
 def test_several_threads_work_at_once():

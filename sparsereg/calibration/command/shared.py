@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +28,9 @@ from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.reading.parquet_file import share_of
 from sparsereg.calibration.reading.tables import read_table
 from sparsereg.calibration.reporting.tables import weight_frame
+from sparsereg.calibration.solver.selection import method_of
 from sparsereg.calibration.solver.shared import SharedWeights, calibrate_shared, largest, summed
+from sparsereg.calibration.solver.shared_selection import METHODS, select_shared
 from sparsereg.cli import wrong_input
 from sparsereg.errors import FellShort, InputError
 from sparsereg.files import new_version, write_json, write_table, write_text
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 T = TypeVar("T")
+
+_OF_SELECTIONS = ("max_weight_ratio", "normalize_groups", "group_multipliers")
+"""Settings that are known but for method=calibrate."""
 
 
 def in_processes() -> bool:
@@ -73,9 +79,8 @@ def _run(cfg: CalibrationRun, outputs: Path, rank: int, size: int) -> Path:
     together(lambda: _check(cfg), rank)
     part = together(lambda: _read(cfg, rank, size), rank)
     together(lambda: _refuse_empty(part), rank, alone=False)
-    bounds = {name: getattr(cfg, name) for name in ("bounds", "weight_bounds")}
     read = time.perf_counter()
-    found = together(lambda: calibrate_shared(part, cfg.distance, **bounds), rank, alone=False)
+    found = together(lambda: _solved(part, cfg), rank, alone=False)
     solved = time.perf_counter()
     paths: list[Any] = [new_version(outputs) if rank == 0 else None]
     dist.broadcast_object_list(paths, 0)
@@ -87,7 +92,7 @@ def _run(cfg: CalibrationRun, outputs: Path, rank: int, size: int) -> Path:
     dist.barrier()
     write_table(folder / "weights" / f"part-{rank:05d}.parquet", weight_frame(part, found.weights))
     results = _results(part, found)
-    results |= {"seconds": solved - read, "processes": size, "method": "calibrate"}
+    results |= {"seconds": solved - read, "processes": size, "method": _method(cfg)}
     results["required"] = judged(cfg.require, results)
     results["total_seconds"] = time.perf_counter() - start
     dist.barrier()
@@ -132,14 +137,31 @@ def together(work: Callable[[], T], rank: int, alone: bool = True) -> T:
     raise SystemExit(2)
 
 
+def _method(cfg: CalibrationRun) -> str:
+    return method_of(cfg.method, cfg.num_households, cfg.lambda_l0)
+
+
+def _solved(part: CalibrationProblem, cfg: CalibrationRun) -> SharedWeights:
+    """The weights of this process's households."""
+    if _method(cfg) == "calibrate":
+        return calibrate_shared(part, cfg.distance, cfg.bounds, cfg.weight_bounds)
+    return select_shared(part, replace(cfg.solver(), device="cpu"), _method(cfg))
+
+
 def _check(cfg: CalibrationRun) -> None:
     """Refuse what a group of processes does not know."""
-    if cfg.method != "calibrate" or not isinstance(cfg.problem, HouseholdsProblem):
+    method = _method(cfg)
+    if method not in ("calibrate", *METHODS) or not isinstance(cfg.problem, HouseholdsProblem):
         raise InputError(
-            "several processes need method=calibrate problem=households: give both, or start one"
+            "several processes need problem=households and method=calibrate, all, or hard_concrete with"
+            " lambda_l0 instead of num_households: give these, or start one"
         )
     strange = [*cfg.of_whole_runs, *(["areas"] if cfg.area.is_given else [])]
-    strange += [name for name in ("num_households", "lambda_l0") if getattr(cfg, name) is not None]
+    if method != "calibrate":
+        strange = [name for name in strange if name not in _OF_SELECTIONS]
+        strange += [name for name in ("hold_total", "consistency") if getattr(cfg, name)]
+        strange += [f"loss={cfg.loss}"] if cfg.loss not in ("relative", "mse") else []
+    strange += [name for name in ("num_households",) if getattr(cfg, name) is not None]
     strange += ["weights_format=dta"] if cfg.weights_format == "dta" else []
     strange += ["weights=integer"] if cfg.weights != "real" else []
     strange += ["missing=drop"] if "drop" in (cfg.missing, *cfg.missing_in.values()) else []
@@ -193,14 +215,9 @@ def _targets(part: CalibrationProblem, found: SharedWeights) -> pd.DataFrame:
         "relative_error": relative_errors(found.estimates, part.targets),
         "error": found.estimates - part.targets,
         "scale": found.scale,
-        "scaled_error": _scaled(part, found),
-        "multiplier": found.multipliers,
+        "scaled_error": found.scaled_errors,
+        **({} if found.multipliers is None else {"multiplier": found.multipliers}),
     })  # fmt: skip
-
-
-def _scaled(part: CalibrationProblem, found: SharedWeights) -> np.ndarray:
-    error = found.estimates - part.targets
-    return np.asarray(np.sign(error) * np.maximum(np.abs(error) - part.tolerance, 0.0) / found.scale)
 
 
 def _results(part: CalibrationProblem, found: SharedWeights) -> dict[str, Any]:
@@ -214,7 +231,7 @@ def _results(part: CalibrationProblem, found: SharedWeights) -> dict[str, Any]:
         "kept": int(sums[1]),
         "targets": part.num_targets,
         **error_summary(np.abs(relative_errors(found.estimates, part.targets))),
-        "max_abs_scaled_error": float(np.abs(_scaled(part, found)).max()),
+        "max_abs_scaled_error": float(np.abs(found.scaled_errors).max()),
         "gave_way": len(found.gave_way),
         "bounds_hit": found.bounds_hit,
         "steps": found.steps,

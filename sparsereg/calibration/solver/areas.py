@@ -14,12 +14,13 @@ import numpy as np
 import scipy.sparse as sp
 
 from sparsereg.calibration.areas import AreaProblem
-from sparsereg.calibration.solver.bounds import Bounds, ratio_bounds
+from sparsereg.calibration.solver.bounds import Bounds, at_bounds, ratio_bounds
 from sparsereg.calibration.solver.distances import distance_of
 from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, Solution, independent, solve
-from sparsereg.calibration.solver.exact import GAVE_WAY, Domain, soften
+from sparsereg.calibration.solver.exact import GAVE_WAY, Domain, over_scales, soften
 from sparsereg.calibration.target_scale import target_scale
-from sparsereg.linalg.threads import in_turns, num_threads
+from sparsereg.linalg.threads import in_turn_by_turn
+from sparsereg.shapes import Float, Int
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,20 +72,22 @@ def calibrate_areas(
         ValueError: bounds or distance are wrong, or an area has targets and no household.
     """
     low, high = ratio_bounds(problem.initial_weights, distance, bounds, None)
+    yield from in_turn_by_turn(_solve, _prepared(problem, distance, (low, high)))
+
+
+def _prepared(
+    problem: AreaProblem, distance: str, bounds: tuple[np.ndarray, np.ndarray]
+) -> Iterator[tuple[AreaProblem, _Template, int]]:
+    """What each area is solved with."""
     template: _Template | None = None
-    pending: list[tuple[_Template, int]] = []
     for area, targets in enumerate(problem.by_area):
         households, shares = problem.placement.of(area, problem.num_households)
         if len(households) == 0:
             raise ValueError(f"area {problem.placement.areas[area]!r} has targets and no household")
         measures = problem.measure[targets]
         if template is None or not template.serves(measures, problem.placement.is_uniform):
-            template = _Template.of(problem, measures, households, shares, distance, (low, high))
-        pending.append((template, area))
-        if len(pending) == num_threads() * 4:
-            yield from in_turns(_solve, [(problem, *item) for item in pending])
-            pending = []
-    yield from in_turns(_solve, [(problem, *item) for item in pending])
+            template = _Template.of(problem, measures, households, shares, distance, bounds)
+        yield problem, template, area
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +129,7 @@ class _Template:
         rows = rows if len(households) == problem.num_households else sp.csr_array(rows[:, households])
         sizes = np.asarray(abs(rows) @ weights)
         sizes = np.where(sizes > 0, sizes, 1.0)
-        rows.data /= np.repeat(sizes, np.diff(rows.indptr))
+        rows = over_scales(rows, sizes)
         none = np.zeros(len(measures))
         own = distance_of(distance, *(bound[households] for bound in bounds))
         slack = Slack(np.full(len(measures), np.inf), none, none)
@@ -174,15 +177,14 @@ def _solve(problem: AreaProblem, template: _Template, area: int) -> AreaWeights:
     _, shares = problem.placement.of(area, problem.num_households)
     if problem.placement.is_uniform:
         share = float(shares[0])
-    wanted = problem.targets[targets]
-    found = template.solve(wanted / share) if len(targets) else None
+    found = template.solve(problem.targets[targets] / share) if len(targets) else None
     initial = problem.initial_weights[template.households] * shares
     weights = initial.copy() if found is None else found.weights * share
-    estimates = problem.measures[template.measures] @ _of_all(problem, template, weights)
-    errors = np.abs(estimates - wanted) / target_scale(wanted, None, template.sizes * share)
+    gross = template.sizes * share
+    estimates, errors = reached(problem, area, template.households, weights, gross)
     low, high = template.dual.distance.low * initial, template.dual.distance.high * initial
     weights = np.clip(weights, low, high)
-    at_bound = (weights <= low * (1 + 1e-12)) | (weights >= high * (1 - 1e-12))
+    at_bound = at_bounds(weights, low, high)
     multipliers = np.zeros(0) if found is None else found.multipliers / template.sizes
     return AreaWeights(
         area, template.households, initial, weights, targets, estimates, errors, multipliers,
@@ -191,10 +193,34 @@ def _solve(problem: AreaProblem, template: _Template, area: int) -> AreaWeights:
     )  # fmt: skip
 
 
-def _of_all(problem: AreaProblem, template: _Template, weights: np.ndarray) -> np.ndarray:
-    """Weights of all households, zero for those that may not stand for the area."""
+def reached(
+    problem: AreaProblem,
+    area: int,
+    households: Int[np.ndarray, "some"],
+    weights: Float[np.ndarray, "some"],
+    gross: Float[np.ndarray, "targets"],
+) -> tuple[Float[np.ndarray, "targets"], Float[np.ndarray, "targets"]]:
+    """What weights of an area's households make of its targets, and the errors over the targets' scales.
+
+    Args:
+        problem: Measures and targets.
+        area: Its index.
+        households: Indices of those that may stand for it.
+        weights: Theirs.
+        gross: What goes into each target with the initial weights, signs left aside.
+    """
+    targets = problem.by_area[area]
+    estimates = problem.measures[problem.measure[targets]] @ of_all(problem, households, weights)
+    wanted = problem.targets[targets]
+    return estimates, np.abs(estimates - wanted) / target_scale(wanted, None, gross)
+
+
+def of_all(
+    problem: AreaProblem, households: Int[np.ndarray, "some"], weights: Float[np.ndarray, "some"]
+) -> Float[np.ndarray, "households"]:
+    """Weights of all households, zero for those that are not among these."""
     if len(weights) == problem.num_households:
         return weights
     full = np.zeros(problem.num_households)
-    full[template.households] = weights
+    full[households] = weights
     return full

@@ -77,3 +77,8 @@ def bounded_weights(initial: np.ndarray, ratios: tuple[np.ndarray, np.ndarray]) 
     """Smallest and largest weights from bounds on the ratio; a weight of zero stays that, bounded or not."""
     with np.errstate(invalid="ignore"):
         return [np.where(initial == 0, 0.0, ratio * initial) for ratio in ratios]
+
+
+def at_bounds(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Which values are at one of their bounds, but for rounding."""
+    return np.asarray((values <= low * (1 + 1e-12)) | (values >= high * (1 - 1e-12)))

@@ -56,7 +56,7 @@ _MOST_GROWTH = 100.0
 """Most that the pull is multiplied by where households are far fewer than targets."""
 _CHOOSING_PULL = 1e-4
 """Pull towards the initial weights while households are chosen, where none is given."""
-_FINAL_PULL = 1e-7
+FINAL_PULL = 1e-7
 """Pull of the final weights, where none is given: of weights as good as others, even ones are better."""
 _SET_ASIDE = 0.25
 """Such a target is set aside if the others leave it wrong by this share of what goes into it."""
@@ -321,17 +321,17 @@ class Calibration:
         self._exact: Exact | None = None
         self._steps: int | None = None
         self._given = None if start is None else _checked_start(start, problem, self.method)
-        rows = _with_aggregates(problem.linear, self.settings.consistency)
+        rows = with_aggregates(problem.linear, self.settings.consistency)
         gated = self.method in ("hard_concrete", "hybrid")
         if self.is_exact:  # everybody at once: no order matters
             order = np.arange(problem.num_households)
         else:
-            order = _visiting_order(rows.by_household, rows.nesting, self.settings.seed, by_length=gated)
+            order = visiting_order(rows.by_household, rows.nesting, self.settings.seed, by_length=gated)
         self._order = order[problem.starting_weights[order] > 0]  # of weight zero: not in the survey
         if given is not None:
             _refuse_weightless(problem, given.numpy())
             given = torch.from_numpy(np.flatnonzero(np.isin(self._order, given.numpy())))
-        self.goal = _goal(problem, rows, self.num_households, self.settings, self._order)
+        self.goal = goal_of(problem, rows, self.num_households, self.settings, self._order)
         if self._given is not None:
             ahead = torch.from_numpy(self._given[self._order]).to(self.goal.system.initial_weights)
             self.goal = replace(self.goal, start=ahead)
@@ -490,7 +490,7 @@ class Calibration:
 
     def _refit(self, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, float]:
         """Best weights, nearly without the pull; with a wanted number, nobody of it is left at zero."""
-        chi2 = _FINAL_PULL if self.settings.chi2 is None else self.settings.chi2
+        chi2 = FINAL_PULL if self.settings.chi2 is None else self.settings.chi2
         system = replace(self.goal.system, chi2=chi2)
         exact = self.num_households is not None
         if self.method in ("pruning", "polish", "hard_concrete") and exact:
@@ -530,7 +530,7 @@ class Calibration:
 
     def _rows(self, kept: Tensor) -> sp.csr_array:
         """Entries of some households as they were read, households x targets, float64."""
-        rows = _with_aggregates(self.problem.linear, self.settings.consistency)
+        rows = with_aggregates(self.problem.linear, self.settings.consistency)
         chosen = self._order[kept.cpu().numpy()]
         return sp.csr_array(rows.by_household[chosen].astype(np.float64))
 
@@ -665,7 +665,7 @@ def _drive(run: Calibration, callback: Callback | None, progress: bool) -> Calib
     return run.result()
 
 
-def _visiting_order(
+def visiting_order(
     by_household: sp.csr_array, nesting: Nesting | None, seed: int, by_length: bool = False
 ) -> np.ndarray:
     """Order in which sweeps visit the households, at random but with neighbours near each other.
@@ -755,14 +755,26 @@ def _indices(selected: np.ndarray, households: int) -> Tensor:
     return torch.from_numpy(indices.astype(np.int64))
 
 
-def _goal(
+def goal_of(
     problem: CalibrationProblem,
-    rows: _Rows,
+    rows: GivenRows,
     num_kept: int | None,
     settings: Settings,
     order: np.ndarray,
+    matrix: HouseholdMatrix | None = None,
+    number: int | None = None,
 ) -> Goal:
-    """Bring problem and settings into the form that selections work on, the households in this order."""
+    """Bring problem and settings into the form that selections work on, the households in this order.
+
+    Args:
+        problem: What is calibrated.
+        rows: Its rows.
+        num_kept: How many households are kept; None: the method decides.
+        settings: How.
+        order: Places of the households that are in the survey.
+        matrix: Of the rows in this order; None: it is made.
+        number: How many households there are, in all processes; None: those of the problem.
+    """
     shares = group_shares(
         problem.num_targets,
         problem.target_groups,
@@ -776,7 +788,7 @@ def _goal(
         shares, np.full(len(rows.again), settings.consistency * shares.sum() / max(1, len(rows.again)))
     )
     linear, device = problem.linear, torch.device(settings.device)
-    matrix = _matrix(rows, order, settings)
+    matrix = ordered_matrix(rows, order, settings) if matrix is None else matrix
     per_target = [np.append(v, v[rows.again]) for v in (linear.targets, linear.scale, linear.tolerance)]
     targets, scales, tolerance, goal_shares = (torch.from_numpy(v).to(device) for v in (*per_target, shares))
     band = tolerance if bool(tolerance.any()) else None
@@ -792,7 +804,7 @@ def _goal(
     system = System(matrix, mean.quadratic(), initial, upper, chi2, total)
     per_household = 1.0
     if settings.lambda_scale == "mean":
-        per_household = float(shares.sum()) / problem.num_households
+        per_household = float(shares.sum()) / (number or problem.num_households)
     gates = GateSettings(
         lambda_l0=settings.price * per_household,
         lambda_l2=settings.lambda_l2 * per_household,
@@ -817,43 +829,63 @@ def _pull_growth(num_targets: int, num_kept: int | None) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class GivenRows:
     """What is calibrated.
 
     Args:
-        by_household: Households x rows, canonical CSR: the targets, then sums of parts.
+        by_target: Rows x households, canonical CSR: the targets, then sums of parts.
+        by_household: Its transpose.
         again: The target that each of those sums should be at, too.
         nesting: Which rows are sums of others; None where too few are to pay. It decides in which order
             households are visited in any case, so that groups of processes draw the same noise as one.
     """
 
+    by_target: sp.csr_array
     by_household: sp.csr_array
     again: np.ndarray
     nesting: Nesting | None
 
 
-def _with_aggregates(problem: CalibrationProblem, consistency: float) -> _Rows:
+def with_aggregates(problem: CalibrationProblem, consistency: float) -> GivenRows:
     """Append one row per target with parts: the sum of its parts' rows, at the same target.
 
     Being rows like all others, they need no treatment of their own by any method.
     """
     if consistency == 0 or problem.parent is None:
-        return _Rows(problem.matrix_t, np.empty(0, dtype=np.int64), problem.nesting)
+        return given_rows(problem)
     part = np.flatnonzero(problem.parent >= 0)
     wholes, position = np.unique(problem.parent[part], return_inverse=True)
     shape = (len(wholes), problem.num_targets)
     sums = sp.csr_array((np.ones(len(part), np.float32), (position, part)), shape=shape)
     both = sp.csr_array(sp.hstack([problem.matrix_t, problem.matrix_t @ sums.T.tocsr()], format="csr"))
     parent = np.append(problem.parent, np.full(len(wholes), -1))
-    return _Rows(both, wholes, find_nesting(sp.csr_array(both.T.tocsr()), both, parent))
+    by_target = sp.csr_array(both.T.tocsr())
+    return GivenRows(by_target, both, wholes, find_nesting(by_target, both, parent))
 
 
-def _matrix(rows: _Rows, order: np.ndarray, settings: Settings) -> HouseholdMatrix:
-    """The matrix in the order in which households are visited, without rows that are sums of others."""
-    if rows.nesting is None or not compiles(settings.device, settings.backend):
-        return household_matrix(rows.by_household[order], settings.device, settings.backend)
-    stored = sp.csr_array(sp.csr_array(rows.by_household.T.tocsr())[rows.nesting.stored].T.tocsr())
-    return NestedMatrix(stored[order], rows.nesting, rows.nesting.page[order])
+def given_rows(problem: CalibrationProblem) -> GivenRows:
+    """The targets alone."""
+    return GivenRows(problem.matrix, problem.matrix_t, np.empty(0, dtype=np.int64), problem.nesting)
+
+
+def ordered_matrix(
+    rows: GivenRows, order: np.ndarray, settings: Settings, keys: np.ndarray | None = None
+) -> HouseholdMatrix:
+    """The matrix in the order in which households are visited, without rows that are sums of others.
+
+    Args:
+        rows: What is calibrated.
+        order: Places of the households.
+        settings: Where and how to compute.
+        keys: Of their noise, in a group of processes that each have some of the households; None: the order,
+            and in a group each process takes some of the targets.
+    """
+    local, keys = keys is not None, order if keys is None else keys
+    device, backend = settings.device, settings.backend
+    if rows.nesting is None or not compiles(device, backend, local=local):
+        return household_matrix(rows.by_household[order], device, backend, local=local, keys=keys)
+    stored = sp.csr_array(rows.by_target[rows.nesting.stored].T.tocsr())
+    return NestedMatrix(stored[order], rows.nesting, rows.nesting.page[order], keys)
 
 
 def _swaps_only(goal: Goal, kept: Tensor) -> Selection:

@@ -17,10 +17,9 @@ import scipy.sparse as sp
 
 from sparsereg.calibration.areas import AreaProblem
 from sparsereg.calibration.problem import CalibrationProblem
-from sparsereg.calibration.solver.areas import AreaWeights
+from sparsereg.calibration.solver.areas import AreaWeights, of_all, reached
 from sparsereg.calibration.solver.calibration import calibrate
 from sparsereg.calibration.solver.joint import Joint
-from sparsereg.calibration.target_scale import target_scale
 from sparsereg.shapes import Float, Int
 
 _log = logging.getLogger(__name__)
@@ -162,15 +161,10 @@ def _weights_of(problem: AreaProblem, pairs: Pairs, area: int, steps: int, secon
     first, last = np.searchsorted(pairs.area, [area, area + 1])
     weights = np.zeros(len(households))
     weights[np.searchsorted(households, pairs.household[first:last])] = pairs.weights[first:last]
-    full = np.zeros(problem.num_households)
-    full[households] = weights
     targets = problem.by_area[area]
-    rows = problem.measures[problem.measure[targets]].astype(np.float64)
-    full_initial = np.zeros(problem.num_households)
-    full_initial[households] = initial
-    estimates, gross = np.asarray(rows @ full), np.asarray(abs(rows) @ full_initial)
-    wanted = problem.targets[targets]
-    errors = np.abs(estimates - wanted) / target_scale(wanted, None, gross)
+    rows = abs(problem.measures[problem.measure[targets]].astype(np.float64))
+    gross = np.asarray(rows @ of_all(problem, households, initial))
+    estimates, errors = reached(problem, area, households, weights, gross)
     return AreaWeights(
         area, households, initial, weights, targets, estimates, errors, np.full(len(targets), np.nan),
         np.empty(0, dtype=np.int64), 0, steps, seconds,

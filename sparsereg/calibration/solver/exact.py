@@ -18,7 +18,7 @@ from scipy.optimize import linprog
 from scipy.sparse.csgraph import connected_components
 
 from sparsereg.calibration.problem import CalibrationProblem
-from sparsereg.calibration.solver.bounds import Bounds, bounded_weights, ratio_bounds
+from sparsereg.calibration.solver.bounds import Bounds, at_bounds, bounded_weights, ratio_bounds
 from sparsereg.calibration.solver.distances import distance_of
 from sparsereg.calibration.solver.dual_newton import ROUNDED, Dual, Rows, Slack, Solution, solve
 from sparsereg.linalg.threads import in_turns
@@ -150,7 +150,7 @@ def _described(
         raise ValueError(_contradiction(problem, refused, certificates))
     initial = linear.starting_weights
     low, high = bounded_weights(initial, bounds)
-    at_bound = (weights <= low * (1 + 1e-12)) | (weights >= high * (1 - 1e-12))
+    at_bound = at_bounds(weights, low, high)
     worst = float(beyond[is_hard_here].max()) if is_hard_here.any() else 0.0
     hit = int((at_bound & (initial > 0)).sum())
     return Exact(weights, multipliers, worst, gave_way, certificates, hit, steps, final)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsereg.calibration.solver.gate_steps import CompiledSteps, GateSteps, Pace, Shape, TorchSteps
 from sparsereg.calibration.solver.losses import TargetLoss
 from sparsereg.calibration.solver.matrix import HouseholdMatrix
 from sparsereg.distributions import GAMMA, ZETA, gate_median, p_active
-from sparsereg.linalg.adam import adam_step
 from sparsereg.linalg.threads import quiet_threads
 from sparsereg.shapes import Float, Int
 
@@ -88,11 +88,10 @@ class GateSolver:
         self._seed = seed
         self._integral = 0.0
         self.last_loss = float("nan")
-        # New memory for every intermediate result would cost as much as the arithmetic.
-        self._buffers = torch.empty(6, len(log_weight), device=log_weight.device)
-        self._positive, self._weight, self._slope = self._buffers[:3]
+        steps = CompiledSteps if matrix.is_compiled else TorchSteps
+        self._steps: GateSteps = steps(self.log_weight)
         self._often: Tensor | None = None
-        self._products: HouseholdMatrix | _OftenOpen = matrix
+        self._products = matrix
 
     @property
     def temperature(self) -> float:
@@ -111,7 +110,7 @@ class GateSolver:
 
     def expected_kept(self) -> float:
         """Sum of P(z > 0), accumulated in float64."""
-        return float(self._p_active().double().sum())
+        return self._steps.expected(self.log_alpha, self._shape)
 
     def step(self, count: int = 1) -> None:
         """Run ``count`` epochs."""
@@ -124,49 +123,25 @@ class GateSolver:
 
     def _step(self) -> None:
         """One epoch: draw, weigh, and take the step of Adam."""
-        totals = self._draw()
-        self.last_loss = float(self.loss.value(totals))
-        where = self._weight if self.settings.use_gates else None
-        by_totals = self.loss.gradient_by_totals(totals)
-        gradient = self._buffers[3].copy_(self._products.gradient(by_totals, where))
-        down_weight = torch.mul(gradient, self._weight, out=self._buffers[4])
-        if self.settings.lambda_l2 > 0:
-            down_weight.addcmul_(self._positive, self._positive, value=2.0 * self.settings.lambda_l2)
-        self._adam(self.log_weight, down_weight, self._moments[:2])
-        if self.settings.use_gates:
-            down_alpha = gradient.mul_(self._positive).mul_(self._slope)
-            self._add_penalty(down_alpha)
-            self._adam(self.log_alpha, down_alpha, self._moments[2:])
+        s = self.settings
+        levels = self.matrix.noise(self._seed, self.epoch) if s.use_gates else None
+        weights = self._steps.draw(self.log_weight, self.log_alpha, levels, self._shape)
+        value, by_totals = self.loss.value_and_gradient(self._products.totals(weights))
+        self.last_loss = float(value)
+        gradient = self._products.gradient(by_totals, weights if s.use_gates else None)
+        pace = Pace(self.epoch + 1, s.lr, s.lambda_l2, self._price() if s.use_gates else 0.0)
+        shape = self._shape if s.use_gates else None
+        self._steps.move(gradient, self.log_weight, self.log_alpha, self._moments, shape, pace)
 
-    def _draw(self) -> Float[Tensor, "targets"]:
-        """Draw gates; keep the weights and the slope of the gates by location; return the totals."""
-        torch.exp(self.log_weight, out=self._positive)
-        if not self.settings.use_gates:
-            return self._products.totals(self._weight.copy_(self._positive))
-        low, high, beta = self.settings.gamma, self.settings.zeta, self.temperature
-        # The quantile function of ``distributions`` at uniform levels, with its derivative.
-        u = self.matrix.noise(self._seed, self.epoch)
-        s = u.logit_().add_(self.log_alpha).div_(beta).sigmoid_()
-        gate = torch.mul(s, high - low, out=self._weight).add_(low)
-        torch.addcmul(s, s, s, value=-1.0, out=self._slope).mul_((high - low) / beta)
-        self._slope.mul_(gate > 0.0).mul_(gate < 1.0)
-        return self._products.totals(gate.clamp_(0.0, 1.0).mul_(self._positive))
+    @property
+    def _shape(self) -> Shape:
+        return Shape(self.temperature, self.settings.gamma, self.settings.zeta)
 
-    def _add_penalty(self, gradient: Float[Tensor, "households"]) -> None:
-        """Add the gradient of lambda_l0 * sum P(z > 0), with lambda_l0 steered if a number is wanted."""
-        p = self._p_active()
-        price = self.settings.lambda_l0
-        if self.settings.num_open is not None:
-            price = self._steer(float(p.double().sum()))
-        if price > 0:
-            gradient.add_(p.addcmul_(p, p, value=-1.0), alpha=price)
-
-    def _p_active(self) -> Float[Tensor, "households"]:
-        return p_active(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
-
-    def _adam(self, value: Tensor, gradient: Tensor, moments: Tensor) -> None:
-        first, second = moments
-        adam_step(value, gradient, first, second, self.epoch + 1, self.settings.lr, self._buffers[5])
+    def _price(self) -> float:
+        """lambda_l0 of this epoch, steered if a number is wanted."""
+        if self.settings.num_open is None:
+            return self.settings.lambda_l0
+        return self._steer(self.expected_kept())
 
     def _tidy(self) -> None:
         """Forget moments too small to matter, and store together the households that are often open.
@@ -176,14 +151,14 @@ class GateSolver:
         """
         self._moments[self._moments.abs() < 1e-30] = 0.0
         if self.settings.use_gates:
-            p = self._p_active()
+            p = p_active(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
             often = torch.nonzero(p > _OFTEN).flatten()
             self._store_apart(often if len(often) < 0.5 * len(p) else None)
 
     def _store_apart(self, often: Int[Tensor, "often"] | None) -> None:
         """Keep the entries of these households together; None: leave all where they are."""
         self._often = often
-        self._products = self.matrix if often is None else _OftenOpen(self.matrix, often)
+        self._products = self.matrix if often is None else self.matrix.apart(often)
 
     def _steer(self, expected: float) -> float:
         """lambda_l0 of this epoch: proportional-integral control of log(expected / wanted) on log(lambda).
@@ -231,29 +206,3 @@ class GateSolver:
         # The arrangement too, so that sums round as they would have done.
         often = state["often"]
         self._store_apart(None if often is None else often.to(self.log_weight.device))
-
-
-class _OftenOpen:
-    """The products of a matrix, with some households stored apart; the others are read where they are.
-
-    Args:
-        matrix: All households.
-        often: Indices of those to store apart, ascending.
-    """
-
-    def __init__(self, matrix: HouseholdMatrix, often: Int[Tensor, "often"]) -> None:
-        self._matrix, self._part, self._often = matrix, matrix.take(often), often
-
-    def totals(self, weights: Float[Tensor, "households"]) -> Float[Tensor, "targets"]:
-        """See ``HouseholdMatrix``."""
-        rest = self._matrix.totals(weights.index_fill(0, self._often, 0.0))
-        return rest.add_(self._part.totals(weights[self._often]))
-
-    def gradient(
-        self, by_totals: Float[Tensor, "targets"], where: Float[Tensor, "households"] | None = None
-    ) -> Float[Tensor, "households"]:
-        """See ``HouseholdMatrix``."""
-        assert where is not None
-        gradient = self._matrix.gradient(by_totals, where.index_fill(0, self._often, 0.0))
-        gradient[self._often] = self._part.gradient(by_totals, where[self._often])
-        return gradient

@@ -21,11 +21,12 @@ import scipy.sparse as sp
 
 from sparsereg.calibration.areas import AreaProblem
 from sparsereg.calibration.solver.areas import AreaWeights
-from sparsereg.calibration.solver.bounds import Bounds, ratio_bounds
+from sparsereg.calibration.solver.bounds import Bounds, at_bounds, ratio_bounds
 from sparsereg.calibration.solver.distances import distance_of
 from sparsereg.calibration.solver.dual_newton import Rows, gram
+from sparsereg.calibration.solver.exact import over_scales
 from sparsereg.calibration.target_scale import target_scale
-from sparsereg.linalg.threads import in_turns, num_threads
+from sparsereg.linalg.threads import in_turn_by_turn
 from sparsereg.shapes import Float, Int
 
 _log = logging.getLogger(__name__)
@@ -135,8 +136,7 @@ class Joint:
         rows = sp.csr_array(problem.measures.astype(np.float64))
         sizes = np.asarray(abs(rows) @ problem.initial_weights)
         self.sizes = np.where(sizes > 0, sizes, 1.0)
-        rows.data /= np.repeat(self.sizes, np.diff(rows.indptr))
-        self._rows = Rows(rows)
+        self._rows = Rows(over_scales(rows, self.sizes))
         _ = self._rows.by_household  # threads share it
         self._levels = [self._level(place) for place in range(len(problem.places) + 1)]
         self.multipliers = [np.zeros(len(level.rows)) for level in self._levels]
@@ -227,14 +227,10 @@ class Joint:
                     square[above], fixed[above] = up.square, up.fixed
                 totals[above] += at
 
-        size = num_threads() * 4
-        for first in range(0, p.num_areas, size):
-            areas = range(first, min(first + size, p.num_areas))
-            for area, (own, at, products) in zip(
-                areas, in_turns(self._area, [(a, together[a]) for a in areas]), strict=True
-            ):
-                value += own
-                place_done(area, at, _Response(products, np.zeros(num)))
+        of_areas = in_turn_by_turn(self._area, enumerate(together[: p.num_areas]))
+        for area, (own, at, products) in enumerate(of_areas):
+            value += own
+            place_done(area, at, _Response(products, np.zeros(num)))
         inner = np.arange(p.num_areas, len(p.places))
         for place in [*inner[np.argsort(-p.depth[inner], kind="stable")].tolist(), len(p.places)]:
             if place in square:
@@ -289,11 +285,8 @@ class Joint:
 
     def weights(self) -> Iterator[AreaWeights]:
         """The weights of one area after the other, as they are made."""
-        p, together = self.problem, self._summed(self.multipliers)
-        size = num_threads() * 4
-        for first in range(0, p.num_areas, size):
-            areas = range(first, min(first + size, p.num_areas))
-            yield from in_turns(self._weighed, [(area, together[area]) for area in areas])
+        together = self._summed(self.multipliers)
+        yield from in_turn_by_turn(self._weighed, enumerate(together[: self.problem.num_areas]))
 
     def _weighed(self, area: int, felt: np.ndarray) -> AreaWeights:
         begin, p = time.perf_counter(), self.problem
@@ -301,7 +294,7 @@ class Joint:
         low, high = self._low[households], self._high[households]
         ratio, _ = distance_of(self._distance, low, high).respond(rows.reach(felt))
         weights, level = initial * ratio, self._levels[area]
-        at = (ratio <= low * (1 + 1e-12)) | (ratio >= high * (1 - 1e-12))
+        at = at_bounds(ratio, low, high)
         totals, sizes = rows.totals(weights)[level.rows], self.sizes[level.rows]
         return AreaWeights(
             area, households, initial, weights, p.by_place[area], totals * sizes,

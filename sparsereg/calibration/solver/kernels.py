@@ -43,10 +43,49 @@ def gather_where(indptr, indices, data, by_totals, open_, out):  # type: ignore[
 def scatter(indptr, indices, data, weights, totals):  # type: ignore[no-untyped-def]
     """totals[target] += data * weights[j] over the entries of every household; zero weights unread."""
     for j in range(weights.shape[0]):
-        weight = weights[j]
+        weight = np.float64(weights[j])
         if weight != 0:
             for p in range(np.uint64(indptr[j]), np.uint64(indptr[j + 1])):
                 totals[indices[p]] += data[p] * weight
+
+
+@_compile
+def scatter_apart(  # type: ignore[no-untyped-def]
+    indptr, indices, data, often, is_often, near_indptr, near_indices, near_data, weights, totals
+):
+    """``scatter`` where the k-th of the households ``often`` is read from row k of the second storage.
+
+    The others are passed over by a branch that the processor foresees, since hardly one has a weight.
+    """
+    for k in range(often.shape[0]):
+        weight = np.float64(weights[often[k]])
+        if weight != 0:
+            for p in range(np.uint64(near_indptr[k]), np.uint64(near_indptr[k + 1])):
+                totals[near_indices[p]] += near_data[p] * weight
+    for j in range(weights.shape[0]):
+        if (weights[j] != 0) & (is_often[j] == 0):
+            weight = np.float64(weights[j])
+            for p in range(np.uint64(indptr[j]), np.uint64(indptr[j + 1])):
+                totals[indices[p]] += data[p] * weight
+
+
+@_compile
+def gather_apart(  # type: ignore[no-untyped-def]
+    indptr, indices, data, often, is_often, near_indptr, near_indices, near_data, by_totals, open_, out
+):
+    """``gather_where`` where the k-th household of ``often`` is read from row k of the second storage."""
+    for j in range(out.shape[0]):
+        total = 0.0
+        if (open_[j] != 0) & (is_often[j] == 0):
+            for p in range(np.uint64(indptr[j]), np.uint64(indptr[j + 1])):
+                total += data[p] * by_totals[indices[p]]
+        out[j] = total
+    for k in range(often.shape[0]):
+        if open_[often[k]] != 0:
+            total = 0.0
+            for p in range(np.uint64(near_indptr[k]), np.uint64(near_indptr[k + 1])):
+                total += near_data[p] * by_totals[near_indices[p]]
+            out[often[k]] = total
 
 
 @_compile
@@ -114,14 +153,14 @@ def descend(  # type: ignore[no-untyped-def]
 
 
 @_compile
-def uniform(seed, epoch, out):  # type: ignore[no-untyped-def]
-    """Uniform numbers in [0, 1), multiples of 2^-24, that depend on seed, epoch and place.
+def uniform(seed, epoch, keys, out):  # type: ignore[no-untyped-def]
+    """Uniform numbers in [0, 1), multiples of 2^-24, that depend on seed, epoch and key.
 
     Source: the finalizer of SplitMix64 (Steele, Lea, Flood, 2014) applied to a counter.
     """
     start = np.uint64(seed) + np.uint64(epoch) * np.uint64(0xD1342543DE82EF95)
     for j in range(out.shape[0]):
-        z = start + np.uint64(j + 1) * np.uint64(0x9E3779B97F4A7C15)
+        z = start + (np.uint64(keys[j]) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))

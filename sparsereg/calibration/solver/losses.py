@@ -122,7 +122,9 @@ class TargetLoss:
 
     def value(self, totals: Float[Tensor, "targets={len(self.targets)}"]) -> Float[Tensor, ""]:
         """The loss, a float64 scalar."""
-        error = self._errors(totals)
+        return self._value(self._errors(totals))
+
+    def _value(self, error: Float[Tensor, "targets"]) -> Float[Tensor, ""]:
         if self.loss in ("relative", "mse"):
             per_target = error.square()
         elif self.loss == "mape":
@@ -135,6 +137,12 @@ class TargetLoss:
         self, totals: Float[Tensor, "targets={len(self.targets)}"]
     ) -> Float[Tensor, "targets={len(self.targets)}"]:
         """Gradient of the loss with respect to the totals, float64."""
+        return self.value_and_gradient(totals)[1]
+
+    def value_and_gradient(
+        self, totals: Float[Tensor, "targets={len(self.targets)}"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "targets={len(self.targets)}"]]:
+        """The loss and its gradient with respect to the totals, float64."""
         error = self._errors(totals)
         if self.loss in ("relative", "mse"):
             slope = 2.0 * error
@@ -142,7 +150,7 @@ class TargetLoss:
             slope = error.sign()
         else:
             slope = error.sign() * (error.abs() < self.cap)
-        return self.shares * slope / self.scale
+        return self._value(error), self.shares * slope / self.scale
 
     def bound(self, totals: Float[Tensor, "targets={len(self.targets)}"], floor: float = 1e-12) -> Quadratic:
         """Quadratic that touches the loss at ``totals`` and bounds it from above (itself if quadratic).

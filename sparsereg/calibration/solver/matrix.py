@@ -33,6 +33,8 @@ class HouseholdMatrix(Protocol):
     num_targets: int
     num_entries: int
     device: torch.device
+    is_compiled: bool
+    """Whether loops of numba are used, here and beside it."""
 
     def totals(
         self, weights: Float[Tensor, "households={self.num_households}"]
@@ -52,10 +54,16 @@ class HouseholdMatrix(Protocol):
         """Sum of row_weights times squared entries for every household, float64."""
 
     def noise(self, seed: int, epoch: int) -> Float[Tensor, "households={self.num_households}"]:
-        """Uniform numbers in [0, 1), float32, one per household: the same for the same seed and epoch."""
+        """Uniform numbers in [0, 1), float32, one per household: the same for the same seed and epoch.
+
+        Compiled, they follow the households' keys, in whatever order and process they are.
+        """
 
     def take(self, households: Int[Tensor, "selected"]) -> HouseholdMatrix:
         """Return the matrix of these households only, in this order (a copy)."""
+
+    def apart(self, often: Int[Tensor, "often"]) -> HouseholdMatrix:
+        """Return the same matrix, quick where hardly others have a weight: see ``Apart``."""
 
 
 def household_matrix(
@@ -64,6 +72,7 @@ def household_matrix(
     backend: str = "auto",
     *,
     local: bool = False,
+    keys: np.ndarray | None = None,
 ) -> HouseholdMatrix:
     """Prepare a matrix for a solver; in a group of processes, each one's share of the targets.
 
@@ -72,6 +81,7 @@ def household_matrix(
         device: Where to compute.
         backend: "compiled" (numba; CPU only), "torch", or "auto": compiled where it can be.
         local: Keep the whole matrix in this process, whether or not there is a group.
+        keys: What the noise of each household depends on, >= 0; None: its place.
 
     Raises:
         ValueError: the backend is unknown or does not run on the device.
@@ -83,15 +93,15 @@ def household_matrix(
     if backend == "compiled" and not can_compile:
         raise ValueError(f"backend='compiled' needs numba and device='cpu', got device={str(device)!r}")
     if not local and _num_processes() > 1:
-        return ShardedMatrix.of_this_process(by_household, device, backend)
+        return ShardedMatrix.of_this_process(by_household, device, backend, keys)
     if backend == "torch" or not can_compile:
         return TorchMatrix.from_scipy(by_household, device)
-    return CompiledMatrix(by_household)
+    return CompiledMatrix(by_household, keys)
 
 
-def compiles(device: str | torch.device, backend: str) -> bool:
+def compiles(device: str | torch.device, backend: str, *, local: bool = False) -> bool:
     """Whether ``household_matrix`` would use compiled loops, in this process alone."""
-    return backend != "torch" and _can_compile(torch.device(device)) and _num_processes() == 1
+    return backend != "torch" and _can_compile(torch.device(device)) and (local or _num_processes() == 1)
 
 
 def _can_compile(device: torch.device) -> bool:
@@ -106,22 +116,27 @@ class CompiledMatrix:
 
     Args:
         by_household: Households x targets, canonical CSR, float32.
+        keys: What the noise of each household depends on, >= 0; None: its place.
     """
 
     device = torch.device("cpu")
+    is_compiled = True
 
-    def __init__(self, by_household: sp.csr_array) -> None:
+    def __init__(self, by_household: sp.csr_array, keys: np.ndarray | None = None) -> None:
         num_targets = int(by_household.shape[1])
         small = num_targets <= np.iinfo(np.uint16).max
         self._set(
             np.ascontiguousarray(by_household.indptr),
             np.ascontiguousarray(by_household.indices, dtype=np.uint16 if small else np.int32),
             np.ascontiguousarray(by_household.data, dtype=np.float32),
+            _narrow(np.arange(by_household.shape[0]) if keys is None else keys),
             num_targets,
         )
 
-    def _set(self, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, num_targets: int) -> None:
-        self._indptr, self._indices, self._data = indptr, indices, data
+    def _set(
+        self, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, keys: np.ndarray, num_targets: int
+    ) -> None:
+        self._indptr, self._indices, self._data, self._keys = indptr, indices, data, keys
         self.num_households, self.num_targets = len(indptr) - 1, num_targets
         self.num_entries = int(indptr[-1] - indptr[0])
         num_lanes = max(1, min(_MAX_LANES, self.num_entries // _ENTRIES_PER_LANE))
@@ -176,7 +191,7 @@ class CompiledMatrix:
         from sparsereg.calibration.solver import kernels
 
         out = np.empty(self.num_households, dtype=np.float32)
-        kernels.uniform(np.uint64(seed), np.uint64(epoch), out)
+        kernels.uniform(np.uint64(seed), np.uint64(epoch), self._keys, out)
         return torch.from_numpy(out)
 
     def entries_of(self, households: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,8 +220,58 @@ class CompiledMatrix:
         indices, data = np.empty(indptr[-1], self._indices.dtype), np.empty(indptr[-1], np.float32)
         kernels.copy_households(self._indptr, self._indices, self._data, chosen, indptr, indices, data)
         part = CompiledMatrix.__new__(CompiledMatrix)
-        part._set(indptr.astype(self._indptr.dtype), indices, data, self.num_targets)
+        part._set(indptr.astype(self._indptr.dtype), indices, data, self._keys[chosen], self.num_targets)
         return part
+
+    def apart(self, often: Int[Tensor, "often"]) -> Apart:
+        """See ``HouseholdMatrix``."""
+        return Apart(self, often)
+
+
+class Apart(CompiledMatrix):
+    """A matrix with a copy of some households beside it: those that are often of a weight other than zero.
+
+    Reading every tenth household from main memory costs nearly as much as reading all of them.
+
+    Args:
+        matrix: All households; the others are read from it, where they are.
+        often: Indices of those to store together, ascending.
+    """
+
+    def __init__(self, matrix: CompiledMatrix, often: Int[Tensor, "often"]) -> None:
+        self._set(matrix._indptr, matrix._indices, matrix._data, matrix._keys, matrix.num_targets)
+        part, place = matrix.take(often), often.numpy()
+        is_often = np.zeros(matrix.num_households, dtype=np.uint8)
+        is_often[place] = 1
+        cuts = [0, *(int(place[lane.start]) for lane in part._lanes[1:]), matrix.num_households]
+        self._lanes = [slice(a, b) for a, b in itertools.pairwise(cuts)]
+        self._near = [
+            ((place[rows] - lane.start).astype(np.int32), is_often[lane], *part.entries_of(rows))
+            for lane, rows in zip(self._lanes, part._lanes, strict=True)
+        ]
+
+    def totals(
+        self, weights: Float[Tensor, "households={self.num_households}"]
+    ) -> Float[Tensor, "targets={self.num_targets}"]:
+        """See ``HouseholdMatrix``."""
+        values, lanes = weights.numpy(), zip(self._lanes, self._near, strict=True)
+        private = np.zeros((len(self._lanes), self.num_targets))
+        calls = [(*near, values[lane], own) for (lane, near), own in zip(lanes, private, strict=True)]
+        self._run("scatter_apart", calls)
+        return torch.from_numpy(private[0] if len(private) == 1 else private.sum(axis=0))
+
+    def gradient(
+        self,
+        by_totals: Float[Tensor, "targets={self.num_targets}"],
+        where: Shaped[Tensor, "households={self.num_households}"] | None = None,
+    ) -> Float[Tensor, "households={self.num_households}"]:
+        """See ``HouseholdMatrix``."""
+        if where is None:
+            return super().gradient(by_totals)
+        values, mask, out = by_totals.numpy(), where.numpy(), np.empty(self.num_households)
+        lanes = zip(self._lanes, self._near, strict=True)
+        self._run("gather_apart", [(*near, values, mask[lane], out[lane]) for lane, near in lanes])
+        return torch.from_numpy(out)
 
 
 class TorchMatrix:
@@ -216,6 +281,8 @@ class TorchMatrix:
         by_household: Households x targets, sparse CSR tensor, float64.
         by_target: Its transpose, sparse CSR.
     """
+
+    is_compiled = False
 
     def __init__(self, by_household: Tensor, by_target: Tensor) -> None:
         self._by_household, self._by_target = by_household, by_target
@@ -275,6 +342,10 @@ class TorchMatrix:
         chosen = _csr_tensor(new_crow, columns[entries], values[entries], shape)
         return TorchMatrix(chosen, _transposed(chosen))
 
+    def apart(self, often: Int[Tensor, "often"]) -> TorchMatrix:
+        """See ``HouseholdMatrix``: its products read everything in any case."""
+        return self
+
 
 class ShardedMatrix:
     """Some rows (targets) of a matrix in each process of a group, which sums over processes.
@@ -291,9 +362,16 @@ class ShardedMatrix:
         self._local, self._rows = local, slice(first, first + local.num_targets)
         self.num_households, self.num_targets = local.num_households, num_targets
         self.num_entries, self.device = local.num_entries, local.device
+        self.is_compiled = local.is_compiled
 
     @classmethod
-    def of_this_process(cls, by_household: sp.csr_array, device: torch.device, backend: str) -> ShardedMatrix:
+    def of_this_process(
+        cls,
+        by_household: sp.csr_array,
+        device: torch.device,
+        backend: str,
+        keys: np.ndarray | None = None,
+    ) -> ShardedMatrix:
         """Take this process's share of the targets, about equally many entries each."""
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         num_targets = int(by_household.shape[1])
@@ -301,7 +379,8 @@ class ShardedMatrix:
         cuts = np.searchsorted(entries, np.arange(1, world) * (entries[-1] / world)) + 1
         bounds = np.concatenate([[0], np.minimum(cuts, num_targets), [num_targets]])
         first, last = int(bounds[rank]), int(bounds[rank + 1])
-        local = household_matrix(sp.csr_array(by_household[:, first:last]), device, backend, local=True)
+        mine = sp.csr_array(by_household[:, first:last])
+        local = household_matrix(mine, device, backend, local=True, keys=keys)
         return cls(local, first, num_targets)
 
     def totals(
@@ -333,6 +412,16 @@ class ShardedMatrix:
     def take(self, households: Int[Tensor, "selected"]) -> ShardedMatrix:
         """See ``HouseholdMatrix``."""
         return ShardedMatrix(self._local.take(households), self._rows.start, self.num_targets)
+
+    def apart(self, often: Int[Tensor, "often"]) -> ShardedMatrix:
+        """See ``HouseholdMatrix``."""
+        return ShardedMatrix(self._local.apart(often), self._rows.start, self.num_targets)
+
+
+def _narrow(keys: np.ndarray) -> np.ndarray:
+    """The same numbers >= 0 in 32 bits, if they fit."""
+    fits = keys.max(initial=0) <= np.iinfo(np.int32).max
+    return np.ascontiguousarray(keys, dtype=np.int32 if fits else np.int64)
 
 
 def _num_processes() -> int:

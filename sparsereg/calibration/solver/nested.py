@@ -9,7 +9,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from sparsereg.calibration.solver.matrix import CompiledMatrix
+from sparsereg.calibration.solver.matrix import CompiledMatrix, HouseholdMatrix
 from sparsereg.linalg.nesting import Nesting
 from sparsereg.linalg.threads import in_turns
 from sparsereg.shapes import Float, Int, Shaped
@@ -18,33 +18,21 @@ _ENTRIES_FOR_LANES = 150_000
 """Stored entries from which two lanes descend beside each other (a sweep of half a millisecond)."""
 
 
-class NestedMatrix:
-    """A matrix on the CPU with the rows that nest in each other stored once; see ``HouseholdMatrix``.
-
-    Sweeps go page by page: on a page of households, a stored target is seen together with its sums. Large
-    matrices are swept in two lanes of pages that do not race: each works on its own copy of what both touch
-    and expects the other to move it as far as it does itself, which makes their sum a step down (adding, with
-    the safe factor, of CoCoA+: Ma et al., ICML 2015). How many there are depends on the matrix alone.
+class NestedProducts:
+    """Products with all rows of a matrix of which only those are stored that are no sums of others.
 
     Args:
-        by_household: Households x stored targets, canonical CSR; households of a page next to each other.
+        inner: The stored targets.
         nesting: How the other targets follow.
-        page: Page of each household.
     """
 
     device = torch.device("cpu")
+    is_compiled = True
 
-    def __init__(self, by_household: sp.csr_array, nesting: Nesting, page: np.ndarray) -> None:
-        lists = _lists(by_household, nesting, page)
-        self._set(CompiledMatrix(by_household), nesting, np.ascontiguousarray(page, dtype=np.int32), lists)
-
-    def _set(
-        self, inner: CompiledMatrix, nesting: Nesting, page: np.ndarray, lists: tuple[np.ndarray, np.ndarray]
-    ) -> None:
-        self._inner, self._nesting, self._page, self._lists = inner, nesting, page, lists
+    def __init__(self, inner: HouseholdMatrix, nesting: Nesting) -> None:
+        self._inner, self._nesting = inner, nesting
         self.num_households, self.num_targets = inner.num_households, nesting.num_rows
         self.num_entries = inner.num_entries
-        self._lanes: list[slice] | None = None
 
     def totals(
         self, weights: Float[Tensor, "households={self.num_households}"]
@@ -69,6 +57,47 @@ class NestedMatrix:
     def noise(self, seed: int, epoch: int) -> Float[Tensor, "households={self.num_households}"]:
         """See ``HouseholdMatrix``."""
         return self._inner.noise(seed, epoch)
+
+    def take(self, households: Int[Tensor, "selected"]) -> NestedProducts:
+        """See ``HouseholdMatrix``."""
+        return NestedProducts(self._inner.take(households), self._nesting)
+
+    def apart(self, often: Int[Tensor, "often"]) -> NestedProducts:
+        """See ``HouseholdMatrix``."""
+        return NestedProducts(self._inner.apart(often), self._nesting)
+
+
+class NestedMatrix(NestedProducts):
+    """A matrix on the CPU with the rows that nest in each other stored once; see ``HouseholdMatrix``.
+
+    Sweeps go page by page: on a page of households, a stored target is seen together with its sums. Large
+    matrices are swept in two lanes of pages that do not race: each works on its own copy of what both touch
+    and expects the other to move it as far as it does itself, which makes their sum a step down (adding, with
+    the safe factor, of CoCoA+: Ma et al., ICML 2015). How many there are depends on the matrix alone.
+
+    Args:
+        by_household: Households x stored targets, canonical CSR; households of a page next to each other.
+        nesting: How the other targets follow.
+        page: Page of each household.
+        keys: What the noise of each household depends on, >= 0; None: its place.
+    """
+
+    _inner: CompiledMatrix
+
+    def __init__(
+        self, by_household: sp.csr_array, nesting: Nesting, page: np.ndarray, keys: np.ndarray | None = None
+    ) -> None:
+        lists = _lists(by_household, nesting, page)
+        self._set(
+            CompiledMatrix(by_household, keys), nesting, np.ascontiguousarray(page, dtype=np.int32), lists
+        )
+
+    def _set(
+        self, inner: CompiledMatrix, nesting: Nesting, page: np.ndarray, lists: tuple[np.ndarray, np.ndarray]
+    ) -> None:
+        NestedProducts.__init__(self, inner, nesting)
+        self._page, self._lists = page, lists
+        self._lanes: list[slice] | None = None
 
     def by_household(self) -> sp.csr_array:
         """The entries, households x targets, float64."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,10 +15,15 @@ from sparsereg.calibration.config import PruningSchedule
 from sparsereg.calibration.solver.hard_concrete import GateSettings, GateSolver
 from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import TargetLoss
+from sparsereg.calibration.solver.matrix import HouseholdMatrix
 from sparsereg.calibration.solver.pruning import Pruning, add, largest
 from sparsereg.shapes import Bool, Float, Int
 
 _EPOCHS_PER_STEP = 10
+_NO_EPOCH = 2**40
+"""Noise of later epochs than there are serves other ends."""
+_SMALLEST_START = 1e-8
+"""Share of the largest weight that each starts with at least, since logarithms are learned."""
 _GATE_MARGIN = 1.2
 """Gates aim at this many times the wanted number: overshooting cannot be undone, a rest can be pruned."""
 _SETTLE = PruningSchedule(stages=20, sweeps=40, first_sweeps=20, swap_rounds=0)
@@ -146,6 +152,34 @@ class Fixed:
         self._weights = state["weights"].to(self._weights.device)
 
 
+def gates_of(goal: Goal, settings: GateSettings, largest: float | None = None) -> GateSolver:
+    """Gates on all households at the goal's starting weights, with a little noise.
+
+    Args:
+        goal: The problem.
+        settings: Of the gates.
+        largest: Initial weight of any household, in all processes; None: of these.
+    """
+    initial, matrix = goal.system.initial_weights, goal.system.matrix
+    if goal.start is not None:
+        initial = torch.where(goal.start > 0, goal.start, initial)
+    floor = _SMALLEST_START * (float(initial.max()) if largest is None else largest)
+    log_weight = initial.clamp(min=floor).log().float()
+    location = math.log((1.0 - goal.droprate_init) / goal.droprate_init)
+    jitter = [_normal(matrix, goal.seed, _NO_EPOCH + k) for k in range(2)]
+    return GateSolver(
+        matrix, goal.loss, log_weight + goal.log_weight_jitter * jitter[0],
+        location + goal.log_alpha_jitter * jitter[1], settings, goal.seed,
+    )  # fmt: skip
+
+
+def _normal(matrix: HouseholdMatrix, seed: int, epoch: int) -> Float[Tensor, "households"]:
+    """Standard normal numbers, float32, from the noise of the households."""
+    between = matrix.noise(seed, epoch).double().add_(2.0**-25)
+    normal: Tensor = torch.special.ndtri(between).float()
+    return normal
+
+
 class Gated:
     """Selection by Hard Concrete gates, settled to an exact number at the end if one is wanted.
 
@@ -161,22 +195,7 @@ class Gated:
         if num_kept is not None:
             aim = min(households, round(_GATE_MARGIN * num_kept))
             settings = replace(settings, num_open=aim)
-        generator = torch.Generator().manual_seed(goal.seed)
-        device = goal.system.matrix.device
-        noise = torch.randn(2, households, generator=generator).to(device)
-        initial = goal.system.initial_weights
-        if goal.start is not None:
-            initial = torch.where(goal.start > 0, goal.start, initial)
-        log_weight = initial.clamp(min=1e-8 * float(initial.max())).log().float()
-        location = torch.logit(torch.tensor(1.0 - goal.droprate_init, device=device))
-        self.solver = GateSolver(
-            goal.system.matrix,
-            goal.loss,
-            log_weight + goal.log_weight_jitter * noise[0],
-            location + goal.log_alpha_jitter * noise[1],
-            settings,
-            goal.seed,
-        )
+        self.solver = gates_of(goal, settings)
         self.epoch, self.done = 0, False
         self.num_epochs = settings.num_epochs
         self._settled: tuple[Tensor, Tensor] | None = None

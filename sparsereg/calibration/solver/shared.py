@@ -18,7 +18,7 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike
 
 from sparsereg.calibration.problem import CalibrationProblem, gross_totals
-from sparsereg.calibration.solver.bounds import Bounds, bounded_weights, ratio_bounds
+from sparsereg.calibration.solver.bounds import Bounds, at_bounds, bounded_weights, ratio_bounds
 from sparsereg.calibration.solver.distances import distance_of
 from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, solve
 from sparsereg.calibration.solver.exact import (
@@ -97,7 +97,8 @@ class SharedWeights:
         estimates: Totals over all processes, shape (targets,).
         initial: The same with the initial weights.
         scale: What errors are compared with.
-        multipliers: What each target costs.
+        scaled_errors: How far estimates lie outside their targets' tolerance, signed, over the scale.
+        multipliers: What each target costs; None: it was not calibrated exactly.
         gave_way: Indices of hard targets that are not met.
         bounds_hit: How many weights are at a bound, over all processes.
         steps: Steps of Newton's method.
@@ -107,7 +108,8 @@ class SharedWeights:
     estimates: Float[np.ndarray, "targets"]
     initial: Float[np.ndarray, "targets"]
     scale: Float[np.ndarray, "targets"]
-    multipliers: Float[np.ndarray, "targets"]
+    scaled_errors: Float[np.ndarray, "targets"]
+    multipliers: Float[np.ndarray, "targets"] | None
     gave_way: Int[np.ndarray, "gave_way"]
     bounds_hit: int
     steps: int
@@ -139,6 +141,7 @@ def calibrate_shared(
     factors = unit_factors(unit_factor, part.num_households)
     there = np.flatnonzero(initial > 0)
     domain, scale = _domain(part, there, (low[there], high[there]), factors[there], distance)
+    part = replace(part, target_scales=scale)
     found, slack = solve(domain.dual), domain.dual.slack
     if not found.converged:
         found, slack = soften(domain, domain.dual, np.isinf(slack.price), found)
@@ -148,12 +151,25 @@ def calibrate_shared(
     weights = np.clip(weights, least, most)
     multipliers[domain.targets] = found.multipliers / scale[domain.targets]
     before, after = (summed(part.matrix.astype(np.float64) @ w) for w in (initial, weights))
-    missed = np.maximum(np.abs(after - part.targets) - part.tolerance, 0.0) / scale
-    at = ((weights <= least * (1 + 1e-12)) | (weights >= most * (1 - 1e-12))) & (initial > 0)
+    missed = part.scaled_errors(after)
+    at = at_bounds(weights, least, most) & (initial > 0)
     return SharedWeights(
-        weights, after, before, scale, multipliers, np.flatnonzero(is_hard(part) & (missed > GAVE_WAY)),
+        weights, after, before, scale, missed, multipliers,
+        np.flatnonzero(is_hard(part) & (np.abs(missed) > GAVE_WAY)),
         int(summed(float(at.sum()))), found.steps,
     )  # fmt: skip
+
+
+def shared_scale(
+    part: CalibrationProblem,
+) -> tuple[Float[np.ndarray, "targets"], Float[np.ndarray, "targets"]]:
+    """What errors of each target are compared with, and what goes into it, in all processes."""
+    initial = part.starting_weights
+    total, number = summed([initial.sum(), float(len(initial))])
+    gross = summed(gross_totals(part.matrix, initial))
+    alike = summed(gross_totals(part.matrix, np.full(len(initial), total / number)))
+    gross = np.where(gross > 0, gross, alike)
+    return target_scale(part.targets, part.target_scales, gross), gross
 
 
 def _domain(
@@ -165,11 +181,8 @@ def _domain(
 ) -> tuple[Domain, Float[np.ndarray, "targets"]]:
     """All targets that any household touches, over their scales in the whole group."""
     initial = part.starting_weights
-    total, number = summed([initial.sum(), float(len(initial))])
-    gross = summed(gross_totals(part.matrix, initial))
-    alike = summed(gross_totals(part.matrix, np.full(len(initial), total / number)))
-    gross = np.where(gross > 0, gross, alike)
-    scale = target_scale(part.targets, part.target_scales, gross)
+    total = float(summed(initial.sum()))
+    scale, gross = shared_scale(part)
     targets = np.flatnonzero(summed(np.diff(part.matrix.indptr).astype(np.float64)))
     rows = sp.csr_array(part.matrix[targets][:, there].astype(np.float64))
     none = np.zeros(len(targets))
@@ -177,7 +190,7 @@ def _domain(
         SharedRows(over_scales(rows, scale[targets])), part.targets[targets] / scale[targets], initial[there],
         factors, distance_of(distance, *bounds), Slack(none, none, none),
     )  # fmt: skip
-    prices = np.where(is_hard(part), np.inf, part.target_shares)[targets] * float(total)
+    prices = np.where(is_hard(part), np.inf, part.target_shares)[targets] * total
     slack = Slack(
         np.maximum(prices, np.finfo(np.float64).tiny),
         part.tolerance[targets] / scale[targets],
@@ -185,4 +198,4 @@ def _domain(
     )
     small = scale <= SMALL_BESIDE_GROSS * gross
     natural = np.where(small, scale / np.maximum(scale, gross), 1.0)[targets]
-    return Domain(targets, there, replace(dual, slack=slack), natural, float(total)), scale
+    return Domain(targets, there, replace(dual, slack=slack), natural, total), scale

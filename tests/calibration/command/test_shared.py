@@ -102,7 +102,7 @@ def test_two_processes_write_the_weights_of_one(tmp_path, place):
     ("given", "message"),
     [
         (("method=calibrate", "targets.year=2031"), "has no column value_2031"),
-        (("num_households=5",), "several processes need method=calibrate problem=households"),
+        (("num_households=5",), "several processes need problem=households and method=calibrate"),
         (("method=calibrate", "normalize_groups=true"), "normalize_groups is not known with several"),
     ],
 )
