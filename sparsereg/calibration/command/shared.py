@@ -144,7 +144,8 @@ def _method(cfg: CalibrationRun) -> str:
 def _solved(part: CalibrationProblem, cfg: CalibrationRun) -> SharedWeights:
     """The weights of this process's households."""
     if _method(cfg) == "calibrate":
-        return calibrate_shared(part, cfg.distance, cfg.bounds, cfg.weight_bounds)
+        bounds = {name: getattr(cfg, name) for name in ("bounds", "weight_bounds")}
+        return calibrate_shared(part, cfg.distance, **bounds)
     return select_shared(part, replace(cfg.solver(), device="cpu"), _method(cfg))
 
 
