@@ -145,6 +145,8 @@ class TextSource:
         ends = np.cumsum([file.size + 1 for file in files]).astype(np.int64)
         if len(files) < FEWEST_FILES:
             ends = _block_ends(len(text), context)
+        else:
+            ends = _cut(ends, min(share for share in (val_size, test_size) if share), context)
         drawn = _drawn(ends, val_size, test_size, split_seed)
         parts = [_part(text, ends, drawn == k) for k in range(3)]
         for part, share, kind in zip(parts, (1.0, val_size, test_size), _PARTS, strict=True):
@@ -194,17 +196,27 @@ def _block_ends(num_bytes: int, context: int) -> np.ndarray:
     return np.append(np.arange(size, num_bytes - size + 1, size), num_bytes).astype(np.int64)
 
 
+def _cut(ends: np.ndarray, share: float, context: int) -> np.ndarray:
+    """Cut files that hold more than a share of all bytes into blocks: one could be all of a part, or more."""
+    sizes = np.diff(np.concatenate([[0], ends]))
+    large = np.flatnonzero(sizes > share * ends[-1])
+    inside = [ends[i] - sizes[i] + _block_ends(int(sizes[i]), context) for i in large]
+    found: np.ndarray = np.unique(np.concatenate([ends, *inside]))
+    return found
+
+
 def _drawn(ends: np.ndarray, val_size: float, test_size: float, seed: int) -> np.ndarray:
     """Draw for each file or block whether it trains (0), validates (1) or tests (2).
 
-    They are taken in a random order: test and validation get them until they have their share of the bytes.
+    They are taken in a random order: the test gets them until it has its share of the bytes, then validation.
     """
     sizes = np.diff(np.concatenate([[0], ends]))
     order = np.random.default_rng(seed).permutation(len(sizes))
-    before = np.cumsum(sizes[order]) - sizes[order]
-    share = before / sizes.sum()
-    part = np.empty(len(sizes), dtype=np.int64)
-    part[order] = np.where(share < test_size, 2, np.where(share < test_size + val_size, 1, 0))
+    behind = np.cumsum(sizes[order]) / sizes.sum()
+    test = int(np.searchsorted(behind, test_size)) + 1
+    val = int(np.searchsorted(behind, behind[test - 1] + val_size)) + 1 if val_size else test
+    part = np.zeros(len(sizes), dtype=np.int64)
+    part[order[:test]], part[order[test:val]] = 2, 1
     return part
 
 

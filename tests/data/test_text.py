@@ -42,6 +42,17 @@ def test_a_folder_is_divided_file_by_file(tmp_path):
     assert again.sha256 == corpus.sha256 != other.sha256
 
 
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("largest", [2_000, 300_000])
+def test_one_large_file_leaves_each_part_its_share(tmp_path, seed, largest):
+    place = folder_of(tmp_path)
+    (place / "large.txt").write_bytes(bytes(largest))
+    corpus = TextSource(str(place)).load(0.1, 0.1, seed, 10)
+    total = len(corpus.train.text)
+    assert 0.1 <= corpus.test.num_bytes / total < 0.2
+    assert 0.1 <= corpus.val.num_bytes / total < 0.2
+
+
 @pytest.mark.parametrize("memory", [1.0, 0.0])
 def test_a_file_is_divided_in_blocks_and_may_stay_on_the_disk(tmp_path, memory):
     file = tmp_path / "one.bin"
