@@ -249,6 +249,7 @@ class _Books:
         nation[p.measure[national]] = p.targets[national]
         mine = p.is_of_area
         asked = np.bincount(p.measure[mine], weights=p.targets[mine], minlength=len(p.measure_names))
+        asked[np.setdiff1d(np.arange(len(asked)), p.measure[mine])] = np.nan
         totals = exact_totals(p.measures, self._sum)
         before = exact_totals(p.measures, p.initial_weights)
         rows = {"measure": p.measure_names, "target": nation, "targets_of_areas": asked, "initial": before}

@@ -108,6 +108,14 @@ def test_targets_that_do_not_add_up_are_named_and_reconciled(caplog):
     assert nation.loc["households", "relative_error"] == pytest.approx(0.0, abs=1e-9)
 
 
+def test_a_total_that_no_area_asks_for_has_no_sum_of_their_targets():
+    young = {"name": "young", "area": "", "measure": "income", "where": "age < 30", "value": 1e6}
+    write(targets=lambda t: pd.concat([t, pd.DataFrame([young])]))
+    folder, _ = run(*GIVEN, "area.column=district")
+    nation = pd.read_csv(folder / "nation.csv")
+    assert nation.target[nation.targets_of_areas.isna()].tolist() == [1e6]
+
+
 def test_what_is_required_of_the_areas():
     write()
     with pytest.raises(FellShort, match=r"ess is .*; require.ess=1000"):
