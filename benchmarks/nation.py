@@ -1,4 +1,4 @@
-"""Ten million households x 21,000 targets: build from Parquet parts, gates, a selection of one in a hundred.
+"""Ten million households x 21,000 targets: build from Parquet parts, gates, prune to one in a hundred, refit.
 
     OMP_NUM_THREADS=2 python -m benchmarks.nation --folder DIR             five hundred million entries
     OMP_NUM_THREADS=2 python -m benchmarks.nation --folder DIR --households 1000000
@@ -29,7 +29,7 @@ from sparsereg.calibration.solver.least_squares import System
 from sparsereg.calibration.solver.losses import TargetLoss
 from sparsereg.calibration.solver.nested import NestedMatrix
 from sparsereg.calibration.solver.refit import refit
-from sparsereg.calibration.solver.selection import Gated, Goal
+from sparsereg.calibration.solver.selection import METHODS, Goal, gates_of
 from sparsereg.linalg.nesting import Nesting
 from sparsereg.linalg.threads import quiet_threads
 
@@ -130,7 +130,9 @@ def goal_of(matrix: NestedMatrix, weights: np.ndarray, targets: torch.Tensor, ep
     mean = TargetLoss(targets, shares / len(targets), scales=scales)
     initial = torch.from_numpy(weights)
     system = System(matrix, mean.quadratic(), initial, torch.full_like(initial, torch.inf), 1e-4)
-    gates = GateSettings(lr=settings.lr, temperature=settings.temperature_at, num_epochs=epochs)
+    gates = GateSettings(
+        settings.price, lr=settings.lr, temperature=settings.temperature_at, num_epochs=epochs
+    )
     return Goal(system, loss, matrix.num_households // 100, gates, settings.droprate_init)
 
 
@@ -149,13 +151,17 @@ def main() -> None:
     matrix, weights, targets = problem_of(args.folder, 0)
     told(f"built {matrix.num_households:,} x {matrix.num_targets:,}")
     goal = goal_of(matrix, weights, targets, args.epochs)
-    selection = Gated(goal, goal.num_kept)
     with quiet_threads():
+        gates = gates_of(goal, goal.gates)
+        while gates.epoch < args.epochs:
+            gates.step(min(20, args.epochs - gates.epoch))
+            told(f"{gates.epoch} epochs of gates, mean squared error {gates.last_loss / len(targets):.3g}")
+        del gates
+        selection = METHODS["pruning"](goal)
         while not selection.done:
             selection.step()
-            last = selection.solver.last_loss / len(targets)
-            told(f"{selection.epoch} epochs, mean squared error {last:.3g}")
-        told(f"{len(selection.kept()):,} kept")
+            now = len(selection.kept())
+            told(f"{selection.epoch} of {selection.num_epochs} steps of pruning, {now:,} kept")
         kept = selection.kept()
         best = refit(goal.system, goal.loss, kept, selection.weights()[kept])
     final = torch.zeros(matrix.num_households, dtype=torch.float64)
