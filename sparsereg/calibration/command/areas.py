@@ -20,7 +20,7 @@ from sparsereg.calibration.measures import error_summary, relative_errors
 from sparsereg.calibration.problem import exact_totals
 from sparsereg.calibration.reading.areas import read_areas
 from sparsereg.calibration.reading.missing import Missing
-from sparsereg.calibration.solver.areas import AreaWeights, calibrate_areas
+from sparsereg.calibration.solver.areas import AreaWeights, calibrate_areas, of_all
 from sparsereg.calibration.solver.clones import prune_clones
 from sparsereg.calibration.solver.joint import calibrate_together
 from sparsereg.cli import wrong_input
@@ -175,9 +175,9 @@ class _Books:
     def _note(self, a: AreaWeights) -> None:
         p = self._problem
         wanted = p.targets[a.targets]
-        initial = self._spread(a.households, a.initial)
+        initial = of_all(p, a.households, a.initial)
         if p.groups:  # what the area adds to its groups
-            both = [p.measures @ initial, p.measures @ self._spread(a.households, a.weights)]
+            both = [p.measures @ initial, p.measures @ of_all(p, a.households, a.weights)]
             for place in p.chain(a.area)[1:]:
                 self._group_sums[:, place] += both
         relative = relative_errors(a.estimates, wanted)
@@ -208,12 +208,6 @@ class _Books:
             "bounds_hit": a.bounds_hit,
             "steps": a.steps,
         })  # fmt: skip
-
-    def _spread(self, households: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Weights of all households, 0 for those that may not stand for the area."""
-        full = np.zeros(self._problem.num_households)
-        full[households] = weights
-        return full
 
     def _above(self) -> dict[str, Any]:
         """Targets of groups and of the nation, and what the areas come to together."""

@@ -214,7 +214,7 @@ def _crosswalk(path: str, ids: np.ndarray, file: str, written: Mapping[str, Any]
     twice = np.flatnonzero(table.assign(area=areas).duplicated(keys))
     if len(twice):
         at = int(twice[0])
-        whose = "" if keys == ["area"] else f", id {table['id'].iloc[at]!r}"
+        whose = "" if keys == ["area"] else f", id {table['id'].iloc[at]}"
         raise InputError(
             f"{path}: the area {areas.iloc[at]!r}{whose} is there twice, the second in row {row(at)}"
         )
@@ -229,14 +229,14 @@ def _crosswalk(path: str, ids: np.ndarray, file: str, written: Mapping[str, Any]
     household = pd.Index(ids.astype(str)).get_indexer(table["id"].astype(str))
     if (household < 0).any():
         at = int(np.flatnonzero(household < 0)[0])
-        raise InputError(f"{path}: id {table['id'].iloc[at]!r} in row {row(at)} is not in {file}")
+        raise InputError(f"{path}: id {table['id'].iloc[at]} in row {row(at)} is not in {file}")
     sums = np.bincount(household, weights=shares, minlength=len(ids))
     wrong = np.flatnonzero(np.abs(sums - 1.0) > 1e-6)
     if len(wrong):
         at = int(wrong[0])
         said = "it is not there" if sums[at] == 0 else f"they add up to {sums[at]:.9g}"
         more = f" ({len(wrong):,} such households)" if len(wrong) > 1 else ""
-        raise InputError(f"{path}: shares of each household must add up to 1; of {ids[at]!r} {said}{more}")
+        raise InputError(f"{path}: shares of each household must add up to 1; of {ids[at]} {said}{more}")
     matrix = sp.csr_array((shares, (place, household)), shape=(len(names), len(ids)))
     return Placement(tuple(names.tolist()), matrix)
 

@@ -137,7 +137,7 @@ class _Template:
         chosen = independent(dual)
         part = dual if len(chosen) == len(measures) else dual.take(chosen)
         start = np.zeros(len(chosen))
-        if uniform:
+        if uniform and len(measures):
             mean = (_mean_targets(problem, measures) / sizes)[chosen]
             found = solve(replace(part, targets=mean), chosen=np.arange(len(chosen)))
             start = found.multipliers if found.converged else start

@@ -116,6 +116,14 @@ def test_a_total_that_no_area_asks_for_has_no_sum_of_their_targets():
     assert nation.target[nation.targets_of_areas.isna()].tolist() == [1e6]
 
 
+def test_an_area_without_targets_keeps_its_share():
+    households, _ = write(crosswalk=SHARES, targets=lambda t: t[t.area.isin([AREAS[0], ""])])
+    folder, _ = run(*GIVEN, "area.crosswalk=X.csv", "distance=raking")
+    long = pd.read_csv(folder / "weights.csv", dtype={"area": str})
+    for area, share in SHARES.iloc[1:].itertuples(index=False):
+        np.testing.assert_allclose(long.weight[long.area == area], share * households.w)
+
+
 def test_what_is_required_of_the_areas():
     write()
     with pytest.raises(FellShort, match=r"ess is .*; require.ess=1000"):
@@ -156,13 +164,13 @@ WRONG = {
     "a share of nothing": (
         {"crosswalk": SHARES.assign(share=[0.5, 0.5, 0.0])}, WALK, "in \\(0, 1\\], got 0 in row 4",
     ),
-    "an unknown household": (walk(["h999"]), WALK, "'h999' in row 2 is not in H.csv"),
-    "a household left out": (walk(IDS[:-1]), WALK, "of 'h239' it is not there"),
+    "an unknown household": (walk(["h999"]), WALK, "id h999 in row 2 is not in H.csv"),
+    "a household left out": (walk(IDS[:-1]), WALK, "of h239 it is not there"),
     "a pair twice": (
-        walk(["h000", "h000"], share=0.5), WALK, "'D1', id 'h000' is there twice, the second in row 3",
+        walk(["h000", "h000"], share=0.5), WALK, "'D1', id h000 is there twice, the second in row 3",
     ),
     "shares of a household": (
-        walk(IDS, share=0.9), WALK, "of 'h000' they add up to 0.9 \\(240 such households\\)",
+        walk(IDS, share=0.9), WALK, "of h000 they add up to 0.9 \\(240 such households\\)",
     ),
     "the same total twice": (
         {"targets": lambda t: pd.concat([t, t.iloc[:1].assign(name="again")])}, HOME,
