@@ -108,6 +108,11 @@ class Declared:
             return self.field.default_factory()
         return self.field.default
 
+    @functools.cached_property
+    def default_fits(self) -> bool:
+        """Whether its default is just what it takes, so that nothing is to be checked again."""
+        return fitted(self.field.default, self, self.name) is self.field.default
+
     @property
     def group(self) -> "type[Settings] | None":
         """The class of the settings below this key, if there are any."""
@@ -188,7 +193,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, d in declared(type(self)).items():
-            object.__setattr__(self, name, fitted(getattr(self, name), d, name))
+            value = getattr(self, name)
+            if value is not d.field.default or not d.default_fits:
+                object.__setattr__(self, name, fitted(value, d, name))
         self.check()
 
     def check(self) -> None:

@@ -108,11 +108,14 @@ def _of_ratio(problem: CalibrationProblem, finding: Finding) -> Finding:
 def gave_way(problem: CalibrationProblem, exact: Exact) -> list[Finding]:
     """Return the findings about hard targets that an exact calibration did not meet, with what they cost."""
     estimates, found = problem.estimates(exact.weights), []
+    conflicts = {
+        i: certificate["targets"] for certificate in exact.certificate for i in certificate["targets"]
+    }
     for i in exact.gave_way:
-        conflict = next((c for c in exact.certificate if i in c["targets"]), None)
-        others = [] if conflict is None else [problem.names[j] for j in conflict["targets"] if j != i]
-        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-        against = f"contradicts {', '.join(others[:4])}{more}; " if others else ""
+        conflict = conflicts.get(i)
+        others = [] if conflict is None else [problem.names[j] for j in conflict[:5] if j != i][:4]
+        more = f" and {len(conflict) - 5} more" if conflict is not None and len(conflict) > 5 else ""
+        against = f"contradicts {', '.join(others)}{more}; " if others else ""
         if conflict is not None and not others:
             against = "no weights within the bounds reach it; "
         values = f"target {_shown(problem.targets[i])}, reached {_shown(estimates[i])}"

@@ -337,8 +337,8 @@ def exact_totals(
         weights: Shape (households,), float64.
         entries_at_once: About how many entries are widened to float64 at a time; never less than a row.
     """
-    if matrix.dtype == np.float64:
-        return np.asarray(matrix @ weights)
+    if matrix.dtype == np.float64 or matrix.nnz <= entries_at_once:
+        return np.asarray(matrix @ weights)  # SciPy widens the entries to the type of the weights
     indptr = np.asarray(matrix.indptr, dtype=np.int64)
     cuts = np.searchsorted(indptr, np.arange(entries_at_once, indptr[-1], entries_at_once))
     bounds = np.unique(np.concatenate([[0], cuts, [matrix.shape[0]]]))

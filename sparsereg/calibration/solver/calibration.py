@@ -29,7 +29,7 @@ from sparsereg.calibration.solver.nested import NestedMatrix
 from sparsereg.calibration.solver.pruning import Pruning, fill
 from sparsereg.calibration.solver.recalibration import Recalibration
 from sparsereg.calibration.solver.refit import SMALLEST_OF_ALL, SMALLEST_RATIO, TOLERANCE, refit
-from sparsereg.calibration.solver.selection import METHODS, STARTED, Goal, Selection, method_of
+from sparsereg.calibration.solver.selection import METHODS, STARTED, Fixed, Goal, Selection, method_of
 from sparsereg.calibration.variance import (
     Design,
     Replicates,
@@ -42,6 +42,7 @@ from sparsereg.calibration.variance import (
 from sparsereg.checks import check_probability
 from sparsereg.linalg.nesting import Nesting, find_nesting
 from sparsereg.linalg.threads import quiet_threads
+from sparsereg.shapes import Int
 from sparsereg.summary import in_html, in_lines
 
 if TYPE_CHECKING:
@@ -321,12 +322,15 @@ class Calibration:
         self._exact: Exact | None = None
         self._steps: int | None = None
         self._given = None if start is None else _checked_start(start, problem, self.method)
+        self.set_aside = np.empty(0, dtype=np.int64)
+        self.history: list[dict[str, float]] = []
+        if self.is_exact:  # everybody at once, and nothing to choose
+            self._loss = _target_loss(problem, self.settings, torch.device("cpu"))
+            self.selection: Selection = Fixed(torch.from_numpy(problem.starting_weights))
+            return
         rows = with_aggregates(problem.linear, self.settings.consistency)
         gated = self.method in ("hard_concrete", "hybrid")
-        if self.is_exact:  # everybody at once: no order matters
-            order = np.arange(problem.num_households)
-        else:
-            order = visiting_order(rows.by_household, rows.nesting, self.settings.seed, by_length=gated)
+        order = visiting_order(rows.by_household, rows.nesting, self.settings.seed, by_length=gated)
         self._order = order[problem.starting_weights[order] > 0]  # of weight zero: not in the survey
         if given is not None:
             _refuse_weightless(problem, given.numpy())
@@ -335,11 +339,8 @@ class Calibration:
         if self._given is not None:
             ahead = torch.from_numpy(self._given[self._order]).to(self.goal.system.initial_weights)
             self.goal = replace(self.goal, start=ahead)
-        self.set_aside = np.empty(0, dtype=np.int64) if self.is_exact else self._set_aside()
-        self.selection: Selection = (
-            METHODS[self.method](self.goal) if given is None else _swaps_only(self.goal, given)
-        )
-        self.history: list[dict[str, float]] = []
+        self.set_aside = self._set_aside()
+        self.selection = METHODS[self.method](self.goal) if given is None else _swaps_only(self.goal, given)
 
     @property
     def is_exact(self) -> bool:
@@ -357,12 +358,8 @@ class Calibration:
             if s.weights == "integer":
                 low, high = self._bounds_of_weights()
                 check_whole(self.problem, low, high, self.problem.starting_weights > 0)
-            shares = group_shares(
-                self.problem.num_targets, self.problem.target_groups, normalize=s.normalize_groups,
-                multipliers=s.group_multipliers, target_weights=self.problem.target_shares,
-            )  # fmt: skip
             self._exact = calibrate_exactly(
-                self.problem, shares=shares, start=self._given, **_exact_settings(s)
+                self.problem, shares=self._loss.shares.numpy(), start=self._given, **_exact_settings(s)
             )
             self._steps = self._exact.steps
         return self._exact
@@ -406,7 +403,10 @@ class Calibration:
     def report(self, callback: Callback | None = None) -> dict[str, float]:
         """Note loss, error and count of the current weights; tell a callback."""
         weights = self.selection.weights()
-        totals = self.goal.system.matrix.totals(weights)[: self.problem.num_targets]
+        if self.is_exact:
+            totals = torch.from_numpy(exact_totals(self.problem.linear.matrix, weights.numpy()))
+        else:
+            totals = self.goal.system.matrix.totals(weights)[: self.problem.num_targets]
         loss = float(self._mean_loss().value(totals))
         estimates = totals.cpu().numpy()
         if self.problem.denominators is not None:
@@ -422,13 +422,15 @@ class Calibration:
 
     def _in_order_of_the_problem(self, weights: Tensor) -> np.ndarray:
         """Weights of all households of the problem, float64, zero for those that are not in the survey."""
+        if self.is_exact:
+            return weights.numpy()
         full = np.zeros(self.problem.num_households)
         full[self._order] = weights.cpu().numpy()
         return full
 
     def _mean_loss(self) -> TargetLoss:
         """The loss over the problem's own targets, as a weighted mean."""
-        loss = self.goal.loss.first(self.problem.num_targets)
+        loss = self._loss if self.is_exact else self.goal.loss.first(self.problem.num_targets)
         return replace(loss, shares=loss.shares / loss.shares.sum())
 
     def result(self) -> CalibrationResult:
@@ -480,10 +482,15 @@ class Calibration:
         kept, wanted = int((final != 0).sum()), self.num_households or 0
         if kept < wanted:
             _log.warning("%d households are kept, fewer than num_households=%d", kept, wanted)
-        totals = exact_totals(self.problem.linear.matrix, final)
-        loss = float(self._mean_loss().value(torch.from_numpy(totals).to(self.goal.loss.targets.device)))
+        if real is None and self._exact is not None:
+            totals = self._exact.totals
+        else:
+            totals = exact_totals(self.problem.linear.matrix, final)
+        mean_loss = self._mean_loss()
+        loss = float(mean_loss.value(torch.from_numpy(totals).to(mean_loss.targets.device)))
+        estimates = totals if self.problem.denominators is None else self.problem.estimates(final)
         return CalibrationResult(
-            self.problem, final, final != 0, self.problem.estimates(final), loss, violation, self.method,
+            self.problem, final, final != 0, estimates, loss, violation, self.method,
             time.perf_counter() - self._start, list(self.history), self.set_aside, self._exact,
             self.settings, self._steps, real,
         )  # fmt: skip
@@ -579,7 +586,7 @@ def calibrate(
         progress: Show a progress bar on stderr.
         **settings: Fields of ``Settings``:
             method: "auto" (pruning with a number, hard_concrete with lambda_l0 alone, else all), or a key of
-                ``METHODS``.
+                ``NAMES``.
             loss: "relative", "mse", "mape" or "capped", see ``losses.LOSSES``.
             cap: Largest relative error that counts, for "capped".
             lambda_l0, lambda_l2: Penalties of the gates, >= 0 (None: ``LAMBDA``).
@@ -755,6 +762,31 @@ def _indices(selected: np.ndarray, households: int) -> Tensor:
     return torch.from_numpy(indices.astype(np.int64))
 
 
+def _target_loss(
+    problem: CalibrationProblem,
+    settings: Settings,
+    device: torch.device,
+    again: Int[np.ndarray, "again"] | None = None,
+) -> TargetLoss:
+    """The loss of the totals that targets are about, and of those that are asked for again."""
+    shares = group_shares(
+        problem.num_targets,
+        problem.target_groups,
+        normalize=settings.normalize_groups,
+        multipliers=settings.group_multipliers,
+        target_weights=problem.target_shares,
+    )
+    if not shares.any():
+        raise ValueError("every target has weight zero")
+    linear = problem.linear
+    targets, scales, tolerance = linear.targets, linear.scale, linear.tolerance
+    if again is not None and len(again):
+        shares = np.append(shares, np.full(len(again), settings.consistency * shares.sum() / len(again)))
+        targets, scales, tolerance = (np.append(v, v[again]) for v in (targets, scales, tolerance))
+    on = [torch.from_numpy(v).to(device) for v in (targets, shares, scales, tolerance)]
+    return TargetLoss(on[0], on[1], settings.loss, settings.cap, on[2], on[3] if bool(on[3].any()) else None)
+
+
 def goal_of(
     problem: CalibrationProblem,
     rows: GivenRows,
@@ -775,25 +807,11 @@ def goal_of(
         matrix: Of the rows in this order; None: it is made.
         number: How many households there are, in all processes; None: those of the problem.
     """
-    shares = group_shares(
-        problem.num_targets,
-        problem.target_groups,
-        normalize=settings.normalize_groups,
-        multipliers=settings.group_multipliers,
-        target_weights=problem.target_shares,
-    )
-    if not shares.any():
-        raise ValueError("every target has weight zero")
-    shares = np.append(
-        shares, np.full(len(rows.again), settings.consistency * shares.sum() / max(1, len(rows.again)))
-    )
-    linear, device = problem.linear, torch.device(settings.device)
+    device = torch.device(settings.device)
+    loss = _target_loss(problem, settings, device, rows.again)
+    shares = loss.shares
     matrix = ordered_matrix(rows, order, settings) if matrix is None else matrix
-    per_target = [np.append(v, v[rows.again]) for v in (linear.targets, linear.scale, linear.tolerance)]
-    targets, scales, tolerance, goal_shares = (torch.from_numpy(v).to(device) for v in (*per_target, shares))
-    band = tolerance if bool(tolerance.any()) else None
-    loss = TargetLoss(targets, goal_shares, settings.loss, settings.cap, scales, band)
-    mean = replace(loss, shares=goal_shares / goal_shares.sum())
+    mean = replace(loss, shares=shares / shares.sum())
     initial = torch.from_numpy(problem.starting_weights[order]).to(device)
     unbounded = torch.full_like(initial, float("inf"))
     ratio = settings.max_weight_ratio

@@ -11,6 +11,7 @@ Source: Deville and Sarndal, Calibration estimators in survey sampling, JASA 87 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,7 +20,7 @@ import scipy.linalg as sl
 import scipy.sparse as sp
 
 from sparsereg.calibration.solver.distances import Distance
-from sparsereg.shapes import Float, Int
+from sparsereg.shapes import Bool, Float, Int
 
 TOLERANCE = 1e-13
 """Largest error of a total, over its scale, that is taken for none."""
@@ -38,6 +39,14 @@ _LONGEST = 16.0
 """Longest step, in steps of Newton."""
 ROUNDED = 1e-7
 """Error that may be the targets' own: sums of others that were rounded. Nothing is gained by more steps."""
+_PROVEN = 1e-9
+"""Share of what is summed by which a proof must hold, so that it is none of rounding."""
+_DRIFT = 4.0
+"""Steps of up to so many times the multipliers are added to what they come to; others are computed anew."""
+
+
+Response = tuple[Float[np.ndarray, "households"], Float[np.ndarray, "households"]]
+"""Ratios and their slopes, see ``Distance.respond``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +91,16 @@ class Rows:
 
     Args:
         by_target: Canonical, float64.
+        turned: The same by household, where it is known.
     """
 
     by_target: sp.csr_array
+    turned: sp.csr_array | None = None
 
     @cached_property
     def by_household(self) -> sp.csr_array:
         """The rows by household, canonical."""
-        return sp.csr_array(self.by_target.T.tocsr())
+        return sp.csr_array(self.by_target.T.tocsr()) if self.turned is None else self.turned
 
     @cached_property
     def dense(self) -> np.ndarray | None:
@@ -113,6 +124,12 @@ class Rows:
     def lengths(self) -> Int[np.ndarray, "targets"]:
         """How many households each target touches."""
         return np.diff(self.by_target.indptr)
+
+    def negative(self) -> Bool[np.ndarray, "targets"]:
+        """Which targets have an entry below zero."""
+        rows = self.by_target
+        target = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+        return np.bincount(target, rows.data < 0, minlength=rows.shape[0]) > 0
 
     def dot(self, one: Float[np.ndarray, "households"], other: Float[np.ndarray, "households"]) -> float:
         """Sum of products over all households."""
@@ -158,7 +175,20 @@ class Dual:
     def take(self, targets: Int[np.ndarray, "some"]) -> Dual:
         """Return the problem of some targets only."""
         slack = Slack(self.slack.price[targets], self.slack.band[targets], self.slack.stiffness[targets])
-        return replace(self, rows=self.rows.take(targets), targets=self.targets[targets], slack=slack)
+        some = replace(self, rows=self.rows.take(targets), targets=self.targets[targets], slack=slack)
+        if "square" in self.__dict__ and self.square is not None:
+            some.__dict__["square"] = self.square[np.ix_(targets, targets)]
+        return some
+
+    @cached_property
+    def mobility(self) -> Float[np.ndarray, "households"]:
+        """Slope of each weight by what the multipliers come to, at the initial weights."""
+        return self.weights * self.factors
+
+    @cached_property
+    def square(self) -> Float[np.ndarray, "targets targets"] | None:
+        """Slopes of the totals by the multipliers there, see ``Rows.gram``; None of too many targets."""
+        return self.rows.gram(self.mobility) if len(self.targets) <= _MOST_DENSE else None
 
     def primal(self, weights: Float[np.ndarray, "households"]) -> float:
         """Distance of weights from the initial ones, and the price of what they miss of soft targets."""
@@ -178,10 +208,60 @@ class Dual:
         missed = np.abs(self.rows.totals(weights) - self.targets) - self.slack.band
         return float(missed[hard].max(initial=0.0))
 
+    @cached_property
     def diagonal(self) -> Float[np.ndarray, "targets"]:
         """Slope of each total by its own multiplier where no bound holds, > 0."""
-        diagonal = self.rows.squares(self.weights * self.factors)
+        known = self.__dict__.get("square")
+        diagonal = self.rows.squares(self.mobility) if known is None else known.diagonal()
         return np.where(diagonal > 0, diagonal, 1.0)
+
+    @cached_property
+    def hard(self) -> Bool[np.ndarray, "targets"]:
+        """Which targets have no price."""
+        return np.isinf(self.slack.price)
+
+    @cached_property
+    def extremes(self) -> tuple[Float[np.ndarray, "households"], Float[np.ndarray, "households"]]:
+        """Smallest and largest weights that bounds allow, and hard totals of entries >= 0 leave room for."""
+        there = self.weights > 0
+        with np.errstate(invalid="ignore"):
+            ends = (self.distance.low, self.distance.high)
+            low, high = (np.where(there, ratio * self.weights, 0.0) for ratio in ends)
+        closed = np.isfinite(low)
+        least = np.where(closed, low, 0.0)
+        room = self.targets + self.slack.band - self.rows.totals(least)
+        useful = self.hard & ~self.rows.negative() & (self.rows.totals((~closed).astype(np.float64)) == 0)
+        room = np.where(useful, np.maximum(room, 0.0), np.inf)
+        columns = self.rows.by_household
+        filled = np.flatnonzero(np.diff(columns.indptr))
+        if len(filled):
+            left = np.abs(room[columns.indices] / columns.data)
+            left = np.minimum.reduceat(left, columns.indptr[filled])
+            high[filled] = np.minimum(high[filled], least[filled] + left)
+        return low, high
+
+    def excludes(self, multipliers: Float[np.ndarray, "targets"]) -> float:
+        """How far apart the hard targets are for sure, as seen by these multipliers.
+
+        Summed with them, no weights within bounds reach more than all hard targets need (Farkas' lemma).
+
+        Returns:
+            What is missing, as a share of the largest multiplier; 0 where they prove nothing.
+        """
+        own = np.where(self.hard, multipliers, 0.0)
+        reach, (low, high) = self.rows.reach(own), self.extremes
+        largest = float(np.abs(own).max(initial=0.0))
+        if largest == 0:
+            return 0.0
+        own, reach = own / largest, reach / largest
+        most = np.where(reach == 0, 0.0, np.where(reach > 0, high, low))
+        if self.rows.dot((~np.isfinite(most)).astype(np.float64), np.ones_like(most)) > 0:
+            return 0.0
+        needed = float(self.targets @ own) - float(self.slack.band @ np.abs(own))
+        reached, size = self.rows.dot(most, reach), self.rows.dot(np.abs(most), np.abs(reach))
+        size += float(np.abs(self.targets) @ np.abs(own))
+        missing = needed - reached
+        return missing if missing > _PROVEN * size else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,12 +273,14 @@ class Solution:
         multipliers: Of the rows over their scales, shape (targets,).
         error: Largest difference of what a total and its slack add up to from the target, over the scale.
         steps: How many steps were taken.
+        proof: Multipliers that exclude the hard targets, see ``Dual.excludes``; None: none were met.
     """
 
     weights: Float[np.ndarray, "households"]
     multipliers: Float[np.ndarray, "targets"]
     error: float
     steps: int
+    proof: Float[np.ndarray, "targets"] | None = None
 
     @property
     def converged(self) -> bool:
@@ -207,21 +289,38 @@ class Solution:
 
 
 class _State:
-    """Weights, slopes and errors at some multipliers."""
+    """Weights, slopes and errors at some multipliers.
+
+    Args:
+        dual: The problem.
+        multipliers: Shape (targets,).
+        reach: What they come to for each household.
+        response: How the distance answers to that, where it is known.
+    """
 
     def __init__(
-        self, dual: Dual, multipliers: Float[np.ndarray, "targets"], reach: Float[np.ndarray, "households"]
+        self,
+        dual: Dual,
+        multipliers: Float[np.ndarray, "targets"],
+        reach: Float[np.ndarray, "households"],
+        response: Response | None = None,
     ) -> None:
-        ratio, slope = dual.distance.respond(dual.factors * reach)
+        ratio, slope = dual.distance.respond(dual.factors * reach) if response is None else response
+        self._dual, self._ratio = dual, ratio
         self.multipliers, self.reach = multipliers, reach
         self.weights = dual.weights * ratio
-        self.slope = dual.weights * dual.factors * slope
+        self.slope = dual.mobility * slope
         slack, self.slack_slope = dual.slack.respond(multipliers)
         self.gradient = dual.rows.totals(self.weights) + slack - dual.targets
         self.error = float(np.abs(self.gradient).max())
-        bent = ratio * dual.factors * reach - dual.distance.value(ratio)
-        self.value = dual.rows.dot(dual.weights / dual.factors, bent)
-        self.value += dual.slack.value(multipliers) - float(dual.targets @ multipliers)
+
+    @cached_property
+    def value(self) -> float:
+        """The dual, which the multipliers minimise; minus the bound that they prove."""
+        dual, ratio = self._dual, self._ratio
+        bent = ratio * dual.factors * self.reach - dual.distance.value(ratio)
+        value = dual.rows.dot(dual.weights / dual.factors, bent)
+        return value + dual.slack.value(self.multipliers) - float(dual.targets @ self.multipliers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +365,11 @@ def solve(
     multipliers[chosen] = part.multipliers
     slack, _ = dual.slack.respond(multipliers)
     error = np.abs(dual.rows.totals(part.weights) + slack - dual.targets)
-    return Solution(part.weights, multipliers, float(error.max(initial=0.0)), part.steps)
+    proof = None
+    if part.proof is not None:
+        proof = np.zeros(len(dual.targets))
+        proof[chosen] = part.proof
+    return Solution(part.weights, multipliers, float(error.max(initial=0.0)), part.steps, proof)
 
 
 def _first(
@@ -295,7 +398,7 @@ def multipliers_of(dual: Dual, weights: Float[np.ndarray, "households"]) -> Floa
     reach = np.where(free, distance.invert(np.where(free, ratio, 1.0)), 0.0)
     gradient = -dual.rows.totals(dual.weights * reach)
     none = np.zeros(len(dual.targets))
-    equations = _Equations(dual.weights * dual.factors * free, none, gradient)
+    equations = _Equations(dual.mobility * free, none, gradient)
     return _Newton(dual).direction(equations, _LEAST_DAMPING)[0]
 
 
@@ -306,10 +409,10 @@ def independent(dual: Dual) -> Int[np.ndarray, "some"]:
     sums, which leaves the fewest entries to multiply.
     """
     num_targets = len(dual.targets)
-    hard = np.flatnonzero(np.isinf(dual.slack.price) & (dual.slack.band == 0))
-    if num_targets > _MOST_DENSE or len(hard) < 2:
+    hard = np.flatnonzero(dual.hard & (dual.slack.band == 0))
+    if dual.square is None or len(hard) < 2:
         return np.arange(num_targets)
-    square = dual.rows.gram(dual.weights * dual.factors)[np.ix_(hard, hard)]
+    square = dual.square[np.ix_(hard, hard)]
     root = np.sqrt(np.maximum(square.diagonal(), np.finfo(np.float64).tiny))
     place = np.empty(len(hard))
     place[np.argsort(dual.rows.lengths()[hard], kind="stable")] = np.arange(len(hard))
@@ -327,38 +430,65 @@ def _iterate(
     newton = _Newton(dual)
     multipliers = np.zeros(len(dual.targets)) if start is None else start
     state = best = _State(dual, multipliers, dual.rows.reach(multipliers))
-    damping, stalled, steps, lowest = _LEAST_DAMPING, 0, 0, state.value
+    damping, stalled, steps = _LEAST_DAMPING, 0, 0
     while best.error > tolerance and stalled < _STALLED and steps < most_steps:
         direction, damping = newton.direction(state, damping)
-        along = dual.rows.reach(direction)
-        length = _length(dual, state, direction, along)
-        moved = state.multipliers + length * direction
-        state = _State(dual, moved, dual.rows.reach(moved))
+        before, (state, length) = state, _along(dual, state, direction)
         damping = min(damping * 100, _MOST_DAMPING) if length < 0.1 else max(damping / 10, _LEAST_DAMPING)
-        falls = state.value < lowest - 1e-9 * abs(lowest) and best.error > ROUNDED
-        lowest = min(lowest, state.value)
-        near = 0 if best.error > ROUNDED else 4  # there, three steps in vain are enough
-        stalled = 0 if falls or state.error < 0.9 * best.error else stalled + 1 + near
-        best = state if state.error < best.error else best
         steps += 1
+        if state.error < 0.9 * best.error:
+            stalled = 0
+        elif best.error <= ROUNDED:  # there, three steps in vain are enough
+            stalled += 5
+        elif dual.excludes(state.multipliers) > 0:
+            return Solution(best.weights, best.multipliers, best.error, steps, state.multipliers)
+        else:
+            falls = state.value < before.value - 1e-9 * abs(before.value)
+            stalled = 0 if falls else stalled + 1
+        best = state if state.error < best.error else best
     return Solution(best.weights, best.multipliers, best.error, steps)
 
 
-def _length(
-    dual: Dual, state: _State, direction: Float[np.ndarray, "targets"], along: Float[np.ndarray, "households"]
-) -> float:
-    """Length of a step: about where the dual is smallest along it.
+def _along(dual: Dual, state: _State, direction: Float[np.ndarray, "targets"]) -> tuple[_State, float]:
+    """The state where the dual is about smallest along a direction, and how far away that is.
 
     The slope along the line costs no product with the matrix. It is used instead of the value, which
     rounding makes useless near the minimum.
     """
+    line = _Line(dual, state, direction)
+    length = _length(line.slope, float(state.gradient @ direction))
+    moved = state.multipliers + length * direction
+    step, size = (float(np.abs(v).max()) for v in (length * direction, moved))
+    if step > _DRIFT * size:  # what they come to would keep the rounding of far larger ones
+        return _State(dual, moved, dual.rows.reach(moved)), length
+    return _State(dual, moved, *line.at(length)), length
 
-    def slope(length: float) -> float:
-        ratio, _ = dual.distance.respond(dual.factors * (state.reach + length * along))
-        slack, _ = dual.slack.respond(state.multipliers + length * direction)
-        return dual.rows.dot(dual.weights * ratio, along) + float((slack - dual.targets) @ direction)
 
-    first = float(state.gradient @ direction)
+class _Line:
+    """The dual along a direction from a state; what was asked last is kept."""
+
+    def __init__(self, dual: Dual, state: _State, direction: Float[np.ndarray, "targets"]) -> None:
+        self._dual, self._state, self._direction = dual, state, direction
+        self._along = dual.rows.reach(direction)
+        self._last: tuple[float, Float[np.ndarray, "households"], Response] | None = None
+
+    def at(self, length: float) -> tuple[Float[np.ndarray, "households"], Response]:
+        """What the multipliers come to there, and how the distance answers."""
+        if self._last is None or self._last[0] != length:
+            reach = self._state.reach + length * self._along
+            self._last = (length, reach, self._dual.distance.respond(self._dual.factors * reach))
+        return self._last[1], self._last[2]
+
+    def slope(self, length: float) -> float:
+        """By how much the dual grows per length there."""
+        dual, direction = self._dual, self._direction
+        slack, _ = dual.slack.respond(self._state.multipliers + length * direction)
+        totals = dual.rows.dot(dual.weights * self.at(length)[1][0], self._along)
+        return totals + float((slack - dual.targets) @ direction)
+
+
+def _length(slope: Callable[[float], float], first: float) -> float:
+    """Where a slope that grows, and is the first, < 0, at 0, is near 0: at 1, if it is small enough there."""
     short, long = 0.0, 1.0
     at_short, at_long = first, slope(1.0)
     while at_long < 0.5 * first and long < _LONGEST:
@@ -383,7 +513,7 @@ class _Newton:
 
     def __init__(self, dual: Dual) -> None:
         self._dual, self._rows = dual, dual.rows
-        self._diagonal = dual.diagonal()
+        self._diagonal = dual.diagonal
 
     def direction(
         self, state: _State | _Equations, damping: float
@@ -391,7 +521,9 @@ class _Newton:
         """The step, and the damping it took to find one."""
         if len(self._diagonal) > _MOST_DENSE:
             return self._by_gradients(state, damping), damping
-        square = self._rows.gram(state.slope)
+        square = self._first_square(state)
+        if square is None:
+            square = self._rows.gram(state.slope)
         places = np.diag_indices(len(square))
         square[places] += state.slack_slope
         while True:
@@ -406,6 +538,14 @@ class _Newton:
                 damping = max(damping, 1e-16) * 100
                 continue
             return -root * sl.cho_solve(factor, root * state.gradient, check_finite=False), damping
+
+    def _first_square(self, state: _State | _Equations) -> np.ndarray | None:
+        """The products at the initial weights, if they are known and the state is there; no product is due."""
+        known = self._dual.__dict__.get("square")
+        if known is None or isinstance(state, _Equations) or state.multipliers.any():
+            return None
+        moved = (state.slope != self._dual.mobility).astype(np.float64)
+        return known.copy() if self._rows.dot(moved, moved) == 0 else None
 
     def _by_gradients(self, state: _State | _Equations, damping: float) -> Float[np.ndarray, "targets"]:
         """Conjugate gradients, preconditioned by the diagonal, to a share of the error."""

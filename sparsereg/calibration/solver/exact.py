@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 from scipy.optimize import linprog
-from scipy.sparse.csgraph import connected_components
 
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.solver.bounds import Bounds, at_bounds, bounded_weights, ratio_bounds
@@ -36,8 +35,14 @@ GAVE_WAY = 1e-6
 SMALL_BESIDE_GROSS = 0.01
 """A scale of at most this share of what goes into the total is that of a zero, or of a small difference."""
 _CERTIFICATE_SECONDS = 60.0
+_MOST_PROGRAMMED = 5000
+"""Targets up to which a linear programme names those in conflict, where multipliers prove that there are."""
+_MOST_MARKED = 2000
+"""Targets of which every pair can be marked."""
+_PROOF_STEPS = 8
+"""Steps in search of a proof; most are found at the first one."""
 _CONFLICT = 1e-7
-"""Multiplier in the linear programme from which a target takes part in the conflict."""
+"""Multiplier in the linear programme, or share of a proof's largest, from which a target is in conflict."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +61,7 @@ class Exact:
         steps: Newton steps of the domain that took most.
         prices: What each target was solved with in the end, per unit of the sum of the initial weights, shape
             (targets,); infinity: it had to be met.
+        totals: What the weights add up to, shape (targets,); of a ratio numerator - target x denominator.
     """
 
     weights: Float[np.ndarray, "households"]
@@ -66,6 +72,7 @@ class Exact:
     bounds_hit: int
     steps: int
     prices: Float[np.ndarray, "targets"]
+    totals: Float[np.ndarray, "targets"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +131,9 @@ def calibrate_exactly(
         steps = max(steps, end.steps)
         if certificate is not None:
             certificates.append(certificate)
-    weights = np.clip(weights, *bounded_weights(initial, (low, high)))
-    return _described(problem, weights, multipliers, (prices, final), certificates, (low, high), steps)
+    limits = bounded_weights(initial, (low, high))
+    weights = np.clip(weights, *limits)
+    return _described(problem, weights, multipliers, (prices, final), certificates, limits, steps)
 
 
 def _described(
@@ -134,11 +142,12 @@ def _described(
     multipliers: np.ndarray,
     prices: tuple[np.ndarray, np.ndarray],
     certificates: list[dict[str, Any]],
-    bounds: tuple[Float[np.ndarray, "households"], Float[np.ndarray, "households"]],
+    limits: list[Float[np.ndarray, "households"]],
     steps: int,
 ) -> Exact:
     linear = problem.linear
-    beyond = np.abs(linear.scaled_errors(linear.estimates(weights)))
+    totals = linear.estimates(weights)
+    beyond = np.abs(linear.scaled_errors(totals))
     given, final = prices
     is_hard_here = np.isinf(given)
     gave_way = np.flatnonzero(is_hard_here & (beyond > GAVE_WAY))
@@ -149,11 +158,11 @@ def _described(
     if len(refused) and any(c["feasible"] is False for c in certificates):
         raise ValueError(_contradiction(problem, refused, certificates))
     initial = linear.starting_weights
-    low, high = bounded_weights(initial, bounds)
+    low, high = limits
     at_bound = at_bounds(weights, low, high)
     worst = float(beyond[is_hard_here].max()) if is_hard_here.any() else 0.0
     hit = int((at_bound & (initial > 0)).sum())
-    return Exact(weights, multipliers, worst, gave_way, certificates, hit, steps, final)
+    return Exact(weights, multipliers, worst, gave_way, certificates, hit, steps, final, totals)
 
 
 def _contradiction(
@@ -218,8 +227,13 @@ def domains(
     initial, scale = linear.starting_weights, linear.scale
     total = float(initial.sum())
     natural = np.where(near_zero(linear), scale / np.maximum(scale, linear.gross), 1.0)
-    for targets, households, rows in blocks(linear.matrix, initial > 0):
-        rows = Rows(over_scales(rows, scale[targets]))
+    for targets, households, rows in blocks(linear.matrix, initial > 0, linear.matrix_t):
+        turned = None
+        if rows is linear.matrix:  # turned already
+            by_household = linear.matrix_t
+            data = by_household.data / scale[by_household.indices]
+            turned = with_data(by_household, data)
+        rows = Rows(over_scales(rows, scale[targets]), turned)
         own = distance_of(distance, low[households], high[households])
         dual = Dual(
             rows, linear.targets[targets] / scale[targets], initial[households], factors[households], own,
@@ -227,25 +241,32 @@ def domains(
         )  # fmt: skip
         price = prices[targets] * total
         price = np.maximum(price, np.finfo(np.float64).tiny)
-        slack = Slack(price, linear.tolerance[targets] / scale[targets], BAND_STIFFNESS * dual.diagonal())
+        band = linear.tolerance[targets] / scale[targets]
+        stiffness = BAND_STIFFNESS * dual.diagonal if band.any() else np.zeros(len(targets))
+        slack = Slack(price, band, stiffness)
         yield Domain(targets, households, replace(dual, slack=slack), natural[targets], total)
 
 
 def blocks(
-    matrix: sp.csr_array, there: Bool[np.ndarray, "households"]
+    matrix: sp.csr_array, there: Bool[np.ndarray, "households"], by_household: sp.csr_array | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, sp.csr_array]]:
-    """Targets, households and rows of each connected part of a matrix with an entry."""
-    columns = np.flatnonzero(there)
+    """Targets, households and rows of each connected part of a matrix with an entry.
+
+    Args:
+        matrix: Targets x households, canonical.
+        there: Whom to take.
+        by_household: The same matrix by household, where it is known.
+    """
+    columns, num_targets = np.flatnonzero(there), matrix.shape[0]
     if len(columns) < len(there):
-        matrix = sp.csr_array(matrix[:, columns])
-    num_targets = matrix.shape[0]
-    label = _connected(matrix)
-    of_target, of_column = label[:num_targets], label[num_targets:]
+        matrix, by_household = sp.csr_array(matrix[:, columns]), None
+    turned = sp.csr_array(matrix.T.tocsr()) if by_household is None else by_household
+    of_target, of_column = _connected(turned)
     filled = np.flatnonzero(np.diff(matrix.indptr))
-    if len(filled) == num_targets and (label == label[0]).all():
+    if len(filled) == num_targets and (of_target == of_target[0]).all() and (of_column == of_target[0]).all():
         yield filled, columns, matrix
         return
-    count = int(label.max()) + 1
+    count = int(of_target.max()) + 1
     by_target, by_column = np.argsort(of_target, kind="stable"), np.argsort(of_column, kind="stable")
     place = np.empty(len(columns), dtype=np.int64)
     place[by_column] = np.arange(len(columns))
@@ -269,20 +290,51 @@ def blocks(
         yield by_target[first:last], columns[by_column[left:right]], rows
 
 
-def _connected(matrix: sp.csr_array) -> Int[np.ndarray, "targets_and_households"]:
-    """Number of the part that each target, then each household, belongs to."""
-    num_targets, households = matrix.shape
-    indptr = np.concatenate([matrix.indptr, np.full(households, matrix.nnz, dtype=matrix.indptr.dtype)])
-    edges = sp.csr_array(
-        (np.ones(matrix.nnz, np.int8), matrix.indices + num_targets, indptr),
-        shape=(num_targets + households,) * 2,
-    )
-    return np.asarray(connected_components(edges, directed=False)[1])
+def _connected(
+    by_household: sp.csr_array,
+) -> tuple[Int[np.ndarray, "targets"], Int[np.ndarray, "households"]]:
+    """Number of the part that each target belongs to, and each household; of those without targets: one more.
+
+    Two targets are connected if somebody has both, so each household connects its first one to all others.
+    """
+    households, num_targets = by_household.shape
+    lengths = np.diff(by_household.indptr)
+    filled = np.flatnonzero(lengths)
+    first = by_household.indices[by_household.indptr[filled]].astype(np.int64)
+    pairs = np.repeat(first * num_targets, lengths[filled]) + by_household.indices
+    if num_targets <= _MOST_MARKED:
+        mark = np.zeros(num_targets**2, dtype=bool)
+        mark[pairs] = True
+        pairs = np.flatnonzero(mark)
+    else:
+        pairs = np.unique(pairs)
+    of_target = _labels(num_targets, *np.divmod(pairs, num_targets))
+    of_household = np.full(households, int(of_target.max()) + 1)
+    of_household[filled] = of_target[first]
+    return of_target, of_household
+
+
+def _labels(
+    num: int, one: Int[np.ndarray, "pairs"], other: Int[np.ndarray, "pairs"]
+) -> Int[np.ndarray, "num={num}"]:
+    """Number of the connected part that each of so many nodes belongs to: the least one goes around."""
+    least = np.arange(num)
+    while True:
+        before = least.copy()
+        np.minimum.at(least, one, before[other])
+        np.minimum.at(least, other, before[one])
+        least = least[least]
+        if np.array_equal(least, before):
+            return np.unique(least, return_inverse=True)[1]
 
 
 def over_scales(rows: sp.csr_array, scales: Float[np.ndarray, "targets"]) -> sp.csr_array:
     """Rows divided by their scales, float64."""
-    data = rows.data / np.repeat(scales, np.diff(rows.indptr))
+    return with_data(rows, rows.data / np.repeat(scales, np.diff(rows.indptr)))
+
+
+def with_data(rows: sp.csr_array, data: Float[np.ndarray, "entries"]) -> sp.csr_array:
+    """Return a canonical matrix with other entries at the same places."""
     return sp.csr_array((data, rows.indices, rows.indptr), shape=rows.shape)
 
 
@@ -291,8 +343,8 @@ def _solve(domain: Domain) -> tuple[Solution, Slack, dict[str, Any] | None]:
     end = solve(domain.dual, weights=domain.start)
     if end.converged:
         return end, domain.dual.slack, None
-    certificate, gives_way = certify(domain)
-    hard = np.isinf(domain.dual.slack.price)
+    certificate, gives_way = certify(domain, end)
+    hard = domain.dual.hard
     found, slack = end, domain.dual.slack
     for softened in (gives_way, hard) if gives_way.any() else (hard,):
         found, slack = soften(domain, domain.dual, softened, end)
@@ -326,16 +378,40 @@ def soften(
     return found, slack
 
 
-def certify(domain: Domain) -> tuple[dict[str, Any], Bool[np.ndarray, "targets"]]:
-    """Ask a linear programme whether the hard targets of a domain can be met together.
+def certify(domain: Domain, end: Solution) -> tuple[dict[str, Any], Bool[np.ndarray, "targets"]]:
+    """Find out whether the hard targets of a domain can be met together, and which give way if not.
 
-    It minimises the sum of what is missing, over what goes into each target.
+    Of up to a few thousand targets a linear programme tells, which minimises the sum of what is missing, over
+    what goes into each target. Beyond, and where it takes too long, the multipliers do at which the iteration
+    ended, if they prove that no weights exist: what they prove to be missing is a lower bound of that sum.
 
     Returns:
         The certificate, see ``Exact``; a mask of the targets that the programme's solution misses.
     """
+    unknown = {"feasible": None, "targets": [], "violation": None}, np.zeros(len(domain.targets), dtype=bool)
+    many = int(domain.dual.hard.sum()) > _MOST_PROGRAMMED
+    found = None if many and end.proof is not None else _programme(domain)
+    if found is not None:
+        return found
+    proof = end.proof
+    if proof is None:
+        proof = solve(domain.dual, chosen=np.arange(len(domain.targets)), most_steps=_PROOF_STEPS).proof
+    return unknown if proof is None else (_proven(domain, proof), unknown[1])
+
+
+def _proven(domain: Domain, proof: Float[np.ndarray, "targets"]) -> dict[str, Any]:
+    """The certificate that multipliers are."""
+    share = np.where(domain.dual.hard, np.abs(proof), 0.0)
+    size = float((share / domain.natural).max())
+    conflict = domain.targets[share > _CONFLICT * share.max()]
+    missing = domain.dual.excludes(proof) * float(share.max()) / size
+    return {"feasible": False, "targets": sorted(int(i) for i in conflict), "violation": missing}
+
+
+def _programme(domain: Domain) -> tuple[dict[str, Any], Bool[np.ndarray, "targets"]] | None:
+    """Ask a linear programme; None where it takes too long."""
     dual, names = domain.dual, domain.targets
-    hard = np.flatnonzero(np.isinf(dual.slack.price))
+    hard = np.flatnonzero(dual.hard)
     count, households = len(hard), len(dual.weights)
     eye, band = sp.eye_array(count), dual.slack.band[hard]
     rows = sp.hstack([dual.rows.by_target[hard] @ sp.diags_array(dual.weights), eye, -eye, eye], format="csc")
@@ -346,9 +422,9 @@ def certify(domain: Domain) -> tuple[dict[str, Any], Bool[np.ndarray, "targets"]
         cost, A_eq=rows, b_eq=dual.targets[hard], bounds=np.column_stack([low, high]), method="highs",
         options={"time_limit": _CERTIFICATE_SECONDS},
     )  # fmt: skip
-    gives_way = np.zeros(len(names), dtype=bool)
     if found.status != 0:
-        return {"feasible": None, "targets": [], "violation": None}, gives_way
+        return None
+    gives_way = np.zeros(len(names), dtype=bool)
     conflict = hard[np.abs(found.eqlin.marginals) > _CONFLICT]
     feasible = bool(found.fun <= GAVE_WAY * max(1, count))
     missed = found.x[households : households + count] + found.x[households + count : households + 2 * count]

@@ -153,7 +153,7 @@ def by_dual(
             Slack(price[members], band[members], np.zeros(len(members))),
         )
         if band[members].any():
-            slack = replace(own.slack, stiffness=BAND_STIFFNESS * own.diagonal())
+            slack = replace(own.slack, stiffness=BAND_STIFFNESS * own.diagonal)
             own, rounded = replace(own, slack=slack), rounded + slack.rounded
         found = solve(own, weights=given[households] if warm else None)
         steps = max(steps, found.steps)

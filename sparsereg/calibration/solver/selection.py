@@ -338,13 +338,11 @@ METHODS: dict[str, Callable[[Goal], Selection]] = {
     "random": lambda goal: _random(goal, torch.ones_like(goal.system.initial_weights)),
     "pps": lambda goal: _random(goal, goal.system.initial_weights),
     "all": lambda goal: Fixed(_known_or_initial(goal)),
-    "calibrate": lambda goal: Fixed(goal.system.initial_weights),
 }
 """pruning: gradual pruning and swaps. hard_concrete: gates. hybrid: a share by gates, the rest at random.
-random: a simple random sample. pps: a sample in proportion to the initial weights. all: everybody.
-calibrate: everybody, and targets are met exactly."""
-
-
+random: a simple random sample. pps: a sample in proportion to the initial weights. all: everybody."""
+NAMES = (*METHODS, "calibrate")
+"""calibrate: everybody, and targets are met exactly, see ``exact``: there is nothing to choose."""
 _EVERYBODY = ("all", "calibrate")
 STARTED = ("pruning", "hard_concrete", *_EVERYBODY)
 """Methods that can start from the weights of an earlier calibration; the others draw households."""
@@ -354,7 +352,7 @@ def method_of(name: str, num_households: int | None, lambda_l0: float | None = N
     """Resolve "auto" and check that a method fits what is known.
 
     Args:
-        name: "auto" or a key of ``METHODS``.
+        name: "auto" or one of ``NAMES``.
         num_households: How many to keep; None: not said.
         lambda_l0: Price of a household; None: not said. Without both, nobody wants to lose households.
 
@@ -365,10 +363,10 @@ def method_of(name: str, num_households: int | None, lambda_l0: float | None = N
         if num_households is not None:
             return "pruning"
         return "all" if lambda_l0 is None else "hard_concrete"
-    if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1)
+    if name not in NAMES:
+        near = difflib.get_close_matches(str(name), NAMES, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"method must be auto or one of {', '.join(METHODS)}, got {name!r}{hint}")
+        raise ValueError(f"method must be auto or one of {', '.join(NAMES)}, got {name!r}{hint}")
     if num_households is None and name not in ("hard_concrete", *_EVERYBODY):
         raise ValueError(f"method={name!r} needs num_households, how many to keep")
     if num_households is not None and name in _EVERYBODY:

@@ -32,7 +32,7 @@ from sparsereg.calibration.solver.exact import (
     unit_factors,
 )
 from sparsereg.calibration.target_scale import target_scale
-from sparsereg.shapes import Float, Int
+from sparsereg.shapes import Bool, Float, Int
 
 
 def in_group() -> bool:
@@ -75,6 +75,10 @@ class SharedRows(Rows):
     def dot(self, one: Float[np.ndarray, "households"], other: Float[np.ndarray, "households"]) -> float:
         """See ``Rows``."""
         return float(summed(super().dot(one, other)))
+
+    def negative(self) -> Bool[np.ndarray, "targets"]:
+        """See ``Rows``."""
+        return summed(super().negative().astype(np.float64)) > 0
 
     def squares(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets"]:
         """See ``Rows``."""
@@ -194,7 +198,7 @@ def _domain(
     slack = Slack(
         np.maximum(prices, np.finfo(np.float64).tiny),
         part.tolerance[targets] / scale[targets],
-        BAND_STIFFNESS * dual.diagonal(),
+        BAND_STIFFNESS * dual.diagonal,
     )
     small = scale <= SMALL_BESIDE_GROSS * gross
     natural = np.where(small, scale / np.maximum(scale, gross), 1.0)[targets]

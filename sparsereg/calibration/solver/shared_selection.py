@@ -190,7 +190,7 @@ def _refitted(
         Slack(price[counts], part.tolerance[counts] / scales[counts], none),
     )  # fmt: skip
     if dual.slack.band.any():
-        dual = replace(dual, slack=replace(dual.slack, stiffness=BAND_STIFFNESS * dual.diagonal()))
+        dual = replace(dual, slack=replace(dual.slack, stiffness=BAND_STIFFNESS * dual.diagonal))
     found = solve(dual)
     weights = np.zeros(len(initial))
     weights[places] = found.weights

@@ -18,7 +18,7 @@ from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.reading.synthetic import synthetic_problem
 from sparsereg.calibration.reporting.recorder import Recorder
 from sparsereg.calibration.solver.calibration import Calibration, Settings
-from sparsereg.calibration.solver.selection import METHODS
+from sparsereg.calibration.solver.selection import NAMES
 from sparsereg.cli import settings_of
 from sparsereg.errors import InputError
 from sparsereg.settings import plain
@@ -124,7 +124,7 @@ def test_the_files_agree_with_each_other_in_float64():
     assert log.epoch.nunique() > 5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_every_method_runs_from_the_command_line_and_is_in_the_help(method):
     everybody = method in ("all", "calibrate")
     number = "null" if everybody else "60"

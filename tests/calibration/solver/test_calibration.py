@@ -11,9 +11,9 @@ from sparsereg.calibration.measures import measure
 from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.reading.synthetic import synthetic_problem
 from sparsereg.calibration.solver.calibration import Calibration, Settings, calibrate, polish
-from sparsereg.calibration.solver.selection import METHODS
+from sparsereg.calibration.solver.selection import NAMES
 
-CHOOSING = [name for name in METHODS if name not in ("all", "calibrate")]
+CHOOSING = [name for name in NAMES if name not in ("all", "calibrate")]
 
 
 def survey(seed=0, targets=30, households=300, noise=0.02, **more):
@@ -415,7 +415,7 @@ def test_shares_and_means_are_targets():
         )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_an_initial_weight_of_zero_is_no_weight(method):
     problem = survey(17)
     initial = problem.starting_weights.copy()

@@ -257,6 +257,79 @@ def test_six_thousand_targets_are_met_by_weights_that_their_multipliers_explain(
     np.testing.assert_allclose(result.weights, initial * ratio, rtol=1e-9)
 
 
+def areas_and_ages(disagree: float, seed: int = 0) -> CalibrationProblem:
+    """Counts and incomes by area, counts by state and age: their sums agree, or by so much do not."""
+    rng = np.random.default_rng(seed)
+    n, areas = 2_000, 40
+    area, age, j = rng.integers(0, areas, n), rng.integers(0, 5, n), np.arange(n)
+    parts = [
+        (area, np.ones(n), areas),
+        (area, rng.lognormal(10, 1, n), areas),
+        (area % 4 * 5 + age, np.ones(n), 20),
+        (age, rng.lognormal(10, 1, n), 5),
+    ]
+    rows = sp.vstack([sp.csr_array((v, (c, j)), shape=(k, n)) for c, v, k in parts])
+    initial = 100 * rng.lognormal(sigma=0.5, size=n)
+    totals = rows @ (initial * (1 + 0.3 * rng.uniform(-1, 1, n)))
+    return CalibrationProblem(rows, totals * (1 + disagree * rng.normal(size=len(totals))), initial)
+
+
+@pytest.mark.parametrize("distance", ["linear", "raking"])
+def test_multipliers_prove_a_contradiction_where_a_linear_programme_would_take_too_long(
+    monkeypatch, distance
+):
+    from sparsereg.calibration.solver import dual_newton
+
+    problem = areas_and_ages(0.01)
+    (programmed,) = exactly(problem, distance).exact.certificate
+    monkeypatch.setattr(dual_newton, "_MOST_DENSE", 10)
+    monkeypatch.setattr(exact_module, "_MOST_PROGRAMMED", 10)
+    monkeypatch.setattr(exact_module, "linprog", None)
+    exact = exactly(problem, distance).exact
+    (proven,) = exact.certificate
+    assert proven["feasible"] is programmed["feasible"] is False
+    assert 0 < proven["violation"] <= programmed["violation"] * (1 + 1e-9)  # a lower bound of the least
+    assert set(programmed["targets"]) <= set(proven["targets"])
+    assert len(exact.gave_way) > 20
+
+
+def test_a_linear_programme_without_an_answer_leaves_the_proof_to_multipliers(monkeypatch):
+    class TimedOut:
+        status = 1
+
+    monkeypatch.setattr(exact_module, "linprog", lambda *args, **kwargs: TimedOut())
+    (certificate,) = exactly(areas_and_ages(0.01)).exact.certificate
+    assert certificate["feasible"] is False
+    assert certificate["violation"] > 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_multipliers_prove_is_true_and_what_can_be_met_is_never_excluded(seed):
+    """Entries and bounds of either sign, one sided or not; half of the problems can be met."""
+    from scipy.optimize import linprog
+
+    rng = np.random.default_rng(seed)
+    n, m = 60, 6
+    rows = sp.csr_array(rng.normal(size=(m, n)) if seed % 3 == 0 else rng.uniform(size=(m, n)))
+    low, high = [(0.5, 2.0), (0.0, np.inf), (-np.inf, 3.0), (0.2, np.inf)][seed % 4]
+    inside = rng.uniform(max(low, -1.0), min(high, 4.0), n)
+    totals = np.asarray(rows @ inside) + (0.0 if seed % 2 else rng.normal(scale=15.0, size=m))
+    problem = CalibrationProblem(rows, totals, np.ones(n))
+    bounds = [(None if low == -np.inf else low, None if high == np.inf else high)] * n
+    feasible = linprog(np.zeros(n), A_eq=rows, b_eq=totals, bounds=bounds).status == 0
+    ends = (np.full(n, low), np.full(n, high))
+    prices = np.full(m, np.inf)
+    (domain,) = exact_module.domains(problem.linear, "linear", *ends, np.ones(n), prices)
+    end = exact_module.solve(domain.dual)
+    assert end.converged == feasible
+    if feasible:
+        assert end.proof is None
+        for multipliers in rng.normal(size=(200, m)) * 10.0 ** rng.integers(-3, 6, (200, 1)):
+            assert domain.dual.excludes(multipliers) == 0
+    if end.proof is not None:
+        assert domain.dual.excludes(end.proof) > 0
+
+
 def test_domains_are_solved_at_the_same_time(monkeypatch):
     """The first two wait for each other: one after the other, they would wait in vain."""
     both, solve, num_threads = threading.Barrier(2), exact_module._solve, torch.get_num_threads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -22,11 +23,18 @@ class Raking:
     low: Float[np.ndarray, "households"]
     high: Float[np.ndarray, "households"]
 
+    @cached_property
+    def _is_open(self) -> bool:
+        """Whether there is no bound that a ratio could hold at."""
+        return not self.low.any() and bool(np.isinf(self.high).all())
+
     def respond(
         self, u: Float[np.ndarray, "households"]
     ) -> tuple[Float[np.ndarray, "households"], Float[np.ndarray, "households"]]:
         """See ``Distance``."""
         ratio = np.exp(np.clip(u, -LARGEST_EXPONENT, LARGEST_EXPONENT))
+        if self._is_open:
+            return ratio, ratio
         inside = (ratio > self.low) & (ratio < self.high)
         return np.clip(ratio, self.low, self.high), np.where(inside, ratio, 0.0)
 
