@@ -1,24 +1,35 @@
 """A file of 280,005 tax units from end to end, by the command: the whole file, then 15,000 of it.
 
-    python examples/tax_units.py --data FOLDER              all steps, one after the other
-    python examples/tax_units.py --data FOLDER --step small
+    pip install taxcalc paramtools behresp bokeh
+    python examples/tax_units.py                            all steps, one after the other
+    python examples/tax_units.py --step build --step small  these only
+    python examples/tax_units.py --data FOLDER              tables there; ./tax_units by default
 
-FOLDER holds cps_households.csv.gz, one row per tax unit of the CPS file of the package taxcalc (CC0) with
-w, fips, agi, XTOT (persons), nu06 (children below 6), snap_ben, e00200 (wages), RECID; and
-cps_targets.csv.gz, totals that the IRS, the Census Bureau and the USDA publish (name, value, measure,
-where, group).
+``build`` writes the table of households from the package taxcalc itself (CC0): its CPS file, with its own
+weights of 2022, amounts grown to 2022 by its factors, and the adjusted gross income that it works out. Of
+each tax unit: w (weight), fips (state), agi, XTOT (persons), nu06 (children below 6), snap_ben (SNAP
+benefits), e00200 (wages), RECID. Beside it go the targets, tax_units_targets.csv.gz of this folder: totals
+for 2022 that the IRS, the Census Bureau and the USDA publish (name, value, measure, where, group).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 
+TARGETS = Path(__file__).with_name("tax_units_targets.csv.gz")
+YEAR = 2022
+COLUMNS = {
+    "RECID": "RECID", "s006": "w", "fips": "fips", "c00100": "agi", "XTOT": "XTOT", "nu06": "nu06",
+    "snap_ben": "snap_ben", "e00200": "e00200",
+}  # fmt: skip
+"""Of taxcalc, and as they are called here."""
 VARIABLES = "report.variables=[e00200,agi,snap_ben,nu06]"
 STEPS = {
     "whole": [
@@ -33,9 +44,30 @@ FIGURES = (
 )  # fmt: skip
 
 
+def build(data: Path) -> None:
+    """Write both tables: tax units as taxcalc has them in the year, and the targets."""
+    try:
+        import taxcalc
+    except ImportError as error:
+        sys.exit(f"{error}: pip install taxcalc paramtools behresp bokeh, in an environment that has pip")
+    records = taxcalc.Records.cps_constructor()  # with its weights and factors of growth
+    calculator = taxcalc.Calculator(policy=taxcalc.Policy(), records=records, verbose=False)
+    calculator.advance_to_year(YEAR)
+    calculator.calc_all()
+    units = calculator.dataframe(list(COLUMNS)).rename(columns=COLUMNS)
+    for name in ("RECID", "fips", "XTOT", "nu06"):
+        units[name] = units[name].astype(int)
+    data.mkdir(parents=True, exist_ok=True)
+    units.round(2).to_csv(data / "tax_units.csv.gz", index=False)
+    shutil.copy(TARGETS, data)
+    print(f"{len(units):,} tax units of {YEAR}, weights of {units.w.sum():,.0f}, in {data}")
+
+
 def calibrate(data: Path, step: str) -> Path:
     """Run the command and return the folder that it wrote."""
-    households, targets = (data / f"cps_{name}.csv.gz" for name in ("households", "targets"))
+    households, targets = data / "tax_units.csv.gz", data / TARGETS.name
+    if not households.is_file():
+        sys.exit(f"no {households}: --step build makes it")
     command = [
         sys.executable, "-m", "sparsereg", "calibrate", "problem=households",
         f"problem.households={households}", f"problem.targets={targets}", "problem.weight=w",
@@ -65,11 +97,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--step", choices=list(STEPS), action="append")
+    parser.add_argument("--data", type=Path, default=Path("tax_units"))
+    parser.add_argument("--step", choices=["build", *STEPS], action="append")
     args = parser.parse_args()
-    for step in args.step or STEPS:
-        tell(calibrate(args.data.resolve(), step))
+    for step in args.step or ["build", *STEPS]:
+        if step == "build":
+            build(args.data)
+        else:
+            tell(calibrate(args.data.resolve(), step))
 
 
 if __name__ == "__main__":

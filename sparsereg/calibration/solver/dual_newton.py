@@ -183,7 +183,7 @@ class Dual:
     @cached_property
     def mobility(self) -> Float[np.ndarray, "households"]:
         """Slope of each weight by what the multipliers come to, at the initial weights."""
-        return self.weights * self.factors
+        return np.asarray(self.weights * self.factors)
 
     @cached_property
     def square(self) -> Float[np.ndarray, "targets targets"] | None:
@@ -218,7 +218,7 @@ class Dual:
     @cached_property
     def hard(self) -> Bool[np.ndarray, "targets"]:
         """Which targets have no price."""
-        return np.isinf(self.slack.price)
+        return np.asarray(np.isinf(self.slack.price))
 
     @cached_property
     def extremes(self) -> tuple[Float[np.ndarray, "households"], Float[np.ndarray, "households"]]:

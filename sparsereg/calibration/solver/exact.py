@@ -388,7 +388,7 @@ def certify(domain: Domain, end: Solution) -> tuple[dict[str, Any], Bool[np.ndar
     Returns:
         The certificate, see ``Exact``; a mask of the targets that the programme's solution misses.
     """
-    unknown = {"feasible": None, "targets": [], "violation": None}, np.zeros(len(domain.targets), dtype=bool)
+    nobody = np.zeros(len(domain.targets), dtype=bool)
     many = int(domain.dual.hard.sum()) > _MOST_PROGRAMMED
     found = None if many and end.proof is not None else _programme(domain)
     if found is not None:
@@ -396,7 +396,9 @@ def certify(domain: Domain, end: Solution) -> tuple[dict[str, Any], Bool[np.ndar
     proof = end.proof
     if proof is None:
         proof = solve(domain.dual, chosen=np.arange(len(domain.targets)), most_steps=_PROOF_STEPS).proof
-    return unknown if proof is None else (_proven(domain, proof), unknown[1])
+    if proof is None:
+        return {"feasible": None, "targets": [], "violation": None}, nobody
+    return _proven(domain, proof), nobody
 
 
 def _proven(domain: Domain, proof: Float[np.ndarray, "targets"]) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def test_equal_to_aggregate_stage_of_survey_in_r(tmp_path, monkeypatch):
     """All of eusilc: 14,827 persons in 6,000 households, raking, ratios between 0.5 and 2."""
     monkeypatch.chdir(tmp_path)
     wanted = pd.read_csv(REFERENCE / "persons_weights.csv.gz")
-    wanted.drop(columns="calibrated").to_csv("H.csv", index=False)
+    wanted[["db030", "db040", "weight"]].to_csv("H.csv", index=False)
     folder, results = command(
         "problem=households", "problem.households=H.csv", f"problem.persons={REFERENCE / 'persons.csv.gz'}",
         f"problem.targets={REFERENCE / 'persons_targets.csv.gz'}", "problem.household_id=db030",
@@ -246,3 +246,23 @@ def test_equal_to_aggregate_stage_of_survey_in_r(tmp_path, monkeypatch):
     assert ours[["name", "statistic"]].equals(of_r[["name", "statistic"]])
     assert ours.estimate.to_numpy() == pytest.approx(of_r.estimate.to_numpy(), rel=1e-9)
     assert ours.se.to_numpy() == pytest.approx(of_r.se.to_numpy(), rel=1e-8)
+
+
+@pytest.mark.parametrize("distance", ["raking", "linear"])
+def test_equal_to_aggregate_stage_where_bounds_bind(tmp_path, monkeypatch, distance):
+    """The same with ratios between 0.85 and 1.2: a fifth of the households end at a bound, the same ones."""
+    monkeypatch.chdir(tmp_path)
+    wanted = pd.read_csv(REFERENCE / "persons_weights.csv.gz")
+    wanted[["db030", "db040", "weight"]].to_csv("H.csv", index=False)
+    folder, results = command(
+        "problem=households", "problem.households=H.csv", f"problem.persons={REFERENCE / 'persons.csv.gz'}",
+        f"problem.targets={REFERENCE / 'persons_targets.csv.gz'}", "problem.household_id=db030",
+        "problem.person_id=rb030", "problem.weight=weight", "method=calibrate", f"distance={distance}",
+        "bounds=[0.85,1.2]", "unit_factor=1/size", "plots=false", "tensorboard=false",
+    )  # fmt: skip
+    found, of_r = pd.read_csv(folder / "weights.csv").weight, wanted[f"{distance}_narrow"]
+    assert found.to_numpy() == pytest.approx(of_r.to_numpy(), rel=1e-8)
+    ratio = of_r / wanted.weight
+    at_bound = int(((ratio < 0.85 * (1 + 1e-9)) | (ratio > 1.2 * (1 - 1e-9))).sum())
+    assert results["bounds_hit"] == at_bound > 1200
+    assert results["max_abs_scaled_error"] < 1e-12

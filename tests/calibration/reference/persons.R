@@ -1,7 +1,8 @@
 # Reference weights of persons in households by R's survey: Rscript persons.R (from this folder; packages survey, laeken).
 # All of eusilc, one weight per household (aggregate.stage), raking with the ratio of weights between 0.5 and 2.
 # persons.csv: the persons; persons_targets.csv: the totals, as calibrate.py reads them; persons_weights.csv: one
-# initial and one calibrated weight per household; persons_errors.csv: linearised standard errors.
+# initial and one calibrated weight per household, and two with bounds so narrow that a fifth of the households end at
+# them (raking, linear); persons_errors.csv: linearised standard errors.
 suppressMessages({library(survey); library(laeken)})
 options(digits = 17, survey.lonely.psu = "adjust")
 write_table <- function(table, name) {
@@ -33,7 +34,16 @@ where <- sapply(names(totals), function(n) {
 })
 write_table(p[, c("db030", "rb030", "age", "rb090", "child")], "persons")
 write_table(data.frame(name = make.names(names(totals)), value = totals, where = where, unit = "person"), "persons_targets")
-write_table(data.frame(db030 = p$db030[first], db040 = p$db040[first], weight = p$rb050[first], calibrated = w[first]), "persons_weights")
+narrow <- function(calfun, bounds) {
+  found <- weights(calibrate(d, f, totals, calfun = calfun, bounds = bounds, aggregate.stage = 1, epsilon = 1e-12, maxit = 2000))
+  stopifnot(max(abs(colSums(x * found) / totals - 1)) < 1e-9, all(found == found[first][match(p$db030, p$db030[first])]))
+  ratio <- found / p$rb050
+  cat(calfun, bounds, range(ratio), mean(ratio[first] < bounds[1] * (1 + 1e-9) | ratio[first] > bounds[2] * (1 - 1e-9)), "\n")
+  found[first]
+}
+raking_narrow <- narrow("raking", c(0.85, 1.2))
+linear_narrow <- narrow("linear", c(0.85, 1.2))
+write_table(data.frame(db030 = p$db030[first], db040 = p$db040[first], weight = p$rb050[first], calibrated = w[first], raking_narrow, linear_narrow), "persons_weights")
 one <- function(statistic, name, found) data.frame(name = name, statistic = statistic, estimate = unname(coef(found)), se = unname(as.vector(SE(found))))
 write_table(rbind(
   one("total", "age", svytotal(~age, calibrated)), one("mean", "age", svymean(~age, calibrated)),
