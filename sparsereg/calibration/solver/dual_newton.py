@@ -540,7 +540,7 @@ class _Newton:
             return -root * sl.cho_solve(factor, root * state.gradient, check_finite=False), damping
 
     def _first_square(self, state: _State | _Equations) -> np.ndarray | None:
-        """The products at the initial weights, if they are known and the state is there; no product is due."""
+        """The products at the initial weights, if they are known and the state is there."""
         known = self._dual.__dict__.get("square")
         if known is None or isinstance(state, _Equations) or state.multipliers.any():
             return None
