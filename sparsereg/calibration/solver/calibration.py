@@ -423,7 +423,7 @@ class Calibration:
     def _in_order_of_the_problem(self, weights: Tensor) -> np.ndarray:
         """Weights of all households of the problem, float64, zero for those that are not in the survey."""
         if self.is_exact:
-            return weights.numpy()
+            return np.asarray(weights.numpy())
         full = np.zeros(self.problem.num_households)
         full[self._order] = weights.cpu().numpy()
         return full

@@ -129,7 +129,7 @@ class Rows:
         """Which targets have an entry below zero."""
         rows = self.by_target
         target = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
-        return np.bincount(target, rows.data < 0, minlength=rows.shape[0]) > 0
+        return np.asarray(np.bincount(target, rows.data < 0, minlength=rows.shape[0]) > 0)
 
     def dot(self, one: Float[np.ndarray, "households"], other: Float[np.ndarray, "households"]) -> float:
         """Sum of products over all households."""
@@ -545,7 +545,7 @@ class _Newton:
         if known is None or isinstance(state, _Equations) or state.multipliers.any():
             return None
         moved = (state.slope != self._dual.mobility).astype(np.float64)
-        return known.copy() if self._rows.dot(moved, moved) == 0 else None
+        return np.array(known) if self._rows.dot(moved, moved) == 0 else None
 
     def _by_gradients(self, state: _State | _Equations, damping: float) -> Float[np.ndarray, "targets"]:
         """Conjugate gradients, preconditioned by the diagonal, to a share of the error."""

@@ -325,7 +325,7 @@ def _labels(
         np.minimum.at(least, other, before[one])
         least = least[least]
         if np.array_equal(least, before):
-            return np.unique(least, return_inverse=True)[1]
+            return np.asarray(np.unique(least, return_inverse=True)[1])
 
 
 def over_scales(rows: sp.csr_array, scales: Float[np.ndarray, "targets"]) -> sp.csr_array:
