@@ -489,7 +489,7 @@ class Training(Settings):
     def _check_target(self) -> None:
         key = self.target_key
         if key is None:
-            if self.lambda_l0 is None:
+            if self.lambda_l0 is None and not self.front:
                 raise InputError(
                     "lambda_l0=null leaves open how many gates close: give target_sparsity, or a number"
                 )

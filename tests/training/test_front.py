@@ -6,6 +6,8 @@ import pytest
 
 from sparsereg.compression import load_compacted
 from sparsereg.errors import InputError
+from sparsereg.settings import read
+from sparsereg.training.config import Training
 from sparsereg.training.pick import Pick
 
 from .test_resume import assert_same_weights
@@ -82,3 +84,8 @@ def test_picks_are_read():
     assert Pick.read("test_acc>=0.9", ["acc"]).fits({"test_acc": 0.95})
     with pytest.raises(InputError, match="did you mean 'latency_ms'"):
         Pick.read("latency<=3", ["acc"])
+
+
+def test_a_front_takes_the_place_of_the_lambda_of_an_experiment():
+    settings = read(Training, {"front": [0.5, 0.7], "lambda_l0": None})
+    assert settings.front == (0.5, 0.7)

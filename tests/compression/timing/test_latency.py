@@ -91,6 +91,41 @@ def test_rows_are_told_as_they_are_measured_and_the_time_is_kept():
     assert all(1 <= row.runs <= 5 for row in found.rows)  # 0.1 s for rounds of 0.02 s and 0.04 s
 
 
+class FakeClock:
+    """A clock that stands still unless it is told to go on."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class Cold(nn.Module):
+    """Takes ten times as long behind another network, which has emptied its caches."""
+
+    last = None
+
+    def __init__(self, clock, seconds):
+        super().__init__()
+        self.clock, self.seconds = clock, seconds
+
+    def forward(self, x):
+        self.clock.now += self.seconds * (1 if Cold.last is self else 10)
+        Cold.last = self
+        return x
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.001, 1), (0.1, 10)])
+def test_what_another_network_left_in_the_caches_does_not_count(monkeypatch, seconds, times):
+    clock = FakeClock()
+    monkeypatch.setattr("sparsereg.compression.timing.latency.time", clock)
+    models = {"large": Cold(clock, 2 * seconds), "small": Cold(clock, seconds)}
+    found = benchmark(models, torch.zeros(1, 2), batch_sizes=(1,), runtimes=["eager"], repeats=3, seconds=99)
+    # Of a network that takes long there is one call in a turn, and it counts.
+    assert [r.seconds for r in found.rows] == pytest.approx([2 * seconds * times, seconds * times])
+    assert [r.runs for r in found.rows] == [3, 3]
+
+
 def test_one_run_counts_however_short_the_time():
     found = benchmark({"a": Waits(0.001)}, torch.zeros(1, 2), runtimes=["eager"], seconds=1e-9)
     assert [row.runs for row in found.rows] == [1, 1]

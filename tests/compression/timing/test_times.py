@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -5,7 +6,8 @@ import pytest
 import torch
 
 from sparsereg.compression import Accountant, compact, gate
-from sparsereg.compression.timing.runtimes import RUNTIMES
+from sparsereg.compression.timing import times
+from sparsereg.compression.timing.runtimes import RUNTIMES, Loaded
 from sparsereg.compression.timing.times import Clock, Grid, Layer, _points
 from sparsereg.compression.timing.widths import Widths
 from sparsereg.distributions import HardConcrete
@@ -26,6 +28,27 @@ def test_a_grid_is_linear_between_its_points_and_has_that_gradient():
     found.backward()
     assert float(inputs.grad) == pytest.approx(((3 + 8) / 2 - (1 + 2) / 2) / 2)
     assert float(outputs.grad) == pytest.approx(((2 + 8) / 2 - (1 + 3) / 2) / 2)
+
+
+def test_calls_that_were_interrupted_do_not_count(monkeypatch):
+    switches = iter([0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1])
+    taken = iter([1.0, 1.0, 2.0, 9.0, 5.0, 1.0, 2.0, 2.0, 1.0, 1.0])
+    monkeypatch.setattr(times, "_interruptions", lambda: next(switches))
+    monkeypatch.setattr(times, "seconds_of", lambda *_: next(taken))
+    loaded = Loaded(lambda x: x, lambda x: x, lambda x: (x,))
+    # The fourth call was interrupted, and the fifth found what others had left: neither counts.
+    # The first has nothing before it that is known.
+    assert times.seconds_in_a_row(loaded, None, 1, seconds=25.0) == 1.0
+    with pytest.raises(StopIteration):
+        next(taken)
+
+
+def test_where_all_calls_were_interrupted_all_count(monkeypatch):
+    switches = itertools.count()
+    monkeypatch.setattr(times, "_interruptions", lambda: next(switches))
+    monkeypatch.setattr(times, "seconds_of", lambda *_: 3.0)
+    loaded = Loaded(lambda x: x, lambda x: x, lambda x: (x,))
+    assert times.seconds_in_a_row(loaded, None, 1, seconds=1.0) == 3.0
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 10, 64, 100, 1000])
