@@ -243,7 +243,8 @@ class Dual:
     def excludes(self, multipliers: Float[np.ndarray, "targets"]) -> float:
         """How far apart the hard targets are for sure, as seen by these multipliers.
 
-        Summed with them, no weights within bounds reach more than all hard targets need (Farkas' lemma).
+        Summed with them, no weights within bounds reach more than all hard targets need (Farkas' lemma), nor
+        would they if each of these were off by what rounding may do.
 
         Returns:
             What is missing, as a share of the largest multiplier; 0 where they prove nothing.
@@ -257,7 +258,7 @@ class Dual:
         most = np.where(reach == 0, 0.0, np.where(reach > 0, high, low))
         if self.rows.dot((~np.isfinite(most)).astype(np.float64), np.ones_like(most)) > 0:
             return 0.0
-        needed = float(self.targets @ own) - float(self.slack.band @ np.abs(own))
+        needed = float(self.targets @ own) - float((self.slack.band + ROUNDED) @ np.abs(own))
         reached, size = self.rows.dot(most, reach), self.rows.dot(np.abs(most), np.abs(reach))
         size += float(np.abs(self.targets) @ np.abs(own))
         missing = needed - reached

@@ -303,6 +303,15 @@ def test_a_linear_programme_without_an_answer_leaves_the_proof_to_multipliers(mo
     assert certificate["violation"] > 0
 
 
+def test_targets_that_disagree_by_rounding_are_no_contradiction_beyond_what_is_factorised(monkeypatch):
+    from sparsereg.calibration.solver import dual_newton
+
+    monkeypatch.setattr(dual_newton, "_MOST_DENSE", 10)
+    result = exactly(areas_and_ages(1e-8))
+    assert not result.exact.certificate
+    assert result.exact.error < dual_newton.ROUNDED
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_what_multipliers_prove_is_true_and_what_can_be_met_is_never_excluded(seed):
     """Entries and bounds of either sign, one sided or not; half of the problems can be met."""
