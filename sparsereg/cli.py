@@ -8,7 +8,6 @@ traceback is in a log file that the message names. The last line on stdout is ``
 import contextlib
 import errno
 import io
-import logging
 import os
 import re
 import sys
@@ -33,7 +32,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from sparsereg import interruption
 from sparsereg.arguments import OWN_GROUPS, check, named_keys, opened, own_choices, quoted, swept_keys
 from sparsereg.choices import store_tables
-from sparsereg.errors import SAID, FellShort, InputError, OutputError, interpolation_error, nearest
+from sparsereg.errors import SAID, FellShort, InputError, OutputError, interpolation_error, nearest, one_line
 from sparsereg.extras import advice, plugin_advice
 from sparsereg.files import new_folder, no_room, write_text
 from sparsereg.own_code import is_own
@@ -363,42 +362,6 @@ def finish(results: Path) -> None:
         print(f"results: {results}", flush=True)
 
 
-@contextlib.contextmanager
-def wrong_input() -> Iterator[None]:
-    """Within this context a ValueError is the user's: it becomes an InputError.
-
-    The scripts build their objects from the settings inside it and train outside of it. Messages wait until
-    all is well, so that none stands before the error.
-    """
-    root = logging.getLogger()
-    handlers, waiting = root.handlers[:], _Waiting()
-    root.handlers[:] = [waiting]
-    try:
-        yield
-    except (InputError, OSError):
-        waiting.records.clear()
-        raise
-    except ValueError as error:
-        waiting.records.clear()
-        raise InputError(one_line(str(error))) from error
-    finally:
-        root.handlers[:] = handlers
-        for record in waiting.records:
-            root.handle(record)
-
-
-class _Waiting(logging.Handler):
-    """Keeps messages for later."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep it."""
-        self.records.append(record)
-
-
 def report(name: str, error: BaseException) -> int:
     """Tell an error to the user and return the exit code it means."""
     code, lines = explained(name, error)
@@ -456,11 +419,6 @@ def _readable(message: str) -> str:
         return message
     half = _READABLE // 2
     return f"{message[:half]} ... {message[-half:]}"
-
-
-def one_line(text: str) -> str:
-    """Fold a message into one line."""
-    return re.sub(r"\s+", " ", text).strip()
 
 
 def _input_message(name: str, error: BaseException) -> str | None:

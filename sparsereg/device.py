@@ -1,8 +1,9 @@
-"""Where to compute, if what was asked for is not there."""
+"""Where to compute: the device, if what was asked for is not there, and whether others compute, too."""
 
 import warnings
 
 import torch
+import torch.distributed as dist
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -19,3 +20,8 @@ def usable_device(device: str | torch.device) -> torch.device:
         warnings.warn(message, stacklevel=3)
         return torch.device("cpu")
     return wanted
+
+
+def several_processes() -> bool:
+    """Whether this process is one of a group that works together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,6 +1,10 @@
 """What is told to the user in one line: wrong input, damaged files, outputs that cannot be written."""
 
+import contextlib
 import difflib
+import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 SAID = {1: "failed", 2: "error", 3: "short"}
@@ -65,3 +69,44 @@ def _closest(word: str, known: list[str]) -> str | None:
         if match:
             return by_spelling[match[0]]
     return None
+
+
+def one_line(text: str) -> str:
+    """Fold a message into one line."""
+    return re.sub(r"\s+", " ", text).strip()
+
+
+@contextlib.contextmanager
+def wrong_input() -> Iterator[None]:
+    """Within this context a ValueError is the user's: it becomes an InputError.
+
+    The scripts build their objects from the settings inside it and train outside of it. Messages wait until
+    all is well, so that none stands before the error.
+    """
+    root = logging.getLogger()
+    handlers, waiting = root.handlers[:], _Waiting()
+    root.handlers[:] = [waiting]
+    try:
+        yield
+    except (InputError, OSError):
+        waiting.records.clear()
+        raise
+    except ValueError as error:
+        waiting.records.clear()
+        raise InputError(one_line(str(error))) from error
+    finally:
+        root.handlers[:] = handlers
+        for record in waiting.records:
+            root.handle(record)
+
+
+class _Waiting(logging.Handler):
+    """Keeps messages for later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.records.append(record)

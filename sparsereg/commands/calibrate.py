@@ -8,6 +8,8 @@ from omegaconf import DictConfig
 
 from sparsereg.cli import script, settings_of
 
+OUTPUTS = Path("outputs") / "calibrate"
+
 
 def run(composed: DictConfig) -> Path:
     """Read, check, calibrate, hold out, write results.json; return its path."""
@@ -18,9 +20,16 @@ def run(composed: DictConfig) -> Path:
         from sparsereg.calibration.command.compare import compare
 
         return compare(*map(Path, settings.compare))
-    from sparsereg.calibration.command import run  # slow to load: NumPy, pandas, PyTorch
+    # slow to load: NumPy, pandas, PyTorch
+    from sparsereg.calibration.command import areas, run, shared, years
 
-    return run.run(settings)
+    if shared.in_processes():
+        return shared.run(settings, OUTPUTS)
+    if settings.area.is_given:
+        return areas.run(settings, OUTPUTS)
+    if len(settings.targets.years) > 1:
+        return years.run(settings, OUTPUTS)
+    return run.run(settings, OUTPUTS)
 
 
 def spelt_out(argument: str) -> str:

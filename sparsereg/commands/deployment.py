@@ -36,11 +36,12 @@ from sparsereg.layers import GatedLayer, save_csr
 from sparsereg.layers.storage import Storage
 from sparsereg.training import build
 from sparsereg.training import checkpoint as checkpoints
-from sparsereg.training.accounting import PlainAccountant, accountant_of
+from sparsereg.training.accounting import accountant_of
 from sparsereg.training.artefacts import (
     Artefact,
     examples_in_words,
     file_megabytes,
+    megabytes,
     to_ship,
     weights_megabytes,
 )
@@ -129,7 +130,7 @@ class HandOver:
         whole = original_size(self.net) or {"parameters": self.sizes[0], "macs": self.sizes[1]}
         dense = self._dense() if name != "dense" else None
         if name != "dense":
-            size = 4e-6 * whole["parameters"] if dense is None else weights_megabytes(dense)
+            size = megabytes(whole["parameters"]) if dense is None else weights_megabytes(dense)
             self._add(Artefact("dense", None, {}, whole["parameters"], whole["macs"], size), dense)
         beside = c.path.with_name(UNDER_GATES["last.ckpt"])
         gated = _rebuilt(beside) if name == "tuned" else None
@@ -159,41 +160,33 @@ class HandOver:
             self.sources[artefact.name] = source
 
     def _compact(self) -> None:
-        beside = self.checkpoint.path.parent
-        path = write_new(beside / "compacted.pt", lambda p: save_compacted(self.small, p, self._notes()))
-        # What is tested is what the file holds.
-        small = load_compacted(path)
-        figures = self._figures(self._in_torch(small.to(self.device)))
-        self.results["compacted"] = str(path)
-        self.results |= {f"compacted_{name}": value for name, value in figures.items()}
-        self._made("compacted", path, figures, fuse(small.cpu()))
+        path, small = self._written("compacted", self.small)
         if any(isinstance(m, GatedLayer) and m.per_weight for m in self.net.modules()):
-            self.results |= store_sparse(small, beside / "compacted.csr")
+            self.results |= store_sparse(small, path.with_name("compacted.csr"))
 
     def _shrink(self, kept: float) -> None:
         """Shrink in one shot, on training inputs without labels."""
-        names = None if not isinstance(self.example, dict) else tuple(self.example)
-        given = self.data.estimation_batches(SHRINK_EXAMPLES, CALIBRATION_BATCH)
         net = self.net.to(self.device).eval()
         try:
-            small = shrink(net, [only(inputs, names) for inputs in given], kept, seed=self.given.seed)
+            small = shrink(net, list(self._inputs(SHRINK_EXAMPLES)), kept, seed=self.given.seed)
         except ValueError as error:
             raise InputError(f"shrink={kept:g}: {error}") from error
         finally:
             net.cpu()
-        beside = self.checkpoint.path.parent
-        path = write_new(beside / "compacted.pt", lambda p: save_compacted(small, p, self._notes()))
-        small = load_compacted(path)
-        figures = self._figures(self._in_torch(small.to(self.device)))
-        self.results |= {"shrunk": str(path), **{f"shrunk_{name}": value for name, value in figures.items()}}
-        costs = PlainAccountant(small.cpu(), self.example)
-        made = Artefact("shrunk", str(path), figures, costs.parameters, costs.macs, file_megabytes(path))
-        self._add(made, fuse(small))
         # This is what is exported, quantized and timed from here on.
-        self.net = self._small = small
+        self.net = self._small = small.cpu()
         self.__dict__.pop("_costs", None)
-        key, word = f"test_{self.task.figure}", SHARES.get(self.task.figure, self.task.figure)
-        print(f"shrunk: {path}, test {word} {self.figures[key]:.4f} -> {figures[key]:.4f}", flush=True)
+        self._written("shrunk", small)
+
+    def _written(self, name: str, small: fx.GraphModule) -> tuple[Path, fx.GraphModule]:
+        """Write a network in PyTorch beside the checkpoint; what is tested is what the file holds."""
+        beside = self.checkpoint.path.with_name("compacted.pt")
+        path = write_new(beside, lambda p: save_compacted(small, p, self._notes()))
+        loaded = load_compacted(path)
+        figures = self._figures(self._in_torch(loaded.to(self.device)))
+        self.results |= {name: str(path), **{f"{name}_{figure}": value for figure, value in figures.items()}}
+        self._made(name, path, figures, fuse(loaded.cpu()))
+        return path, loaded
 
     def _notes(self) -> dict[str, Any]:
         """What a file says of where it comes from."""
@@ -250,7 +243,7 @@ class HandOver:
         plain = path.with_suffix(".float.onnx")
         # Padding is kept: rounded networks have channels of zeros that a second compaction would take out.
         write_onnx(fuse(small), self.example, plain)
-        return quantize(plain, path, itertools.islice(self._calibration(), 1))
+        return quantize(plain, path, itertools.islice(self._inputs(CALIBRATION_EXAMPLES), 1))
 
     # ---- files
 
@@ -265,14 +258,14 @@ class HandOver:
         if self.given.quantize:
             print("quantizing to 8-bit integers ...", flush=True)
             target = free_path(beside / "compacted.int8.onnx")
-            quantize(path, target, self._calibration())
+            quantize(path, target, self._inputs(CALIBRATION_EXAMPLES))
             self.results["quantized"] = str(target)
             self._made("int8", target, self._tested(target), target)
 
-    def _calibration(self) -> Iterable[Any]:
-        names = None if not isinstance(self.example, dict) else tuple(self.example)
-        batches = self.data.estimation_batches(CALIBRATION_EXAMPLES, CALIBRATION_BATCH)
-        return (only(inputs, names) for inputs in batches)
+    def _inputs(self, num_examples: int) -> Iterable[Any]:
+        """Batches of training inputs, without labels."""
+        batches = self.data.estimation_batches(num_examples, CALIBRATION_BATCH)
+        return (only(inputs, self.example) for inputs in batches)
 
     def _made(self, name: str, path: Path, figures: dict[str, float | None], source: Source) -> None:
         """Note an artefact that is a file, and say what it is worth."""
@@ -314,8 +307,7 @@ class HandOver:
         some = itertools.islice(loader, batches)
         if batches == 0:
             return {}
-        names = tuple(self.example) if isinstance(self.example, dict) else None
-        found = measure(lambda x: answer(only(x, names)), self.task, some, device or self.device)
+        found = measure(lambda x: answer(only(x, self.example)), self.task, some, device or self.device)
         return {f"test_{name}": value for name, value in found.items()}
 
     @property

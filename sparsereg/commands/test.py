@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from sparsereg.cli import named, script, settings_of, wrong_input
+from sparsereg.cli import named, script, settings_of
+from sparsereg.errors import wrong_input
 
 if TYPE_CHECKING:
     from sparsereg.commands.deployment import HandOver
@@ -96,7 +97,7 @@ def report(folder: Path, results: dict[str, Any], handed: "HandOver", blocks: st
     write_json(folder / "results.json", results)
     print(blocks)
     print(headline(results, task))
-    print(artefacts.table(handed.artefacts, task, results["measured_on"]))
+    print(artefacts.table(handed.artefacts, task, results["measured_on"], results["ship"]))
     return folder / "results.json"
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from sparsereg import interruption
-from sparsereg.cli import first_keys, first_overrides, named, script, settings_of, wrong_input
-from sparsereg.errors import FellShort
+from sparsereg.cli import first_keys, first_overrides, named, script, settings_of
+from sparsereg.errors import FellShort, wrong_input
 
 if TYPE_CHECKING:
     from sparsereg.training.config import Training
@@ -92,7 +92,7 @@ def report(stage: "Stage", cfg: "Training", results: dict[str, Any]) -> None:
     write_page(folder / "report.html", "Training report", results, made, plain(cfg), task)
     write_json(folder / "results.json", results)
     print(headline(results, task))
-    print(artefacts.table(made, task, described))
+    print(artefacts.table(made, task, described, results["ship"]))
 
 
 def choices(arguments: list[str]) -> list[str]:

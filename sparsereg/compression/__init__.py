@@ -1,8 +1,9 @@
 """From closed gates to a smaller, faster network: count, compact, export, latency."""
 
+from sparsereg.compression.batch_norm_folding import fuse
 from sparsereg.compression.compact import compact, original_size
 from sparsereg.compression.count import Accountant, Count, LayerCount, count
-from sparsereg.compression.deploy import export, fuse, shift_pools
+from sparsereg.compression.deploy import export, shift_pools
 from sparsereg.compression.insert import gate
 from sparsereg.compression.quantization import quantize
 from sparsereg.compression.restore import restore_class

@@ -12,16 +12,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from sparsereg.compression.batch_norm_folding import fuse, layer_of
 from sparsereg.compression.compact import compact
 from sparsereg.compression.running import tensors_in
 from sparsereg.compression.units.explain import inputs_of
+from sparsereg.compression.units.program import at_least_two
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
@@ -99,35 +100,6 @@ def flat_inputs(example_input: Any) -> Flat:
     return found
 
 
-def fuse(network: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy for inference with every BatchNorm folded into the layer before it.
-
-    Args:
-        network: a compacted network; left as it is.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
-        >>> [type(layer).__name__ for layer in fuse(compact(net, torch.ones(1, 1, 5, 5))).children()]
-        ['Conv2d']
-    """
-    fused = copy.deepcopy(network).eval()
-    for node in list(fused.graph.nodes):
-        norm = _called(fused, node)
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
-            continue
-        (source,) = node.all_input_nodes
-        layer = _called(fused, source)
-        if len(source.users) != 1 or not isinstance(layer, _FUSERS):
-            continue
-        into = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        fused.set_submodule(str(source.target), cast(Callable[..., nn.Module], into)(layer, norm))
-        node.replace_all_uses_with(source)
-        fused.graph.erase_node(node)
-        fused.delete_submodule(str(node.target))
-    fused.recompile()
-    return fused
-
-
 def shift_pools(network: fx.GraphModule) -> fx.GraphModule:
     """Return a copy in which max-pooling with stride 1 is the maximum of shifted maps: faster on CPUs.
 
@@ -145,7 +117,7 @@ def shift_pools(network: fx.GraphModule) -> fx.GraphModule:
     """
     shifted = copy.deepcopy(network)
     for node in list(shifted.graph.nodes):
-        pool = _called(shifted, node)
+        pool = layer_of(shifted, node)
         if not isinstance(pool, nn.MaxPool2d) or not _keeps_size(pool):
             continue
         height, width = _pair(pool.padding)
@@ -183,18 +155,6 @@ def _maximum_along(graph: fx.Graph, x: fx.Node, dim: int, shifts: int) -> fx.Nod
         for i in range(shifts + 1)
     ]
     return functools.reduce(lambda a, b: graph.call_function(torch.maximum, (a, b)), parts)
-
-
-_FUSERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-
-def _called(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def _at_least_two(x: Any) -> Any:
-    """A batch of one would be taken for a fixed size."""
-    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
 
 
 def check_packages(suffix: str) -> None:
@@ -257,7 +217,7 @@ def write_onnx(network: nn.Module, example_input: Any, path: Path) -> None:
 
 def _two(x: Any) -> Any:
     """A batch of two or more, with tensors that any mode of autograd takes."""
-    return _at_least_two(x).clone() if isinstance(x, Tensor) else x
+    return at_least_two(x).clone() if isinstance(x, Tensor) else x
 
 
 def _dynamic(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -311,7 +271,7 @@ def _load_openvino(path: Path) -> Answer:
 
 
 def _write_pt2(network: nn.Module, example_input: Any, path: Path) -> None:
-    args, kwargs = torch.utils._pytree.tree_map(_at_least_two, inputs_of(example_input))
+    args, kwargs = torch.utils._pytree.tree_map(at_least_two, inputs_of(example_input))
     dynamic = _dynamic(network, args, kwargs)
     torch.export.save(torch.export.export(network, args, kwargs, dynamic_shapes=dynamic), path)
 

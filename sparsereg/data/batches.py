@@ -93,13 +93,17 @@ def moved(inputs: Any, device: torch.device) -> Any:
     return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
 
 
-def only(inputs: Any, names: tuple[str, ...] | None) -> Any:
+def only(inputs: Any, taken: Any) -> Any:
     """Return inputs without those that a network does not take.
 
     Args:
         inputs: of a batch.
-        names: of the arguments that it takes; None for all.
+        taken: by name, what it takes: an example, say; all is left where inputs have no names here or there.
+
+    Example:
+        >>> only({"input_ids": 1, "length": 2}, {"input_ids": 3})
+        {'input_ids': 1}
     """
-    if names is None or not isinstance(inputs, Mapping):
+    if not isinstance(inputs, Mapping) or not isinstance(taken, Mapping):
         return inputs
-    return {name: inputs[name] for name in names if name in inputs}
+    return {name: inputs[name] for name in taken if name in inputs}

@@ -12,7 +12,6 @@ from torch import Tensor
 from sparsereg import own_code
 from sparsereg.data.batches import inputs_and_labels, moved, num_examples
 from sparsereg.data.form import Form, Inputs
-from sparsereg.data.kinds.own import OwnData
 from sparsereg.data.labelled_text import LabelledTextModule
 from sparsereg.data.module import ImageDataModule
 from sparsereg.data.text import TextDataModule
@@ -290,7 +289,7 @@ def _inputs(batch: Any) -> Inputs:
     return inputs  # type: ignore[return-value]
 
 
-def build(settings: OwnData, seed: int, channels_last: bool) -> RunData:
+def build(settings: own_code.Own, seed: int, channels_last: bool) -> RunData:
     """Make the data module that the user named; one of ours is taken as it is.
 
     Args:
@@ -299,9 +298,8 @@ def build(settings: OwnData, seed: int, channels_last: bool) -> RunData:
         channels_last: the same.
     """
     made = own_code.call(settings.spec, "data", seed=seed, channels_last=channels_last)
-    said = f"data._target_={settings._target_}"
     ours = ImageDataModule | TextDataModule | LabelledTextModule
-    return made if isinstance(made, ours) else OwnDataModule(made, said)
+    return made if isinstance(made, ours) else OwnDataModule(made, settings.said)
 
 
 def _size(loader: Any) -> int:

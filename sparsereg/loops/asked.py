@@ -11,10 +11,10 @@ from sparsereg.compression.count import Accountant
 from sparsereg.compression.timing.measured import latency_budget
 from sparsereg.compression.timing.runtimes import check_runtime, default_runtime
 from sparsereg.data.batches import moved
+from sparsereg.device import several_processes
 from sparsereg.errors import InputError
 from sparsereg.goal import MILLISECONDS, Target, goal
 from sparsereg.loops.reading import isolated
-from sparsereg.model.synchronised import several_processes
 
 
 @dataclass(frozen=True)

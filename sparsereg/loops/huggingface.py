@@ -19,7 +19,7 @@ from sparsereg.goal import Target
 from sparsereg.loops.groups import gated_weights, keep_rates_, regroup_
 from sparsereg.loops.plain import DROPRATE, Sparsifier, saved
 from sparsereg.loops.reading import ROWS, by_rule, device_of, isolated
-from sparsereg.model.batch_norm import estimate_batch_norm_, has_statistics
+from sparsereg.model.batch_norm_statistics import estimate_batch_norm_, has_statistics
 
 STATE = "SparsifyTrainer"
 """Key in the state of a Trainer: the name of the class, as the Trainer stores it."""

@@ -20,6 +20,7 @@ from sparsereg.compression.insert import Choice
 from sparsereg.compression.running import evaluating, first_line
 from sparsereg.compression.units.gating import draw_anew
 from sparsereg.data.batches import call
+from sparsereg.device import several_processes
 from sparsereg.distributions import TEMPERATURE
 from sparsereg.errors import InputError
 from sparsereg.goal import Target
@@ -28,8 +29,7 @@ from sparsereg.loops.first_call import first_call
 from sparsereg.loops.groups import follow_, gated_weights, keep_rates_, regroup_
 from sparsereg.loops.plain import DROPRATE, Sparsifier, saved
 from sparsereg.loops.reading import as_inputs, by_rule, few, isolated
-from sparsereg.model.batch_norm import has_statistics
-from sparsereg.model.synchronised import several_processes
+from sparsereg.model.batch_norm_statistics import has_statistics
 from sparsereg.training.callbacks import BatchNormEstimation, ReproducibleEpochs
 from sparsereg.training.lightning import batches_anew, first_batch, gradient_scale, transferred
 

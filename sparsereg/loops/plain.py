@@ -21,7 +21,7 @@ from sparsereg.errors import InputError
 from sparsereg.goal import Target, falling
 from sparsereg.loops.asked import Asked
 from sparsereg.loops.reading import check_example, device_of, like
-from sparsereg.model.batch_norm import estimate_batch_norm_
+from sparsereg.model.batch_norm_statistics import estimate_batch_norm_
 
 log = logging.getLogger(__name__)
 

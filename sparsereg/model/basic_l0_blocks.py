@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsereg.device import several_processes
 from sparsereg.distributions import TEMPERATURE, HardConcrete
-from sparsereg.model.synchronised import batch_norm_over_processes, several_processes
+from sparsereg.model.synchronised_batch_norm import batch_norm_over_processes
 from sparsereg.penalties import GatedTensor, gated_tensors
 
 SAMPLING = ("batch", "example")

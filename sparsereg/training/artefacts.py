@@ -64,6 +64,11 @@ class Artefact:
         return asdict(self)
 
 
+def megabytes(parameters: int) -> float:
+    """Return the size of parameters in float32, in 10^6 bytes."""
+    return 4e-6 * parameters
+
+
 def weights_megabytes(net: nn.Module) -> float:
     """Return the size of a network's weights and buffers, in 10^6 bytes."""
     # Extra state is no tensor.
@@ -99,7 +104,7 @@ def of_run(results: Mapping[str, Any], task: Task) -> list[Artefact]:
     def row(name: str, sizes: tuple[int, int], source: Mapping[str, Any] | None = None) -> Artefact:
         given = {} if source is None else source
         figures = {key: given[key] for key in names if key in given}
-        return Artefact(name, given.get("checkpoint"), figures, *sizes, FLOAT32_MEGABYTES * sizes[0])
+        return Artefact(name, given.get("checkpoint"), figures, *sizes, megabytes(sizes[0]))
 
     if not gates:
         first = [row("dense", whole)] if "original_parameters" in results else []
@@ -109,23 +114,20 @@ def of_run(results: Mapping[str, Any], task: Task) -> list[Artefact]:
     return [row("dense", whole), under_gates, last]
 
 
-FLOAT32_MEGABYTES = 4e-6
-"""Size of a weight."""
-
-
 def columns(artefacts: Sequence[Artefact]) -> list[tuple[str, str]]:
     """Return the runtimes and batch sizes that anything was timed with, in order."""
     found = [(runtime, batch) for a in artefacts for runtime, of in a.milliseconds.items() for batch in of]
     return list(dict.fromkeys(found))
 
 
-def table(artefacts: Sequence[Artefact], task: Task, measured_on: str) -> str:
+def table(artefacts: Sequence[Artefact], task: Task, measured_on: str, ship: str | None) -> str:
     """Return the artefacts as text, for people.
 
     Args:
         artefacts: in order.
         task: whose main figure is shown.
         measured_on: the examples, in words.
+        ship: the file to ship.
     """
     timed = columns(artefacts)
     word = SHARES.get(task.figure, task.figure)
@@ -141,7 +143,6 @@ def table(artefacts: Sequence[Artefact], task: Task, measured_on: str) -> str:
     lines.append(
         f"{word} on {measured_on}" + ("; ms for a batch of the size in the heading" if timed else "")
     )
-    ship = to_ship(artefacts)
     return "\n".join([*lines, *([] if ship is None else [f"ship: {ship}"])])
 
 

@@ -32,7 +32,7 @@ from sparsereg.data.own import RunData
 from sparsereg.errors import InputError, nearest
 from sparsereg.files import new_version
 from sparsereg.model.basic_l0_blocks import synchronise_batch_norm
-from sparsereg.model.batch_norm import estimate_batch_norm_
+from sparsereg.model.batch_norm_statistics import estimate_batch_norm_
 from sparsereg.penalties import hard_concretes
 from sparsereg.settings import declared, flat, plain, read, value_at, with_value
 from sparsereg.temperature import update_temperatures
@@ -491,7 +491,7 @@ def build_teacher(cfg: Training, data: RunData) -> Distillation | None:
     if not checkpoint.batch_norm_is_current:  # it teaches as the network that test.py would test
         settings = checkpoint.config.get("callbacks", {}).get("batch_norm", plain(cfg.callbacks.batch_norm))
         if settings["num_images"]:
-            taken = tuple(form_of(cfg, data).taken_by(teacher).inputs or ()) or None
+            taken = form_of(cfg, data).taken_by(teacher).inputs
             estimate_batch_norm_(teacher, (only(x, taken) for x in data.estimation_batches(**settings)))
     return Distillation(teacher, d.weight, d.temperature)
 

@@ -17,14 +17,14 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from sparsereg.compression import Accountant
+from sparsereg.device import several_processes
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
-from sparsereg.model.batch_norm import estimate_batch_norm_, has_statistics
-from sparsereg.model.synchronised import several_processes
+from sparsereg.model.batch_norm_statistics import estimate_batch_norm_, has_statistics
 from sparsereg.penalties import hard_concretes
 from sparsereg.temperature import TemperatureScheduler, update_temperatures
 from sparsereg.training.averaging import WeightAverage
-from sparsereg.training.batch_norm import estimation_batches
+from sparsereg.training.batch_norm_data import estimation_batches
 from sparsereg.training.lightning import logs_now
 from sparsereg.training.tensorboard import show_gates
 

@@ -99,22 +99,21 @@ class Front(Callback):
         before = copy.deepcopy(net).eval()
         after = copy.deepcopy(before)
         meet_(Accountant(after, self.example), self.settings.cost, 1 - size, self.settings.round_to)
-        names = tuple(self.example) if isinstance(self.example, dict) else None
-        batches = [only(x, names) for x in self.data.estimation_batches(NUM_INPUTS, BATCH)]
+        batches = [only(x, self.example) for x in self.data.estimation_batches(NUM_INPUTS, BATCH)]
         if self._origins is None:
             self._origins = Origins(before, self.example)
         small = repaired(before, after, self.example, batches, progress=False, origins=self._origins)
-        self._tune(small, module.device, names)
+        self._tune(small, module.device)
         place = place_of(self.folder, size)
         place.mkdir(parents=True, exist_ok=True)
         notes = {**self.notes, "size": size}
         small.cpu().eval()
         write_atomically(place / "compacted.pt", lambda p: save_compacted(small, p, notes))
-        row = {"size": size, **self._figures(small, module.device, names)}
+        row = {"size": size, **self._figures(small, module.device)}
         write_json(place / "figures.json", row)  # last: a size without it is made again
         log.info("front: %s", ", ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None))
 
-    def _tune(self, small: fx.GraphModule, device: torch.device, names: tuple[str, ...] | None) -> None:
+    def _tune(self, small: fx.GraphModule, device: torch.device) -> None:
         """Train a network further, as fine-tuning at the end of a run does."""
         loader = self.data.train_dataloader()
         if not self.epochs:
@@ -125,15 +124,13 @@ class Front(Callback):
         for _ in range(self.epochs):
             for batch in loader:
                 inputs, labels = self.task.split(move_data_to_device(batch, device))
-                predictions, labels = self.task.predictions(call(small, only(inputs, names)), labels)
+                predictions, labels = self.task.predictions(call(small, only(inputs, self.example)), labels)
                 optimizer.zero_grad()
                 self.task.loss(predictions, labels).backward()
                 optimizer.step()
                 schedule.step()
 
-    def _figures(
-        self, small: fx.GraphModule, device: torch.device, names: tuple[str, ...] | None
-    ) -> dict[str, Any]:
+    def _figures(self, small: fx.GraphModule, device: torch.device) -> dict[str, Any]:
         costs = PlainAccountant(small, self.example)
         timed = benchmark({"small": fuse(small)}, self.example, batch_sizes=(1,), seconds=TIMING)
         found: dict[str, Any] = {
@@ -145,7 +142,7 @@ class Front(Callback):
         small.to(device)
         for part in ("val", "test"):
             loader = getattr(self.data, f"{part}_dataloader")() if part == "test" or self.data.num_val else ()
-            figures = measure(lambda x: call(small, only(x, names)), self.task, loader, device)
+            figures = measure(lambda x: call(small, only(x, self.example)), self.task, loader, device)
             found |= {f"{part}_{name}": figures.get(name) for name in self.task.figures}
         return found
 

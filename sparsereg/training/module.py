@@ -13,9 +13,9 @@ import sparsereg
 from sparsereg.compression.budget import Constraint
 from sparsereg.data.batches import call, num_examples, only
 from sparsereg.data.form import Form, Inputs
+from sparsereg.device import several_processes
 from sparsereg.distributions import draw_together
 from sparsereg.model.basic_l0_blocks import L0Gate
-from sparsereg.model.synchronised import several_processes
 from sparsereg.penalties import expected_l0, expected_l2, hard_concretes, l_c0
 from sparsereg.training.config import Optimizer
 from sparsereg.training.distillation import Distillation
@@ -107,8 +107,7 @@ class Learner(pl.LightningModule):
         self._vectors = tuple(
             m.gates for m in net.modules() if isinstance(m, L0Gate) and m.sampling == "batch" and not compiled
         )
-        inputs = notes.form.inputs
-        self._taken = None if inputs is None else tuple(inputs)
+        self._taken = notes.form.inputs
         self.train_metrics, self.val_metrics, self.test_metrics = (
             nn.ModuleDict(task.metrics()) for _ in range(3)
         )

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 import sparsereg
 from sparsereg.compression import load_compacted
-from sparsereg.compression.deploy import fuse
+from sparsereg.compression.batch_norm_folding import fuse
 from sparsereg.compression.timing.measured import TOLERANCE
 from tests.states import assert_same
 

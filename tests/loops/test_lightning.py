@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sparsereg
 from sparsereg import Sparsify
 from sparsereg.compression import load_compacted
-from sparsereg.compression.deploy import fuse
+from sparsereg.compression.batch_norm_folding import fuse
 from sparsereg.compression.timing.measured import TOLERANCE
 from sparsereg.errors import InputError
 from sparsereg.loops.groups import RATE

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import sparsereg
 from sparsereg import Sparsifier
-from sparsereg.compression.deploy import fuse
+from sparsereg.compression.batch_norm_folding import fuse
 from sparsereg.compression.timing.measured import TOLERANCE
 from sparsereg.errors import InputError
 from sparsereg.loops.reading import like

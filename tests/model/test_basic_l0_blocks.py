@@ -15,7 +15,7 @@ from sparsereg.model.basic_l0_blocks import (
     synchronise_batch_norm,
 )
 from sparsereg.model.googlenet import GoogleNet
-from sparsereg.model.synchronised import batch_norm_over_processes
+from sparsereg.model.synchronised_batch_norm import batch_norm_over_processes
 from sparsereg.penalties import hard_concretes, l_c0
 
 
@@ -164,7 +164,7 @@ def test_synchronising_keeps_gates_names_and_results():
 
 
 def test_batch_norm_over_one_process_is_batch_norm(monkeypatch):
-    monkeypatch.setattr("sparsereg.model.synchronised.sum_over_processes", lambda tensor: tensor)
+    monkeypatch.setattr("sparsereg.model.synchronised_batch_norm.sum_over_processes", lambda tensor: tensor)
     torch.manual_seed(0)
     x = (torch.randn(6, 5, 4, 4) * 3 + 20).requires_grad_()
     norm, own = nn.BatchNorm2d(5), nn.BatchNorm2d(5)

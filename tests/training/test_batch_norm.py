@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sparsereg.model.basic_l0_blocks import GatedBatchNorm2d, L0Gate
-from sparsereg.model.batch_norm import estimate_batch_norm_
+from sparsereg.model.batch_norm_statistics import estimate_batch_norm_
 
 
 def network() -> nn.Sequential:

@@ -23,8 +23,7 @@ from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.solver.areas import AreaWeights, calibrate_areas, of_all
 from sparsereg.calibration.solver.clones import prune_clones
 from sparsereg.calibration.solver.joint import calibrate_together
-from sparsereg.cli import wrong_input
-from sparsereg.errors import FellShort, InputError
+from sparsereg.errors import FellShort, InputError, wrong_input
 from sparsereg.files import new_version, write_atomically, write_json, write_table, write_text
 from sparsereg.settings import plain
 

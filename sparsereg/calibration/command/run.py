@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from sparsereg import interruption
 from sparsereg.calibration import holdout
-from sparsereg.calibration.command import areas, estimates, pseudo, shared
+from sparsereg.calibration.command import estimates, pseudo
 from sparsereg.calibration.command.checkpoint import Moments, Saver, fingerprint
 from sparsereg.calibration.command.provenance import provenance_of
 from sparsereg.calibration.command.requirements import judged
@@ -36,8 +36,7 @@ from sparsereg.calibration.solver.calibration import Calibration, CalibrationRes
 from sparsereg.calibration.solver.refit import TOLERANCE
 from sparsereg.calibration.solver.selection import method_of
 from sparsereg.calibration.variance import Design
-from sparsereg.cli import wrong_input
-from sparsereg.errors import FellShort, InputError
+from sparsereg.errors import FellShort, InputError, wrong_input
 from sparsereg.files import new_version, write_json, write_table, write_text
 from sparsereg.provenance import Provenance
 from sparsereg.settings import plain
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OUTPUTS = Path("outputs") / "calibrate"
 _HOLDOUT_NONZEROS = 3_000_000
 _AUTO_SHARE = 5
 
@@ -79,30 +77,23 @@ class Task:
     began: float = 0.0
 
 
-def run(cfg: CalibrationRun) -> Path:
-    """Calibrate as the settings say and return the path of results.json.
+def run(cfg: CalibrationRun, outputs: Path) -> Path:
+    """Calibrate one year, everywhere at once, and return the path of results.json.
 
     Args:
         cfg: of calibrate.py.
+        outputs: Where the folder of the run is made.
 
     Raises:
         InputError: Something that the user gave cannot be used; nothing has been written then.
         FellShort: All is written, but it is not what was required.
     """
-    if shared.in_processes():
-        return shared.run(cfg, OUTPUTS)
-    if cfg.area.is_given:
-        return areas.run(cfg, OUTPUTS)
-    if len(cfg.targets.years) > 1:
-        from sparsereg.calibration.command import years
-
-        return years.run(cfg, OUTPUTS)
     with wrong_input():
         cfg = with_method(cfg)
         (task,) = read_tasks(cfg).values()
         provenance = provenance_of(cfg)
         ready = prepared(task, cfg, provenance)
-        folder = new_version(OUTPUTS)
+        folder = new_version(outputs)
     results = carry_out(ready, folder).results
     if short := [row["text"] for row in results["required"] if not row["met"]]:
         raise FellShort(folder / "results.json", short)

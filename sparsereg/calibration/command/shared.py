@@ -31,8 +31,7 @@ from sparsereg.calibration.reporting.tables import weight_frame
 from sparsereg.calibration.solver.selection import method_of
 from sparsereg.calibration.solver.shared import SharedWeights, calibrate_shared, largest, summed
 from sparsereg.calibration.solver.shared_selection import METHODS, select_shared
-from sparsereg.cli import wrong_input
-from sparsereg.errors import FellShort, InputError
+from sparsereg.errors import FellShort, InputError, wrong_input
 from sparsereg.files import new_version, write_json, write_table, write_text
 from sparsereg.settings import plain
 

@@ -16,8 +16,7 @@ from sparsereg.calibration.command.provenance import provenance_of
 from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.solver.calibration import CalibrationResult
 from sparsereg.calibration.solver.selection import STARTED
-from sparsereg.cli import wrong_input
-from sparsereg.errors import FellShort, InputError
+from sparsereg.errors import FellShort, InputError, wrong_input
 from sparsereg.files import new_version, write_json, write_table, write_text
 from sparsereg.settings import plain
 

@@ -19,11 +19,10 @@ from sparsereg.calibration.reading.households import (
     TargetTable,
     initial_weights,
     target_table,
-    unique_ids,
 )
 from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.reading.sources import ALL_TARGETS
-from sparsereg.calibration.reading.tables import read_table, require_column
+from sparsereg.calibration.reading.tables import read_table, require_column, unique_ids
 from sparsereg.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:

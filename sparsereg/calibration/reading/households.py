@@ -26,7 +26,7 @@ from sparsereg.calibration.reading.conditions import Condition, conjuncts, equal
 from sparsereg.calibration.reading.conditions import columns_of as names_in
 from sparsereg.calibration.reading.levels import UNITS, Persons
 from sparsereg.calibration.reading.missing import REFUSED, Missing
-from sparsereg.calibration.reading.tables import require_column
+from sparsereg.calibration.reading.tables import require_column, unique_ids
 from sparsereg.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -823,22 +823,3 @@ def initial_weights(households: pd.DataFrame, column: str | None, file: str) -> 
     if not weights.any():
         raise InputError(f"{file}: {column} is zero for every household")
     return weights
-
-
-def unique_ids(households: pd.DataFrame, column: str | None, file: str) -> np.ndarray | None:
-    """Return a column as ids, None for None; refuse missing and repeated ones."""
-    if column is None:
-        return None
-    require_column(households, column, file, "the ids of the households")
-    series = households[column]
-    if series.isna().any():
-        raise InputError(f"{file}: {column} is missing in row {row(int(np.flatnonzero(series.isna())[0]))}")
-    twice = series.duplicated()
-    if twice.any():
-        at = int(np.flatnonzero(twice)[0])
-        before = int(np.flatnonzero(series == series.iloc[at])[0])
-        raise InputError(
-            f"{file}: the id {series.iloc[at]} is there twice, in rows {row(before)} and {row(at)}"
-            f" ({int(twice.sum())} repeated)"
-        )
-    return np.asarray(series.to_numpy())

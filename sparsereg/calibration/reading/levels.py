@@ -15,7 +15,7 @@ import scipy.sparse as sp
 
 from sparsereg.calibration.reading.cells import row
 from sparsereg.calibration.reading.labels import labels_of, with_labels
-from sparsereg.calibration.reading.tables import require_column
+from sparsereg.calibration.reading.tables import require_column, unique_ids
 from sparsereg.errors import InputError
 
 if TYPE_CHECKING:
@@ -130,8 +130,6 @@ def in_households(
         InputError: a column or an id is missing or twice, a person is in no household, or a household has
             nobody; the message names them.
     """
-    from sparsereg.calibration.reading.households import unique_ids
-
     upper, lower = files
     require_column(persons, household_id, lower, f"it says which {units[0]} a {units[1]} is in")
     key = household_id if household_id in households.columns or id is None else id

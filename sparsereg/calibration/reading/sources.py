@@ -24,14 +24,13 @@ from sparsereg.calibration.reading.households import (
     initial_weights,
     names_used,
     target_table,
-    unique_ids,
     united,
 )
 from sparsereg.calibration.reading.levels import in_households
 from sparsereg.calibration.reading.matrix_file import read_matrix
 from sparsereg.calibration.reading.missing import REFUSED, Missing
 from sparsereg.calibration.reading.synthetic import synthetic_tables
-from sparsereg.calibration.reading.tables import Table, open_table, read_table
+from sparsereg.calibration.reading.tables import Table, open_table, read_table, unique_ids
 from sparsereg.errors import InputError, did_you_mean
 from sparsereg.files import write_table
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
+from sparsereg.calibration.reading.cells import row
 from sparsereg.calibration.reading.csv_file import CsvFile
 from sparsereg.calibration.reading.database import Database
 from sparsereg.calibration.reading.parquet_file import ParquetFile
@@ -248,3 +251,22 @@ def existing(path: str | Path) -> Path:
     if file.stat().st_size == 0:
         raise InputError(f"{file} is empty")
     return file
+
+
+def unique_ids(households: pd.DataFrame, column: str | None, file: str) -> np.ndarray | None:
+    """Return a column as ids, None for None; refuse missing and repeated ones."""
+    if column is None:
+        return None
+    require_column(households, column, file, "the ids of the households")
+    series = households[column]
+    if series.isna().any():
+        raise InputError(f"{file}: {column} is missing in row {row(int(np.flatnonzero(series.isna())[0]))}")
+    twice = series.duplicated()
+    if twice.any():
+        at = int(np.flatnonzero(twice)[0])
+        before = int(np.flatnonzero(series == series.iloc[at])[0])
+        raise InputError(
+            f"{file}: the id {series.iloc[at]} is there twice, in rows {row(before)} and {row(at)}"
+            f" ({int(twice.sum())} repeated)"
+        )
+    return np.asarray(series.to_numpy())

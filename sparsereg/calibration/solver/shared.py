@@ -32,18 +32,14 @@ from sparsereg.calibration.solver.exact import (
     unit_factors,
 )
 from sparsereg.calibration.target_scale import target_scale
+from sparsereg.device import several_processes
 from sparsereg.shapes import Bool, Float, Int
-
-
-def in_group() -> bool:
-    """Whether there is a group of more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def summed(values: ArrayLike) -> np.ndarray:
     """The sum over the group, float64; what it is itself without a group. All processes get the same bits."""
     own = torch.from_numpy(np.array(values, dtype=np.float64))
-    if in_group():
+    if several_processes():
         dist.all_reduce(own)
     return own.numpy()
 
@@ -51,7 +47,7 @@ def summed(values: ArrayLike) -> np.ndarray:
 def largest(value: float) -> float:
     """The largest value in the group."""
     own = torch.tensor(value, dtype=torch.float64)
-    if in_group():
+    if several_processes():
         dist.all_reduce(own, op=dist.ReduceOp.MAX)
     return float(own)
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsereg.compression.batch_norm_folding import fuse
 from sparsereg.compression.budget import Budget, meet_
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant
-from sparsereg.compression.deploy import fuse
 from sparsereg.compression.timing.runtimes import (
     Loaded,
     Loaders,

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from sparsereg.compression.batch_norm_folding import fuse
 from sparsereg.compression.compact import compact
-from sparsereg.compression.deploy import fuse
 from sparsereg.compression.timing.latency import Timing, benchmark
 from sparsereg.compression.timing.runtimes import Source
 

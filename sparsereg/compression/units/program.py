@@ -377,7 +377,9 @@ def _export(
     model: nn.Module, args: Any, kwargs: Any, maps: bool | None = False
 ) -> tuple[torch.export.ExportedProgram, Any, Any]:
     """Export a network for any batch size and length of sequences, or else for those of the example."""
-    pair = torch.utils._pytree.tree_map(_two, (args, kwargs))  # a size of one cannot be told from no size
+    pair = torch.utils._pytree.tree_map(
+        at_least_two, (args, kwargs)
+    )  # a size of one cannot be told from no size
     wide = torch.utils._pytree.tree_map(_two_places, pair) if maps is None else pair
     try:
         exported = torch.export.export(
@@ -443,8 +445,8 @@ def _let_write_anew(graph: fx.Graph) -> None:
             node.target = getattr(plain, node.target._overloadname or "default", node.target)
 
 
-def _two(x: Any) -> Any:
-    """Two examples in place of one."""
+def at_least_two(x: Any) -> Any:
+    """Two examples in place of one, which would be taken for a fixed size."""
     return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
 
 

@@ -11,7 +11,7 @@ from sparsereg.page import page
 from sparsereg.page.page import known, number, percent, setting
 from sparsereg.page.pictures import AFTER, drawn
 from sparsereg.settings import flat
-from sparsereg.training.artefacts import NAMES, Artefact, columns, to_ship
+from sparsereg.training.artefacts import NAMES, Artefact, columns
 from sparsereg.training.tasks.task import SHARES, Task
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _values(results: Mapping[str, Any], artefacts: Sequence[Artefact], task: Tas
         "provenance": results["provenance"],
         "word": SHARES.get(task.figure, task.figure),
         "measured_on": results["measured_on"],
-        "ship": to_ship(artefacts),
+        "ship": results["ship"],
         "timed": timed,
         "timed_how": results.get("latency_settings", ""),
         "artefacts": [_row(a, task, timed) for a in artefacts],

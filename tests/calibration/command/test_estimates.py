@@ -10,9 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sparsereg.calibration.command import run as script
-from sparsereg.calibration.config import CalibrationRun
-from sparsereg.cli import settings_of
+from sparsereg.commands import calibrate as script
 from sparsereg.errors import InputError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -24,7 +22,7 @@ FEW = "report.variables=[api00,api.stu/enroll]"
 def command(*overrides):
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = hydra.compose("calibrate", overrides=list(overrides))
-    path = script.run(settings_of(CalibrationRun, composed))
+    path = script.run(composed)
     return path.parent, json.loads(path.read_text())
 
 

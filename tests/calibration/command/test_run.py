@@ -13,13 +13,13 @@ import torch
 from omegaconf import OmegaConf
 
 from sparsereg.archives import load_torch, save_torch
-from sparsereg.calibration.command import run as script
 from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.reading.synthetic import synthetic_problem
 from sparsereg.calibration.reporting.recorder import Recorder
 from sparsereg.calibration.solver.calibration import Calibration, Settings
 from sparsereg.calibration.solver.selection import NAMES
 from sparsereg.cli import settings_of
+from sparsereg.commands import calibrate as script
 from sparsereg.errors import InputError
 from sparsereg.settings import plain
 from sparsereg.temperature import Temperature
@@ -46,7 +46,7 @@ def config(*overrides):
 
 
 def run(*overrides):
-    path = script.run(settings_of(CalibrationRun, config(*overrides)))
+    path = script.run(config(*overrides))
     return path.parent, json.loads(path.read_text())
 
 

@@ -8,12 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sparsereg.calibration.command import run as script
-from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.reading.households import build, target_table
 from sparsereg.calibration.reading.levels import in_households
 from sparsereg.calibration.reading.missing import Missing
-from sparsereg.cli import settings_of
+from sparsereg.commands import calibrate as script
 from sparsereg.errors import InputError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -23,7 +21,7 @@ REFERENCE = Path(__file__).parents[1] / "reference"
 def command(*overrides):
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = hydra.compose("calibrate", overrides=list(overrides))
-    path = script.run(settings_of(CalibrationRun, composed))
+    path = script.run(composed)
     return path.parent, json.loads(path.read_text())
 
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sparsereg.calibration.reading import csv_file
-from sparsereg.calibration.reading.households import build, initial_weights, target_table, unique_ids
-from sparsereg.calibration.reading.tables import open_table, read_table
+from sparsereg.calibration.reading.households import build, initial_weights, target_table
+from sparsereg.calibration.reading.tables import open_table, read_table, unique_ids
 from sparsereg.errors import InputError
 
 

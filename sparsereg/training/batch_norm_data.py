@@ -1,4 +1,4 @@
-"""What BatchNorm statistics are taken from while Lightning trains, see ``sparsereg.model.batch_norm``."""
+"""Which data BatchNorm statistics are taken from, see ``sparsereg.model.batch_norm_statistics``."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable

@@ -63,8 +63,3 @@ def batch_norm_over_processes(
     scale = weight * torch.rsqrt(variance + norm.eps)
     shift = bias - mean * scale
     return torch.addcmul(shift.view(1, -1, 1, 1), wide, scale.view(1, -1, 1, 1)).to(x.dtype)
-
-
-def several_processes() -> bool:
-    """Whether this process is one of several that train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
