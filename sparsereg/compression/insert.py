@@ -58,7 +58,7 @@ def gate(
             dictionary of inputs by name.
         layers: which layers to gate: a pattern such as ``layer3.*``, several, or a function of name and
             module. One of several layers that share a gate is enough. All if None.
-        families: kinds of gates (``channels units heads head_dims kv_groups width blocks inputs``); all but
+        families: kinds of gates (``channels units heads head_dims kv_groups width blocks experts inputs``); all but
             the features of the inputs if None.
         residual: whether what several layers write together gets a gate, too.
         shape: ``free``, or ``uniform``: layers that are alike share their gates, so that they stay equally
@@ -127,7 +127,7 @@ def _gates(analysis: Analysis, vectors: list[Vector], factory: GateFactory, shap
     found = {}
     for vector in vectors:
         names = tuple(re.sub(r"\d+", "*", analysis.program.names[w]) for w in vector.sites)
-        alike = shape == "uniform" and vector.family != "blocks"
+        alike = shape == "uniform" and vector.family not in ("blocks", "experts")
         key = (vector.family, len(vector.choices), names) if alike else id(vector)
         if key not in made:
             made[key] = shared_gate(factory, len(vector.choices))

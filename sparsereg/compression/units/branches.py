@@ -9,7 +9,7 @@ left of the sum is the other terms. What serves nothing but a branch goes with i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -41,11 +41,13 @@ class Branch:
         choice: the number of the choice that decides on them.
         edges: the terms.
         makers: the weights which make them.
+        expert: whether they are terms of a mixture, each weighed by something that the network computes.
     """
 
     choice: int
     edges: frozenset[Edge]
     makers: tuple[fx.Node, ...]
+    expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,36 @@ class Branches:
                 edges, able = self._of_sum(total)
                 terms += able
                 wholes += [edges] if len(able) == len(edges) else []
-        self.found = _grouped(terms, wholes, first)
+        self.found = [replace(b, expert=self._is_expert(b)) for b in _grouped(terms, wholes, first)]
         self.choice_of = {edge: branch.choice for branch in self.found for edge in branch.edges}
         self.alternatives = [
             tuple(self.choice_of[edge] for edge in edges)
             for edges in wholes
             if all(edge in self.choice_of for edge in edges)
         ]
+
+    def _is_expert(self, branch: Branch) -> bool:
+        """Whether its sums have other terms, too, that are weighed: what two of them have in common."""
+        return all(
+            sum(self._is_weighed(t) for t, _ in _terms(self.program, self._outermost(total))) > 1
+            and self._is_weighed(term)
+            for term, total in branch.edges
+        )
+
+    def _outermost(self, total: fx.Node) -> fx.Node:
+        """The addition that takes all terms of a sum."""
+        while _is_inner(self.program, total):
+            (total,) = _users(total)
+        return total
+
+    def _is_weighed(self, term: fx.Node) -> bool:
+        """Whether a term is a product of tensors that are both computed, or a function of one."""
+        while term.op == "call_function" and len(term.all_input_nodes) == 1:
+            (term,) = term.all_input_nodes
+        if term.op != "call_function" or name_of(term).rstrip("_") not in PRODUCTS:
+            return False
+        factors = [n for n in term.args[:2] if isinstance(n, fx.Node) and n.op == "call_function"]
+        return len(factors) == 2 and all(self._before[n] & self._floats for n in factors)
 
     def _of_sum(self, total: fx.Node) -> tuple[list[Edge], list[_Term]]:
         """All terms of a sum, and those that could go."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from sparsereg.compression.units.branches import Branch
 from sparsereg.compression.units.labels import FIRST, Ints
 from sparsereg.compression.units.program import module_of, name_of, place_of, trace
 from sparsereg.compression.units.rules import RULES
@@ -30,6 +31,7 @@ FAMILIES = {
     "width": "the residual stream, over which norms take means",
     "inputs": "features of the inputs, where asked for",
     "blocks": "whole branches of residual blocks",
+    "experts": "whole experts of a mixture, which a router weighs",
 }
 """What can go, by name."""
 STATES = ("can go", "tied", "kept")
@@ -248,7 +250,7 @@ def _branches(units: Units, node: fx.Node, name: str) -> list[Row]:
             total = min((total for _, total in branch.edges), key=lambda n: n.name)
             state = "can go" if name == first else "tied"
             reason = f"all of a branch of the sum{_where(total)}" if name == first else f"with {first}"
-            rows.append(Row(name, 0, 1, "blocks", state, reason))
+            rows.append(Row(name, 0, 1, _kind(branch), state, reason))
     return rows
 
 
@@ -326,8 +328,12 @@ def families(units: Units) -> dict[int, str]:
                 found[choice] = "width"
     _name_heads(units, found)
     found.update(dict.fromkeys(units.features, "inputs"))
-    found.update((branch.choice, "blocks") for branch in units.branches.found)
+    found.update((branch.choice, _kind(branch)) for branch in units.branches.found)
     return found
+
+
+def _kind(branch: Branch) -> str:
+    return "experts" if branch.expert else "blocks"
 
 
 def _name_heads(units: Units, found: dict[int, str]) -> None:

@@ -262,3 +262,21 @@ def test_fused_kernels_of_encoders_read_gated_weights():
             gates.log_alpha[::2] = -10.0
         assert difference(before, network(example_of("encoder"))) > 1e-3
         compact(network, example_of("encoder"))
+
+
+@torch.no_grad()
+def test_experts_are_a_family_of_their_own():
+    mixture, x = made("experts"), example_of("experts")
+    gated = gate(mixture, x, families=["experts"]).eval()
+    gates = hard_concretes(gated)
+    assert [h.log_alpha.numel() for h in gates.values()] == [1, 1, 1, 1]
+    for shut, h in zip((True, True, False, False), gates.values(), strict=True):
+        h.log_alpha.fill_(-10.0 if shut else 10.0)
+    torch.testing.assert_close(compact(gated, x)(x), gated(x))
+    two = sum(p.numel() for expert in mixture.experts[:2] for p in expert.parameters())
+    size = count(gated, x)
+    assert size.parameters - size.compacted_parameters >= two
+    with pytest.raises(ValueError, match="nothing of blocks that can go"):
+        gate(mixture, x, families="blocks")
+    with pytest.raises(ValueError, match="nothing of experts that can go"):
+        gate(made("nested"), example_of("nested"), families=["experts"])
