@@ -58,8 +58,8 @@ def gate(
             dictionary of inputs by name.
         layers: which layers to gate: a pattern such as ``layer3.*``, several, or a function of name and
             module. One of several layers that share a gate is enough. All if None.
-        families: kinds of gates (``channels units heads head_dims kv_groups width blocks experts inputs``); all but
-            the features of the inputs if None.
+        families: kinds of gates (``channels units heads head_dims kv_groups width blocks experts inputs``);
+            all but the features of the inputs if None.
         residual: whether what several layers write together gets a gate, too.
         shape: ``free``, or ``uniform``: layers that are alike share their gates, so that they stay equally
             large and the network's own class can hold the result (``restore_class``).
