@@ -34,7 +34,7 @@ from benchmarks.repair import Data, digits
 from sparsereg import Sparsifier
 from sparsereg.compression import compact
 from sparsereg.compression.oneshot.repair import repaired
-from sparsereg.model.batch_norm import estimate_batch_norm_
+from sparsereg.model.batch_norm_statistics import estimate_batch_norm_
 from sparsereg.model.googlenet import GoogleNet, InceptionBlock
 from sparsereg.model.lenet import LeNet5
 from sparsereg.model.transformer import Shape

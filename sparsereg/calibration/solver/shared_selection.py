@@ -34,11 +34,11 @@ from sparsereg.calibration.solver.selection import gates_of
 from sparsereg.calibration.solver.shared import (
     SharedRows,
     SharedWeights,
-    in_group,
     largest,
     shared_scale,
     summed,
 )
+from sparsereg.device import several_processes
 from sparsereg.shapes import Bool, Float, Int, Shaped
 
 METHODS = ("all", "hard_concrete")
@@ -62,7 +62,7 @@ class SharedMatrix:
     ) -> Float[Tensor, "targets={self.num_targets}"]:
         """See ``HouseholdMatrix``."""
         totals = self._local.totals(weights)
-        if in_group():
+        if several_processes():
             dist.all_reduce(totals)
         return totals
 
@@ -154,7 +154,7 @@ def _check(part: CalibrationProblem, settings: Settings, method: str) -> None:
 
 def _first(own: int) -> int:
     """How many households the processes before this one have."""
-    if not in_group():
+    if not several_processes():
         return 0
     counts = np.zeros(dist.get_world_size())
     counts[dist.get_rank()] = own
