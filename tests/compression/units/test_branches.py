@@ -1,6 +1,7 @@
 """Whole branches: one gate shuts all of f(x) in x + f(x), and compaction takes it out."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -169,8 +170,9 @@ def test_gated_networks_are_compacted_to_the_counted_size(name, seed, tmp_path):
 @pytest.mark.parametrize("name", ["nested", "parallel", "experts"])
 @torch.no_grad()
 def test_branches_go_in_all_combinations(name):
-    network = gate(made(name), example_of(name), families="blocks", jitter=0.0)
+    network = gate(made(name), example_of(name), families=["blocks", "experts"], jitter=0.0)
     own = branch_gates(network)
+    assert own
     for open_ones in itertools.product([True, False], repeat=len(own)):
         for gates, here in zip(own, open_ones, strict=True):
             gates.log_alpha.fill_(10.0 if here else -10.0)
@@ -180,7 +182,7 @@ def test_branches_go_in_all_combinations(name):
 
 
 def branch_gates(network):
-    return [gates for name, gates in hard_concretes(network).items() if "gate_blocks" in name]
+    return [gates for name, gates in hard_concretes(network).items() if re.search("gate_(blocks|experts)", name)]
 
 
 def test_one_layer_of_those_alike_stays():
