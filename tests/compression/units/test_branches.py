@@ -182,7 +182,8 @@ def test_branches_go_in_all_combinations(name):
 
 
 def branch_gates(network):
-    return [gates for name, gates in hard_concretes(network).items() if re.search("gate_(blocks|experts)", name)]
+    found = hard_concretes(network).items()
+    return [gates for name, gates in found if re.search("gate_(blocks|experts)", name)]
 
 
 def test_one_layer_of_those_alike_stays():
