@@ -98,6 +98,29 @@ def test_two_processes_write_the_weights_of_one(tmp_path, place):
 
 
 @pytest.mark.slow
+def test_gates_in_two_processes_keep_whom_one_process_keeps(tmp_path):
+    tables(tmp_path)
+    more = ("lambda_l0=0.0003", "epochs=150", "seed=2", "problem.households=H.parquet")
+    tables_of = []
+    for processes in (2, 1):
+        done = started(tmp_path, *more, *(("plots=false",) if processes == 1 else ()), processes=processes)
+        assert done.returncode == 0, done.stderr
+        folder = (tmp_path / done.stdout.rsplit("results: ")[1].strip()).parent
+        told = json.loads((folder / "results.json").read_text())
+        parts = sorted((folder / "weights").iterdir()) if processes > 1 else []
+        long = (
+            pd.concat([pd.read_parquet(p) for p in parts]) if parts else pd.read_csv(folder / "weights.csv")
+        )
+        tables_of.append(long[long.weight > 0].reset_index(drop=True))
+        assert told["method"] == "hard_concrete"
+        assert told["kept"] == len(tables_of[-1])
+    ours, theirs = tables_of
+    assert 20 < len(ours) < 850
+    assert ours.id.tolist() == theirs.id.tolist()
+    np.testing.assert_allclose(ours.weight, theirs.weight, rtol=1e-9, atol=1e-9 * theirs.weight.max())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [
