@@ -264,3 +264,43 @@ def test_equal_to_aggregate_stage_where_bounds_bind(tmp_path, monkeypatch, dista
     at_bound = int(((ratio < 0.85 * (1 + 1e-9)) | (ratio > 1.2 * (1 - 1e-9))).sum())
     assert results["bounds_hit"] == at_bound > 1200
     assert results["max_abs_scaled_error"] < 1e-12
+
+
+def test_persons_of_domains_are_kept_within_bounds(tmp_path, monkeypatch):
+    """Whole weights of households, counts of persons by land, sex and age, ratios between 0.7 and 1.4."""
+    monkeypatch.chdir(tmp_path)
+    rng, num = np.random.default_rng(3), 3000
+    households = pd.DataFrame(
+        {"hid": np.arange(num), "land": rng.choice(["A", "B", "C"], num), "w": 1 + rng.lognormal(3, 0.4, num)}
+    )
+    sizes = rng.integers(1, 6, num)
+    people = int(sizes.sum())
+    persons = pd.DataFrame(
+        {
+            "hid": np.repeat(households.hid, sizes),
+            "age": rng.integers(0, 90, people),
+            "sex": rng.integers(0, 2, people),
+        }
+    )
+    rows = []
+    for land in "ABC":
+        for where in ("sex == 0", "sex == 1", "age >= 65"):
+            there = persons.merge(households).query(f"land == '{land}' and {where}")
+            rows.append(
+                [f"{land} {where}", round(1.04 * there.w.sum()), f"land == '{land}' and {where}", "person"]
+            )
+    targets = pd.DataFrame(rows, columns=["name", "value", "where", "unit"])
+    for name, table in (("H", households), ("P", persons), ("T", targets)):
+        table.to_csv(f"{name}.csv", index=False)
+    folder, results = command(
+        "problem=households", "problem.households=H.csv", "problem.persons=P.csv", "problem.targets=T.csv",
+        "problem.household_id=hid", "problem.weight=w", "method=calibrate", "distance=raking",
+        "bounds=[0.7,1.4]", "weights=integer", "plots=false", "tensorboard=false",
+    )  # fmt: skip
+    found = pd.read_csv(folder / "weights.csv")
+    assert found.weight.dtype.kind == "i"
+    assert found.weight.between(0.7 * households.w, 1.4 * households.w).all()
+    by_person = persons.merge(households).merge(found.rename(columns={"id": "hid"}), on="hid")
+    reached = [by_person.query(where).weight.sum() for where in targets["where"]]
+    assert np.abs(reached - targets.value).max() <= 2  # of about 20,000 each
+    assert results["gave_way"] == 0
