@@ -1,19 +1,30 @@
 """What a network may cost in the end, and how fast it gets there."""
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sparsereg.checks import check_positive
+from sparsereg.errors import InputError
 from sparsereg.settings import NOT_NEGATIVE, Settings, count, setting, within
 
 MILLISECONDS = "milliseconds"
 """The cost of a target that is about time."""
+SHAPES = ("free", "uniform")
+"""Whether layers that are alike may come to differ in size."""
 
 
 @dataclass(frozen=True)
 class Target(Settings):
-    """How target_sparsity or target_macs is reached; docs/choosing-lambda.md."""
+    """How a target is reached, and targets of parts; docs/choosing-lambda.md, docs/any-network.md."""
 
+    params: str | tuple[str, ...] | None = setting(
+        None,
+        "shares of the parameters to remove from parts, e.g. blocks.*.mlp:0.5, heads:0.25, or a list of such",
+    )
+    macs: str | tuple[str, ...] | None = setting(
+        None, "shares of the multiply-accumulate operations of parts to keep, in the same way"
+    )
     ramp: float = setting(
         0.6, "share of the epochs over which the target falls geometrically", within("(0, 1]", "a share")
     )
@@ -27,6 +38,79 @@ class Target(Settings):
         count(),
     )
     every_n_steps: int = setting(5, "the expected cost is differentiated anew every so many steps", count())
+
+    def check(self) -> None:
+        """Targets of parts can be read."""
+        _ = self.parts
+
+    @property
+    def parts(self) -> "tuple[Share, ...]":
+        """What parts of the network may cost."""
+        return part_goals(self.params, self.macs, ("target.params", "target.macs"))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a part of a network may cost.
+
+    Attributes:
+        where: a pattern of names of modules, or a family of gates.
+        cost: one of ``budget.COSTS``.
+        kept: share of the part's cost that may stay, in (0, 1).
+        said: as the user gave it.
+    """
+
+    where: str
+    cost: str
+    kept: float
+    said: str
+
+
+Parts = str | Sequence[str] | Mapping[str, float]
+"""Shares of parts: ``NAME:SHARE``, several with commas between or as a list, or a dictionary."""
+
+
+def part_goals(
+    params: Parts | None, macs: Parts | None, keys: tuple[str, str] = ("target_params", "target_part_macs")
+) -> tuple[Share, ...]:
+    """Return what parts of a network may cost.
+
+    Args:
+        params: for each part the share of its parameters to remove, in (0, 1).
+        macs: for each part the share of its multiply-accumulate operations to keep, in (0, 1).
+        keys: what the user calls these two, for messages.
+
+    Raises:
+        InputError: something else than a name and a share.
+
+    Example:
+        >>> [(part.where, part.cost, part.kept) for part in part_goals("heads:0.25,blocks.*.mlp:0.5", None)]
+        [('heads', 'parameters', 0.75), ('blocks.*.mlp', 'parameters', 0.5)]
+    """
+    found = []
+    for given, cost, key in ((params, "parameters", keys[0]), (macs, "macs", keys[1])):
+        for where, value in _pairs(given, key):
+            said = f"{key}={where}:{value}" if where else f"{key}={value}"
+            try:
+                share = float(str(value))
+            except ValueError:
+                share = math.nan
+            if not where or not 0 < share < 1:
+                raise InputError(f"{said}: expected a name and a share in (0, 1), such as blocks.*.mlp:0.5")
+            found.append(Share(where, cost, 1 - share if cost == "parameters" else share, said))
+    return tuple(found)
+
+
+def _pairs(given: Parts | None, key: str) -> Iterator[tuple[str, object]]:
+    if given is None:
+        return
+    if isinstance(given, Mapping):
+        yield from given.items()
+        return
+    for text in [given] if isinstance(given, str) else given:
+        for part in str(text).split(","):
+            where, _, value = part.strip().rpartition(":")
+            yield where, value
 
 
 def falling(kept: float, progress: float) -> float:

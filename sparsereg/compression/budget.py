@@ -7,22 +7,27 @@ Minimise the task loss subject to E[cost] <= target, where E[cost] is the expect
 
 with a target that falls geometrically from the whole network to the one asked for, and a
 proportional-integral multiplier. A purely integral one overshoots: it has grown while the ramp fell, and
-goes on closing gates after the constraint holds. Here the integral starts again from zero then.
+goes on closing gates after the constraint holds. Here the integral starts again from zero then. Parts of the
+network with a budget of their own (``sparsereg.compression.parts``) have a constraint and a multiplier each.
 """
 
 import bisect
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsereg.compression.count import Accountant
-from sparsereg.distributions import log_alpha_at, shift
+from sparsereg.compression.parts import Part, parts_of
+from sparsereg.distributions import HardConcrete, log_alpha_at, shift
+from sparsereg.errors import InputError
+from sparsereg.goal import Share, falling
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +46,14 @@ class Constraint:
         violation: log(E[cost] / target) when it was measured last.
         gradients: each gate's locations and d log E[cost] / d log_alpha.
         scalars: what TensorBoard shows.
+        parts: constraints beside it.
     """
 
     multiplier: float
     violation: float
     gradients: list[tuple[Tensor, Tensor]]
     scalars: dict[str, float]
+    parts: tuple["Constraint", ...] = ()
 
     def add_gradient_(self, optimizer: torch.optim.Optimizer | None = None, scale: float = 1.0) -> bool:
         """Add the gradient of the penalty to that which the gates have.
@@ -63,12 +70,16 @@ class Constraint:
         for log_alpha, gradient in own:
             added = (scale * self.multiplier * gradient).to(log_alpha.dtype)
             log_alpha.grad = added if log_alpha.grad is None else log_alpha.grad.add_(added)
-        return bool(own)
+        others = [part.add_gradient_(optimizer, scale) for part in self.parts]
+        return bool(own) or any(others)
 
     def penalty(self) -> Tensor:
         """Return multiplier * log(E[cost] / target), a scalar: the value and the gradient measured last."""
-        linear = torch.stack([(log_alpha * gradient).sum() for log_alpha, gradient in self.gradients]).sum()
-        return self.multiplier * (self.violation + linear - linear.detach())
+        penalties = [part.penalty() for part in self.parts]
+        if self.gradients:
+            linear = torch.stack([(place * slope).sum() for place, slope in self.gradients]).sum()
+            penalties.append(self.multiplier * (self.violation + linear - linear.detach()))
+        return torch.stack(penalties).sum()
 
 
 class Multiplier:
@@ -98,25 +109,31 @@ class Budget:
 
     Args:
         accountant: counts the network.
-        cost: one of ``COSTS``; a class below may name another.
+        cost: one of ``COSTS``; a class below may name another; None where parts only have budgets.
         kept: share of it that may stay in the end, in (0, 1).
         proportional_gain: of the multiplier.
         integral_gain: of the multiplier.
+        shares: what parts of the network may cost.
         round_to: see ``meet_``.
 
     Attributes:
         constraint: as it was measured last; None before.
         multiplier: of the constraint.
+        parts: budgets of parts.
         met: whether the gates have been set to the exact count since ``measure`` was called.
+
+    Raises:
+        InputError: there is no such part, or it cannot be that small.
     """
 
     def __init__(
         self,
         accountant: Accountant,
-        cost: str,
+        cost: str | None,
         kept: float,
         proportional_gain: float,
         integral_gain: float,
+        shares: Sequence[Share] = (),
         round_to: int = 1,
     ) -> None:
         self.accountant = accountant
@@ -126,6 +143,10 @@ class Budget:
         self.multiplier = Multiplier(proportional_gain, integral_gain)
         self.constraint: Constraint | None = None
         self.met = False
+        self.parts = [
+            PartBudget(accountant, part, proportional_gain, integral_gain)
+            for part in parts_of(accountant, shares)
+        ]
 
     def expected_share(self) -> Tensor:
         """Share of the cost that is expected to stay, differentiable in every log_alpha; a scalar."""
@@ -133,27 +154,36 @@ class Budget:
             return self.accountant.expected_parameters() / self.accountant.parameters
         return self.accountant.expected_macs() / self.accountant.macs
 
-    def measure(self, allowed: float, steps: int = 1) -> Constraint:
+    def measure(self, progress: float, steps: int = 1) -> Constraint:
         """Compare the expected cost with what is allowed now, and move the multiplier.
 
         Args:
-            allowed: share of the cost, in (0, 1].
+            progress: from 0, where the whole network is allowed, to 1, where the target is in force.
             steps: of the optimizer for which the result will be used.
         """
-        expected = self.expected_share()
+        self.met = False
+        parts = tuple(part.measure(progress, steps) for part in self.parts)
+        own = Constraint(0.0, 0.0, [], {}) if self.cost is None else self._measured(progress, steps)
+        scalars = dict(own.scalars)
+        for part, constraint in zip(self.parts, parts, strict=True):
+            name = re.sub(r"[^\w.-]+", "_", part.name)  # trackers of runs take no stars
+            scalars |= {f"{key}/{name}": value for key, value in constraint.scalars.items()}
+        self.constraint = replace(own, scalars=scalars, parts=parts)
+        return self.constraint
+
+    def _measured(self, progress: float, steps: int) -> Constraint:
+        allowed, expected = falling(self.kept, progress), self.expected_share()
         locations = [gate.log_alpha for gate in self.accountant.gates]
         gradients = torch.autograd.grad(expected.log(), locations, allow_unused=True)
         share = float(expected.detach())
         violation = math.log(share / allowed)
         multiplier = self.multiplier.update(violation, steps)
-        self.met = False
-        self.constraint = Constraint(
+        return Constraint(
             multiplier,
             violation,
             [(a, g) for a, g in zip(locations, gradients, strict=True) if g is not None],
             {"lambda_target": multiplier, "target_kept": allowed, "expected_kept": share},
         )
-        return self.constraint
 
     def state_dict(self) -> dict[str, Any]:
         """The multiplier and what was measured last, tensors and numbers, so that a loop goes on exactly."""
@@ -166,17 +196,35 @@ class Budget:
             "violation": None if now is None else now.violation,
             "scalars": {} if now is None else dict(now.scalars),
             "gradients": dict(gradients),
+            "parts": {part.name: part.state_dict() for part in self.parts},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned.
 
         Raises:
-            ValueError: it is of other gates.
+            ValueError: it is of other gates, or of other parts.
         """
+        states = dict(state.get("parts") or {})
+        if set(states) != {part.name for part in self.parts}:
+            raise ValueError(f"this state is of other parts: {', '.join(states) or 'none'}")
+        for part in self.parts:
+            part.load_state_dict(states[part.name])
+        self.multiplier.integral = float(state["integral"])
+        self.constraint = None
+        pairs = self._pairs(state["gradients"])
+        if state["multiplier"] is not None:
+            scalars = {name: float(value) for name, value in state["scalars"].items()}
+            constraints = tuple(part.constraint for part in self.parts if part.constraint is not None)
+            self.constraint = Constraint(
+                float(state["multiplier"]), float(state["violation"]), pairs, scalars, constraints
+            )
+
+    def _pairs(self, gradients: Mapping[Any, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Locations and their slopes, from the numbers of gates."""
         locations = [gate.log_alpha for gate in self.accountant.gates]
         pairs: list[tuple[Tensor, Tensor]] = []
-        for place, gradient in state["gradients"].items():
+        for place, gradient in gradients.items():
             at = int(place)
             shape = locations[at].shape if 0 <= at < len(locations) else None
             value = torch.as_tensor(gradient)
@@ -185,29 +233,95 @@ class Budget:
                     f"this state is of other gates: its gate {at} has {tuple(value.shape)} places"
                 )
             pairs.append((locations[at], value.to(locations[at])))
-        self.multiplier.integral = float(state["integral"])
-        self.constraint = None
-        if state["multiplier"] is not None:
-            scalars = {name: float(value) for name, value in state["scalars"].items()}
-            self.constraint = Constraint(
-                float(state["multiplier"]), float(state["violation"]), pairs, scalars
-            )
+        return pairs
+
+    def integrals(self) -> dict[str, float]:
+        """What multipliers have gathered: ``integral``, and of parts ``integral NAME``."""
+        parts = {f"integral {part.name}": part.multiplier.integral for part in self.parts}
+        return {"integral": self.multiplier.integral, **parts}
+
+    def load_integrals(self, integrals: Mapping[str, float]) -> None:
+        """Go on from what ``integrals`` returned; parts that were not there start anew."""
+        self.multiplier.integral = float(integrals["integral"])
+        for part in self.parts:
+            part.multiplier.integral = float(integrals.get(f"integral {part.name}", 0.0))
 
     def meet(self) -> None:
         """Open or shut the gates nearest to the boundary, so that the exact cost is what is allowed."""
-        with torch.no_grad():
-            share = float(self.expected_share())
+        for held in [self, *self.parts]:
+            held.warn()
+        cost = self.cost if self.cost is None or self.cost in COSTS else self.exact_share
+        parts = [part.part for part in self.parts]
+        meet_all_(self.accountant, cost, self.kept, parts, self.round_to)
+        self.met = True
+
+    def exact_share(self) -> float:
+        """Share of the cost that compaction leaves now; of the whole network without a cost."""
+        return 1.0 if self.cost is None else exact_share(self.accountant, self.cost)
+
+    @property
+    def what(self) -> str:
+        """What the budget is about, for messages."""
+        return str(self.cost)
+
+    @torch.no_grad()
+    def warn(self) -> None:
+        """Say so where the gates have not come near the target."""
+        share = 0.0 if self.cost is None else float(self.expected_share())
         if share > UNDECIDED * self.kept:
             log.warning(
                 "the gates have not come near the target: %.1f %% of the %s are expected to stay, %.1f %% "
                 "may; the rest is cut off now, which costs accuracy. Train longer, or let the gates learn "
                 "faster (optimizer.gate_lr_ratio of train.py, gate_lr)",
                 100 * share,
-                self.cost,
+                self.what,
                 100 * self.kept,
             )
-        meet_(self.accountant, self.cost, self.kept, self.round_to)
-        self.met = True
+
+
+class PartBudget(Budget):
+    """The share of the cost of a part that may stay.
+
+    Args:
+        accountant: counts the network.
+        part: of it.
+        proportional_gain: of the multiplier.
+        integral_gain: of the multiplier.
+
+    Raises:
+        InputError: with every gate shut more stays.
+    """
+
+    def __init__(
+        self, accountant: Accountant, part: Part, proportional_gain: float, integral_gain: float
+    ) -> None:
+        share = part.share
+        super().__init__(accountant, share.cost, share.kept, proportional_gain, integral_gain)
+        self.part = part
+        least = least_share(accountant, part.exact)
+        if least >= 1:
+            raise InputError(f"{share.said}: none of its {share.cost} can go; explain() says why")
+        if share.kept < least:
+            most = least if share.cost == "macs" else 1 - least
+            bound = f"more than {most:.4f}" if share.cost == "macs" else f"at most {most:.4f}"
+            raise InputError(
+                f"{share.said} cannot be met: with every gate shut {least:.2%} of these {share.cost} stay;"
+                f" give {bound}, or let more families or layers go"
+            )
+
+    @property
+    def name(self) -> str:
+        """The part, for logs; where it is about MACs with that behind it."""
+        return self.part.share.where + (" macs" if self.cost == "macs" else "")
+
+    @property
+    def what(self) -> str:
+        """What the budget is about, for messages."""
+        return f"{self.cost} of {self.part.share.where}"
+
+    def expected_share(self) -> Tensor:
+        """Share of the part's cost that is expected to stay, a differentiable scalar."""
+        return self.part.expected()
 
 
 UNDECIDED = 1.1
@@ -237,38 +351,52 @@ def meet_(accountant: Accountant, cost: Exact, kept: float, round_to: int = 1) -
     Returns:
         The share that stays; above ``kept`` only if a network with a single open gate costs more.
     """
-    gates = accountant.gates
-    shapes = [(g.temperature, g.gamma, g.zeta) for g in gates]
-    odds = [g.log_alpha.double() - shift(*shape) for g, shape in zip(gates, shapes, strict=True)]
-    blocks = [_blocks(o, round_to) for o in odds]
-    odds = [_common(o, block) for o, block in zip(odds, blocks, strict=True)]
-    opened = [
-        g.log_alpha.clamp(min=log_alpha_at(0.5 + MARGIN, *shape))
-        for g, shape in zip(gates, shapes, strict=True)
-    ]
-    shut = [
-        g.log_alpha.clamp(max=log_alpha_at(0.5 - MARGIN, *shape))
-        for g, shape in zip(gates, shapes, strict=True)
-    ]
-    ranked = torch.cat([o.flatten() for o in odds])
-    levels = sorted(set(ranked.tolist()))
+    return _Ranked(accountant.gates, round_to).meet_(lambda: exact_share(accountant, cost), kept)
 
-    def share(num_shut: int) -> float:
-        """Put a level between the gates and return what stays."""
-        level = levels[num_shut - 1] if num_shut else -math.inf
-        for i, gate in enumerate(gates):
-            gate.log_alpha.copy_(torch.where(odds[i] > level, opened[i], shut[i]))
-        return exact_share(accountant, cost)
 
-    # More shut levels never cost more: the first number of them that is cheap enough.
-    num_shut = bisect.bisect_left(range(len(levels)), True, key=lambda n: share(n) <= kept)
-    num_shut = min(num_shut, len(levels) - 1)
-    reached = share(num_shut)
-    if num_shut == 0:
-        return reached
-    next_below = ranked.where(ranked <= levels[num_shut - 1], -math.inf).topk(min(TRIES, len(ranked)))
-    candidates = next_below.indices[next_below.values > -math.inf].tolist()
-    return _fill_(accountant, cost, kept, reached, candidates, opened, blocks)
+@torch.no_grad()
+def meet_all_(
+    accountant: Accountant, cost: Exact | None, kept: float, parts: Sequence[Part], round_to: int = 1
+) -> float:
+    """Set gates so that the network and parts of it cost what they may.
+
+    One level is common to all gates. Parts that would cost more than they may, or nearly as much, get a level
+    of their own for the gates that are theirs; the others make up for it. What gates of several parts do to
+    each other is undone in a few rounds.
+
+    Args:
+        accountant: of the network, whose gates are changed in place.
+        cost: of the network, see ``meet_``; None if only parts have budgets.
+        kept: share of it that may stay.
+        parts: with budgets of their own.
+        round_to: see ``meet_``.
+
+    Returns:
+        The share of the network's cost that stays; 1 without one.
+    """
+    ranked = _Ranked(accountant.gates, round_to)
+    held: list[Part] = []
+
+    def whole() -> float:
+        return 1.0 if cost is None else exact_share(accountant, cost)
+
+    def meet_whole() -> None:
+        if cost is not None:
+            ranked.meet_(whole, kept, _without([part.own for part in held], accountant.gates))
+
+    for _ in range(ROUNDS if parts else 1):
+        meet_whole()
+        tight = [part for part in parts if cost is None or part.exact() > part.share.kept / UNDECIDED]
+        held += [part for part in tight if part not in held]
+        for i, part in enumerate(held):
+            ranked.meet_(part.exact, part.share.kept, _less(part.own, [p.own for p in held[:i]]))
+    meet_whole()
+    for part, gates in [(one, gates) for one in parts for gates in (one.own, one.touched)]:
+        if part.exact() > part.share.kept:
+            ranked.meet_(part.exact, part.share.kept, ranked.open_among(gates))
+    if cost is not None and whole() > kept:
+        ranked.meet_(whole, kept, ranked.open_among(_without([], accountant.gates)))
+    return whole()
 
 
 def _blocks(odds: Tensor, size: int) -> list[Tensor]:
@@ -286,50 +414,126 @@ def _common(odds: Tensor, blocks: list[Tensor]) -> Tensor:
     return common.view_as(odds)
 
 
-def _fill_(
-    accountant: Accountant,
-    cost: Exact,
-    kept: float,
-    reached: float,
-    candidates: list[int],
-    opened: list[Tensor],
-    blocks: list[list[Tensor]],
-) -> float:
-    """Open gates, in this order, that fit between the share that is reached and the one allowed.
+ROUNDS = 4
+"""In which gates that several parts share are balanced."""
+Places = Sequence[Tensor]
+"""For each gate which of its places are meant."""
+
+
+def _without(taken: Sequence[Places], gates: Sequence[HardConcrete]) -> Places:
+    """All places but some."""
+    everything = [torch.ones_like(gate.log_alpha, dtype=torch.bool) for gate in gates]
+    return _less(everything, taken)
+
+
+def _less(places: Places, taken: Sequence[Places]) -> Places:
+    for others in taken:
+        places = [own & ~other for own, other in zip(places, others, strict=True)]
+    return places
+
+
+class _Ranked:
+    """Gates in the order in which they are open, as training has left them.
 
     Args:
-        accountant: of the network, whose gates are changed in place.
-        cost: parameters or macs, or what returns the share of another cost that stays.
-        kept: share of it that may stay.
-        reached: share of it that stays now.
-        candidates: positions of shut gates in all gates' log_alpha, end to end.
-        opened: each gate's log_alpha when it is open, of its shape.
-        blocks: positions in each gate's log_alpha that are opened together.
-
-    Returns:
-        The share that stays then.
+        gates: of a network; changed in place.
+        round_to: see ``meet_``.
     """
-    gates = accountant.gates
-    starts = list(itertools.accumulate((g.log_alpha.numel() for g in gates), initial=0))
-    of = [{int(p): block for block in own for p in block} for own in blocks]
-    tried: set[tuple[int, int]] = set()
-    for candidate in candidates:
-        if reached >= ENOUGH * kept:
-            break
-        i = bisect.bisect_right(starts, candidate) - 1
-        together = of[i][candidate - starts[i]]
-        if (i, int(together[0])) in tried:
-            continue
-        tried.add((i, int(together[0])))
-        log_alpha = gates[i].log_alpha.view(-1)
-        before = log_alpha[together].clone()
-        log_alpha[together] = opened[i].view(-1)[together]
-        larger = exact_share(accountant, cost)
-        if reached < larger <= kept:
-            reached = larger
-        else:
-            log_alpha[together] = before
-    return reached
+
+    def __init__(self, gates: Sequence[HardConcrete], round_to: int = 1) -> None:
+        self.gates = gates
+        shapes = [(g.temperature, g.gamma, g.zeta) for g in gates]
+        pairs = list(zip(gates, shapes, strict=True))
+        odds = [g.log_alpha.double() - shift(*shape) for g, shape in pairs]
+        self.blocks = [_blocks(o, round_to) for o in odds]
+        self.odds = [_common(o, block) for o, block in zip(odds, self.blocks, strict=True)]
+        self.opened = [g.log_alpha.clamp(min=log_alpha_at(0.5 + MARGIN, *shape)) for g, shape in pairs]
+        self.shut = [g.log_alpha.clamp(max=log_alpha_at(0.5 - MARGIN, *shape)) for g, shape in pairs]
+
+    def open_among(self, places: Places) -> Places:
+        """Those of some places that are open now."""
+        return [own & (g.median() > 0) for own, g in zip(places, self.gates, strict=True)]
+
+    def meet_(self, share: Callable[[], float], kept: float, movable: Places | None = None) -> float:
+        """Put a level between the gates until a share is as large as is allowed, and return it.
+
+        Args:
+            share: of a cost that stays now.
+            kept: share of it that may stay.
+            movable: the gates that may be set; all if None.
+        """
+        movable = _without([], self.gates) if movable is None else movable
+        ranked = torch.cat(
+            [odds.where(own, math.inf).flatten() for odds, own in zip(self.odds, movable, strict=True)]
+        )
+        levels = sorted(set(ranked[ranked < math.inf].tolist()))
+        if not levels:
+            return share()
+
+        def at(num_shut: int) -> float:
+            self._put(levels[num_shut - 1] if num_shut else -math.inf, movable)
+            return share()
+
+        # More shut levels never cost more: the first number of them that is cheap enough.
+        num_shut = bisect.bisect_left(range(len(levels)), True, key=lambda n: at(n) <= kept)
+        whole = all(bool(own.all()) for own in movable)  # of a whole network some gate stays open
+        num_shut = min(num_shut, len(levels) - 1) if whole else num_shut
+        reached = at(num_shut)
+        if num_shut == 0:
+            return reached
+        below = ranked.where(ranked <= levels[num_shut - 1], -math.inf).topk(min(TRIES, len(ranked)))
+        candidates = below.indices[below.values > -math.inf].tolist()
+        return self._fill(share, kept, reached, candidates, movable)
+
+    def _put(self, level: float, movable: Places) -> None:
+        """Open what is above a level, and shut what is not."""
+        for gate, odds, opened, shut, own in zip(
+            self.gates, self.odds, self.opened, self.shut, movable, strict=True
+        ):
+            value = torch.where(odds > level, opened, shut)
+            gate.log_alpha.copy_(torch.where(own, value, gate.log_alpha))
+
+    def _fill(
+        self,
+        share: Callable[[], float],
+        kept: float,
+        reached: float,
+        candidates: Sequence[int],
+        movable: Places,
+    ) -> float:
+        """Open gates, in this order, that fit between the share that is reached and the one allowed.
+
+        Args:
+            share: of a cost that stays now.
+            kept: share of it that may stay.
+            reached: share of it that stays now.
+            candidates: positions of shut gates in all gates' log_alpha, end to end.
+            movable: the gates that may be set.
+
+        Returns:
+            The share that stays then.
+        """
+        starts = list(itertools.accumulate((g.log_alpha.numel() for g in self.gates), initial=0))
+        of = [{int(p): block for block in own for p in block} for own in self.blocks]
+        tried: set[tuple[int, int]] = set()
+        for candidate in candidates:
+            if reached >= ENOUGH * kept:
+                break
+            i = bisect.bisect_right(starts, candidate) - 1
+            together = of[i][candidate - starts[i]]
+            together = together[movable[i].flatten()[together]]
+            if (i, int(together[0])) in tried:
+                continue
+            tried.add((i, int(together[0])))
+            log_alpha = self.gates[i].log_alpha.view(-1)
+            before = log_alpha[together].clone()
+            log_alpha[together] = self.opened[i].view(-1)[together]
+            larger = share()
+            if reached < larger <= kept:
+                reached = larger
+            else:
+                log_alpha[together] = before
+        return reached
 
 
 def exact_share(accountant: Accountant, cost: Exact) -> float:
@@ -342,12 +546,12 @@ def exact_share(accountant: Accountant, cost: Exact) -> float:
 
 
 @torch.no_grad()
-def least_share(accountant: Accountant, cost: str) -> float:
-    """Return the share of the parameters or MACs that stays with every gate shut: what gates cannot take.
+def least_share(accountant: Accountant, cost: Exact) -> float:
+    """Return the share of a cost that stays with every gate shut: what gates cannot take.
 
     Args:
         accountant: of the network, whose gates are as before afterwards.
-        cost: parameters or macs.
+        cost: parameters or macs, or what returns the share of another cost that stays.
     """
     before = [gate.log_alpha.clone() for gate in accountant.gates]
     try:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.units.explain import inputs_of
+from sparsereg.compression.parts import Selected, inside
+from sparsereg.compression.units.explain import FAMILIES, families, inputs_of
 from sparsereg.compression.units.flow import Flow, flow_of
 from sparsereg.compression.units.gating import GatedModule
 from sparsereg.compression.units.lines import Bools
@@ -207,6 +208,19 @@ class Accountant:
         """Expected MACs that stay for one example, differentiable in every log_alpha; a scalar."""
         return self._counted.expected()[1]
 
+    def paths(self) -> list[str]:
+        """Modules that hold weights or compute products."""
+        return list(dict.fromkeys(row.name for row in self._counted.rows()))
+
+    def select(self, where: str, cost: str) -> Selected:
+        """What belongs to a part of the network.
+
+        Args:
+            where: a pattern of names of modules, or a family of gates.
+            cost: parameters or macs.
+        """
+        return self._counted.select(where, cost)
+
 
 class _Units:
     """Counts a network whose gates ``gate`` has put in."""
@@ -229,6 +243,39 @@ class _Units:
     def expected(self) -> tuple[Tensor, Tensor]:
         """Expected parameters and MACs that stay."""
         return self.costs.expected(self.structure.p_active(self.model))
+
+    def select(self, where: str, cost: str) -> Selected:
+        """See ``Accountant.select``."""
+        at = ("parameters", "macs").index(cost)
+        terms, others = (self.costs.parameters, self.costs.macs)[at], self._others(where)
+        everything = np.ones(len(self.costs.choices), dtype=bool)
+        if where in FAMILIES:
+            counted = self.costs.exact(others)[at] < self.costs.exact(everything)[at]
+            members = frozenset([where]) if counted.any() else frozenset[str]()
+        else:
+            paths = [self._path(term.node) for term in terms]
+            counted = np.array([inside(path, where) for path in paths], dtype=bool)
+            members = frozenset(path for path, own in zip(paths, counted, strict=True) if own)
+
+        def expected() -> Tensor:
+            p = self.structure.p_active(self.model)
+            free = torch.from_numpy(others).to(p.device)
+            found = self.costs.expected_terms(torch.where(free, torch.ones_like(p), p))[at]
+            return found[torch.from_numpy(counted).to(p.device)].sum()
+
+        def exact() -> int:
+            return int(self.costs.exact(self.structure.stays(self.model) | others)[at][counted].sum())
+
+        full = int(self.costs.exact(everything)[at][counted].sum())
+        return Selected(full, members, exact, expected)
+
+    def _others(self, where: str) -> Bools:
+        """For a family the choices that its gates do not decide on; for modules none."""
+        others = np.zeros(len(self.costs.choices), dtype=bool)
+        if where in FAMILIES:
+            kinds = families(self.structure.analysis.units)
+            others[:] = [kinds.get(c) != where or c not in self.structure.gates for c in self.costs.choices]
+        return others
 
     def rows(self) -> list[LayerCount]:
         """A row for each module that holds weights or computes products."""
@@ -279,6 +326,23 @@ class _Channels:
     def expected(self) -> tuple[Tensor, Tensor]:
         """Expected parameters and MACs that stay."""
         return self.flow.expected(self.model)
+
+    def select(self, where: str, cost: str) -> Selected:
+        """See ``Accountant.select``; gates of an author's own have no families."""
+        at = ("parameters", "macs").index(cost)
+        rows = self.flow.rows(self.flow.analyse(self.model))
+        own = [(path, row) for path, row in rows if inside(path, where)]
+
+        def exact() -> int:
+            now = self.flow.rows(self.flow.analyse(self.model))
+            return sum(row[f"kept_{cost}"] for path, row in now if inside(path, where))
+
+        return Selected(
+            sum(row[cost] for _, row in own),
+            frozenset(path for path, _ in own),
+            exact,
+            lambda: self.flow.expected(self.model, lambda path: inside(path, where))[at],
+        )
 
     def rows(self) -> list[LayerCount]:
         """A row for each module that holds weights or computes products."""

@@ -22,13 +22,12 @@ from sparsereg.compression.units.gating import GATED, draw_anew, gate_layer_, pu
 from sparsereg.compression.units.sites import WHOLE, Norm
 from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, shapes_of
 from sparsereg.distributions import HardConcrete
+from sparsereg.goal import SHAPES
 from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
 from sparsereg.penalties import hard_concretes
 
 DEFAULT = tuple(family for family in FAMILIES if family != "inputs")
 """What is gated if nothing is asked for; columns of the data have to be."""
-SHAPES = ("free", "uniform")
-"""Whether layers that are alike may come to differ in size."""
 logger = logging.getLogger(__name__)
 
 Choice = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -96,6 +95,7 @@ def gate_(
     Parameters stay the same objects, so that what refers to them goes on doing so.
     """
     _check_plain(model)
+    check_shape(shape)
     args, kwargs = inputs_of(example_input)
     factory = GateFactory(**gate_settings)
     wanted = _wanted(families)
@@ -121,8 +121,6 @@ def gate_(
 
 def _gates(analysis: Analysis, vectors: list[Vector], factory: GateFactory, shape: str) -> dict[int, L0Gate]:
     """The gate of each tensor of choices, by its identity; layers that are alike share one if asked to."""
-    if shape not in SHAPES:
-        raise ValueError(f"shape: unknown {shape!r}; known are {', '.join(SHAPES)}")
     made: dict[Any, L0Gate] = {}
     found = {}
     for vector in vectors:
@@ -133,6 +131,17 @@ def _gates(analysis: Analysis, vectors: list[Vector], factory: GateFactory, shap
             made[key] = shared_gate(factory, len(vector.choices))
         found[id(vector)] = made[key]
     return found
+
+
+def check_shape(shape: str) -> str:
+    """Return the name of a shape.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape: unknown {shape!r}; known are {', '.join(SHAPES)}")
+    return shape
 
 
 def _check_plain(model: nn.Module) -> None:

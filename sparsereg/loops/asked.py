@@ -13,13 +13,13 @@ from sparsereg.compression.timing.runtimes import check_runtime, default_runtime
 from sparsereg.data.batches import moved
 from sparsereg.device import several_processes
 from sparsereg.errors import InputError
-from sparsereg.goal import MILLISECONDS, Target, goal
+from sparsereg.goal import MILLISECONDS, Parts, Share, Target, goal, part_goals
 from sparsereg.loops.reading import isolated
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One of three targets, and how a call is measured where it is one in milliseconds.
+    """One of three targets, how a call is measured where it is one in milliseconds, and targets of parts.
 
     Attributes:
         target_sparsity: share of the parameters to remove, in (0, 1); or
@@ -28,6 +28,8 @@ class Asked:
         runtime: where it is measured, see ``sparsereg.compression.timing.measured.latency_budget``.
         threads: that may compute in such a call.
         batch: examples in such a call.
+        target_params: shares of the parameters to remove from parts, see ``sparsereg.goal.part_goals``.
+        target_part_macs: shares of the multiply-accumulate operations of parts to keep.
 
     Raises:
         InputError: the runtime is not installed.
@@ -41,6 +43,8 @@ class Asked:
     runtime: str | None = None
     threads: int = 1
     batch: int = 1
+    target_params: Parts | None = None
+    target_part_macs: Parts | None = None
 
     def __post_init__(self) -> None:
         cost, _ = self._goal()
@@ -54,8 +58,17 @@ class Asked:
             if value != default:
                 raise ValueError(f"{name}={value!r} says how target_latency_ms is measured: give that, too")
 
-    def _goal(self) -> tuple[str, float]:
-        return goal(self.target_sparsity, self.target_macs, self.target_latency_ms)
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """What parts may cost."""
+        return part_goals(self.target_params, self.target_part_macs)
+
+    def _goal(self) -> tuple[str | None, float]:
+        """What the whole network may cost; nothing is said of it where only parts have targets."""
+        targets = self.target_sparsity, self.target_macs, self.target_latency_ms
+        if self.shares and all(target is None for target in targets):
+            return None, 1.0
+        return goal(*targets)
 
     def budget(self, accountant: Accountant, example: Any, how: Target) -> Budget:
         """Return the budget of a network with gates.
@@ -71,11 +84,13 @@ class Asked:
         cost, kept = self._goal()
         gains = how.proportional_gain, how.integral_gain
         if cost != MILLISECONDS:
-            _check_reachable(accountant, cost, kept)
-            return Budget(accountant, cost, kept, *gains)
+            if cost is not None:
+                _check_reachable(accountant, cost, kept)
+            return Budget(accountant, cost, kept, *gains, self.shares)
         if several_processes():
             raise InputError("target_latency_ms is measured by one process: give the Trainer devices=1")
         timing: dict[str, Any] = {"runtime": self.runtime, "threads": self.threads, "batch": self.batch}
+        timing["shares"] = self.shares
         with isolated():
             return latency_budget(accountant, moved(example, torch.device("cpu")), kept, *gains, **timing)
 

@@ -15,7 +15,7 @@ from sparsereg.data.batches import LABELS, moved
 from sparsereg.data.form import arguments_of
 from sparsereg.distributions import TEMPERATURE
 from sparsereg.errors import InputError
-from sparsereg.goal import Target
+from sparsereg.goal import Parts, Target
 from sparsereg.loops.groups import gated_weights, keep_rates_, regroup_
 from sparsereg.loops.plain import DROPRATE, Sparsifier, saved
 from sparsereg.loops.reading import ROWS, by_rule, device_of, isolated
@@ -43,6 +43,11 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
             that is not installed, if None.
         threads: that may compute in such a call.
         batch: examples in such a call.
+        target_params: shares of the parameters to remove from parts: modules by a pattern of names, or
+            families of gates; ``{"blocks.*.mlp": 0.5}`` or ``"blocks.*.mlp:0.5,heads:0.25"``. Beside the
+            target of the whole network, or alone.
+        target_part_macs: shares of the multiply-accumulate operations of parts to keep, in the same way.
+        shape: ``free`` or ``uniform``, see ``sparsereg.gate``.
         example: one batch as the model takes it, without labels; the first of the training data if None.
         families: kinds of gates, see ``sparsereg.gate``; all that serve if None.
         layers: which layers get gates, see ``sparsereg.gate``; all if None.
@@ -79,6 +84,9 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
         runtime: str | None = None,
         threads: int = 1,
         batch: int = 1,
+        target_params: Parts | None = None,
+        target_part_macs: Parts | None = None,
+        shape: str = "free",
         example: Any = None,
         families: str | Sequence[str] | None = None,
         layers: Choice | None = None,
@@ -106,6 +114,9 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
             runtime=runtime,
             threads=threads,
             batch=batch,
+            target_params=target_params,
+            target_part_macs=target_part_macs,
+            shape=shape,
             families=families,
             layers=layers,
             gate_lr=gate_lr,

@@ -16,14 +16,14 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from sparsereg.checks import check_count
-from sparsereg.compression.insert import Choice
+from sparsereg.compression.insert import Choice, check_shape
 from sparsereg.compression.running import evaluating, first_line
 from sparsereg.compression.units.gating import draw_anew
 from sparsereg.data.batches import call
 from sparsereg.device import several_processes
 from sparsereg.distributions import TEMPERATURE
 from sparsereg.errors import InputError
-from sparsereg.goal import Target
+from sparsereg.goal import Parts, Target
 from sparsereg.loops.asked import Asked
 from sparsereg.loops.first_call import first_call
 from sparsereg.loops.groups import follow_, gated_weights, keep_rates_, regroup_
@@ -63,6 +63,11 @@ class Sparsify(Callback):
             that is not installed, if None.
         threads: that may compute in such a call.
         batch: examples in such a call.
+        target_params: shares of the parameters to remove from parts: modules by a pattern of names, or
+            families of gates; ``{"blocks.*.mlp": 0.5}`` or ``"blocks.*.mlp:0.5,heads:0.25"``. Beside the
+            target of the whole network, or alone.
+        target_part_macs: shares of the multiply-accumulate operations of parts to keep, in the same way.
+        shape: ``free`` or ``uniform``, see ``sparsereg.gate``.
         example: one batch as the network takes it: a tensor, a tuple of inputs, or a dictionary of inputs
             by name. If None, what ``training_step`` calls the network with on the first batch.
         module: name of the network in the LightningModule, such as ``net`` or ``model.backbone``.
@@ -99,6 +104,9 @@ class Sparsify(Callback):
         runtime: str | None = None,
         threads: int = 1,
         batch: int = 1,
+        target_params: Parts | None = None,
+        target_part_macs: Parts | None = None,
+        shape: str = "free",
         example: Any = None,
         module: str | None = None,
         families: str | Sequence[str] | None = None,
@@ -111,10 +119,19 @@ class Sparsify(Callback):
         seed: int | None = None,
         save: bool = True,
     ) -> None:
-        asked = Asked(target_sparsity, target_macs, target_latency_ms, runtime, threads, batch)
+        asked = Asked(
+            target_sparsity,
+            target_macs,
+            target_latency_ms,
+            runtime,
+            threads,
+            batch,
+            target_params,
+            target_part_macs,
+        )
         self.settings: dict[str, Any] = {
             **vars(asked),
-            **{"families": families, "layers": layers},
+            **{"families": families, "layers": layers, "shape": check_shape(shape)},
             **{"gate_lr": gate_lr, "ramp": Target(ramp=ramp).ramp},
             **{"droprate_init": droprate_init, "temperature": temperature},
         }

@@ -18,7 +18,7 @@ from sparsereg.compression.storage import save_compacted
 from sparsereg.data.batches import moved
 from sparsereg.distributions import TEMPERATURE
 from sparsereg.errors import InputError
-from sparsereg.goal import Target, falling
+from sparsereg.goal import Parts, Target
 from sparsereg.loops.asked import Asked
 from sparsereg.loops.reading import check_example, device_of, like
 from sparsereg.model.batch_norm_statistics import estimate_batch_norm_
@@ -49,6 +49,11 @@ class Sparsifier:
             that is not installed, if None.
         threads: that may compute in such a call.
         batch: examples in such a call.
+        target_params: shares of the parameters to remove from parts: modules by a pattern of names, or
+            families of gates; ``{"blocks.*.mlp": 0.5}`` or ``"blocks.*.mlp:0.5,heads:0.25"``. Beside the
+            target of the whole network, or alone.
+        target_part_macs: shares of the multiply-accumulate operations of parts to keep, in the same way.
+        shape: ``free`` or ``uniform``, see ``sparsereg.gate``.
         families: kinds of gates, see ``sparsereg.gate``; all that serve if None.
         layers: which layers get gates, see ``sparsereg.gate``; all if None.
         gate_lr: learning rate of the gates, > 0; if None ten times that of the weights, or more in a short
@@ -96,6 +101,9 @@ class Sparsifier:
         runtime: str | None = None,
         threads: int = 1,
         batch: int = 1,
+        target_params: Parts | None = None,
+        target_part_macs: Parts | None = None,
+        shape: str = "free",
         families: str | Sequence[str] | None = None,
         layers: Choice | None = None,
         gate_lr: float | None = None,
@@ -108,7 +116,16 @@ class Sparsifier:
         self.steps = check_count("steps", steps)
         self.gate_lr = gate_lr if gate_lr is None else check_positive("gate_lr", gate_lr)
         self.how = Target(ramp=ramp)
-        asked = Asked(target_sparsity, target_macs, target_latency_ms, runtime, threads, batch)
+        asked = Asked(
+            target_sparsity,
+            target_macs,
+            target_latency_ms,
+            runtime,
+            threads,
+            batch,
+            target_params,
+            target_part_macs,
+        )
         self.example = check_example(model, example)
         self.model = model if inplace else copy.deepcopy(model)
         gate_(
@@ -116,6 +133,7 @@ class Sparsifier:
             self.example,
             layers,
             families=families,
+            shape=shape,
             droprate_init=droprate_init,
             temperature=temperature,
             generator=torch.Generator().manual_seed(seed),
@@ -184,8 +202,7 @@ class Sparsifier:
     def _hold(self) -> Constraint:
         if not self._measured or self.budget.constraint is None:
             self._measured = True
-            allowed = falling(self.budget.kept, self.progress / self.how.ramp)
-            self.budget.measure(allowed, self.how.every_n_steps)
+            self.budget.measure(self.progress / self.how.ramp, self.how.every_n_steps)
         assert self.budget.constraint is not None
         return self.budget.constraint
 

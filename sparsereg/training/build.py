@@ -176,7 +176,7 @@ def start_from(cfg: Training, named: Set[str]) -> tuple[Training, Checkpoint | N
     Raises:
         InputError: it cannot be read, or the command asks for what it cannot give.
     """
-    if cfg.target_key is not None and cfg.lambda_l0 is not None and "lambda_l0" in named:
+    if cfg.has_target and cfg.lambda_l0 is not None and "lambda_l0" in named:
         raise two_ways(cfg)
     if cfg.ckpt_path is None:
         return cfg, None
@@ -369,6 +369,7 @@ def build_network(cfg: Training, data: RunData, checkpoint: Checkpoint | None = 
             form_of(cfg, data),
             gated=not cfg.without_using_gate,
             pretrained=checkpoint is None,
+            shape=cfg.shape,
             droprate_init=cfg.droprate_init,
             temperature=cfg.temperature.initial,
         )
@@ -461,7 +462,7 @@ def build_module(
     module = Learner(
         net,
         task,
-        0.0 if cfg.lambda_l0 is None or cfg.target_key else cfg.lambda_l0,
+        0.0 if cfg.lambda_l0 is None or cfg.has_target else cfg.lambda_l0,
         cfg.optimizer,
         notes,
         cfg.lambda_l2,
@@ -469,7 +470,7 @@ def build_module(
         cfg.penalty,
         distillation,
         cfg.label_smoothing,
-        steady_gates=cfg.target_key is not None,
+        steady_gates=cfg.has_target,
     )
     if cfg.trainer.compile:
         net.compile()  # in place: torch.compile(net) would rename the keys of the state dict
@@ -530,6 +531,7 @@ def restore(checkpoint: Checkpoint, settings: Network | None = None) -> nn.Modul
             checkpoint.config["model"] if settings is None else settings,
             checkpoint.form,
             gated=checkpoint.gated,
+            shape=str(checkpoint.config.get("shape", "free")),
         )
     checkpoints.load_all_weights_(net, checkpoint)
     return net
@@ -689,7 +691,7 @@ def build_callbacks(
     average = WeightAverage(cfg.ema_decay) if cfg.ema_decay is not None else None
     if average is not None:
         callbacks.append(average)
-    if cfg.target_key is not None:
+    if cfg.has_target:
         assert traced is not None
         callbacks.append(_target(cfg, traced, data, average))
     callbacks.append(batch_norm_estimation(cfg, average))
@@ -721,8 +723,8 @@ def _target(
     cfg: Training, accountant: Accountant, data: RunData, average: WeightAverage | None
 ) -> SparsityTarget:
     asked = asked_for(cfg)
-    if asked is not None:
-        return SparsityTarget(accountant, target_settings(cfg, *asked), average)
+    if asked is not None or cfg.target_key is None:
+        return SparsityTarget(accountant, target_settings(cfg, *(asked or (None, None))), average)
     budget = measured_budget(cfg, accountant, example_input(data, accountant.model))
     assert budget is not None
     return SparsityTarget(accountant, target_settings(cfg, budget.cost, budget.kept), average, budget)
@@ -769,7 +771,7 @@ def own(settings: Callbacks) -> list[pl.Callback]:
     return list(made.values())
 
 
-def target_settings(cfg: Training, cost: str, kept: float) -> TargetSettings:
+def target_settings(cfg: Training, cost: str | None, kept: float | None) -> TargetSettings:
     """Return how a target is reached in the epochs that the run has."""
     epochs = cfg.trainer.max_epochs
     assert epochs is not None  # checked with the target

@@ -12,7 +12,7 @@ from sparsereg.data.config import CONFIGS as SOURCES
 from sparsereg.data.kind import Data
 from sparsereg.data.kinds.cifar10 import Cifar10Data
 from sparsereg.errors import InputError, nearest
-from sparsereg.goal import Target
+from sparsereg.goal import SHAPES, Target
 from sparsereg.own_code import Own, is_own
 from sparsereg.settings import (
     NOT_NEGATIVE,
@@ -338,6 +338,12 @@ class Training(Settings):
     droprate_init: float = setting(
         0.5, "initial dropout rate of the gates; 0.05 starts open, for fine-tuning", RATE
     )
+    shape: str = setting(
+        "free",
+        "uniform: layers that are alike stay equally large, so that the network's own class can hold the"
+        " result; docs/any-network.md",
+        choices=SHAPES,
+    )
     target_sparsity: float | None = setting(
         None, "share of the parameters to remove, instead of lambda_l0", within("(0, 1)", "a share")
     )
@@ -421,6 +427,17 @@ class Training(Settings):
         return next((k for k in TARGETS if getattr(self, k) is not None), None)
 
     @property
+    def target_said(self) -> str:
+        """The target as the user gives it."""
+        key = self.target_key
+        return self.target.parts[0].said if key is None else f"{key}={getattr(self, key):g}"
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the network, or a part of it, has a target."""
+        return self.target_key is not None or bool(self.target.parts)
+
+    @property
     def compacts(self) -> bool:
         """Whether channels leave while the network is trained."""
         return self.callbacks.compact_every_n_epochs > 0 and not self.without_using_gate
@@ -447,6 +464,7 @@ class Training(Settings):
             )
         self._check_front()
         self._check_target()
+        self._check_shape()
         if self.compacts:
             self._check_compaction()
 
@@ -481,6 +499,8 @@ class Training(Settings):
                 f"{said} is the way to target_sparsity={self.front[-1]:g}: leave the target out, or give"
                 f" that, or target_macs={1 - self.front[-1]:g} for a front of multiply-accumulates"
             )
+        if self.target.parts:
+            raise InputError(f"{said} and {self.target.parts[0].said} exclude each other: give one of them")
         if self.trainer.strategy != "auto" or self.trainer.devices not in (1, "1", "auto"):
             raise InputError(f"{said} is made by one process: give trainer.devices=1 and no trainer.strategy")
         if self.pick is not None:
@@ -488,13 +508,13 @@ class Training(Settings):
 
     def _check_target(self) -> None:
         key = self.target_key
-        if key is None:
+        if not self.has_target:
             if self.lambda_l0 is None and not self.front:
                 raise InputError(
                     "lambda_l0=null leaves open how many gates close: give target_sparsity, or a number"
                 )
             return
-        given = f"{key}={getattr(self, key):g}"
+        given = self.target_said
         both = [k for k in TARGETS if getattr(self, k) is not None]
         if len(both) > 1:
             raise InputError(f"{both[0]} and {both[1]} exclude each other: give one of them")
@@ -512,7 +532,20 @@ class Training(Settings):
             raise InputError(f"{given} needs to know when training ends: give trainer.max_epochs")
         if self.test_checkpoint == "best":
             raise InputError(
-                f"{key} is met at the end of the run, but test_checkpoint=best: give test_checkpoint=last"
+                f"{given} is met at the end of the run, but test_checkpoint=best: give test_checkpoint=last"
+            )
+
+    def _check_shape(self) -> None:
+        if self.shape == "free":
+            return
+        if self.without_using_gate:
+            raise InputError(
+                f"shape={self.shape} is one of gates, but without_using_gate=true: leave one out"
+            )
+        if self.model.OWN_GATES:
+            raise InputError(
+                f"shape={self.shape} needs a network that gets its gates by its operations, not"
+                f" {self.model.said}, which has gates of its own: leave it out"
             )
 
     def _check_compaction(self) -> None:
@@ -534,10 +567,8 @@ class Training(Settings):
 
 def two_ways(settings: Training) -> InputError:
     """Return the error that says that a target and lambda_l0 are both given."""
-    key = settings.target_key
-    assert key is not None
     return InputError(
-        f"{key}={getattr(settings, key)} and lambda_l0={settings.lambda_l0:g} exclude each other: with a"
+        f"{settings.target_said} and lambda_l0={settings.lambda_l0:g} exclude each other: with a"
         " target, lambda is found while training; give one of them, or lambda_l0=null"
     )
 

@@ -98,6 +98,7 @@ class Front(Callback):
         net = self.accountant.model
         before = copy.deepcopy(net).eval()
         after = copy.deepcopy(before)
+        assert self.settings.cost is not None  # a front has the target of the whole network
         meet_(Accountant(after, self.example), self.settings.cost, 1 - size, self.settings.round_to)
         batches = [only(x, self.example) for x in self.data.estimation_batches(NUM_INPUTS, BATCH)]
         if self._origins is None:

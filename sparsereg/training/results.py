@@ -70,11 +70,14 @@ def target_summary(
     if cfg.without_using_gate:
         return {"lambda_l0": None}
     key, asked = cfg.target_key, asked_for(cfg)
-    if key is None:
+    if not cfg.has_target:
         return {"lambda_l0": cfg.lambda_l0}
     callback = next((c for c in trainer.callbacks if isinstance(c, SparsityTarget)), None)  # type: ignore[attr-defined]
     found = None if callback is None else callback.found
-    summary = {"lambda_l0": None, key: getattr(cfg, key), "lambda_target": found}
+    summary = {"lambda_l0": None, "lambda_target": found, **_parts_summary(callback)}
+    if key is None:
+        return summary
+    summary[key] = getattr(cfg, key)
     if asked is None:
         assert callback is not None
         return {**summary, **_measured_summary(callback)}
@@ -88,13 +91,29 @@ def target_summary(
     return summary
 
 
+def _parts_summary(callback: SparsityTarget | None) -> dict[str, Any]:
+    """Return what is left of parts that have budgets of their own, under ``target_parts``."""
+    if callback is None or not callback.budget.parts:
+        return {}
+    parts = [budget.part for budget in callback.budget.parts]
+    for part in parts:
+        if part.exact() > part.share.kept + 0.01:
+            log.warning("%s is not met: %.1f %% stay", part.share.said, 100 * part.exact())
+    return {
+        "target_parts": [
+            {"part": p.share.where, "cost": p.share.cost, "may_stay": p.share.kept, "stays": p.exact()}
+            for p in parts
+        ]
+    }
+
+
 def _measured_summary(callback: SparsityTarget) -> dict[str, Any]:
     """Return what was measured of the network that a budget in milliseconds or megabytes has left."""
     budget = callback.budget
     assert isinstance(budget, MeasuredBudget)
     if budget.reached is None:
         log.warning("%s=%g was not met: training ended early", budget.cost, budget.target)
-    measured = budget.cost.replace("target", "measured")
+    measured = str(budget.cost).replace("target", "measured")
     whole, smallest = (f"{measured}_{which}" for which in ("whole", "smallest"))
     cost = budget.measured
     return {

@@ -243,6 +243,7 @@ def finetuning_config(cfg: Training) -> Training:
         target_macs=None,
         target_latency_ms=None,
         target_memory_mb=None,
+        target=replace(cfg.target, params=None, macs=None),
         lambda_l0=cfg.lambda_l0 or 0.0,
         lambda_l2=0.0,
         finetune=replace(cfg.finetune, epochs=0),

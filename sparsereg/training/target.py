@@ -40,10 +40,12 @@ def measured_budget(cfg: Training, accountant: Accountant, example_input: Any) -
     gains = cfg.target.proportional_gain, cfg.target.integral_gain
     if cfg.target_latency_ms is not None:
         timing: dict[str, Any] = {"runtime": cfg.runtime, "threads": cfg.threads, "batch": cfg.batch}
+        timing["shares"] = cfg.target.parts
         return latency_budget(accountant, example_input, cfg.target_latency_ms, *gains, **timing)
     if cfg.target_memory_mb is not None:
         cost = Megabytes(accountant, example_input, cfg.batch)
-        return MeasuredBudget(accountant, cost, cfg.target_memory_mb, example_input, *gains)
+        parts = cfg.target.parts
+        return MeasuredBudget(accountant, cost, cfg.target_memory_mb, example_input, *gains, parts)
     return None
 
 
@@ -58,8 +60,12 @@ class TakesConstraint(Protocol):
 class TargetSettings(Target):
     """What is asked for, and how fast, in the epochs that a run has."""
 
-    cost: str = setting(MISSING, "what is to fall", choices=(*COSTS, *MEASURED))
-    kept: float = setting(MISSING, "share of the cost that may stay", within("(0, 1)", "a share"))
+    cost: str | None = setting(
+        MISSING, "what is to fall; None where only parts have targets", choices=(*COSTS, *MEASURED)
+    )
+    kept: float | None = setting(
+        MISSING, "share of the cost that may stay; None likewise", within("(0, 1)", "a share")
+    )
     start_epoch: float = setting(MISSING, "no constraint before this epoch", NOT_NEGATIVE)
     ramp_epochs: float = setting(MISSING, "epochs over which the target falls to kept", POSITIVE)
 
@@ -68,9 +74,13 @@ class TargetSettings(Target):
         """The epoch from which the target asked for is in force."""
         return self.start_epoch + self.ramp_epochs
 
+    def progress_at(self, epoch: float) -> float:
+        """How far the target has fallen at an epoch, which may be a fraction: 0 not at all, 1 altogether."""
+        return (epoch - self.start_epoch) / self.ramp_epochs
+
     def share_at(self, epoch: float) -> float:
         """Share of the cost that is allowed at an epoch, which may be a fraction."""
-        return falling(self.kept, (epoch - self.start_epoch) / self.ramp_epochs)
+        return 1.0 if self.kept is None else falling(self.kept, self.progress_at(epoch))
 
 
 class SparsityTarget(Callback):
@@ -99,9 +109,9 @@ class SparsityTarget(Callback):
     ) -> None:
         self.settings = settings
         self.average = average
-        self.budget = budget or Budget(
-            accountant, settings.cost, settings.kept, settings.proportional_gain, settings.integral_gain
-        )
+        gains = settings.proportional_gain, settings.integral_gain
+        kept = 1.0 if settings.kept is None else settings.kept
+        self.budget = budget or Budget(accountant, settings.cost, kept, *gains, settings.parts)
         self.budget.round_to = settings.round_to
         self.found: float | None = None
         """The multiplier of the last step that looked at the cost."""
@@ -120,7 +130,7 @@ class SparsityTarget(Callback):
         epoch = trainer.current_epoch + batch_idx / trainer.num_training_batches
         if epoch < s.start_epoch:
             return
-        constraint = self.budget.measure(s.share_at(epoch), s.every_n_steps)
+        constraint = self.budget.measure(s.progress_at(epoch), s.every_n_steps)
         self.found = constraint.multiplier
         if isinstance(pl_module, TakesConstraint):
             pl_module.constraint = constraint
@@ -151,12 +161,12 @@ class SparsityTarget(Callback):
                 self.budget.meet()
 
     def state_dict(self) -> dict[str, Any]:
-        """The integral and the multiplier, so that a resumed run goes on."""
-        return {"integral": self.budget.multiplier.integral, "multiplier": self.found}
+        """The integrals and the multiplier, so that a resumed run goes on."""
+        return {**self.budget.integrals(), "multiplier": self.found}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the integral of the run that is resumed."""
-        self.budget.multiplier.integral = state_dict["integral"]
+        self.budget.load_integrals(state_dict)
         self.found = state_dict["multiplier"]
 
     def _is_last(self, trainer: pl.Trainer) -> bool:

@@ -29,6 +29,8 @@ class Network(Settings):
     """Choice of the data where the user names none; () for that of train.yaml."""
     PRETRAINED: ClassVar[bool] = False
     """Whether its builder is told if it is to read weights, too."""
+    OWN_GATES: ClassVar[bool] = False
+    """Whether its gates are placed by its author, not by ``sparsereg.gate``."""
 
     name: str = setting("", "the network")
 

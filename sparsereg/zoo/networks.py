@@ -29,7 +29,12 @@ def _file(settings: Network) -> ModuleType:
 
 
 def build(
-    settings: Network | Mapping[str, Any], form: Form, gated: bool, pretrained: bool = False, **gates: Any
+    settings: Network | Mapping[str, Any],
+    form: Form,
+    gated: bool,
+    pretrained: bool = False,
+    shape: str = "free",
+    **gates: Any,
 ) -> nn.Module:
     """Build the network that the configuration group ``model`` describes.
 
@@ -38,6 +43,7 @@ def build(
         form: what the data look like, and the task.
         gated: False leaves every gate out.
         pretrained: whether weights are read that a folder of the settings has.
+        shape: ``uniform``: layers that are alike share their gates, see ``sparsereg.gate``.
         **gates: settings of the gates, e.g. droprate_init and temperature.
 
     Raises:
@@ -45,6 +51,7 @@ def build(
         ValueError: a value is outside its range.
     """
     chosen = settings if isinstance(settings, Network) else read(Network, settings, "model")
+    gates |= {} if shape == "free" else {"shape": shape}
     if chosen.group == "own":
         if chosen is not settings:
             raise InputError("model._target_ comes from a file, which is data")

@@ -279,6 +279,12 @@ def test_averaged_weights_differ_from_the_last_and_resume(run, tiny):
         (["ema_decay=1"], "ema_decay"),
         (["label_smoothing=1"], "label_smoothing"),
         (["lambda_l0=null"], "lambda_l0"),
+        (["target.params=inception4a"], "target.params=inception4a: expected a name and a share in (0, 1)"),
+        (["target.params=inception4a:1.5"], "expected a name and a share in (0, 1), such as"),
+        (["target.macs=inception4a:0.5", "lambda_l0=2"], "target.macs=inception4a:0.5 and lambda_l0=2"),
+        (["target.params=a:0.5", "front=[0.5,0.7]"], "and target.params=a:0.5 exclude each other"),
+        (["shape=uniform"], "shape=uniform needs a network that gets its gates by its operations"),
+        (["shape=uniform", "model=vit", "without_using_gate=true"], "shape=uniform is one of gates"),
         (["penalty=channels"], "penalty"),
         (["penalty=weights", "model=torchvision"], "penalty"),
     ],
@@ -290,6 +296,44 @@ def test_wrong_recipes_are_refused_in_one_line(run, tiny, wrong, says):
     assert line.startswith("error:")
     assert says in line
     assert not Path("outputs/train/tblog").exists()
+
+
+def test_parts_that_are_not_there(run, tiny, tmp_path):
+    refused = run("train", *tiny, "model=lenet5", "target.params=heads:0.5")
+    assert refused.code == 2
+    assert "target.params=heads:0.5: no gates of the family heads are there" in refused.err
+    refused = run("train", *tiny, "model=lenet5", "target.params=no_such:0.5")
+    assert "error: target.params=no_such:0.5: no module with weights is called no_such" in refused.err
+    assert not list(tmp_path.glob("outputs/train/tblog/lightning_logs/version_0/*"))
+
+
+VIT = ["model=vit", "model.width=24", "model.depth=2", "trainer.max_epochs=3", "optimizer.gate_lr_ratio=20"]
+
+
+def test_parts_of_a_network_have_targets_of_their_own(run, tiny):
+    parts = ["target.params=[blocks.*.mlp:0.5,heads:0.25]", "target_macs=0.6"]
+    done = run("train", *tiny, *VIT, *parts)
+    assert done.code == 0, done.err
+    assert done.results["compacted_macs"] / done.results["macs"] <= 0.6
+    rows = {row["part"]: row for row in done.results["target_parts"]}
+    assert set(rows) == {"blocks.*.mlp", "heads"}
+    assert all(row["stays"] <= row["may_stay"] for row in rows.values())
+    assert rows["blocks.*.mlp"]["stays"] > 0.3
+    resumed = run("train", f"ckpt_path={done.last}", "resume_training=true", "trainer.max_epochs=4")
+    assert resumed.code == 0, resumed.err
+    assert {row["part"] for row in resumed.results["target_parts"]} == set(rows)
+
+
+def test_a_part_alone_and_one_shape_for_all_layers(run, tiny):
+    done = run("train", *tiny, *VIT, "target.params=blocks.*.mlp:0.5", "shape=uniform")
+    assert done.code == 0, done.err
+    assert done.results["lambda_l0"] is None
+    assert done.results["target_parts"][0]["stays"] <= 0.5
+    tested = run("test", f"ckpt_path={done.folder}", "compact=true")
+    assert tested.results["test_acc"] == done.results["test_acc"]
+    small = load_compacted(tested.results["compacted"])
+    sizes = {tuple(p.shape) for n, p in small.named_parameters() if n.endswith("mlp.up.weight")}
+    assert len(sizes) == 1
 
 
 def test_scalars_of_the_constraint_are_logged(run, tiny):

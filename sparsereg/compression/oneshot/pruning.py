@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.budget import meet_
+from sparsereg.compression.budget import Budget, meet_all_
 from sparsereg.compression.compact import ORIGINAL, compact, original_size
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.insert import Choice, gate
@@ -24,7 +24,7 @@ from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.structure import structure_of
 from sparsereg.distributions import HardConcrete, shift
 from sparsereg.errors import nearest
-from sparsereg.goal import goal
+from sparsereg.goal import Parts, Share, goal, part_goals
 from sparsereg.penalties import hard_concretes
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ def shrink(
     target_macs: float | None = None,
     *,
     target_sparsity: float | None = None,
+    target_params: Parts | None = None,
+    target_part_macs: Parts | None = None,
     importance: str = "leftover",
     repair: bool = True,
     num_inputs: int = 2048,
@@ -67,6 +69,9 @@ def shrink(
         target_macs: share of the multiply-accumulate operations to keep, in (0, 1), of the network as it
             stands: without units whose gates are shut already.
         target_sparsity: instead, share of the parameters to remove, in (0, 1).
+        target_params: shares of the parameters to remove from parts, ``{"blocks.*.mlp": 0.5}``: modules by a
+            pattern of names, or families of gates. Beside a target of the whole network, or alone.
+        target_part_macs: shares of the multiply-accumulate operations of parts to keep.
         importance: ``leftover``, what a repair could not make good
             (``sparsereg.compression.oneshot.leftover``; very wide networks take gradient instead), or
             ``gradient``, ``magnitude``, ``taylor`` (``sparsereg.compression.oneshot.importance``).
@@ -90,7 +95,8 @@ def shrink(
         >>> shrink(net, torch.randn(64, 8), target_macs=0.5)(torch.ones(2, 8)).shape
         torch.Size([2, 3])
     """
-    cost, kept = _budget(target_macs, target_sparsity)
+    shares = part_goals(target_params, target_part_macs)
+    cost, kept = _budget(target_macs, target_sparsity, bool(shares))
     if importance not in (known := [LEFTOVER, *IMPORTANCE]):
         raise ValueError(
             f"importance must be one of {', '.join(known)}, got {importance!r}{nearest(importance, known)}"
@@ -102,7 +108,8 @@ def shrink(
     for found in hard_concretes(whole).values():
         _set_(found, torch.full_like(found.log_alpha, OPEN))
     met = copy.deepcopy(whole)
-    meet_by_importance_(met, example, cost, kept, batches, importance, torch.Generator().manual_seed(seed))
+    draws = torch.Generator().manual_seed(seed)
+    meet_by_importance_(met, example, cost, kept, batches, importance, draws, shares)
     if repair:
         small = repaired(whole, met, example, batches, round_to=round_to, seed=seed, progress=progress)
     else:
@@ -114,11 +121,12 @@ def shrink(
 def meet_by_importance_(
     network: nn.Module,
     example: Any,
-    cost: str,
+    cost: str | None,
     kept: float,
     batches: Sequence[Any],
     importance: str,
     generator: torch.Generator,
+    shares: Sequence[Share] = (),
 ) -> float:
     """Shut the gates that are worth least for what they cost until a budget is met.
 
@@ -128,16 +136,18 @@ def meet_by_importance_(
     Args:
         network: in eval mode; its gates are all wide open or shut afterwards.
         example: see ``compact``.
-        cost: parameters or macs.
+        cost: parameters or macs; None where only parts have budgets, whose parameters count then.
         kept: share of it that may stay.
         batches: of inputs.
         importance: a key of ``IMPORTANCE``.
         generator: on the CPU.
+        shares: what parts of the network may cost.
 
     Returns:
         The share that stays.
     """
     accountant = Accountant(network, example)
+    parts = [held.part for held in Budget(accountant, cost, kept, 0.0, 0.0, shares).parts]
     gates = accountant.gates
     for g in gates:
         inside = (NEARLY_OPEN - g.gamma) / (g.zeta - g.gamma)
@@ -146,7 +156,7 @@ def meet_by_importance_(
     frozen = [p for p in network.parameters() if p.requires_grad and id(p) not in own]
     for p in frozen:
         p.requires_grad_(False)
-    expected = accountant.expected_parameters() if cost == "parameters" else accountant.expected_macs()
+    expected = accountant.expected_macs() if cost == "macs" else accountant.expected_parameters()
     slopes = list(torch.autograd.grad(expected, [g.log_alpha for g in gates], retain_graph=False))
     some = batches[: -(-FOR_IMPORTANCE // BATCH)]
     by_worth = "gradient" if importance == LEFTOVER else importance
@@ -162,10 +172,10 @@ def meet_by_importance_(
     rank[ratio.argsort()] = torch.linspace(-OPEN, OPEN, len(ratio), dtype=rank.dtype, device=rank.device)
     for g, own in zip(gates, rank.split([g.log_alpha.numel() for g in gates]), strict=True):
         _set_(g, own.view_as(g.log_alpha) + shift(g.temperature, g.gamma, g.zeta))
-    reached = meet_(accountant, cost, kept)
+    reached = meet_all_(accountant, cost, kept, parts)
     for g in gates:
         _set_(g, torch.where(g.median() > 0, OPEN, -OPEN))
-    log.info("%.1f %% of the %s stay", 100 * reached, cost)
+    log.info("%.1f %% of the %s stay", 100 * reached, cost or "whole network")
     return reached
 
 
@@ -194,8 +204,12 @@ def _by_leftover(
     return order
 
 
-def _budget(target_macs: float | None, target_sparsity: float | None) -> tuple[str, float]:
-    """See ``goal``."""
+def _budget(
+    target_macs: float | None, target_sparsity: float | None, parts: bool
+) -> tuple[str | None, float]:
+    """See ``goal``; None for the cost where only parts have budgets."""
+    if parts and target_macs is None and target_sparsity is None:
+        return None, 1.0
     if (target_macs is None) == (target_sparsity is None):
         raise ValueError("give either target_macs, a share to keep, or target_sparsity, a share to remove")
     return goal(target_sparsity=target_sparsity, target_macs=target_macs)

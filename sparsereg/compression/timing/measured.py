@@ -11,7 +11,7 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.batch_norm_folding import fuse
-from sparsereg.compression.budget import Budget, meet_
+from sparsereg.compression.budget import Budget, meet_all_
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.timing.runtimes import (
@@ -35,6 +35,7 @@ from sparsereg.compression.timing.widths import Widths
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
+from sparsereg.goal import Share
 
 log = logging.getLogger(__name__)
 
@@ -301,6 +302,7 @@ class MeasuredBudget(Budget):
         example_input: one example as the network takes it, on the CPU.
         proportional_gain: of the multiplier.
         integral_gain: of the multiplier.
+        shares: what parts of the network may cost.
         round_to: see ``sparsereg.compression.budget.meet_``.
 
     Attributes:
@@ -318,11 +320,12 @@ class MeasuredBudget(Budget):
         example_input: Any,
         proportional_gain: float = 10.0,
         integral_gain: float = 0.01,
+        shares: Sequence[Share] = (),
         round_to: int = 1,
     ) -> None:
         self.measured, self.target, self.example_input = cost, target, example_input
         self.reached: float | None = None
-        super().__init__(accountant, cost.key, 1.0, proportional_gain, integral_gain, round_to)
+        super().__init__(accountant, cost.key, 1.0, proportional_gain, integral_gain, shares, round_to)
         with _plain_tensors():
             self._fit()
         self.kept = target / cost.full
@@ -392,7 +395,8 @@ class MeasuredBudget(Budget):
         low, high, kept = cost.floor / cost.full, 1.0, self.kept
         for _ in range(_TRIALS):
             _restore(gates, before)
-            meet_(self.accountant, self.exact_share, kept, self.round_to)
+            parts = [part.part for part in self.parts]
+            meet_all_(self.accountant, self.exact_share, kept, parts, self.round_to)
             value = cost.measure(self._compacted(), self.target)
             error = value / self.target - 1
             found.append((abs(error), value, [gate.log_alpha.clone() for gate in gates]))
@@ -439,6 +443,7 @@ def latency_budget(
     runtime: str | None = None,
     threads: int = 1,
     batch: int = 1,
+    shares: Sequence[Share] = (),
 ) -> MeasuredBudget:
     """Return the budget of a network in milliseconds, for a loop of yours.
 
@@ -451,6 +456,7 @@ def latency_budget(
         runtime: where; onnxruntime, or eager PyTorch where that is not installed, if None.
         threads: how many may compute.
         batch: examples in a call.
+        shares: what parts of the network may cost.
 
     Raises:
         InputError: the runtime is not installed, or the network cannot be that fast, or already is.
@@ -458,4 +464,6 @@ def latency_budget(
     cost = Milliseconds(
         accountant, example_input, default_runtime() if runtime is None else runtime, threads, batch
     )
-    return MeasuredBudget(accountant, cost, milliseconds, example_input, proportional_gain, integral_gain)
+    return MeasuredBudget(
+        accountant, cost, milliseconds, example_input, proportional_gain, integral_gain, shares
+    )

@@ -113,6 +113,15 @@ class Costs:
         Args:
             p: probability that each choice stays, (choices,), float64.
         """
+        parameters, macs = self.expected_terms(p)
+        return parameters.sum(), macs.sum()
+
+    def expected_terms(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected parameters of each weight, and multiply-accumulates of each product.
+
+        Args:
+            p: probability that each choice stays, (choices,), float64.
+        """
         probability, counts = self.sizes.expected(p)
         serves = self._serves.expected(p)
         parts = (self._arrays[id(part)] for part in (self.parameters, self.macs))
@@ -194,12 +203,12 @@ class _Arrays:
         return np.asarray(np.rint(self.factor * factors.prod(1)).astype(np.int64) * serves[self.ways])
 
     def expected(self, probability: Tensor, counts: Tensor, serves: Tensor) -> Tensor:
-        """Expected cost of all terms."""
+        """Expected cost of each term."""
         device = counts.device
         factors = torch.cat([counts, counts.new_ones(1)])[torch.from_numpy(self.apart).to(device)].prod(1)
         shared = probability[torch.from_numpy(self.common).to(device)]
         shared = shared * serves[torch.from_numpy(self.ways).to(device)]
-        return (torch.from_numpy(self.factor).to(counts) * shared * factors).sum()
+        return torch.from_numpy(self.factor).to(counts) * shared * factors
 
 
 def n_dim(program: Program, node: fx.Node) -> int:

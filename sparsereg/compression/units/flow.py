@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -183,11 +183,20 @@ class Flow:
             self._parts[device] = [parts_of(step.ins, self.owner, self.steps, device) for step in self.steps]
         return Pass(self.steps, gates, self._parts[device])
 
-    def expected(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Expected parameters and MACs that stay, differentiable in every log_alpha; two scalars."""
+    def expected(
+        self, model: nn.Module, wanted: Callable[[str], bool] = lambda path: True
+    ) -> tuple[Tensor, Tensor]:
+        """Expected parameters and MACs that stay, differentiable in every log_alpha; two scalars.
+
+        Args:
+            model: the network.
+            wanted: whether a module counts, by its path.
+        """
         run = self.passed(model)
         parameters, macs = run.none.sum(), run.none.sum()
         for number, stays in run.stays.items():
+            if not wanted(self.path(self.steps[number])):
+                continue
             more_parameters, more_macs = self.steps[number].expected(run, stays)
             parameters, macs = parameters + more_parameters, macs + more_macs
         return parameters, macs

@@ -1,7 +1,7 @@
 """``model=googlenet``."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsereg.settings import setting
 from sparsereg.zoo.network import Network, sampling
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class GoogleNetModel(Network):
     """The small GoogleNet, 260,650 weights for ten classes."""
+
+    OWN_GATES: ClassVar[bool] = True
 
     name: str = setting("googlenet", "", choices=("googlenet",))
     gate: str = setting(

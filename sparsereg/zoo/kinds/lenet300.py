@@ -1,7 +1,7 @@
 """``model=lenet300``."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsereg.settings import RATE, setting
 from sparsereg.zoo.network import DROPOUT, Network, sampling, with_rates
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class LeNet300Model(Network):
     """LeNet-300-100: dense layers of 300 and 100 units, gates on the input pixels and on the hidden units."""
+
+    OWN_GATES: ClassVar[bool] = True
 
     name: str = setting("lenet300", "", choices=("lenet300",))
     sampling: str = sampling()

@@ -1,7 +1,7 @@
 """``model=lenet5``."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsereg.settings import RATE, setting
 from sparsereg.zoo.network import DROPOUT, Network, sampling, with_rates
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class LeNet5Model(Network):
     """LeNet-5 as in Caffe: 20 and 50 filters, 500 units, gates on filters and on the dense layers' units."""
+
+    OWN_GATES: ClassVar[bool] = True
 
     name: str = setting("lenet5", "", choices=("lenet5",))
     sampling: str = sampling()

@@ -42,7 +42,7 @@ def build(form: "Form", gated: bool, gates: dict[str, Any], *, settings: OwnNetw
     from sparsereg.zoo.gated import check_answer, with_gates
 
     said = f"model._target_={settings._target_}"
-    offered = {**_offered(form), "gated": gated, **gates}
+    offered = {**_offered(form), "gated": gated, **{k: v for k, v in gates.items() if k != "shape"}}
     net = own_code.call(settings.spec, "model", **offered)
     if not isinstance(net, nn.Module):
         raise InputError(f"{said}: expected a torch.nn.Module, it makes a {type(net).__name__}")
@@ -52,6 +52,10 @@ def build(form: "Form", gated: bool, gates: dict[str, Any], *, settings: OwnNetw
         raise InputError(
             f"{said}: the network has gates of its own, but none are wanted (without_using_gate=true): take"
             " an argument gated in its constructor, which is false then"
+        )
+    if own_gates and "shape" in gates:
+        raise InputError(
+            f"{said}: the network has gates of its own, so that shape={gates['shape']} is not to be had"
         )
     if own_gates or not gated:
         return net

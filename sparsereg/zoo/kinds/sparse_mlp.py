@@ -1,7 +1,7 @@
 """``model=sparse_mlp``."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsereg.settings import count, setting
 from sparsereg.zoo.network import Network
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SparseMlpModel(Network):
     """Dense layers with a gate on every weight: saves storage, not time."""
+
+    OWN_GATES: ClassVar[bool] = True
 
     name: str = setting("sparse_mlp", "", choices=("sparse_mlp",))
     hidden_sizes: tuple[int, ...] = setting(
