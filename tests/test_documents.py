@@ -62,7 +62,14 @@ def test_docstrings_name_things_plainly():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/two-frames.md", "docs/own-network.md", "docs/any-network.md"]
+    "page",
+    [
+        "README.md",
+        "docs/two-frames.md",
+        "docs/own-network.md",
+        "docs/any-network.md",
+        "docs/from-torch-pruning.md",
+    ],
 )
 def test_the_code_of_a_guide_runs(page, tmp_path):
     code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S))

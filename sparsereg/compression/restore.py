@@ -36,6 +36,10 @@ _NOT_SIZES = ("vocab", "token", "label", "class", "position", "layers", "depth",
 _QUERIES = ("q_proj", "query.", "q_lin", ".q.", "to_q", "wq")
 _FUSED = ("qkv", "in_proj", "c_attn", "query_key_value")
 """Parts of names of weights that make queries, and of those that make them first of three."""
+_SIZES = ("inner", "intermediate", "hidden", "ff", "dim", "size", "heads")
+"""Parts of names of arguments that may be sizes where nothing is said."""
+_TRIED = (16, 32)
+"""Values of such an argument with which its class is tried."""
 _TOLERANCE = 1e-6
 """Of the spread of the answers, in float64."""
 
@@ -119,6 +123,7 @@ class _Restorer:
         self.start = dict(_arguments(self.original))
         self.first = self._shapes({})
         own = {n: tuple(p.shape) for n, p in self.original.named_parameters(remove_duplicate=False)}
+        self.start |= dict(self._unsaid(own))
         if self.first != own:
             raise InputError(
                 f"restore_class: the arguments that {self._name} was made with are not known:"
@@ -139,6 +144,23 @@ class _Restorer:
         with torch.device("meta"):
             made = self.build(**_by_name(self.start, values))
         return {n: tuple(p.shape) for n, p in made.named_parameters(remove_duplicate=False)}
+
+    def _unsaid(self, own: dict[str, tuple[int, ...]]) -> Iterator[tuple[Key, float]]:
+        """Arguments that are left to the class, with the values that give the sizes which it chose."""
+        for name in _unsaid(self.original):
+            key, tried = (name, None), []
+            for value in _TRIED:
+                try:
+                    with torch.device("meta"):
+                        made = self.build(**{name: value})
+                    tried.append(
+                        {n: tuple(p.shape) for n, p in made.named_parameters(remove_duplicate=False)}
+                    )
+                except Exception:
+                    break
+            found = set(_implied(own, *tried)) if len(tried) == len(_TRIED) else set()
+            if len(found) == 1:
+                yield key, found.pop()
 
     def candidates(self, reasons: list[InputError]) -> Iterator[Values]:
         """Arguments to try: as many heads as there were, or fewer; why some are none is noted."""
@@ -225,7 +247,8 @@ class _Restorer:
         said = "; ".join(f"{v:g} in {_some(names)}" for v, names in sorted(found.items())[:4])
         raise InputError(
             f"restore_class: {self._name} has one {key[0]} for all layers, and these differ now: {said};"
-            " train with shape=uniform, or keep what compact() returned"
+            " train with shape=uniform and with families that one argument does not tie, or keep what"
+            " compact() returned"
         )
 
     def _refused(self, values: Values, why: str) -> str:
@@ -332,6 +355,26 @@ def _arguments(original: nn.Module) -> Iterator[tuple[Key, float]]:
             yield (name, None), float(value)
         elif isinstance(value, list | tuple) and value and all(type(v) is int and v > 0 for v in value):
             yield from (((name, i), float(v)) for i, v in enumerate(value))
+
+
+def _unsaid(original: nn.Module) -> Iterator[str]:
+    """Names of sizes that a configuration leaves to the class."""
+    config: Any = getattr(original, "config", None)
+    if not hasattr(config, "to_dict"):
+        return
+    known = config.to_dict()
+    wanted = [n for n, value in known.items() if value is None and any(part in n for part in _SIZES)]
+    yield from dict.fromkeys([*wanted, *(n for n in ("head_dim",) if known.get(n) is None)])
+
+
+def _implied(own: dict[str, tuple[int, ...]], *tried: dict[str, tuple[int, ...]]) -> Iterator[float]:
+    """What an argument would have to be for the sizes that a network has, from those of two others."""
+    one, two = tried
+    for name, shape in own.items():
+        for d, size in enumerate(shape):
+            slope = (two[name][d] - one[name][d]) / (_TRIED[1] - _TRIED[0])
+            if slope:
+                yield round(_TRIED[0] + (size - one[name][d]) / slope, 6)
 
 
 def _kept(original: nn.Module, parameter: inspect.Parameter) -> Any:

@@ -21,6 +21,7 @@ from sparsereg.compression.units.labels import Ints
 from sparsereg.compression.units.lines import Alternatives, Bools, Lines, Sizes
 from sparsereg.compression.units.program import Program, bound, name_of, plain_call
 from sparsereg.compression.units.rules.recurrent import BLOCKS
+from sparsereg.compression.units.rules.stacked import stack_of
 from sparsereg.compression.units.solve import Units
 
 Axis = tuple[fx.Node, int]
@@ -232,6 +233,10 @@ def _addmm(program: Program, node: fx.Node) -> Products:
 
 
 def _matmul(program: Program, node: fx.Node) -> Products:
+    stack = stack_of(program, node)
+    if stack is not None:
+        source, letters = stack.source
+        return [(1.0, [*_all(program, node), (source, letters.index(stack.summed))])]
     left = next(a for a in node.args if isinstance(a, fx.Node))
     return [(1.0, [*_all(program, node), (left, -1)])]
 
@@ -255,6 +260,8 @@ def _attention(program: Program, node: fx.Node) -> Products:
 
 
 def _einsum(program: Program, node: fx.Node) -> Products:
+    if stack_of(program, node) is not None:
+        return _matmul(program, node)
     a = bound(node)
     equation, operands = str(a["equation"]).replace(" ", ""), a["tensors"]
     if len(operands) != 2 or "." in equation or "->" not in equation:

@@ -475,6 +475,16 @@ def _shape_only(x: Any) -> Any:
     return x.to("meta") if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
+def _packs(error: Exception) -> bool:
+    """Whether an error comes from a packed sequence, or from packing one."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        frame.f_code.co_filename == nn.utils.rnn.__file__
+        or any(isinstance(value, nn.utils.rnn.PackedSequence) for value in frame.f_locals.values())
+        for frame in frames
+    )
+
+
 def _why(model: nn.Module, error: Exception) -> str:
     """One line on why a network cannot be exported, with the user's own line of code."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -484,8 +494,15 @@ def _why(model: nn.Module, error: Exception) -> str:
     )
     text = str(error).strip().partition("\n")[0] or type(error).__name__
     depends = "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__
+    if _packs(error):
+        return (
+            f"{type(model).__name__} cannot be traced{where}: packed sequences are as long as the data say;"
+            " give its recurrent layers padded sequences, and mask what lies behind their ends"
+        )
     advice = (
-        "its path depends on the data: replace the branch, for instance by torch.where"
+        "its path depends on the data: replace the branch, for instance by torch.where; experts that tokens"
+        " are sent to have to be computed for all, or picked by products (of transformers:"
+        " config._experts_implementation='batched_mm')"
         if depends
         else "the example must be one batch as the network takes it"
     )

@@ -21,7 +21,8 @@ from sparsereg.compression.units.program import Program, bound, module_of, name_
 from sparsereg.compression.units.rules.elementwise import PRODUCTS, QUOTIENTS
 from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES
 from sparsereg.compression.units.rules.recurrent import BLOCKS, candidate_rows, passes
-from sparsereg.compression.units.rules.table import Dead, Labeller
+from sparsereg.compression.units.rules.stacked import stack_of
+from sparsereg.compression.units.rules.table import Dead, Labeller, behind, picked
 
 WHOLE = -2
 """In place of an axis: all of a weight takes the same gates."""
@@ -125,7 +126,15 @@ class Sites:
             if self.program.weights[node].is_floating_point():  # no index
                 self.axis.setdefault(node, -1)
             return []
+        stack = stack_of(self.program, node)
+        if stack is not None:
+            self.axis.setdefault(stack.weight, stack.made)
+            return []
         name = name_of(node).rstrip("_")
+        if name == "linear" and picked(self.program, bound(node)["weight"]):
+            weight, axis = behind(self.program, bound(node)["weight"], 0)
+            self.axis.setdefault(weight, axis)
+            return [bound(node)["bias"]]
         if name in MAKERS:
             made = [bound(node).get(key) for key in MAKERS[name]]
             found = [w for w in made if isinstance(w, fx.Node) and w in self.program.weights]

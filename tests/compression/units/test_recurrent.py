@@ -208,6 +208,24 @@ class Added(nn.Module):
         return self.out(x + self.b(F.relu(self.a(x))))
 
 
+class Packed(nn.Module):
+    """Packs its sequences, as many networks of texts do."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(5, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.out(self.lstm(packed)[1][0][-1])
+
+
+@pytest.mark.parametrize("lengths", [torch.tensor([6, 4, 2]), [6, 4, 2]])
+def test_packed_sequences_are_refused_in_one_line(lengths):
+    with pytest.raises(InputError, match=r"Packed cannot be traced at .*: packed sequences are as long"):
+        gate(Packed().eval(), (torch.randn(3, 6, 5), lengths))
+
+
 def test_inputs_are_explained_and_gated_when_they_are_asked_for():
     x = torch.randn(4, 6)
     table = sparsereg.explain(Scaled(), x, inputs=True).to_frame()

@@ -12,6 +12,7 @@ from torch import fx
 from sparsereg.compression.units.labels import FIRST, Grid, Ints, Labels, live, varying
 from sparsereg.compression.units.program import Call, name_of
 from sparsereg.compression.units.rules.mixing import dense, weight_behind
+from sparsereg.compression.units.rules.stacked import stack_of, stacked
 from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
 
 BATCH = "ABCDEFGH"
@@ -21,6 +22,9 @@ BATCH = "ABCDEFGH"
 def matmul(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """(..., m, k) times (..., k, n)."""
     left, right = node.args[0], node.args[1]
+    stack = stack_of(x.program, node)
+    if stack is not None:
+        return stacked(x, node, stack)
     matrix = weight_behind(x, right)
     if matrix is not None:
         weight, transposed = matrix
@@ -45,6 +49,9 @@ def baddbmm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
 @rule("einsum")
 def einsum(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels | None:
     """Any product of two tensors."""
+    stack = stack_of(x.program, node)
+    if stack is not None:
+        return stacked(x, node, stack)
     equation = str(a["equation"]).replace(" ", "")
     operands = a["tensors"]
     if len(operands) != 2 or "." in equation or "->" not in equation:

@@ -12,7 +12,7 @@ from sparsereg.compression.units.program import Call, Scaled, bound, name_of, pl
 from sparsereg.compression.units.rules.elementwise import pair
 from sparsereg.compression.units.rules.mixing import is_turned_weight
 from sparsereg.compression.units.rules.recurrent import taken
-from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, Smaller, replaced, rule
+from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, Smaller, picked, replaced, rule
 
 _ON_FLOATS = """
     pad upsample_nearest1d upsample_nearest2d upsample_nearest3d unfold im2col pixel_shuffle pixel_unshuffle
@@ -163,7 +163,7 @@ def resized(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
 @rule(*_MOVES)
 def moved(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Elements at other places."""
-    return None if is_turned_weight(x, node) else _moved(x, node)
+    return None if is_turned_weight(x, node) or picked(x.program, node) else _moved(x, node)
 
 
 def gathered(x: Tensor, dim: int, index: Tensor, left: list[tuple[int, Tensor]]) -> Tensor:
@@ -207,7 +207,7 @@ def sliced(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule("select", call=_select_call)
 def selected(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """One position along an axis."""
-    return _moved(x, node)
+    return None if picked(x.program, node) else _moved(x, node)
 
 
 def _scatter_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
@@ -247,7 +247,7 @@ def scattered(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule("index", call=_index_call)
 def indexed(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Positions that a tensor of indices names."""
-    return _moved(x, node)
+    return None if picked(x.program, node) else _moved(x, node)
 
 
 def _index_select_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
@@ -264,7 +264,7 @@ def _index_select_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
 @rule("index_select", call=_index_select_call)
 def selected_by_index(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Positions that an index names along one axis."""
-    return _moved(x, node)
+    return None if picked(x.program, node) else _moved(x, node)
 
 
 @rule(*_ON_FLOATS)

@@ -120,10 +120,11 @@ def rankings(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
         x.axes.fix(labels, f"{name_of(node)} runs over it", node)
         return None
     dims = _dims(a, labels.dim())
-    if set(dims) & varying(labels):
-        x.axes.fix(labels, f"{name_of(node)} runs along it", node)
     value = x.program.values[node]
     x.dead[node] = max(x.dead[node], Dead.CONSTANT)
+    if set(dims) & varying(labels):  # what comes out is of no single unit
+        x.axes.fix(labels, f"{name_of(node)} runs along it", node)
+        return live(value.shape) if isinstance(value, Tensor) else tuple(live(v.shape) for v in value)
     first = value if isinstance(value, Tensor) else value[0]
     made = labels
     if first.shape != labels.shape:

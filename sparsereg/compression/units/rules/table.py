@@ -67,6 +67,9 @@ RULES: dict[str, Rule] = {}
 """Rules by the name of the operation in ``torch.ops.aten``, without a trailing underscore."""
 TURNS = ("t", "transpose", "permute", "numpy_T", "mT", "swapaxes", "swapdims")
 """Operations that turn a matrix around."""
+PICKS = ("select", "index", "index_select", *TURNS)
+"""Operations that pick matrices from a stack of them, or turn all of these around."""
+_READ_AS_WEIGHT = ("linear", "matmul", "bmm", "einsum")
 MOVING: set[str] = set()
 """Names of operations that only move elements, or leave some out."""
 
@@ -295,7 +298,7 @@ class Labeller:
             units: what lies along the axis, (size,); None for the weight's own.
             node: the operation that reads it.
         """
-        source = weight_of(source)
+        source, axis = behind(self.program, weight_of(source), axis)
         value = self.program.values[source]
         size = value.shape[axis]
         if source not in self.program.weights and value.dim() == 1 and units is not None:
@@ -374,6 +377,70 @@ def weight_of(source: fx.Node) -> fx.Node:
     while source.op == "call_function" and name_of(source) == "_weight_norm":
         source = source.args[0]  # type: ignore[assignment]
     return source
+
+
+def picked(program: Program, node: fx.Node) -> bool:
+    """Whether a node is some of a stack of matrices, or a stack turned around, for products only."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    name, source = name_of(node), node.args[0]
+    value = program.values.get(source)
+    stack = source in program.parameters and isinstance(value, Tensor) and value.dim() == 3
+    if name not in PICKS or not (stack or picked(program, source)):
+        return False
+    return _first_axis_only(node) and all(
+        user.op == "call_function" and (name_of(user) in _READ_AS_WEIGHT or picked_by(program, user, node))
+        for user in node.users
+    )
+
+
+def picked_by(program: Program, user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node is a further pick of one, whose own users are products."""
+    return (
+        name_of(user) in PICKS
+        and user.args[0] is node
+        and _first_axis_only(user)
+        and all(name_of(last) in _READ_AS_WEIGHT for last in user.users if last.op == "call_function")
+    )
+
+
+def _first_axis_only(node: fx.Node) -> bool:
+    name = name_of(node)
+    if name == "select":
+        return bool(node.args[1] == 0)
+    if name == "index":
+        return len(node.args[1]) == 1  # type: ignore[arg-type]
+    return name != "index_select" or node.args[1] == 0
+
+
+def behind(program: Program, source: fx.Node, axis: int) -> tuple[fx.Node, int]:
+    """The stack of weights that a node is picked from, and the axis of it that an axis of the node is.
+
+    Args:
+        program: the network.
+        source: the node; itself where it is not picked from a stack.
+        axis: of it; negative ones count from the end.
+    """
+    while picked(program, source):
+        rank = program.values[source].dim()
+        before = program.values[source.args[0]].dim()  # type: ignore[index]
+        axis = axis % rank
+        if name_of(source) in TURNS:
+            order = list(range(rank))
+            axis = _turned(source, order)[axis]
+        else:
+            axis += before - rank
+        source = source.args[0]  # type: ignore[assignment]
+    return source, axis
+
+
+def _turned(node: fx.Node, order: list[int]) -> list[int]:
+    """Where each axis of a tensor that is turned around was before."""
+    if name_of(node) == "permute":
+        return [d % len(order) for d in node.args[1]]  # type: ignore[union-attr, operator]
+    one, two = node.args[1:3] if name_of(node) in ("transpose", "swapaxes", "swapdims") else (-2, -1)
+    order[one], order[two] = order[two], order[one]  # type: ignore[index]
+    return order
 
 
 def replaced(node: fx.Node, **values: Any) -> Call:
