@@ -12,6 +12,7 @@ import sparsereg
 from sparsereg.compression import compact, count, gate, load_compacted, save_compacted
 from sparsereg.compression.macs import counting
 from sparsereg.compression.verify import difference
+from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 
 SEQUENCES = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))

@@ -54,10 +54,12 @@ def stack_of(program: Program, node: fx.Node) -> Stack | None:
         base = _base(program, weight)
         if base is None or _base(program, source) is not None:
             continue
-        summed = [x for x in own if x in letters and x not in out]
-        made = [x for x in own if x in out and x not in letters]
+        axis = {x: behind(program, weight, i)[1] for i, x in enumerate(own)}
+        inside = [x for x in own if axis[x] or program.values[weight].dim() < program.values[base].dim()]
+        summed = [x for x in inside if x in letters and x not in out]
+        made = [x for x in inside if x in out and x not in letters]
         if len(summed) == len(made) == 1:
-            (_, at), (_, into) = (behind(program, weight, own.index(x)) for x in (made[0], summed[0]))
+            at, into = axis[made[0]], axis[summed[0]]
             return Stack(base, at, into, (source, letters), summed[0], out, made[0])
     return None
 
