@@ -202,6 +202,54 @@ def test_a_uniform_shape_always_comes_back(build):
     assert count(gated, example).compacted_parameters == sum(p.numel() for p in restored.parameters())
 
 
+SIZES = {"vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {**SIZES, "hidden_size": 24, "intermediate_size": 36}
+GROUPS = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2, "use_cache": False}
+TYPES = {
+    "GPT2LMHeadModel": (
+        {"vocab_size": 40, "n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 4, "use_cache": False},
+        ["units"],
+    ),
+    "DistilBertForMaskedLM": (
+        {"vocab_size": 40, "dim": 24, "hidden_dim": 36, "n_layers": 2, "n_heads": 4},
+        ["units"],
+    ),
+    "RobertaForMaskedLM": ({**SMALL, "max_position_embeddings": 16}, ["units"]),
+    "MistralForCausalLM": (GROUPS, ["units", "width", "kv_groups"]),
+    "Qwen2ForCausalLM": (GROUPS, ["units", "width", "kv_groups"]),
+    "T5ForConditionalGeneration": (
+        {"vocab_size": 40, "d_model": 24, "d_kv": 6, "d_ff": 36, "num_layers": 2, "num_heads": 4},
+        ["units"],
+    ),
+    "ViTForImageClassification": ({**SMALL, "image_size": 16, "patch_size": 4, "num_labels": 3}, ["units"]),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_of_transformers_in_one_shape_go_through_their_files(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    settings, families = TYPES[name]
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    original = cls(cls.config_class(**settings)).eval()
+    example = {"input_ids": IDS}
+    if name.startswith("T5"):
+        example["decoder_input_ids"] = IDS
+    if name.startswith("ViT"):
+        example = {"pixel_values": IMAGES}
+    gated = gate(original, example, families=families, shape="uniform", jitter=0.0)
+    with torch.no_grad():
+        for gates in hard_concretes(gated).values():
+            places = torch.arange(gates.log_alpha.numel())
+            shut = places % 4 == 1 if len(places) > 4 else places == 0
+            gates.log_alpha.copy_(torch.where(shut, -10.0, 10.0))
+    restored = restore_class(gated, original, example)
+    restored.save_pretrained(tmp_path)
+    again = cls.from_pretrained(tmp_path).eval()
+    assert same(gated, again, example) < 1e-5
+    assert sum(p.numel() for p in again.parameters()) == count(gated, example).compacted_parameters
+
+
 def test_shapes_are_known():
     with pytest.raises(ValueError, match="shape: unknown 'even'; known are free, uniform"):
         gate(Plain(5).eval(), torch.randn(2, 5), shape="even")

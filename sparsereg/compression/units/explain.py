@@ -15,7 +15,7 @@ from sparsereg.compression.units.branches import Branch
 from sparsereg.compression.units.labels import FIRST, Ints
 from sparsereg.compression.units.program import module_of, name_of, place_of, trace
 from sparsereg.compression.units.rules import RULES
-from sparsereg.compression.units.rules.table import Labeller
+from sparsereg.compression.units.rules.table import PICKS, Labeller
 from sparsereg.compression.units.solve import Units, solve
 from sparsereg.summary import in_html, in_lines
 
@@ -317,7 +317,8 @@ def families(units: Units) -> dict[int, str]:
     found: dict[int, str] = {}
     for start, node, axis in axes.owner:
         value = program.values[node]
-        kind = "channels" if value.dim() > 2 and axis >= 0 else "units"
+        stack = any(name_of(u) in (*PICKS, "matmul", "bmm", "einsum") for u in node.users)
+        kind = "channels" if value.dim() > 2 and axis >= 0 and not stack else "units"
         size = value.shape[axis] if axis >= 0 else value.numel()
         for unit in range(start, start + int(size)):
             for choice in units.of(unit):

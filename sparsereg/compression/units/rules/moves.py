@@ -278,7 +278,7 @@ def moved_as_floats(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
 def alike(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """A new tensor of the shape of another one."""
-    x.dead[node] = Dead.CONSTANT
+    x.dead[node] = Dead.ZERO if name_of(node) == "zeros_like" else Dead.CONSTANT
     return x.labels(node.args[0])
 
 

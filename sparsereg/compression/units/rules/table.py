@@ -410,7 +410,7 @@ def _first_axis_only(node: fx.Node) -> bool:
         return bool(node.args[1] == 0)
     if name == "index":
         return len(node.args[1]) == 1  # type: ignore[arg-type]
-    return name != "index_select" or node.args[1] == 0
+    return name != "index_select" or bool(node.args[1] == 0)
 
 
 def behind(program: Program, source: fx.Node, axis: int) -> tuple[fx.Node, int]:
@@ -437,9 +437,11 @@ def behind(program: Program, source: fx.Node, axis: int) -> tuple[fx.Node, int]:
 def _turned(node: fx.Node, order: list[int]) -> list[int]:
     """Where each axis of a tensor that is turned around was before."""
     if name_of(node) == "permute":
-        return [d % len(order) for d in node.args[1]]  # type: ignore[union-attr, operator]
-    one, two = node.args[1:3] if name_of(node) in ("transpose", "swapaxes", "swapdims") else (-2, -1)
-    order[one], order[two] = order[two], order[one]  # type: ignore[index]
+        dims: Any = node.args[1]
+        return [int(d) % len(order) for d in dims]
+    pair: Any = node.args[1:3] if name_of(node) in ("transpose", "swapaxes", "swapdims") else (-2, -1)
+    one, two = pair
+    order[one], order[two] = order[two], order[one]
     return order
 
 
