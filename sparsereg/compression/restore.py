@@ -121,9 +121,11 @@ class _Restorer:
 
     def __post_init__(self) -> None:
         self.start = dict(_arguments(self.original))
+        self.said: Values = {}
         self.first = self._shapes({})
         own = {n: tuple(p.shape) for n, p in self.original.named_parameters(remove_duplicate=False)}
-        self.start |= dict(self._unsaid(own))
+        self.said = dict(self._unsaid(own))
+        self.start |= self.said
         if self.first != own:
             raise InputError(
                 f"restore_class: the arguments that {self._name} was made with are not known:"
@@ -142,7 +144,7 @@ class _Restorer:
 
     def _shapes(self, values: Values) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
-            made = self.build(**_by_name(self.start, values))
+            made = self.build(**_by_name(self.start, {**self.said, **values}))
         return {n: tuple(p.shape) for n, p in made.named_parameters(remove_duplicate=False)}
 
     def _unsaid(self, own: dict[str, tuple[int, ...]]) -> Iterator[tuple[Key, float]]:
@@ -265,7 +267,9 @@ class _Restorer:
 
     def made(self, values: Values, smaller: nn.Module, example: Any) -> nn.Module:
         """The network, if it gives the same answers."""
-        network = self.build(**_by_name(self.start, values)).to(next(iter(self.wanted.values())).device)
+        network = self.build(**_by_name(self.start, {**self.said, **values})).to(
+            next(iter(self.wanted.values())).device
+        )
         here = network.state_dict()
         fits = {n: v for n, v in self.wanted.items() if n in here and here[n].shape == v.shape}
         network.load_state_dict({**here, **fits})

@@ -218,7 +218,8 @@ TYPES = {
     "MistralForCausalLM": (GROUPS, ["units", "width", "kv_groups"]),
     "Qwen2ForCausalLM": (GROUPS, ["units", "width", "kv_groups"]),
     "T5ForConditionalGeneration": (
-        {"vocab_size": 40, "d_model": 24, "d_kv": 6, "d_ff": 36, "num_layers": 2, "num_heads": 4},
+        {"vocab_size": 40, "d_model": 24, "d_kv": 6, "d_ff": 36, "num_layers": 2, "num_heads": 4}
+        | {"use_cache": False},
         ["units"],
     ),
     "ViTForImageClassification": ({**SMALL, "image_size": 16, "patch_size": 4, "num_labels": 3}, ["units"]),

@@ -52,13 +52,6 @@ class Mixture(nn.Module):
             made = made + (F.silu(a) * b) @ self.w2[e] * shares[:, e : e + 1]
         return made
 
-    def picked(self, y, logits, top, index):
-        own = index.flatten()
-        copies = y.repeat_interleave(self.best, 0).unsqueeze(1)
-        a, b = (torch.bmm(copies, self.w1[own]).squeeze(1) + self.b1[own]).chunk(2, -1)
-        made = torch.bmm(self.w2[own].transpose(1, 2), (F.silu(a) * b).unsqueeze(-1)).squeeze(-1)
-        return (made * top.flatten()[:, None]).view(-1, self.best, y.shape[-1]).sum(1)
-
 
 @torch.no_grad()
 def half_shut_(network):
@@ -67,7 +60,7 @@ def half_shut_(network):
         gates.log_alpha.copy_(torch.where(draws > 0.5, 3 * draws, -10.0))
 
 
-@pytest.mark.parametrize("way", ["einsum", "bmm", "one_by_one", "picked"])
+@pytest.mark.parametrize("way", ["einsum", "bmm", "one_by_one"])
 def test_experts_in_one_tensor_lose_units_and_width(way):
     torch.manual_seed(0)
     gated = gate(Mixture(way).eval(), TOKENS, families=["units", "width"], jitter=0.0)
