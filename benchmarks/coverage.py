@@ -4,9 +4,9 @@
     python -m benchmarks.coverage [--only torchvision timm huggingface] [--names NAME ...] [--out FILE.csv]
 
 Every classification and segmentation network of torchvision, one or more variants of each family of timm,
-and tiny configurations of Hugging Face's model types. Each with random weights in float64: it is traced, a
-random half of its choices goes, and what the smaller network gives is compared with the whole network in
-which the same units are masked. Torch-Pruning halves the same networks, compared with the masking of what
+and tiny configurations of Hugging Face's model types. Each with random weights in float64: it is gated, a
+random half of its gates is shut, and what the compacted network gives, and costs, is compared with the gated
+one and its count. Torch-Pruning halves the same networks, compared with the masking of what
 it removed. Each network has a process of its own with a limit on time and memory; a run that was stopped
 goes on where it was. ``docs/coverage.md`` is written from the table.
 """
@@ -34,10 +34,12 @@ from benchmarks.coverage_checks import examined, halved_by_torch_pruning
 from benchmarks.coverage_page import write_page
 
 COLUMNS = """
-    library name family input traced_seconds labelled_seconds parameters share difference why kept
+    library name family input gated_seconds compacted_seconds parameters families share removed difference
+    why kept
     torch_pruning_runs torch_pruning_removed torch_pruning_difference torch_pruning_why
 """.split()  # noqa: SIM905
 """Of the table; seconds are those of one core."""
+EXAMINERS = {"sparsereg": examined, "torch-pruning": halved_by_torch_pruning}
 
 
 def main() -> None:
@@ -51,13 +53,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=900, help="each process may take")
     parser.add_argument("--gigabytes", type=float, default=12, help="each process may take")
     parser.add_argument("--processes", type=int, default=1, help="at a time")
-    parser.add_argument("--without-torch-pruning", action="store_true")
+    parser.add_argument("--by", nargs="+", choices=list(EXAMINERS), default=list(EXAMINERS))
     options = parser.parse_args()
     table = Table(options.out)
     wanted = [case for library in options.only for case in cases(library, options.names)]
     if options.again is not None:
         table.forget(options.again)
-    examiners = [examined] if options.without_torch_pruning else [examined, halved_by_torch_pruning]
+    examiners = [EXAMINERS[name] for name in options.by]
     jobs = [
         (case, examiner)
         for case in wanted

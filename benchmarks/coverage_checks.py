@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.coverage_cases import Case
-from sparsereg.compression.units.cut import Cut
+from sparsereg import compact, count
+from sparsereg.compression.insert import gate_
+from sparsereg.compression.macs import counting
 from sparsereg.compression.units.explain import Explanation, explanation
-from sparsereg.compression.units.labels import FIRST, stored
 from sparsereg.compression.units.program import Program, bound, name_of, plain_call, trace
-from sparsereg.compression.units.rules.table import Labeller
-from sparsereg.compression.units.solve import Units, solve
+from sparsereg.compression.units.structure import structure_of
+from sparsereg.penalties import hard_concretes
 
 LIMIT = 1e-9
 """Largest difference, as a share of the output's spread, of results that count as equal."""
@@ -26,40 +28,77 @@ LIMIT = 1e-9
 
 @torch.no_grad()
 def examined(case: Case) -> dict[str, Any]:
-    """Trace and label a network, cut half of its choices, compare with the masked network."""
+    """Gate a network, shut half of each of its gates, compact it; compare answers and sizes."""
     network, args, kwargs = case.build()
-    leaves = tree_leaves((args, kwargs))
-    found: dict[str, Any] = {"input": "x".join(map(str, leaves[0].shape))}
-    wanted = tree_leaves(network(*args, **kwargs))
+    example = args or kwargs
+    found: dict[str, Any] = {"input": "x".join(map(str, tree_leaves(example)[0].shape))}
+    wanted = tree_leaves(in_float64(network, args, kwargs))
     start = time.process_time()
-    program = trace(network, *args, **kwargs)
-    found["traced_seconds"] = f"{time.process_time() - start:.2f}"
-    start = time.process_time()
-    units = solve(Labeller(program))
-    found["labelled_seconds"] = f"{time.process_time() - start:.2f}"
-    known = explanation(case.name, units)
-    found.update(parameters=known.parameters, share=f"{known.share:.4f}", kept=kept(known, units))
-    same = difference(tree_leaves(program.values_of_output), wanted)
+    gate_(network, example)  # itself: large ones are not copied
+    found["gated_seconds"] = f"{time.process_time() - start:.2f}"
+    gated = network.eval()
+    structure = structure_of(gated, args, kwargs)
+    assert structure is not None
+    known = explanation(case.name, structure.analysis.units)
+    gone = sorted({row.family for row in known.rows if row.state != "kept"})
+    found.update(parameters=known.parameters, share=f"{known.share:.4f}", families=" ".join(gone))
+    found["kept"] = kept(known)
+    set_(gated, None)
+    same = difference(tree_leaves(in_float64(gated, args, kwargs)), wanted)
     if not same <= LIMIT:
-        return {**found, "difference": f"{same:.1e}", "why": f"the traced network differs by {same:.1e}"}
-    gone = random_half(units, 0)
-    if not gone:
-        return {**found, "why": "nothing can go"}
-    keep_float64_(program)
-    cut = Cut(units, gone)
-    smaller = tree_leaves(cut.run(*leaves))
-    most = difference(smaller, tree_leaves(cut.masked(*leaves)))
+        return {**found, "difference": f"{same:.1e}", "why": f"with its gates open it differs by {same:.1e}"}
+    set_(gated, 0)
+    start = time.process_time()
+    smaller = compact(gated, example, check=False)
+    found["compacted_seconds"] = f"{time.process_time() - start:.2f}"
+    answers = [tree_leaves(in_float64(n, args, kwargs)) for n in (smaller, gated)]
+    most = difference(*answers)
     found["difference"] = f"{most:.1e}"
-    found["why"] = "" if most <= LIMIT else f"it differs from the masked network by {most:.1e}"
-    return found
+    why = "" if most <= LIMIT else f"compacted it differs from the masked network by {most:.1e}"
+    counted = count(gated, example)
+    there = sum(p.numel() for p in smaller.parameters()), operations(smaller, args, kwargs)
+    found["removed"] = f"{1 - there[0] / known.parameters:.4f}"
+    said = counted.compacted_parameters, counted.compacted_macs
+    return {**found, "why": why or ("" if there == said else f"counted {said}, there are {there}")}
 
 
-def keep_float64_(program: Program) -> None:
-    """Where a network goes to float32 in some of its operations, go on in float64: rounding hides nothing."""
-    for node in program.calls:
-        if name_of(node) in ("to", "_to_copy"):
-            node.args = tuple(torch.float64 if a is torch.float32 else a for a in node.args)
-            node.kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in node.kwargs.items()}
+def set_(gated: nn.Module, seed: int | None) -> None:
+    """Open all gates, or shut a random half of each tensor of them; single ones, of a branch, by a coin."""
+    generator = np.random.default_rng(seed)
+    for gates in hard_concretes(gated).values():
+        number = gates.log_alpha.numel()
+        shut = generator.permutation(number)[: (number + int(generator.integers(2))) // 2]
+        location = torch.full((number,), 10.0)
+        if seed is not None:
+            location[torch.from_numpy(shut)] = -10.0
+        gates.log_alpha.copy_(location.view_as(gates.log_alpha))
+
+
+class Float64(TorchDispatchMode):
+    """Goes on in float64 where a network goes to float32 in some operations: rounding hides nothing."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call an operation, with float64 where float32 is asked for."""
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+def in_float64(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a network in float64 gives, without a detour over float32."""
+    with Float64():
+        return network(*args, **kwargs)
+
+
+def operations(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Multiply-accumulates for one example as torch.utils.flop_counter sees them."""
+    batch = tree_leaves((args, kwargs))[0].shape[0]
+    with counting() as counter:
+        network(*args, **kwargs)
+    return int(counter.get_total_flops()) // (2 * batch)
 
 
 def difference(found: list[Any], wanted: list[Any]) -> float:
@@ -78,26 +117,7 @@ def difference(found: list[Any], wanted: list[Any]) -> float:
     return worst
 
 
-def random_half(units: Units, seed: int) -> set[int]:
-    """Half of all choices, but never all of those along one axis of a weight or of a tensor."""
-    generator = np.random.default_rng(seed)
-    choices = units.removable
-    gone = set(generator.permutation(choices)[: len(choices) // 2].tolist())
-    axes = units.labeller.axes
-    lines = [line for along in axes.weight_axes.values() for line in along if line is not None]
-    lines += [stored(part).numpy() for part in axes.of.values() if isinstance(part, Tensor)]
-    lines = [np.unique(units.roots[line]) for line in lines]
-    lines = [line[line >= FIRST] for line in lines if (line >= FIRST).any()]
-    while True:
-        alive = units.alive(gone)
-        lines = [line for line in lines if not alive[line].any()]
-        if not lines:
-            return gone
-        for line in lines:
-            gone -= units.of(int(line[0]))
-
-
-def kept(known: Explanation, units: Units) -> str:
+def kept(known: Explanation) -> str:
     """What keeps most of the parameters that cannot go: reasons with their shares of all parameters."""
     reasons: dict[str, str] = {}
     for row in known.rows:

@@ -32,11 +32,15 @@ Written by `python -m benchmarks.coverage --page docs/coverage.md` ({found},
 Torch-Pruning {_version("torch-pruning")}, Python {platform.python_version()}, one core).
 
 Every network has random weights in float64, with scales, biases and statistics as training might leave
-them. It is traced, a random half of all its [choices](any-network.md) goes, and what the smaller network
-gives is compared with the whole network in which the same units are masked and norms take means over what
-stays. It *holds* if the largest difference is at most 1e-9 of the output's spread. Seconds are of one core.
-*Can go* is the share of the parameters that go with some unit that can go. Networks of the list that are not
-below have not been examined yet: the command goes on where it stopped.
+them. `sparsereg.gate` puts gates into it, a random half of each tensor of gates is shut (those of whole
+[branches](any-network.md) by a coin), `sparsereg.compact` makes the smaller network, and its answers are
+compared with those of the gated one. It *holds* if the largest difference is at most 1e-9 of the output's
+spread, if open gates change nothing, and if `sparsereg.count` says the parameters and the
+multiply-accumulates that PyTorch's counter finds in the smaller network. Seconds are of one core, those of
+`gate` with tracing. *Can go* is the share of the parameters that go with some unit that can go. Rows with
+seconds in brackets are older: of them the engine was examined, without gates, the cut network against the
+masked one. Networks of the list that are not below have not been examined yet: the command goes on where it
+stopped.
 
 Torch-Pruning halves the same networks with random importance, as its documentation shows: the layers that
 make the output stay, and it is told the number of heads of modules that have `qkv` and `num_heads`. What it
@@ -89,7 +93,7 @@ def _section(library: str, rows: Rows) -> str:
         return ""
     lines = [
         f"## {NAMES[library]}\n",
-        "| network | input | parameters | can go | traced, s | labelled, s | difference | Torch-Pruning |",
+        "| network | input | parameters | can go | gate, s | compact, s | difference | Torch-Pruning |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *map(_line, own),
     ]
@@ -113,8 +117,8 @@ def _line(row: dict[str, str]) -> str:
         row["input"],
         parameters,
         share,
-        row["traced_seconds"],
-        row["labelled_seconds"],
+        row["gated_seconds"],
+        row["compacted_seconds"],
         ours,
     ]
     return "| " + " | ".join([*cells, _theirs(row).replace("|", "/")]) + " |"

@@ -1,5 +1,6 @@
 """From a network with gates to a smaller one without: the same answers, plain torch.nn modules."""
 
+import torch
 from torch import fx, nn
 
 from sparsereg.compression.running import Example
@@ -55,14 +56,15 @@ def compact(
     args, kwargs = inputs_of(example_input)
     structure = structure_of(model, args, kwargs)
     if structure is not None:
-        made, wide = smaller(model, structure, args, kwargs, round_to)
+        dtypes = (None, torch.float64) if check else (None,)
+        made, *wide = smaller(model, structure, args, kwargs, round_to, dtypes)
         full = structure.analysis.costs.full
     else:
         flow = flow_of(model, args, kwargs)
-        made, wide = folded(model, flow, round_to)
+        made, *wide = folded(model, flow, round_to)
         full = flow.full
     if check:
-        verify(model, made, wide, args, kwargs)
+        verify(model, made, wide[0], args, kwargs)
     made.meta[ORIGINAL] = original_size(model) or {"parameters": full[0], "macs": full[1]}
     return made
 

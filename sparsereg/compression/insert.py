@@ -320,8 +320,8 @@ class _Inserter:
         return {f"{p}.{q}" for p, m in modules if isinstance(m, outer) for q, _ in m.named_modules() if q}
 
     def _in_order(self, site: fx.Node, vector: Vector) -> bool:
-        if self.analysis.sites.axis.get(site, WHOLE) == WHOLE or site in self.analysis.sites.columns:
-            return False
+        if self.analysis.sites.axis.get(site, WHOLE) not in (0, -1) or site in self.analysis.sites.columns:
+            return False  # such as columns of an embedding whose table is that of a linear layer, too
         sets = self.analysis.choices_along(site)  # families that were not asked for are among them
         return [set(s) & self.chosen for s in sets.ravel()] == [{c} for c in vector.choices]
 
@@ -351,9 +351,8 @@ class _Inserter:
         for vector in self.vectors:
             if here & set(vector.choices):
                 index = _places(sets, vector.choices)
-                put_gate(
-                    module, "", self._on(module, vector), index, _label(vector), (norm.axis, norm.centred)
-                )
+                kind = norm.axis, norm.centred, norm.factors
+                put_gate(module, "", self._on(module, vector), index, _label(vector), kind)
 
 
 def _label(vector: Vector) -> str:

@@ -151,7 +151,8 @@ class Branches:
         if not isinstance(node, fx.Node):
             return set() if node is None or node == 0 else None
         if node in self.program.weights:
-            return {node} if self.program.weights[node].is_floating_point() else None
+            learnt = node in self.program.parameters  # a table that is none, as of angles, makes no branch
+            return {node} if learnt and self.program.weights[node].is_floating_point() else None
         if node in path:
             return set()
         if node.op != "call_function" or self._bit[node] & shared:

@@ -108,11 +108,12 @@ class GatedModule(nn.Module):
 
     Attributes:
         _gated_sites: for each parameter, the names of its gates, each with that of its index.
-        _gated_norm: what a normalisation needs to know: the axis, and whether it subtracts a mean.
+        _gated_norm: what a normalisation needs to know: the axis, whether it subtracts a mean, and
+            whether its weight can undo what its input is enlarged by.
     """
 
     _gated_sites: dict[str, list[tuple[str, str]]]
-    _gated_norm: tuple[int, bool] | None
+    _gated_norm: tuple[int, bool, bool] | None
 
     def factor(self, name: str) -> Tensor | None:
         """What the gates multiply a parameter by, of a shape that is broadcast to it.
@@ -133,7 +134,7 @@ class GatedModule(nn.Module):
         if raw is None or factor is None:
             return raw
         factor = factor.to(raw.dtype)
-        if self._gated_norm is not None and name != "bias":  # its input has been enlarged
+        if self._gated_norm is not None and self._gated_norm[2] and name != "bias":
             factor = factor / self.stretch()
         return raw * factor
 
@@ -153,7 +154,7 @@ class GatedModule(nn.Module):
         Its mean and variance over all places are those over the open ones then.
         """
         assert self._gated_norm is not None
-        axis, centred = self._gated_norm
+        axis, centred, _ = self._gated_norm
         shape = [1] * x.dim()
         shape[axis] = -1
         over = {axis % x.dim()} if axis < 0 else set(range(1, x.dim()))
@@ -176,6 +177,12 @@ def enlarge(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Before a normalisation: take what is shut out of its input. A hook, which turns fused kernels off."""
     assert isinstance(module, GatedModule)
     return module.without_shut(args[0]), *args[1:]
+
+
+def undo(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
+    """Behind a normalisation whose weight cannot undo what its input is enlarged by. A hook."""
+    assert isinstance(module, GatedModule)
+    return result / module.stretch().to(result.dtype)
 
 
 def opened(gate: nn.Module | None, index: Tensor | None) -> Tensor:
@@ -240,7 +247,7 @@ def put_gate(
     gate: L0Gate,
     index: Tensor,
     label: str,
-    norm: tuple[int, bool] | None = None,
+    norm: tuple[int, bool, bool] | None = None,
 ) -> None:
     """Let a module read one of its parameters through a gate.
 
@@ -250,7 +257,7 @@ def put_gate(
         gate: may be shared with other modules.
         index: for each element of the parameter (or a shape that is broadcast to it) its place in the gate.
         label: a name for the gate in the module, if it has not got it yet.
-        norm: axis of a normalisation's input, and whether it subtracts a mean.
+        norm: axis of a normalisation's input, whether it subtracts a mean, and whether its weight multiplies.
     """
     if not isinstance(module, GatedModule):
         module._gated_sites, module._gated_norm = {}, None  # type: ignore[assignment]
@@ -265,6 +272,8 @@ def put_gate(
         module._gated_norm = norm  # type: ignore[assignment]
         if enlarge not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(enlarge)
+            if not norm[2]:
+                module.register_forward_hook(undo)
     base, _ = getattr(type(module), "_made_of", (type(module), ()))
     sites = module._gated_sites
     assert isinstance(sites, dict)
@@ -295,9 +304,9 @@ def take_gates_off(network: nn.Module, plain: Callable[[nn.Module], nn.Module | 
             for index in buffers:
                 del module._buffers[index]
                 module._non_persistent_buffers_set.discard(index)
-            hooks = module._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook is enlarge]:
-                del hooks[key]
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if hook in (enlarge, undo)]:
+                    del hooks[key]
             del module.__dict__["_gated_sites"], module.__dict__["_gated_norm"]
             module.__class__ = type(module)._made_of[0]  # type: ignore[attr-defined]
             if isinstance(module, nn.RNNBase):

@@ -22,7 +22,7 @@ from sparsereg.compression.units.rules.elementwise import PRODUCTS, QUOTIENTS
 from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES
 from sparsereg.compression.units.rules.recurrent import BLOCKS, candidate_rows, passes
 from sparsereg.compression.units.rules.stacked import stack_of
-from sparsereg.compression.units.rules.table import Dead, Labeller, behind, picked
+from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, behind, picked
 
 WHOLE = -2
 """In place of an axis: all of a weight takes the same gates."""
@@ -42,6 +42,7 @@ class Norm:
         units: along it.
         centred: whether a mean is subtracted.
         weights: the weights behind it.
+        factors: whether they can undo what the input is enlarged by; 1 + weight cannot.
     """
 
     node: fx.Node
@@ -50,6 +51,7 @@ class Norm:
     units: Ints
     centred: bool
     weights: tuple[fx.Node, ...]
+    factors: bool
 
 
 class Sites:
@@ -82,6 +84,14 @@ class Sites:
                 self._ask_one(sources)
         for node in self.program.calls:
             self._mean(node)
+            if name_of(node) == "_weight_norm":
+                self._norm_of_weights(node)
+
+    def _norm_of_weights(self, node: fx.Node) -> None:
+        """Gates on what makes or reads units would not reach the norm of weights that lie along them."""
+        for line in self.labeller.axes.weight_axes.get(bound(node)["v"], []):
+            if line is not None:
+                self.refused.append((line, "a norm of weights is taken along it", node))
 
     def _columns(self) -> Iterator[tuple[fx.Node, int]]:
         """Weights that read features of inputs, with the axis along which they do."""
@@ -245,7 +255,10 @@ class Sites:
             return None
         if name_of(node) == "group_norm":
             axis = axis + self.program.values[next(iter(sources))].dim()
-        return Norm(node, path, axis, units, centred, weights)
+        factors = all(_factor(weight, inside) for weight in weights)
+        if not factors and len(weights) > 1:
+            return None
+        return Norm(node, path, axis, units, centred, weights, factors)
 
     def _place(self, source: fx.Node) -> tuple[int, Ints] | None:
         """The axis along which units lie, from the end, and the units; None if it is not one axis."""
@@ -268,3 +281,16 @@ def _mean_of_squares(node: fx.Node) -> bool:
     if name_of(source) == "pow":
         return bool(source.args[1] == 2)
     return name_of(source) == "mul" and source.args[0] is source.args[1]
+
+
+def _factor(weight: fx.Node, inside: list[fx.Node]) -> bool:
+    """Whether a module multiplies by a weight, or adds it to what is normalised: not 1 + weight, say."""
+    for user in weight.users:
+        name = name_of(user)
+        if user not in inside:
+            continue
+        if name.rstrip("_") == "add" and user.all_input_nodes == [weight]:
+            return False
+        if name in MOVING and not _factor(user, inside):
+            return False
+    return True

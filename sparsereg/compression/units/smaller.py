@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ def smaller(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     round_to: int,
-) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Build what is left of a network, in its own precision and in float64.
+    dtypes: Sequence[torch.dtype | None],
+) -> list[fx.GraphModule]:
+    """Build what is left of a network, in each of some precisions.
 
     Args:
         model: with gates; left as it is.
@@ -34,6 +35,7 @@ def smaller(
         args: positional inputs of an example.
         kwargs: inputs by name.
         round_to: see ``compact``.
+        dtypes: of the weights; None: their own.
     """
     stays = rounded(structure, structure.stays(model), round_to)
     units = structure.analysis.units
@@ -41,11 +43,11 @@ def smaller(
     if structure.fixed is None:
         structure.fixed = fixed_sizes(model, structure, args, kwargs)
     made = []
-    for dtype in (None, torch.float64):
+    for dtype in dtypes:
         cut.use(structure.weights(model, dtype))
         made.append(Emitter(cut, model, structure.fixed).module())
         made[-1].meta["unread_inputs"] = structure.unread(stays)
-    return made[0], made[1]
+    return made
 
 
 def rounded(structure: Structure, stays: Bools, multiple: int) -> Bools:

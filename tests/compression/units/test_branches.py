@@ -16,6 +16,8 @@ from sparsereg.compression.units.program import trace
 from sparsereg.compression.units.rules.table import Labeller
 from sparsereg.compression.units.solve import solve
 from sparsereg.compression.verify import difference
+from sparsereg.model.gpt import GPT
+from sparsereg.model.transformer import Shape
 from sparsereg.penalties import hard_concretes
 from tests.compression.units.networks import NETWORKS, Attention, build
 
@@ -179,6 +181,16 @@ def test_branches_go_in_all_combinations(name):
         smaller = compact(network, example_of(name))  # compares
         found = sum(p.numel() for p in smaller.parameters())
         assert found == count(network, example_of(name)).compacted_parameters
+
+
+@torch.no_grad()
+def test_tables_that_nobody_learns_make_no_branch():
+    x = torch.arange(24).view(2, 12)
+    network = gate(GPT(256, 16, Shape(width=16, depth=2, heads=2)).double().eval(), x)
+    assert len(branch_gates(network)) == 4  # attention and MLP of two blocks, and none of the rotations
+    for gates in hard_concretes(network).values():
+        gates.log_alpha.fill_(0.3)
+    assert difference(network(x), compact(network, x, check=False)(x)) < 1e-6  # medians are float32
 
 
 def branch_gates(network):

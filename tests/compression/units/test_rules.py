@@ -1,5 +1,6 @@
 """Each kind of operation in a small network of its own: what goes, and that what is left is exact."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,12 +8,32 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import sparsereg
-from benchmarks.coverage_checks import difference, random_half
+from benchmarks.coverage_checks import difference
 from sparsereg.compression.units.cut import Cut
+from sparsereg.compression.units.labels import FIRST, stored
 from sparsereg.compression.units.program import trace
 from sparsereg.compression.units.rules.table import Labeller
 from sparsereg.compression.units.solve import solve
 from sparsereg.errors import InputError
+
+
+def random_half(units, seed):
+    """Half of all choices, but never all of those along one axis of a weight or of a tensor."""
+    generator = np.random.default_rng(seed)
+    choices = units.removable
+    gone = set(generator.permutation(choices)[: len(choices) // 2].tolist())
+    axes = units.labeller.axes
+    lines = [line for along in axes.weight_axes.values() for line in along if line is not None]
+    lines += [stored(part).numpy() for part in axes.of.values() if isinstance(part, torch.Tensor)]
+    lines = [np.unique(units.roots[line]) for line in lines]
+    lines = [line[line >= FIRST] for line in lines if (line >= FIRST).any()]
+    while True:
+        alive = units.alive(gone)
+        lines = [line for line in lines if not alive[line].any()]
+        if not lines:
+            return gone
+        for line in lines:
+            gone -= units.of(int(line[0]))
 
 
 @torch.no_grad()
