@@ -84,9 +84,9 @@ class Solver:
             sets[place] = self.of(int(roots[place]))
         if _is_product(sets):
             return
-        plain = all(len(s) == 1 for s in sets.ravel())
-        if plain and len(frozenset().union(*sets.ravel())) == sets.size:
-            self._factor(sets)
+        own = sets - frozenset.intersection(*sets.ravel())
+        if all(len(s) == 1 for s in own.ravel()) and len(frozenset().union(*own.ravel())) == own.size:
+            self._factor(own)
         else:
             self._tie(sets)
 

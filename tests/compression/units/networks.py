@@ -145,9 +145,9 @@ class Mixed(nn.Module):
 
 
 def encoder() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    layer = nn.TransformerEncoderLayer(18, 3, 24, batch_first=True)
     return nn.Sequential(
-        nn.Linear(6, 16), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 3)
+        nn.Linear(6, 18), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(18, 3)
     )
 
 

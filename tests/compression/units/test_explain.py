@@ -25,6 +25,18 @@ def test_families_of_a_vision_transformer():
     assert found["units"] == [72, 72]
 
 
+@pytest.mark.parametrize(("width", "heads"), [(32, 8), (24, 3), (16, 4), (32, 2)])
+def test_heads_of_queries_keys_and_values_in_one_product(width, heads):
+    layer = nn.TransformerEncoderLayer(width, heads, 12, batch_first=True)
+    explained = sparsereg.explain(
+        nn.Sequential(nn.Linear(5, width), layer, nn.Linear(width, 2)), torch.randn(2, 7, 5)
+    )
+    table = explained.to_frame()
+    own = table[(table.parameter == "1.self_attn.in_proj_weight") & (table.axis == 0)]
+    assert dict(zip(own.family, own["size"], strict=True)) == {"heads": heads, "head_dims": width // heads}
+    assert (own.state == "can go").all()
+
+
 def test_grouped_queries_share_keys_and_rotary_pairs_stay_pairs():
     found = free(frame("decoder"))
     assert found["kv_groups"] == [2]
