@@ -293,3 +293,40 @@ def test_bags_of_a_table_go_by_its_columns(network, example):
     names = {("bags.weight", 1): 8, ("hidden.weight", 0): 10}
     assert free(network, *example) == names
     assert halved(network, *example) < 1e-12
+
+
+class Scores(nn.Module):
+    """Attention whose scores are, in part or wholly, not those of queries and keys of one head."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.stem, self.queries, self.values = nn.Linear(5, 24), nn.Linear(24, 24), nn.Linear(24, 24)
+        self.out, self.head = nn.Linear(24, 24), nn.Linear(24, 2)
+        self.scores, self.places = nn.Parameter(torch.randn(3, 6, 6)), nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x):
+        y = torch.relu(self.stem(x))
+        values, queries = (
+            part(y).reshape(-1, 6, 3, 8).transpose(1, 2) for part in (self.values, self.queries)
+        )
+        products = queries @ queries.transpose(-1, -2)
+        if self.kind == "learnt":
+            products = self.scores
+        elif self.kind == "learnt for each example":
+            products = self.scores.expand(len(x), 3, 6, 6)
+        elif self.kind == "one bias for all heads":  # heads and examples along one axis
+            flat = queries.reshape(-1, 6, 8)
+            products = flat @ flat.transpose(-1, -2) + flat @ self.places.T
+            mixed = products.softmax(-1) @ values.reshape(-1, 6, 8)
+            return self.head(self.out(mixed.reshape(-1, 3, 6, 8).transpose(1, 2).reshape(-1, 6, 24)))
+        elif self.kind == "mixed":
+            products = torch.einsum("bhij,hg->bgij", products, self.scores[:, :3, 0])
+        return self.head(self.out((products.softmax(-1) @ values).transpose(1, 2).reshape(-1, 6, 24)))
+
+
+@pytest.mark.parametrize(
+    "kind", ["learnt", "learnt for each example", "one bias for all heads", "mixed", "own"]
+)
+def test_values_of_a_head_stay_where_its_scores_do(kind):
+    assert halved(Scores(kind), torch.randn(2, 6, 5)) < 1e-12

@@ -157,6 +157,9 @@ def _passed(
     shape: torch.Size,
 ) -> Labels:
     """No units along the sum: the result has those of the factors."""
+    long = [{c for i, c in enumerate(letters) if labels.shape[i] > 1} for labels, letters in sides]
+    both = (varied[0] | varied[1]) & long[0] & long[1]
+    varied = [v | both for v in varied]  # what goes along an axis of one factor goes along that of the other
     if varied[0] and varied[1]:
         small, large = (0, 1) if varied[0] <= varied[1] else (1, 0)
         if not varied[small] <= varied[large]:
@@ -183,9 +186,11 @@ def _tie_rows(
     batch = "".join(sorted(varied[small]))
     inner = "".join(sorted(varied[large] - varied[small]))
     rows = np.ravel(_as(x, node, sides[small], batch))
-    units = _as(x, node, sides[large], batch + inner)
-    if inner:
-        x.axes.grids.append(Grid(units.reshape(len(rows), -1), rows))
+    units = _as(x, node, sides[large], batch + inner).reshape(len(rows), -1)
+    x.axes.fix(units[rows < FIRST], f"{name_of(node)} with what cannot go", node)
+    units, rows = units[rows >= FIRST], rows[rows >= FIRST]
+    if inner and len(rows):
+        x.axes.grids.append(Grid(units, rows))
     else:
         x.axes.equal(rows, np.ravel(units), name_of(node), node)
 
