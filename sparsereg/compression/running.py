@@ -13,9 +13,15 @@ Example = Tensor | tuple[Tensor, ...]
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode is put back afterwards."""
+    """Eval mode without gradients; every module's own mode is put back afterwards.
+
+    Decoders of transformers do not hand out their keys and values meanwhile (``config.use_cache``).
+    """
     modes = [(m, m.training) for model in models for m in model.modules()]
+    caching = _caching(models)
     try:
+        for config in caching:
+            config.use_cache = False
         for model in models:
             model.eval()
         with torch.no_grad():
@@ -23,6 +29,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for config in caching:
+            config.use_cache = True
+
+
+def _caching(models: tuple[nn.Module, ...]) -> list[Any]:
+    """Configurations of modules, each once, that ask for keys and values beside the answers."""
+    configs = [getattr(m, "config", None) for model in models for m in model.modules()]
+    return [c for c in {id(c): c for c in configs}.values() if getattr(c, "use_cache", None) is True]
 
 
 def doubled(inputs: Any) -> Any:

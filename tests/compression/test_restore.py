@@ -37,6 +37,23 @@ def vision_transformer():
     return torchvision.models.VisionTransformer(16, 4, 2, 3, 24, 40, num_classes=5).eval()
 
 
+def test_a_decoder_that_hands_out_keys_and_values_needs_no_other_configuration():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    network = transformers.LlamaForCausalLM(config).eval()
+    example = {"input_ids": torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))}
+    gated = gate(network, example)
+    small = compact(gated, example)
+    assert gated.config.use_cache
+    given = gated(**example)
+    assert given.past_key_values is not None
+    torch.testing.assert_close(small(**example)["logits"], given.logits, rtol=1e-4, atol=1e-5)
+    assert list(small(**example)) == ["logits"]
+
+
 def test_hidden_units_of_torchvision():
     original = vision_transformer()
     nn.init.normal_(original.heads.head.weight)
