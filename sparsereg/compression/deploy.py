@@ -8,9 +8,7 @@ import logging
 import operator
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression.batch_norm_folding import fuse, layer_of
 from sparsereg.compression.compact import compact
-from sparsereg.compression.running import tensors_in
+from sparsereg.compression.running import quiet, tensors_in
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.program import at_least_two
 from sparsereg.compression.verify import difference
@@ -71,7 +69,7 @@ def export(model: nn.Module, example_input: Any, path: str | Path, *, round_to: 
     # A folder of its own, for a format of two files.
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / f"network{path.suffix}"
-        with _quiet():
+        with quiet(_EXPORTERS, logging.ERROR):
             write(network, example_input, made)
             answer = load(made)
         if answer is not None:
@@ -172,21 +170,8 @@ def check_packages(suffix: str) -> None:
         )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' notes to their own developers away from the user."""
-    names = ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")
-    levels = {name: logging.getLogger(name).level for name in names}
-    try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
+_EXPORTERS = ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")
+"""Loggers of those who write files."""
 
 Answer = Callable[[Any], tuple[Tensor, ...]]
 """From an example input to what a file answers."""
@@ -202,7 +187,7 @@ def write_onnx(network: nn.Module, example_input: Any, path: Path) -> None:
     """
     check_packages(".onnx")
     args, kwargs = torch.utils._pytree.tree_map(_two, inputs_of(example_input))
-    with _quiet(), torch.inference_mode(False), torch.no_grad():
+    with quiet(_EXPORTERS, logging.ERROR), torch.inference_mode(False), torch.no_grad():
         torch.onnx.export(
             network,
             args,

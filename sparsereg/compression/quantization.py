@@ -2,14 +2,13 @@
 
 import logging
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sparsereg.compression.deploy import flat_inputs
+from sparsereg.compression.running import quiet
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
 
@@ -55,7 +54,7 @@ def quantize(path: str | Path, target: str | Path, batches: Iterable[Any]) -> Pa
         )
     if target.suffix != ".onnx":
         raise ValueError(f"target must end with .onnx, got {str(target)!r}")
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(("root",), logging.ERROR):
         made = Path(folder) / "int8.onnx"
         _quantize(path, made, Path(folder), batches)
         content = made.read_bytes()
@@ -114,17 +113,3 @@ class _Batches:
 
     def set_range(self, start_index: int, end_index: int) -> None:
         """Batches are read once, in order."""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep notes of the tools to their own developers away from the user."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(level)

@@ -1,5 +1,7 @@
 """Running a network for what it tells, without disturbing it."""
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -37,6 +39,21 @@ def _caching(models: tuple[nn.Module, ...]) -> list[Any]:
     """Configurations of modules, each once, that ask for keys and values beside the answers."""
     configs = [getattr(m, "config", None) for model in models for m in model.modules()]
     return [c for c in {id(c): c for c in configs}.values() if getattr(c, "use_cache", None) is True]
+
+
+@contextmanager
+def quiet(names: tuple[str, ...], level: int) -> Iterator[None]:
+    """Keep notes of a library to its own developers away from the user: warnings, loggers below a level."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(level)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, before in levels.items():
+            logging.getLogger(name).setLevel(before)
 
 
 def doubled(inputs: Any) -> Any:

@@ -5,11 +5,12 @@ Every tensor of the graph is computed once, so that its shape, and the numbers o
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.running import evaluating
+from sparsereg.compression.running import evaluating, quiet
 from sparsereg.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -269,6 +270,8 @@ def trace_any_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     raise AssertionError("unreachable")
 
 
+_TRACERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export")
+"""Loggers that tell at length of sizes which are tried and do not serve."""
 _FIXED = {"softmax", "scaled_dot_product_attention", "roll"}
 """Operations of networks that cut maps into windows or tokens, whose sizes are not followed."""
 
@@ -285,8 +288,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], map
     Raises:
         InputError: the network fails on the example, or its path depends on the data; the line is named.
     """
-    with evaluating(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with evaluating(model):
         exported, args, kwargs = _export(model, args, kwargs, maps)
     _unwrap(model, exported)
     signature = exported.graph_signature
@@ -373,13 +375,20 @@ def _once(exported: torch.export.ExportedProgram, tensors: dict[fx.Node, Tensor]
     return weights
 
 
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """Keep what torch.export says of attempts that fail, and the graphs it prints then, from the user."""
+    with quiet(_TRACERS, logging.CRITICAL), redirect_stderr(io.StringIO()):
+        yield
+
+
+@_in_silence()
 def _export(
     model: nn.Module, args: Any, kwargs: Any, maps: bool | None = False
 ) -> tuple[torch.export.ExportedProgram, Any, Any]:
     """Export a network for any batch size and length of sequences, or else for those of the example."""
-    pair = torch.utils._pytree.tree_map(
-        at_least_two, (args, kwargs)
-    )  # a size of one cannot be told from no size
+    # A size of one cannot be told from no size.
+    pair = torch.utils._pytree.tree_map(at_least_two, (args, kwargs))
     wide = torch.utils._pytree.tree_map(_two_places, pair) if maps is None else pair
     try:
         exported = torch.export.export(

@@ -330,3 +330,27 @@ class Scores(nn.Module):
 )
 def test_values_of_a_head_stay_where_its_scores_do(kind):
     assert halved(Scores(kind), torch.randn(2, 6, 5)) < 1e-12
+
+
+def test_sizes_that_do_not_serve_are_tried_in_silence(capfd):
+    class Mixer(nn.Module):
+        """A layer along the tokens, whose number cannot vary."""
+
+        def __init__(self):
+            super().__init__()
+            self.patches, self.tokens, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(16, 16), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.patches(x).flatten(2)
+            return self.head((x + torch.relu(self.tokens(x))).mean(2))
+
+    class Branch(nn.Linear):
+        """Its way depends on the numbers."""
+
+        def forward(self, x):
+            return super().forward(x if x.nonzero().sum().item() > 3 else -x)
+
+    assert ("patches.weight", 0) in free(Mixer(), torch.randn(2, 3, 16, 16))
+    with pytest.raises(InputError, match="depends on the data"):
+        free(Branch(3, 2), torch.randn(2, 3))
+    assert capfd.readouterr() == ("", "")
