@@ -10,6 +10,7 @@ import pytest
 from sparsereg import cli
 from sparsereg.arguments import swept_keys
 from sparsereg.commands import calibrate, test, train
+from sparsereg.errors import wrong_input
 
 RUNS = {"train": train.run, "test": test.run, "calibrate": calibrate.run}
 
@@ -114,7 +115,7 @@ BY_SCRIPT = {
         ("optimizer.schedule=multistep", "optimizer.schedule=multistep needs the epochs of its steps"),
         ("optimizer.lr=${optimizer}", "optimizer"),
         ("target={ramp:0.5} target.ramp=0.3", "target.ramp is given twice"),
-        ("target=0.5", "target=0.5: expected keys such as ramp"),
+        ("target=0.5", "target=0.5: expected keys such as params"),
         ("target_sparsity=0.5 lambda_l0=2", "exclude each other"),
         ("target_sparsity=0.5 lambda_l0=1.0", "exclude each other"),
         ("target_sparsity=0.5 target_macs=0.5", "exclude each other"),
@@ -206,7 +207,7 @@ def test_a_name_that_no_file_can_have_is_one_line(run, name, line):
 
 def test_a_file_that_may_not_be_read_is_one_line(run):
     def work(composed):
-        with cli.wrong_input():
+        with wrong_input():
             raise PermissionError(errno.EACCES, "Permission denied", "mine/H.csv")
 
     said = "error: mine/H.csv: Permission denied; expected the path of a file or folder that can be read"
@@ -217,7 +218,7 @@ def test_messages_do_not_stand_before_an_error(run):
     import logging
 
     def work(composed):
-        with cli.wrong_input():
+        with wrong_input():
             logging.getLogger("sparsereg").info("on the way")
             raise ValueError("it cannot be")
 
@@ -228,7 +229,7 @@ def test_messages_are_told_when_all_is_well(run):
     import logging
 
     def work(composed):
-        with cli.wrong_input():
+        with wrong_input():
             logging.getLogger("sparsereg").info("on the way")
         raise ValueError("ours")
 
@@ -257,7 +258,7 @@ def test_too_little_memory_is_said_and_blames_no_file(run, name):
     for fails in (numpy_memory, torch_memory, blamed):
 
         def work(composed, fails=fails):
-            with cli.wrong_input():
+            with wrong_input():
                 fails()
 
         arguments = ["ckpt_path=x"] if name == "test" else []

@@ -186,7 +186,7 @@ def test_every_setting_says_what_it_means_in_the_help(name):
 
 def test_choices_are_keys_of_their_tables():
     from sparsereg.calibration import config as calibration
-    from sparsereg.calibration.solver.selection import METHODS
+    from sparsereg.calibration.solver.selection import NAMES
     from sparsereg.data.config import CONFIGS as DATA
     from sparsereg.data.kind import KINDS as SOURCES
     from sparsereg.model.googlenet import ACTIVATIONS
@@ -194,7 +194,7 @@ def test_choices_are_keys_of_their_tables():
     from sparsereg.zoo.kinds.googlenet import GoogleNetModel
     from sparsereg.zoo.network import KINDS
 
-    assert set(calibration.METHODS) == {"auto", *METHODS}
+    assert set(calibration.METHODS) == {"auto", *NAMES}
     assert set(DATA) == set(SOURCES)
     assert set(MODELS) == set(KINDS)
     assert set(declared(GoogleNetModel)["act"].choices) == set(ACTIVATIONS)

@@ -112,7 +112,7 @@ def cut_off(monkeypatch, when: str) -> None:
         step = Learner.training_step
 
         def training_step(self, batch, batch_idx):
-            if self.provenance.structure is not None and self.current_epoch == epoch and batch_idx == 2:
+            if self.notes.structure is not None and self.current_epoch == epoch and batch_idx == 2:
                 die()
             return step(self, batch, batch_idx)
 
