@@ -36,7 +36,10 @@ def sizes(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("model", [["model=lenet300"], ["model=googlenet", "model.gate=all"]])
+@pytest.mark.parametrize(
+    "model",
+    [["model=lenet300"], pytest.param(["model=googlenet", "model.gate=all"], marks=pytest.mark.slow)],
+)
 def test_resumed_across_a_compaction_it_is_the_same_run(run, tiny, sizes, model):
     arguments = [*tiny, *CLOSING, *model]
     whole = run("train", *arguments, "trainer.max_epochs=5")

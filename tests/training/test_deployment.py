@@ -62,6 +62,7 @@ def test_gates_on_weights_save_storage_and_say_so(run, tiny):
     assert tested.results["nonzero_parameters"] == left < sum(value.numel() for value in state.values())
 
 
+@pytest.mark.slow
 def test_prune_fine_tune_ship_in_three_commands(run, trained):
     tested = run("test", f"ckpt_path={trained.last}", "compact=true")
     compacted = trained.folder / "checkpoints" / "compacted.pt"

@@ -131,11 +131,12 @@ MOMENTS = [
 @pytest.mark.parametrize(
     ("settings", "moments"),
     [
-        ([], MOMENTS),
+        ([], MOMENTS[2:3]),
+        pytest.param([], MOMENTS, marks=pytest.mark.slow),
         pytest.param(["test_checkpoint=best"], MOMENTS, marks=pytest.mark.slow),
         pytest.param(["ema_decay=0.5"], MOMENTS, marks=pytest.mark.slow),
     ],
-    ids=["last", "best", "averaged"],
+    ids=["tuning", "last", "best", "averaged"],
 )
 def test_a_run_that_was_cut_off_is_finished(run, tiny, monkeypatch, settings, moments):
     whole = run("train", *tiny, *STORY, *settings)
