@@ -9,7 +9,6 @@ stopped.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.latency_budget import done
+from benchmarks.rows import append, done
 
 SIZES = (0.5, 0.7, 0.8, 0.9, 0.95)
 TUNING = 3
@@ -100,12 +99,7 @@ def main() -> None:
         if (name, str(seed), kind) in have:
             continue
         made = rows(name, seed, kind, given.mnist.resolve())
-        is_new = not given.out.exists()
-        with given.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(made[0]))
-            if is_new:
-                writer.writeheader()
-            writer.writerows(made)
+        append(given.out, made)
         for row in made:
             print(*row.values(), flush=True)
 

@@ -11,7 +11,6 @@ row; a call that is repeated goes on where it stopped.
 
 import argparse
 import copy
-import csv
 import itertools
 import statistics
 import tempfile
@@ -20,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from benchmarks.latency_budget import NETWORKS, done, opened, spread_gates
+from benchmarks.latency_budget import NETWORKS, opened, spread_gates
+from benchmarks.rows import append, done
 from sparsereg.compression import Accountant, compact, fuse
 from sparsereg.compression.budget import meet_
 from sparsereg.compression.deploy import write_onnx
@@ -123,12 +123,7 @@ def main() -> None:
         if tuple(str(v) for v in (*one, given.seed)) in have:
             continue
         found = rows(*one, given)
-        is_new = not given.out.exists()
-        with given.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(found[0]))
-            if is_new:
-                writer.writeheader()
-            writer.writerows(found)
+        append(given.out, found)
         for row in found:
             print(*row.values(), flush=True)
 

@@ -12,7 +12,6 @@ grows row by row; a call that is repeated goes on where it stopped.
 
 import argparse
 import contextlib
-import csv
 import itertools
 import math
 import statistics
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsereg
+from benchmarks.rows import append, done
 from sparsereg.compression import Accountant, compact, fuse
 from sparsereg.compression.timing.measured import MeasuredBudget, Milliseconds
 from sparsereg.compression.timing.runtimes import Loaders, batch_of, torch_threads
@@ -161,14 +161,6 @@ def sessions(
     return found
 
 
-def done(path: Path) -> list[dict[str, str]]:
-    """The rows that an earlier call has written."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main() -> None:
     """Run the cases that are not in the table yet, and write each as soon as it is measured."""
     parser = argparse.ArgumentParser(
@@ -190,12 +182,7 @@ def main() -> None:
             continue
         row = case(*one, given.threads, given.seed)
         print(row, flush=True)
-        is_new = not given.out.exists()
-        with given.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(given.out, [row])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ where it stopped.
 
 import argparse
 import copy
-import csv
 import itertools
 import time
 from collections.abc import Callable
@@ -29,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.latency_budget import done
 from benchmarks.repair import Data, digits
+from benchmarks.rows import append, done
 from sparsereg import Sparsifier
 from sparsereg.compression import compact
 from sparsereg.compression.oneshot.repair import repaired
@@ -127,6 +126,16 @@ def difference(mine: list[Tensor], theirs: list[Tensor]) -> Tensor:
     return torch.stack(parts).mean()
 
 
+def loss_of(answers: Tensor, y: Tensor, x: Tensor, teacher: nn.Module | None) -> Tensor:
+    """Cross-entropy of the labels, and beside it a teacher's answers where there is one."""
+    loss = F.cross_entropy(answers, y)
+    if teacher is None:
+        return loss
+    with torch.no_grad():
+        taught = teacher(x)
+    return (1 - SHARE) * loss + SHARE * divergence(answers, taught)
+
+
 def plain(
     net: nn.Module, data: Data, steps: int, lr: float, generator: torch.Generator, teacher: nn.Module | None
 ) -> nn.Module:
@@ -136,12 +145,7 @@ def plain(
     net.train()
     for _ in range(steps):
         x, y = batch(data, generator)
-        answers = net(x)
-        loss = F.cross_entropy(answers, y)
-        if teacher is not None:
-            with torch.no_grad():
-                taught = teacher(x)
-            loss = (1 - SHARE) * loss + SHARE * divergence(answers, taught)
+        loss = loss_of(net(x), y, x, teacher)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -169,12 +173,7 @@ def under_gates(
     optimizer = torch.optim.AdamW(start.parameter_groups(case.lr, weight_decay=1e-2))
     for _ in range(steps):
         x, y = batch(data, generator)
-        answers = model(x)
-        loss = F.cross_entropy(answers, y)
-        if teacher is not None:
-            with torch.no_grad():
-                taught = teacher(x)
-            loss = (1 - SHARE) * loss + SHARE * divergence(answers, taught)
+        loss = loss_of(model(x), y, x, teacher)
         if layers:
             loss = loss + LAYERS * difference(mine.outputs, theirs.outputs)
         optimizer.zero_grad()
@@ -257,12 +256,7 @@ def main() -> None:
         if (name, str(seed), way) in have:
             continue
         made = row(name, seed, way)
-        is_new = not given.out.exists()
-        with given.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(made))
-            if is_new:
-                writer.writeheader()
-            writer.writerow(made)
+        append(given.out, [made])
         print(*made.values(), flush=True)
 
 

@@ -160,8 +160,12 @@ class CompiledMatrix:
     ) -> Float[Tensor, "targets={self.num_targets}"]:
         """See ``HouseholdMatrix``."""
         values = weights.numpy()
+        return self._scattered("scatter", [(values[lane],) for lane in self._lanes])
+
+    def _scattered(self, name: str, per_lane: list[tuple[Any, ...]]) -> Float[Tensor, "targets"]:
+        """Call a kernel that adds to totals, each lane to its own, and add those up in order."""
         private = np.zeros((len(self._lanes), self.num_targets))
-        self._run("scatter", [(values[lane], private[k]) for k, lane in enumerate(self._lanes)])
+        self._run(name, [(*arguments, own) for arguments, own in zip(per_lane, private, strict=True)])
         return torch.from_numpy(private[0] if len(private) == 1 else private.sum(axis=0))
 
     def gradient(
@@ -255,10 +259,7 @@ class Apart(CompiledMatrix):
     ) -> Float[Tensor, "targets={self.num_targets}"]:
         """See ``HouseholdMatrix``."""
         values, lanes = weights.numpy(), zip(self._lanes, self._near, strict=True)
-        private = np.zeros((len(self._lanes), self.num_targets))
-        calls = [(*near, values[lane], own) for (lane, near), own in zip(lanes, private, strict=True)]
-        self._run("scatter_apart", calls)
-        return torch.from_numpy(private[0] if len(private) == 1 else private.sum(axis=0))
+        return self._scattered("scatter_apart", [(*near, values[lane]) for lane, near in lanes])
 
     def gradient(
         self,
