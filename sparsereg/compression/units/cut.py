@@ -22,9 +22,12 @@ class Cut:
     Args:
         units: of the network.
         gone: choices.
+        weights: what is cut, one after another; the network's own if None.
     """
 
-    def __init__(self, units: Units, gone: Iterable[int]) -> None:
+    def __init__(
+        self, units: Units, gone: Iterable[int], weights: Iterable[tuple[fx.Node, Tensor]] | None = None
+    ) -> None:
         self.units = units
         self.program: Program = units.labeller.program
         self.gone = set(gone)
@@ -33,11 +36,11 @@ class Cut:
         self.serving = self._serving()
         self.entrances = self._entrances()
         self.labels: dict[Any, Any] = {n: v for n, v in units.labeller.axes.of.items() if v is not None}
-        self.weights = {node: self._weight(node, value) for node, value in self.program.weights.items()}
+        self.use(self.program.weights.items() if weights is None else weights)
 
-    def use(self, weights: dict[fx.Node, Tensor]) -> None:
-        """Cut other weights than the network's own, such as those with gates multiplied in."""
-        self.weights = {node: self._weight(node, value) for node, value in weights.items()}
+    def use(self, weights: Iterable[tuple[fx.Node, Tensor]]) -> None:
+        """Cut other weights, such as those with gates multiplied in."""
+        self.weights = {node: self._weight(node, value) for node, value in weights}
 
     def run(self, *inputs: Any) -> Any:
         """What the smaller network gives."""

@@ -39,7 +39,7 @@ def smaller(
     """
     stays = rounded(structure, structure.stays(model), round_to)
     units = structure.analysis.units
-    cut = Cut(units, structure.gone(stays))
+    cut = Cut(units, structure.gone(stays), ())
     if structure.fixed is None:
         structure.fixed = fixed_sizes(model, structure, args, kwargs)
     made = []
@@ -100,7 +100,8 @@ def _free_positions(
         isinstance(x, Tensor) and x.dim() > 3 for x in torch.utils._pytree.tree_leaves((args, kwargs))
     ):
         return True
-    bare = copy.deepcopy(model)
+    tensors = (*model.parameters(), *model.buffers())
+    bare = copy.deepcopy(model, {id(t): t for t in tensors})  # which share them: their values are not asked
     take_gates_off(bare, plain_module)
     wider = torch.utils._pytree.tree_map(_wider, (args, dict(kwargs)))
     with warnings.catch_warnings():

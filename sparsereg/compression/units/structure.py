@@ -247,8 +247,8 @@ class Structure:
     def _values(self, model: nn.Module, path: str) -> np.ndarray:
         return np.asarray(self._gate(model, path).median().cpu().numpy())
 
-    def weights(self, model: nn.Module, dtype: torch.dtype | None = None) -> dict[fx.Node, Tensor]:
-        """The network's weights with its gates multiplied in, as eval mode has them.
+    def weights(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[fx.Node, Tensor]]:
+        """The network's weights with its gates multiplied in, as eval mode has them, one after another.
 
         Args:
             model: a network of this structure.
@@ -258,7 +258,6 @@ class Structure:
         tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         tensors |= {name: value for name, value in constants_of(program).items() if name not in tensors}
         open_ = self._open(model)
-        found = {}
         for node, name in program.names.items():
             value = tensors[name].detach()
             value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
@@ -266,8 +265,7 @@ class Structure:
                 value = value * self._factor(open_, node, value)
             if node in self.analysis.sites.columns:
                 value = value * self._factor(open_, node, value, columns=True)
-            found[node] = value
-        return found
+            yield node, value
 
     def _factor(
         self, open_: Mapping[int, float], node: fx.Node, value: Tensor, columns: bool = False
