@@ -5,6 +5,7 @@ others are taken without a word (the last of two values for one key). Here they 
 """
 
 import argparse
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -88,11 +89,38 @@ BOUNDS = ("pick",)
 """Keys whose values hold signs that Hydra reads only in quotes."""
 
 
+_PIECE = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,=\[\]{}()'"\\]+""")
+"""What a value is made of: something in quotes, or what stands between brackets and commas."""
+_ENTRY = re.compile(_PIECE.pattern.replace("[^,", "[^:,"))
+"""The same in a mapping, where a colon separates."""
+
+
 def quoted(arguments: Sequence[str]) -> list[str]:
-    """Let bounds stand as a shell hands them on: ``pick=macs<=3`` as ``pick='macs<=3'``."""
-    parts = [(a, *a.partition("=")[::2]) for a in arguments]
-    bounds = [(k in BOUNDS and any(sign in v for sign in "<>=") and "'" not in v) for _, k, v in parts]
-    return [f"{k}='{v}'" if bound else a for (a, k, v), bound in zip(parts, bounds, strict=True)]
+    """Let values stand as a shell hands them on where Hydra wants quotes.
+
+    Bounds: ``pick=macs<=3`` as ``pick='macs<=3'``. Letters of any language: ``problem.id=número`` as
+    ``problem.id='número'``, also inside a list.
+    """
+    return [_in_quotes(a) if "=" in a and not a.startswith("-") else a for a in arguments]
+
+
+def _in_quotes(argument: str) -> str:
+    key, _, value = argument.partition("=")
+    if key in BOUNDS and any(sign in value for sign in "<>=") and "'" not in value:
+        return f"{key}='{value}'"
+    if value.isascii() or "${" in value:
+        return argument
+    pieces = _ENTRY if "{" in value else _PIECE
+    return f"{key}={pieces.sub(_foreign, value)}"
+
+
+def _foreign(piece: re.Match[str]) -> str:
+    """Return a piece of a value in quotes, if it has letters outside of ASCII and none yet."""
+    text = piece[0]
+    if text.isascii() or text[0] in "'\"":
+        return text
+    bare = text.strip()
+    return text.replace(bare, f"'{bare}'")
 
 
 def own_choices(arguments: Sequence[str]) -> list[str]:
@@ -153,7 +181,12 @@ def _parsed(text: str) -> Override:
 def _unreadable(text: str, error: object) -> InputError:
     reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
     reason = reason.partition("\n")[0].partition(" See http")[0]
-    reason = f": {reason}" if "parsing override" not in reason else ""
+    reason = f": {reason}" if "parsing override" not in reason and "Lexer" not in reason else ""
+    key = text.partition("=")[0]
+    if not key.isascii():
+        return InputError(
+            f"cannot read the argument {shown(text)}: a key has the letters a to z, digits, _ and - only"
+        )
     return InputError(
         f"cannot read the argument {shown(text)}{reason}; expected KEY=VALUE, in quotes where the value holds"
         " spaces or any of , : = { } [ ] ( )"

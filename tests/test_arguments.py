@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsereg import cli
-from sparsereg.arguments import swept_keys
+from sparsereg.arguments import quoted, swept_keys
 from sparsereg.commands import calibrate, test, train
 from sparsereg.errors import wrong_input
 
@@ -277,6 +277,33 @@ def test_an_experiment_that_is_no_yaml_is_one_line(run, tmp_path, text):
     code, err = run("train", "--config-dir", "mine", "experiment=own")
     assert (code, len(err)) == (2, 1), err
     assert err[0].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("problem.id=größe", "problem.id='größe'"),
+        (
+            "report.variables=[umsatz,gewinn/erträge, año ]",
+            "report.variables=[umsatz,'gewinn/erträge', 'año' ]",
+        ),
+        ("problem.households=Größen und mehr.csv", "problem.households='Größen und mehr.csv'"),
+        ("problem.targets=d.xlsx::Süd 1", "problem.targets='d.xlsx::Süd 1'"),
+        ("missing_in={a: ñ, b: 'ü'}", "missing_in={a: 'ñ', b: 'ü'}"),
+        ("targets.include=[\"region == 'Süd'\"]", "targets.include=[\"region == 'Süd'\"]"),
+        ("problem.id='größe'", "problem.id='größe'"),
+        ("seed=1", "seed=1"),
+        ("pick=macs<=3", "pick='macs<=3'"),
+    ],
+)
+def test_letters_of_any_language_need_no_quotes(said, meant):
+    assert quoted([said, "--größe", said]) == [meant, "--größe", meant]
+
+
+def test_a_key_with_other_letters_is_one_line(run):
+    code, err = run("calibrate", "+missing_in.größe=zero")
+    assert (code, len(err)) == (2, 1)
+    assert err[0].endswith("a key has the letters a to z, digits, _ and - only")
 
 
 def test_keys_of_a_sweep():

@@ -35,7 +35,7 @@ def run(composed: DictConfig) -> Path:
 def spelt_out(argument: str) -> str:
     """Write ``temperature=NUMBER`` and ``compare=A,B`` as Hydra has them: a key of a group, and a list."""
     key, _, value = argument.partition("=")
-    if key == "compare" and not value.startswith("["):
+    if key == "compare" and not value.startswith("[") and value != "null":
         runs = (run.replace("\\", "\\\\").replace("'", "\\'") for run in value.split(","))
         return "compare=[" + ",".join(f"'{run}'" for run in runs) + "]"
     return re.sub(r"^(\+*temperature)=(?=[-+.\d])", r"\1.initial=", argument)

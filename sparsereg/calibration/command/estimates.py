@@ -101,6 +101,7 @@ def _before_and_after(variable: Variable, result: CalibrationResult) -> dict[str
         "initial": before,
         "estimate": after,
         "relative_change": change,
+        "targeted": variable.targeted,
     }
 
 

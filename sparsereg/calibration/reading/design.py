@@ -134,12 +134,16 @@ def _replicates(names: Sequence[str], source: Source, initial: np.ndarray) -> np
 
 @dataclass(frozen=True, eq=False)
 class Variable:
-    """Something to estimate: a weighted total of ``values``, or over that of ``below``."""
+    """Something to estimate: a weighted total of ``values``, or over that of ``below``.
+
+    ``targeted``: whether targets sum the same column, or count the same.
+    """
 
     name: str
     statistic: str
     values: np.ndarray
     below: np.ndarray | None = None
+    targeted: bool = False
 
 
 def read_variables(cfg: CalibrationRun, source: Source, initial: np.ndarray) -> list[Variable]:
@@ -165,12 +169,13 @@ def read_variables(cfg: CalibrationRun, source: Source, initial: np.ndarray) -> 
     if zero.any():
         name = table.names[int(zero.argmax())]
         raise InputError(f"{table.file}: the denominator of {name!r} is zero with the initial weights")
-    found = []
+    found, targeted = [], [subject in source.targeted for subject in table.subjects]
     for i, name in enumerate(table.names):
         if not ratio[i]:
-            found.append(Variable(name, "total", values[i]))
+            found.append(Variable(name, "total", values[i], None, targeted[i]))
         if ratio[i] or table.measures[i] or table.wheres[i]:  # the mean of a count is a share
-            found.append(Variable(name, "ratio" if ratio[i] else "mean", values[i], denominators[i]))
+            kind = "ratio" if ratio[i] else "mean"
+            found.append(Variable(name, kind, values[i], denominators[i], targeted[i]))
     return found
 
 

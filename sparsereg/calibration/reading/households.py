@@ -105,6 +105,11 @@ class TargetTable:
         given = [bool(of or where) for of, where in pairs]
         return np.array(given or [False] * len(self.names))
 
+    @property
+    def subjects(self) -> list[tuple[str, str]]:
+        """What each is about: a column that is summed wherever, or what is counted."""
+        return [(m, "" if m else where) for m, where in zip(self.measures, self.wheres, strict=True)]
+
     def numbers(self) -> dict[str, Any]:
         """The arguments of ``CalibrationProblem`` that are one number or text per target."""
         return {
@@ -139,6 +144,7 @@ class Source:
         persons: Of two levels, the lower one.
         units: What a row of the households and of the persons is called.
         rest: Where the other columns are read from, part by part, if they are not in memory.
+        targeted: What targets are about, see ``TargetTable.subjects``.
     """
 
     households: pd.DataFrame
@@ -148,6 +154,7 @@ class Source:
     persons: Persons | None = None
     units: tuple[str, str] = UNITS
     rest: Table | None = None
+    targeted: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def names(self) -> list[str]:
@@ -510,7 +517,8 @@ def build(
     missing.check(measures)
     filled = [*missing.columns("zero", measures), *missing.columns("drop", measures)]
     used = tuple(c for c in (weight, id) if c is not None)
-    source = Source(households, file, used, tuple(filled), persons, units, rest)
+    about = frozenset(targets.subjects)
+    source = Source(households, file, used, tuple(filled), persons, units, rest, about)
     stay = _staying(source, targets, missing)
     matrix, hints = source.totals(targets)
     weights = initial_weights(households, weight, file)

@@ -41,6 +41,8 @@ ROUNDED = 1e-7
 """Error that may be the targets' own: sums of others that were rounded. Nothing is gained by more steps."""
 _PROVEN = 1e-9
 """Share of what is summed by which a proof must hold, so that it is none of rounding."""
+_GROWING = tuple(10.0**-k for k in range(6, -1, -1))
+"""Shares of the prices with which they are solved one after the other."""
 _DRIFT = 4.0
 """Steps of up to so many times the multipliers are added to what they come to; others are computed anew."""
 
@@ -358,10 +360,10 @@ def solve(
     """
     chosen = independent(dual) if chosen is None else chosen
     if len(chosen) == len(dual.targets):
-        return _iterate(dual, _first(dual, start, weights), tolerance, most_steps)
+        return _surely(dual, _first(dual, start, weights), tolerance, most_steps)
     some = dual.take(chosen)
     first = _first(some, None if start is None else start[chosen], weights)
-    part = _iterate(some, first, tolerance, most_steps)
+    part = _surely(some, first, tolerance, most_steps)
     multipliers = np.zeros(len(dual.targets))
     multipliers[chosen] = part.multipliers
     slack, _ = dual.slack.respond(multipliers)
@@ -422,6 +424,27 @@ def independent(dual: Dual) -> Int[np.ndarray, "some"]:
     _, order, rank, _ = sl.lapack.dpstrf(square / root[:, None] / root, tol=tolerance, lower=1)
     left_out = hard[order[rank:] - 1]
     return np.setdiff1d(np.arange(num_targets), left_out)
+
+
+def _surely(
+    dual: Dual, start: Float[np.ndarray, "targets"] | None, tolerance: float, most_steps: int
+) -> Solution:
+    """Newton's iteration; where it gets lost, once more with prices that grow to what they are.
+
+    A soft target that asks for far more than can be had drives households to their bounds at the first step,
+    and a target that no household moves any more leaves no way back. With prices that grow tenfold each end
+    is near the one before.
+    """
+    found = _iterate(dual, start, tolerance, most_steps)
+    if found.converged or found.proof is not None or dual.hard.all():
+        return found
+    at, steps, grown = None, found.steps, found
+    for share in _GROWING:
+        price = dual.slack.price * share
+        cheaper = replace(dual, slack=replace(dual.slack, price=price))
+        grown = _iterate(cheaper, at, tolerance, most_steps)
+        at, steps = grown.multipliers, steps + grown.steps
+    return replace(grown if grown.error < found.error else found, steps=steps)
 
 
 def _iterate(

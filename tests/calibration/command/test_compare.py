@@ -52,3 +52,4 @@ def test_what_is_no_run_is_refused_and_nothing_is_written(runs):
 def test_two_runs_are_a_list_to_hydra():
     assert spelt_out("compare=a/b,c d") == "compare=['a/b','c d']"
     assert spelt_out("compare=[a,b]") == "compare=[a,b]"
+    assert spelt_out("compare=null") == "compare=null"

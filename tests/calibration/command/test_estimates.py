@@ -137,6 +137,28 @@ def test_variables_are_told_of_chosen_households_too(schools):
     assert not (folder / "standard_errors.csv").exists()
 
 
+def test_only_columns_without_a_target_are_bystanders(schools):
+    pd.DataFrame(
+        {
+            "name": ["api99", "in high schools", "middle", "enroll"],
+            "measure": ["api99", "api99", "", "enroll"],
+            "where": ["", "stype == 'H'", "stype == 'M'", ""],
+        }
+    ).to_csv("V.csv", index=False)
+    folder, _ = command(*schools, "report.variables=V.csv")
+    table = pd.read_csv(folder / "variables.csv").set_index(["name", "statistic"])
+    moved = table.relative_change.abs() > 0.02
+    assert moved["in high schools", "total"]
+    assert moved["enroll", "total"]
+    assert table.targeted.groupby("name").all().to_dict() == {
+        "api99": True, "in high schools": True, "middle": True, "enroll": False,
+    }  # fmt: skip
+    page = (folder / "report.html").read_text()
+    (note,) = [line for line in page.splitlines() if "figures that nobody targeted moved" in line]
+    assert "enroll" in note
+    assert "high" not in note
+
+
 @pytest.mark.parametrize(("column", "known"), [("none", True), ("both", False)])
 def test_the_largest_cv_with_an_estimate_of_zero(schools, column, known):
     """A zero without an error is no obstacle; one with an error has no share of it to show."""

@@ -84,7 +84,7 @@ def evil():
               "median_are": 0.2, "large_mean_are": None, "fitted_mean_are": 0.0, "fitted_median_are": 0.0}]
         ),
         bystanders=pd.DataFrame(
-            {"name": [EVIL], "statistic": ["total"], "initial": [1.0], "estimate": [2.0]}
+            {"name": [EVIL], "statistic": ["total"], "initial": [1.0], "estimate": [2.0], "targeted": [False]}
         ),
         estimates=pd.DataFrame({"name": [EVIL], "se": [1.0]}),
     )  # fmt: skip

@@ -221,6 +221,30 @@ def test_a_zero_that_contradicts_a_region_gives_way_alone():
     np.testing.assert_allclose(result.estimates[:8], base.targets, rtol=1e-7)
 
 
+def torn(seed, share=1.3):
+    """Four regions in waves; one asks for more poor than it has people, and losses for none at all."""
+    rng = np.random.default_rng(seed)
+    region, wave = np.repeat(np.arange(4), [250, 200, 130, 20]), rng.integers(0, 3, 600)
+    income = np.where(rng.random(600) < 0.12, -rng.gamma(1, 1500, 600), rng.gamma(2, 800, 600))
+    weights, poor = rng.uniform(5, 60, 600), rng.random(600) < 0.3
+    true = weights * np.exp(rng.normal(0, 0.15, 600))
+    cells = [((region == r) & (wave == k)).astype(float) for r in range(4) for k in range(3)]
+    rows = np.array([*cells, *(income * (region == r) for r in range(4))])
+    last = (region == 3).astype(float)
+    asked = [*(rows @ true), share * (last @ true), -1.0]
+    matrix = np.vstack([rows, last * poor, np.minimum(income, 0)])
+    prices = np.array([np.nan] * 17 + [0.5])
+    return CalibrationProblem(matrix, asked, weights, target_weights=prices)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_soft_target_that_asks_too_much_leaves_others_alone(seed):
+    result = exactly(torn(seed), bounds=(0.3, 3.0))
+    assert result.exact.gave_way.tolist() == [16]
+    errors = result.problem.linear.scaled_errors(result.exact.totals)
+    assert np.abs(errors[:16]).max() < 1e-12
+
+
 def test_many_targets_go_by_conjugate_gradients(monkeypatch):
     from sparsereg.calibration.solver import dual_newton
 

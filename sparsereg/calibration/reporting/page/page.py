@@ -59,7 +59,7 @@ class Contents:
         initial_weights: Of all households, shape (households,).
         findings: Of the checks.
         holdout: As ``holdout.hold_out`` returns it, if something was left out.
-        bystanders: name, statistic, initial and estimate of what nobody targeted, if that was asked for.
+        bystanders: name, statistic, initial, estimate and targeted of what was asked for besides targets.
         estimates: A table of estimates with standard errors, if there are any.
         own_columns: What totals of the file's own columns came to, as targets, if they were used.
     """
@@ -302,7 +302,7 @@ def _own(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _bystanders(table: pd.DataFrame) -> list[dict[str, Any]]:
     size = table.initial.abs()
     moved = (table.estimate - table.initial) / size.where(size > 0)
-    table = table.assign(moved=moved, much=moved.abs() > MOVED_MUCH)
+    table = table.assign(moved=moved, much=(moved.abs() > MOVED_MUCH) & ~table.targeted)
     return _records(table.loc[moved.abs().sort_values(ascending=False).index])
 
 
