@@ -184,7 +184,8 @@ def _vectors(
     for weight, columns in [(w, side) for w in taking_gates for side in analysis.sides(w)]:
         sets = analysis.choices_along(weight, columns).ravel()
         for choice in dict.fromkeys(c for s in sets for c in sorted(s)):
-            sites.setdefault(choice, []).append(weight)
+            taking = sites.setdefault(choice, [])
+            taking += [weight] if weight not in taking else []
         for together in {s for s in sets if s}:
             for choice in together:
                 met.setdefault(choice, set()).update(together - {choice})
@@ -327,16 +328,11 @@ class _Inserter:
 
     def _put(self, path: str, name: str, site: fx.Node, vectors: list[Vector]) -> None:
         module = self.network.get_submodule(path)
-        rank = self.analysis.program.values[site].dim()
         for columns, vector in itertools.product(self.analysis.sides(site), vectors):
             index = _places(self.analysis.choices_along(site, columns), vector.choices)
-            if bool((index == len(vector.choices)).all()):
-                continue
-            if index.dim() < rank:
-                view = [1] * rank
-                view[self.analysis.axis_of(site, columns)] = -1
-                index = index.view(view)
-            put_gate(module, name, self._on(module, vector), index, _label(vector))
+            if bool((index < len(vector.choices)).any()):
+                index = index.view(self.analysis.shape_along(site, columns))
+                put_gate(module, name, self._on(module, vector), index, _label(vector))
 
     def _on(self, module: nn.Module, vector: Vector) -> L0Gate:
         gate = self.gates[id(vector)]

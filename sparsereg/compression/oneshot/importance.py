@@ -74,7 +74,7 @@ IMPORTANCE: dict[str, Importance] = {"gradient": gradient, "magnitude": magnitud
 def _through_gates(module: nn.Module) -> list[Tensor]:
     """The weights of a module as its gates leave them."""
     if isinstance(module, GatedModule):
-        return [module.through_gates(name) for name in module._gated_sites if name in module._parameters]
+        return [module._gated_value(name) for name in module._gated_sites if name in module._parameters]
     gates = shared_gate_of(module)
     if gates is None:
         return []

@@ -22,6 +22,7 @@ from sparsereg.compression.units.lines import Alternatives, Bools, Lines, Sizes
 from sparsereg.compression.units.program import Program, bound, name_of, plain_call
 from sparsereg.compression.units.rules.recurrent import BLOCKS
 from sparsereg.compression.units.rules.stacked import stack_of
+from sparsereg.compression.units.rules.table import weight_of
 from sparsereg.compression.units.solve import Units
 
 Axis = tuple[fx.Node, int]
@@ -250,7 +251,7 @@ def _convolution(program: Program, node: fx.Node) -> Products:
     weight = a["weight"]
     taps = math.prod(program.values[weight].shape[2:])
     transposed = "transpose" in name_of(node) or bool(a.get("transposed"))
-    return [(float(taps), [*_all(program, a["input"] if transposed else node), (weight, 1)])]
+    return [(float(taps), [*_all(program, a["input"] if transposed else node), (weight_of(weight), 1)])]
 
 
 def _attention(program: Program, node: fx.Node) -> Products:

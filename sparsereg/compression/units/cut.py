@@ -40,7 +40,26 @@ class Cut:
 
     def use(self, weights: Iterable[tuple[fx.Node, Tensor]]) -> None:
         """Cut other weights, such as those with gates multiplied in."""
-        self.weights = {node: self._weight(node, value) for node, value in weights}
+        normed = {bound(n)["v"]: n for n in self.program.calls if name_of(n) == "_weight_norm"}
+        sizes: dict[fx.Node, Tensor] = {}
+        self.weights = {}
+        for node, value in weights:
+            self.weights[node] = self._weight(node, value)
+            if node in normed:
+                sizes[normed[node]] = value.norm(dim=_normed_over(normed[node], value), keepdim=True)
+        for node, whole in sizes.items():
+            self._resize(node, whole)
+
+    def _resize(self, node: fx.Node, whole: Tensor) -> None:
+        """Let the size of normed weights make up for those that are gone from under their norm."""
+        g, v = bound(node)["g"], bound(node)["v"]
+        over = _normed_over(node, whole)
+        axis = next((d for d in range(whole.dim()) if d not in over), 0)
+        along = self.units.labeller.axes.weight_axes.get(v, [None] * whole.dim())[axis]
+        if along is not None:
+            whole = whole.index_select(axis, torch.from_numpy(np.flatnonzero(self.stays.numpy()[along])))
+        left = self.weights[v].norm(dim=over, keepdim=True)
+        self.weights[g] = self.weights[g] * torch.where(whole > 0, left / whole, 1).to(whole.dtype)
 
     def run(self, *inputs: Any) -> Any:
         """What the smaller network gives."""
@@ -99,6 +118,10 @@ class Cut:
         """How many positions along an axis are left."""
         return int(self.alive_along(labels, axis).sum())
 
+    def is_of_all(self, node: fx.Node) -> bool:
+        """Whether a mean counts what is gone as zeros."""
+        return node in self.units.labeller.axes.means_of_all
+
     def _weight(self, node: fx.Node, value: Tensor) -> Tensor:
         axes = self.units.labeller.axes
         raw = axes.of.get(node)
@@ -118,6 +141,8 @@ class Cut:
         This is what a smaller network has to equal.
         """
         zeroed = {node: self._zeroed(node, value) for node, value in self.program.weights.items()}
+        normed = {bound(node)["v"] for node in self.program.calls if name_of(node) == "_weight_norm"}
+        zeroed |= {v: self.program.weights[v] for v in normed}
         for branch in self.units.branches.found:
             if branch.choice in self.gone:
                 zeroed |= {maker: torch.zeros_like(zeroed[maker]) for maker in branch.makers}
@@ -135,10 +160,10 @@ class Cut:
         return value
 
     def _masked_call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """A mean, or a norm, over the units that stay; the norm of weights that are gone divides nothing."""
+        """A mean, or a norm, over the units that stay; of normed weights, zeros where units are gone."""
         if name_of(node) == "_weight_norm":
-            return plain_call(node, args, kwargs).nan_to_num(0.0)
-        dims = averages(node)
+            return self._zeroed(bound(node)["v"], plain_call(node, args, kwargs))
+        dims = [] if self.is_of_all(node) else averages(node)
         labels = self.labels.get(node.args[0]) if dims else None
         kept = {d: self.alive_along(labels, d) for d in dims} if isinstance(labels, Tensor) else {}
         kept = {d: alive for d, alive in kept.items() if not bool(alive.all())}
@@ -163,6 +188,11 @@ class Cut:
     def num_parameters(self) -> int:
         """Parameters that are left."""
         return sum(self.weights[n].numel() for n in self.program.parameters & self.serving)
+
+
+def _normed_over(node: fx.Node, weight: Tensor) -> list[int]:
+    """The axes over which a weight norm takes its norm."""
+    return [d for d in range(weight.dim()) if d != bound(node)["dim"] % weight.dim()]
 
 
 def averages(node: fx.Node) -> list[int]:

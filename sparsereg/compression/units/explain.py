@@ -16,6 +16,7 @@ from sparsereg.compression.units.labels import FIRST, Ints
 from sparsereg.compression.units.program import module_of, name_of, place_of, trace
 from sparsereg.compression.units.rules import RULES
 from sparsereg.compression.units.rules.table import PICKS, Labeller
+from sparsereg.compression.units.sites import Sites
 from sparsereg.compression.units.solve import Units, solve
 from sparsereg.summary import in_html, in_lines
 
@@ -157,6 +158,7 @@ def explain(model: nn.Module, example: Any, inputs: bool = False) -> Explanation
     """
     args, kwargs = inputs_of(example)
     labeller = Labeller(trace(model, *args, **kwargs), inputs)
+    Sites(labeller)
     return explanation(type(model).__name__, solve(labeller))
 
 

@@ -72,6 +72,10 @@ class Left:
         """How many positions along an axis are left."""
         return int(self.alive_along(labels, axis).sum())
 
+    def is_of_all(self, node: fx.Node) -> bool:
+        """A mean over channels keeps them all."""
+        return False
+
 
 class Folder(Emitter):
     """Writes what is left of a network whose gates its author has placed.

@@ -115,7 +115,7 @@ class GatedModule(nn.Module):
     _gated_sites: dict[str, list[tuple[str, str]]]
     _gated_norm: tuple[int, bool, bool] | None
 
-    def factor(self, name: str) -> Tensor | None:
+    def _gated_factor(self, name: str) -> Tensor | None:
         """What the gates multiply a parameter by, of a shape that is broadcast to it.
 
         Args:
@@ -127,28 +127,28 @@ class GatedModule(nn.Module):
             factor = z if factor is None else factor * z
         return factor
 
-    def through_gates(self, name: str) -> Any:
+    def _gated_value(self, name: str) -> Any:
         """A parameter (or buffer) times its gates."""
         raw = self._parameters[name] if name in self._parameters else self._buffers[name]
-        factor = None if raw is None else self.factor(name)
+        factor = None if raw is None else self._gated_factor(name)
         if raw is None or factor is None:
             return raw
         factor = factor.to(raw.dtype)
         if self._gated_norm is not None and self._gated_norm[2] and name != "bias":
-            factor = factor / self.stretch()
+            factor = factor / self._gated_stretch()
         return raw * factor
 
-    def open_places(self) -> Tensor:
+    def _gated_open(self) -> Tensor:
         """1 where the input of a normalisation is open, else 0; (units,)."""
         open_ = [opened(self._modules[g], self._buffers[i]).detach() > 0 for g, i in self._gated_sites[""]]
         return torch.stack(open_).all(0).to(next(self.parameters()).dtype)
 
-    def stretch(self) -> Tensor:
+    def _gated_stretch(self) -> Tensor:
         """By how much the input of a normalisation is enlarged, so that its variance is that of the rest."""
-        mask = self.open_places()
+        mask = self._gated_open()
         return (mask.numel() / mask.sum().clamp(min=1)).sqrt()
 
-    def without_shut(self, x: Tensor) -> Tensor:
+    def _gated_input(self, x: Tensor) -> Tensor:
         """The input of a normalisation with the mean in place of what is shut, enlarged.
 
         Its mean and variance over all places are those over the open ones then.
@@ -158,7 +158,7 @@ class GatedModule(nn.Module):
         shape = [1] * x.dim()
         shape[axis] = -1
         over = {axis % x.dim()} if axis < 0 else set(range(1, x.dim()))
-        mask = self.open_places().to(x.dtype)
+        mask = self._gated_open().to(x.dtype)
         num_open = mask.sum().clamp(min=1)
         far = mask * (mask.numel() / num_open).sqrt()
         if not centred:
@@ -176,13 +176,13 @@ class GatedModule(nn.Module):
 def enlarge(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Before a normalisation: take what is shut out of its input. A hook, which turns fused kernels off."""
     assert isinstance(module, GatedModule)
-    return module.without_shut(args[0]), *args[1:]
+    return module._gated_input(args[0]), *args[1:]
 
 
 def undo(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
     """Behind a normalisation whose weight cannot undo what its input is enlarged by. A hook."""
     assert isinstance(module, GatedModule)
-    return result / module.stretch().to(result.dtype)
+    return result / module._gated_stretch().to(result.dtype)
 
 
 def opened(gate: nn.Module | None, index: Tensor | None) -> Tensor:
@@ -231,7 +231,7 @@ _RECURRENT = {
 
 def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def reader(name: str) -> property:
-        return property(lambda self: self.through_gates(name))
+        return property(lambda self: self._gated_value(name))
 
     body: dict[str, Any] = {name: reader(name) for name in names if name}
     body["_made_of"] = (base, names)
@@ -265,7 +265,7 @@ def put_gate(
     if known is None:
         known = _free(module, label)
         module.add_module(known, gate)
-    index_name = f"_places_{known}_{name or 'input'}"
+    index_name = _free(module, f"_places_{known}_{name or 'input'}")
     module.register_buffer(index_name, index, persistent=False)
     module._gated_sites.setdefault(name, []).append((known, index_name))  # type: ignore[union-attr, operator]
     if norm is not None:

@@ -83,6 +83,7 @@ class Axes:
         owner: for each run of new units its first one, the weight or input that makes them, and the axis;
             -1 for every element of a weight that is read as it is.
         whole: for a weight of which nothing has units, the reason and the operation that keeps it.
+        means_of_all: means over units that are zeros where these are gone, not over those that stay.
         averaged: units over which a normalisation takes means: these are over the units that stay.
         grids: units that have to stay as grids.
         heads: units that stand for attention heads, and whether some of them share their keys.
@@ -98,6 +99,7 @@ class Axes:
         self.fixed: dict[int, tuple[str, fx.Node | None]] = {}
         self.whole: dict[fx.Node, tuple[str, fx.Node]] = {}
         self.averaged: list[Ints] = []
+        self.means_of_all: set[fx.Node] = set()
         self.grids: list[Grid] = []
         self.heads: list[tuple[Ints, bool]] = []
         self.inputs: list[tuple[fx.Node, int, Ints]] = []

@@ -7,7 +7,6 @@ there are zero contributes nothing, so that it can go.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +18,13 @@ from sparsereg.compression.units.cut import averages
 from sparsereg.compression.units.labels import FIRST, Ints, varying
 from sparsereg.compression.units.program import Program, bound, module_of, name_of
 from sparsereg.compression.units.rules.elementwise import PRODUCTS, QUOTIENTS
-from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES
+from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES, weight_behind
 from sparsereg.compression.units.rules.recurrent import BLOCKS, candidate_rows, passes
 from sparsereg.compression.units.rules.stacked import stack_of
-from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, behind, picked
+from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, behind, picked, scaled
 
 WHOLE = -2
 """In place of an axis: all of a weight takes the same gates."""
-_WITH_COLUMNS = {"addmm", "matmul", "mm"}
-"""Operations that take a matrix with a column for each unit that it makes."""
 _OUT_AXIS = {"addmm": 1, "embedding": 1, "embedding_bag": 1}
 
 
@@ -58,14 +55,14 @@ class Sites:
     """Which weights take gates.
 
     Args:
-        labeller: of the network.
+        labeller: of the network; learns of units that no gates can shut.
 
     Attributes:
         axis: for each weight, the axis along which its gates lie; -1: along any; or ``WHOLE``.
         norms: normalisations over units that can leave some out.
         part: for weights of which only some rows take gates, the first of these and the one behind them.
-        columns: for weights that read features of inputs, the axis along which these lie.
-        refused: units that lie along other means, with the reason and the operation.
+        columns: for weights that read features of inputs, or what is not zero when it is gone, the axis along
+            which these lie.
     """
 
     def __init__(self, labeller: Labeller) -> None:
@@ -73,9 +70,8 @@ class Sites:
         self.program: Program = labeller.program
         self.axis: dict[fx.Node, int] = {}
         self.part: dict[fx.Node, tuple[int, int]] = {}
-        self.columns = dict(self._columns())
+        self.columns = labeller.columns
         self.norms: list[Norm] = []
-        self.refused: list[tuple[Ints, str, fx.Node]] = []
         self._seen: set[fx.Node] = set()
         for sources in labeller.reads:
             if len(sources) == 1:
@@ -84,27 +80,6 @@ class Sites:
                 self._ask_one(sources)
         for node in self.program.calls:
             self._mean(node)
-            if name_of(node) == "_weight_norm":
-                self._norm_of_weights(node)
-
-    def _norm_of_weights(self, node: fx.Node) -> None:
-        """Gates on what makes or reads units would not reach the norm of weights that lie along them."""
-        for line in self.labeller.axes.weight_axes.get(bound(node)["v"], []):
-            if line is not None:
-                self.refused.append((line, "a norm of weights is taken along it", node))
-
-    def _columns(self) -> Iterator[tuple[fx.Node, int]]:
-        """Weights that read features of inputs, with the axis along which they do."""
-        axes = self.labeller.axes
-        if not axes.inputs:
-            return
-        features = axes.sets.find(np.concatenate([units for _, _, units in axes.inputs]))
-        for weight, lines in axes.weight_axes.items():
-            names = {name_of(user) for user in weight.users if user.op == "call_function"}
-            out = 1 if names & _WITH_COLUMNS or any("transpose" in n for n in names & set(MAKERS)) else 0
-            for axis, line in enumerate(lines if len(lines) > 1 else ()):
-                if line is not None and axis != out and np.isin(axes.sets.find(line), features).any():
-                    yield weight, axis
 
     def _recurrent(self, node: fx.Node) -> None:
         """The rows of the candidates, and of the projections behind them."""
@@ -145,14 +120,17 @@ class Sites:
             weight, axis = behind(self.program, bound(node)["weight"], 0)
             self.axis.setdefault(weight, axis)
             return [bound(node)["bias"]]
+        matrix = weight_behind(self.labeller, node.args[1]) if name in ("matmul", "mm") else None
+        if matrix is not None:
+            weight, turned = matrix
+            self.axis.setdefault(weight, 0 if turned else 1)
+            return []
         if name in MAKERS:
-            made = [bound(node).get(key) for key in MAKERS[name]]
-            found = [w for w in made if isinstance(w, fx.Node) and w in self.program.weights]
+            out = 1 if "transpose" in name else _OUT_AXIS.get(name, 0)
+            made = [scaled(bound(node).get(key), out) for key in MAKERS[name]]
+            found = [w for w in made if w in self.program.weights]
             for weight in found:
-                own = _OUT_AXIS.get(name, 0) if self.program.values[weight].dim() > 1 else 0
-                self.axis[weight] = (
-                    1 if "transpose" in name and self.program.values[weight].dim() > 1 else own
-                )
+                self.axis[weight] = out if self.program.values[weight].dim() > 1 else 0
             return [] if found else [node.args[0]]
         if name in BLOCKS:
             self._recurrent(node)
@@ -197,7 +175,9 @@ class Sites:
     def _mean(self, node: fx.Node) -> None:
         """Note a mean over units, or why its units cannot be gated."""
         source = node.args[0] if node.args else None
-        labels = self.labeller.axes.of.get(source) if isinstance(source, fx.Node) else None
+        if not isinstance(source, fx.Node):
+            return
+        labels = self.labeller.axes.of.get(source)
         dims = averages(node)
         if not isinstance(labels, Tensor) or not set(dims) & varying(labels):
             return
@@ -205,8 +185,11 @@ class Sites:
             return
         units = np.unique(labels.numpy()).astype(np.int64)
         found = self._norm(node)
-        if found is None:
-            self.refused.append((units, f"{name_of(node)} is taken over it in a way of its own", node))
+        if found is None and name_of(node) == "mean" and self._zero(source):
+            self.labeller.axes.means_of_all.add(node)
+            self._ask(source)
+        elif found is None:
+            self.labeller.axes.fix(units, f"{name_of(node)} is taken over it in a way of its own", node)
         elif all(n.module != found.module for n in self.norms):
             self.norms.append(found)
             for weight in found.weights:  # they undo what the norm's input is enlarged by

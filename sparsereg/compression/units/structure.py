@@ -64,7 +64,7 @@ class Analysis:
 
         Args:
             weight: one that takes gates.
-            columns: along the axis where it reads features of inputs instead.
+            columns: along the axis of the columns that it reads with instead.
         """
         axes = self.units.labeller.axes
         if columns:
@@ -91,8 +91,20 @@ class Analysis:
         return _with(sets, whole) if whole else sets
 
     def sides(self, weight: fx.Node) -> list[bool]:
-        """Whether a weight takes gates on what it makes (False), and on features that it reads (True)."""
-        return [side for side in (False, True) if weight in (self.sites.columns if side else self.sites.axis)]
+        """Whether a weight takes gates on what it makes (False), and on columns that it reads (True)."""
+        makes, reads = (weight in axes for axes in (self.sites.axis, self.sites.columns))
+        if makes and reads and self.axis_of(weight) == self.axis_of(weight, True):
+            return [False]  # a table of embeddings that is that of the last layer, too
+        return [side for side in (False, True) if (reads if side else makes)]
+
+    def shape_along(self, weight: fx.Node, columns: bool = False) -> tuple[int, ...]:
+        """The shape in which what ``choices_along`` holds multiplies the weight."""
+        sets = self.choices_along(weight, columns)
+        rank = self.program.values[weight].dim()
+        if sets.ndim == rank:
+            return tuple(sets.shape)
+        axis = self.axis_of(weight, columns)
+        return tuple(sets.size if d == axis else 1 for d in range(rank))
 
     def axis_of(self, weight: fx.Node, columns: bool = False) -> int:
         """The axis of a weight along which ``choices_along`` lies."""
@@ -146,8 +158,6 @@ def analyse(
     """
     labeller = Labeller(trace(model, *args, **kwargs), inputs)
     sites = Sites(labeller)
-    for refused, why, node in sites.refused:
-        labeller.axes.fix(refused, why, node)
     units = solve(labeller)
     for branch in units.branches.found:
         for maker in branch.makers:
@@ -254,32 +264,23 @@ class Structure:
             model: a network of this structure.
             dtype: of floating-point weights; their own if None.
         """
-        program, axis = self.analysis.program, self.analysis.sites.axis
+        program = self.analysis.program
         tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         tensors |= {name: value for name, value in constants_of(program).items() if name not in tensors}
         open_ = self._open(model)
         for node, name in program.names.items():
             value = tensors[name].detach()
             value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
-            if node in axis:
-                value = value * self._factor(open_, node, value)
-            if node in self.analysis.sites.columns:
-                value = value * self._factor(open_, node, value, columns=True)
+            for columns in self.analysis.sides(node):
+                value = value * self._factor(open_, node, value, columns)
             yield node, value
 
-    def _factor(
-        self, open_: Mapping[int, float], node: fx.Node, value: Tensor, columns: bool = False
-    ) -> Tensor:
+    def _factor(self, open_: Mapping[int, float], node: fx.Node, value: Tensor, columns: bool) -> Tensor:
         """What the gates multiply a weight by, of a shape that is broadcast to it."""
         sets = self.analysis.choices_along(node, columns)
         products = {s: math.prod(open_.get(choice, 1.0) for choice in s) for s in set(sets.flat)}
         factor = torch.tensor([products[s] for s in sets.flat], dtype=torch.float64)
-        factor = factor.to(value).view(sets.shape)
-        if sets.ndim == value.dim():
-            return factor
-        view = [1] * value.dim()
-        view[self.analysis.axis_of(node, columns)] = -1
-        return factor.view(view)
+        return factor.to(value).view(self.analysis.shape_along(node, columns))
 
     @torch.no_grad()
     def _open(self, model: nn.Module) -> dict[int, float]:
@@ -395,19 +396,28 @@ def _matched(
         node = names.get(name)
         if node is None or node not in analysis.sites.axis | analysis.sites.columns:
             continue
-        elements: dict[int, list[int]] = {}
         for columns in analysis.sides(node):
-            for i, choices in enumerate(analysis.choices_along(node, columns).ravel()):
-                for choice in choices:
-                    elements.setdefault(choice, []).append(i)
-        by_elements: dict[tuple[int, ...], list[int]] = {}
-        for choice, where in elements.items():
-            by_elements.setdefault(tuple(where), []).append(choice)
-        for path, index in sites:
-            places = index.flatten().numpy()
-            whole = BLOCK_GATE in path
-            for place in np.unique(places[places < sizes[path]]).tolist():
-                for choice in by_elements.get(tuple(np.flatnonzero(places == place).tolist()), ()):
-                    if (choice in branches) is whole and (choice in features) is (INPUT_GATE in path):
-                        matched.setdefault(choice, (path, place))
+            by_elements = _by_elements(analysis, node, columns)
+            shape = analysis.shape_along(node, columns)
+            for path, index in sites:
+                if index.dim() == len(shape) and tuple(index.shape) != shape:
+                    continue  # gates along another axis
+                places = index.flatten().numpy()
+                whole = BLOCK_GATE in path
+                for place in np.unique(places[places < sizes[path]]).tolist():
+                    for choice in by_elements.get(tuple(np.flatnonzero(places == place).tolist()), ()):
+                        if (choice in branches) is whole and (choice in features) is (INPUT_GATE in path):
+                            matched.setdefault(choice, (path, place))
     return matched
+
+
+def _by_elements(analysis: Analysis, weight: fx.Node, columns: bool) -> dict[tuple[int, ...], list[int]]:
+    """The choices that decide on the same elements of a weight, by the places of these."""
+    elements: dict[int, list[int]] = {}
+    for i, choices in enumerate(analysis.choices_along(weight, columns).ravel()):
+        for choice in choices:
+            elements.setdefault(choice, []).append(i)
+    found: dict[tuple[int, ...], list[int]] = {}
+    for choice, where in elements.items():
+        found.setdefault(tuple(where), []).append(choice)
+    return found

@@ -97,19 +97,20 @@ def test_dictionaries_are_inputs_by_name():
     assert isinstance(explanation.to_frame(), pd.DataFrame)
 
 
-def test_a_power_of_a_number_keeps_the_units_of_its_exponent():
-    class Power(nn.Module):
+def test_what_is_not_zero_stays_where_no_column_can_be():
+    class Kept(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
 
         def forward(self, x):
-            return self.b(2 ** self.a(x))
+            x = 2 ** self.a(x)
+            return self.b(x) + x.sum(-1, keepdim=True)
 
-    table = sparsereg.explain(Power(), torch.randn(3, 4)).to_frame().set_index(["parameter", "axis"])
-    kept = table.loc[("a.weight", 0)]  # 2 ** 0 is 1, which the next layer sums
+    table = sparsereg.explain(Kept(), torch.randn(3, 4)).to_frame().set_index(["parameter", "axis"])
+    kept = table.loc[("a.weight", 0)]  # 2 ** 0 is 1, which the sum sums
     assert (kept["size"], kept["state"]) == (6, "kept")
-    assert kept["reason"].startswith("linear sums over values that are not zero when it is gone")
+    assert kept["reason"].startswith("sum sums over values that are not zero when it is gone")
 
 
 def test_wrong_use_is_one_line():

@@ -89,18 +89,6 @@ def test_a_network_in_float64_loses_nothing_to_gates_in_float32(name):
     assert difference(first(network(data)), first(smaller(data))) < 1e-12
 
 
-@torch.no_grad()
-def test_what_a_norm_of_weights_is_taken_along_stays():
-    torch.manual_seed(0)
-    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
-    layers = nn.Linear(6, 8), nn.ReLU(), normed, nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
-    network = gate(nn.Sequential(*layers).eval(), data := torch.randn(3, 6))
-    for gates in hard_concretes(network).values():
-        gates.log_alpha.copy_(torch.tensor([-10.0, 0.3]).repeat(4))
-    smaller = compact(network, data)  # compares
-    assert [len(smaller.get_submodule(n).weight) for n in ("0", "4", "6")] == [8, 4, 2]
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_full_size_is_that_of_the_network(gated, name):
     with counting() as counter, torch.no_grad():

@@ -259,7 +259,8 @@ def test_one_number_for_all_channels_ties_none():
     x = torch.randn(3, 4)
     assert free(Scalars(False), x) == {("a.weight", 0): 6}
     assert halved(Scalars(False), x) < 1e-12
-    assert free(Scalars(True), x) == {}  # what is gone would be that number
+    assert free(Scalars(True), x) == {("a.weight", 0): 6}  # the next layer's columns take the gates
+    assert halved(Scalars(True), x) < 1e-12
 
 
 class Bags(nn.Module):

@@ -116,9 +116,10 @@ def _summed(
 ) -> Labels:
     """Units lie along the sum: those of both factors go together."""
     x.reads.append(tuple(source for source, _ in operands))
-    own = [v & (set(out) - set(other)) for v, (_, other) in zip(varied, reversed(sides), strict=True)]
-    if any(own):
-        return _whole(x, node, sides, shape)
+    if all(x.dead.get(source, Dead.ZERO) is not Dead.ZERO for source, _ in operands):
+        return _whole(x, node, sides, shape, "sums over values that are not zero when it is gone")
+    own = {c for v, (_, other) in zip(varied, reversed(sides), strict=True) for c in v - set(other)}
+    varied = [v - own for v in varied]  # what differs along axes of one factor alone is tied along these
     batch = "".join(sorted((varied[0] | varied[1]) - summed))
     inner = "".join(sorted(summed))
     arrays = [_as(x, node, side, batch + inner) for side in sides]
@@ -134,10 +135,16 @@ def _summed(
     return _spread(rows, batch, out, shape, one.shape[: len(batch)])
 
 
-def _whole(x: Labeller, node: fx.Node, sides: list[tuple[Labels, str]], shape: torch.Size) -> Labels:
-    """Nothing of either factor goes: units along two axes of the result have no label there."""
+def _whole(
+    x: Labeller,
+    node: fx.Node,
+    sides: list[tuple[Labels, str]],
+    shape: torch.Size,
+    why: str = "has units along two of its axes",
+) -> Labels:
+    """Nothing of either factor goes: of units along two axes of the result, say, there are no labels."""
     for labels, _ in sides:
-        x.axes.fix(labels, f"{name_of(node)} has units along two of its axes", node)
+        x.axes.fix(labels, f"{name_of(node)} {why}", node)
     return live(shape)
 
 

@@ -91,28 +91,41 @@ def sums(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     operands = [node.args[0], node.args[1]]
     if any(not isinstance(o, fx.Node) and o != 0 for o in operands):
         x.dead[node] = max(x.dead[node], Dead.CONSTANT)
+    made = _together(x, node, operands)
     for o in operands:
-        if isinstance(o, fx.Node) and not _has(x, o):
+        if isinstance(o, fx.Node) and not _covers(x, o, made):
             state = Dead.ANYTHING if o in x.depends else Dead.CONSTANT
             x.dead[node] = max(x.dead[node], state)
-    return _together(x, node, operands)
+    return made
 
 
 @rule(*PRODUCTS)
 def products(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """Products: zero where one of the factors is."""
     operands = [node.args[0], node.args[1]]
-    states = [x.dead.get(o, Dead.ZERO) for o in operands if isinstance(o, fx.Node) and _has(x, o)]
+    made = _together(x, node, operands)
+    covering = {o: isinstance(o, fx.Node) and _covers(x, o, made) for o in operands}
+    states = [x.dead.get(o, Dead.ZERO) for o in operands if isinstance(o, fx.Node) and covering[o]]
     x.dead[node] = min(states, default=Dead.ZERO)
     if (
         states
         and x.dead[node] is not Dead.ZERO
-        and any(isinstance(o, fx.Node) and o in x.depends and not _has(x, o) for o in operands)
+        and any(isinstance(o, fx.Node) and o in x.depends and not covering[o] for o in operands)
     ):
         x.dead[node] = Dead.ANYTHING
     elif len(states) == 2 and Dead.ZERO not in states:
         x.dead[node] = max(states)
-    return _together(x, node, operands)
+    return made
+
+
+def _covers(x: Labeller, source: fx.Node, made: Labels) -> bool:
+    """Whether what is gone of a result is gone of an operand: it has a place of its own for each unit."""
+    if not _has(x, source):
+        return False
+    if not _is_tensor(x, source):
+        return True
+    labels = x.labels(source)
+    return all(_size_at(labels, axis, made.dim()) == made.shape[axis] for axis in varying(made))
 
 
 def _has(x: Labeller, source: fx.Node) -> bool:
@@ -129,8 +142,10 @@ def quotients(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     if isinstance(under, fx.Node) and _has(x, under) and x.dead.get(under, Dead.ZERO) is Dead.ZERO:
         if isinstance(x.program.values[under], Tensor) and varying(x.labels(under)):
             x.dead[node] = Dead.ANYTHING
-    elif isinstance(over, fx.Node) and _has(x, over):
+    elif isinstance(over, fx.Node) and _covers(x, over, labels):
         x.dead[node] = x.dead.get(over, Dead.ZERO)
+    elif isinstance(over, fx.Node) and over in x.depends:
+        x.dead[node] = Dead.ANYTHING
     return labels
 
 
@@ -138,11 +153,23 @@ def quotients(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
 def where(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """One of two tensors by a condition."""
     condition, first, second = node.args
+    made = _together(x, node, [condition, first, second])
     for o in (first, second):
-        if not isinstance(o, fx.Node) or not _has(x, o):
+        if not isinstance(o, fx.Node) or not _covers(x, o, made):
             state = Dead.ANYTHING if isinstance(o, fx.Node) and o in x.depends else Dead.CONSTANT
             x.dead[node] = max(x.dead[node], state)
-    return _together(x, node, [condition, first, second])
+    return made
+
+
+@rule("expand_as")
+def as_large(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """A tensor repeated to the size of another one, of which then may be gone what is gone of that."""
+    made = _together(x, node, [a["self"], a["other"]])
+    if _covers(x, a["self"], made):
+        x.dead[node] = x.dead.get(a["self"], Dead.ZERO)
+    else:
+        x.dead[node] = Dead.ANYTHING if a["self"] in x.depends else Dead.CONSTANT
+    return made
 
 
 @rule("copy")
@@ -197,7 +224,9 @@ def pair(x: Labeller, node: fx.Node, labels: list[Labels]) -> Labels:
                 x.axes.fix(made, f"{name_of(node)} with a tensor of which nothing can go", node)
             continue
         missing = [axis for axis in axes if _size_at(part, axis, len(shape)) == 1]
-        if missing and varying(part.expand(shape)):
+        if missing and not varying(part):
+            x.axes.fix(part, f"{name_of(node)} with many units at once", node)
+        elif missing and varying(part.expand(shape)):
             _tie_to_rows(x, node, made, part.expand(shape), missing)
         else:
             made = _tie_places(x, node, made, part.expand(shape))

@@ -52,7 +52,7 @@ def dense(x: Labeller, node: fx.Node, source: Any, weight: Any, bias: Any, out: 
     """A layer whose weight makes units along its axis ``out`` and reads others along ``into``."""
     shape = x.program.values[node].shape
     rank = x.program.values[source].dim()
-    read = x.read(source, (rank - 1,), node, name_of(node), column=True)
+    read = x.read(source, (rank - 1,), node, name_of(node), columns=((weight, into),))
     x.weight(weight, into, read, node)
     units = x.weight(weight, out, None, node)
     if isinstance(bias, fx.Node):
@@ -121,7 +121,8 @@ def convolution(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     axis = len(shape) - whole.dim() + 1
     groups, transposed = _groups(a), _transposed(node, a)
     each = groups > 1 and groups == x.program.values[source].shape[axis]
-    read = x.read(source, (axis,), node, name_of(node), sums=not each, column=groups == 1)
+    columns = ((weight, 0 if transposed else 1),) if groups == 1 else ()
+    read = x.read(source, (axis,), node, name_of(node), sums=not each, columns=columns)
     if groups == 1:
         x.weight(weight, 0 if transposed else 1, read, node)
         units = x.weight(weight, 1 if transposed else 0, None, node)

@@ -30,7 +30,7 @@ _MOVES = """
     rot90 tile broadcast_to hstack vstack column_stack take_along_dim
 """.split()  # noqa: SIM905
 _VIEWS = """
-    view reshape _unsafe_view flatten unflatten expand expand_as view_as reshape_as
+    view reshape _unsafe_view flatten unflatten expand view_as reshape_as
 """.split()  # noqa: SIM905
 
 
@@ -153,7 +153,7 @@ def resized(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """Another shape of the same elements."""
     result = x.program.values[node]
     labels = x.labels(node.args[0])
-    if name_of(node) in ("expand", "expand_as"):
+    if name_of(node) == "expand":
         return labels.expand(result.shape)
     made = compacted(labels.reshape(result.shape))
     x.axes.shapes.append((node, made))

@@ -28,7 +28,7 @@ def batch_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
         if isinstance(a.get(name), fx.Node):
             x.weight(a[name], 0, units, node)
     affine = isinstance(a.get("weight"), fx.Node)
-    x.dead[node] = Dead.ZERO if affine else Dead.CONSTANT
+    x.dead[node] = Dead.ZERO if affine else max(x.dead[node], Dead.CONSTANT)
     made = torch.from_numpy(units).int().view(1, -1, *(1,) * (labels.dim() - 2)).expand(labels.shape)
     if isinstance(x.program.values[node], Tensor):
         return made
@@ -55,8 +55,6 @@ def layer_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
             else:
                 x.axes.equal(x.raw(a[name]).numpy(), units, name_of(node), node)
     x.axes.averaged.append(np.ravel(units))
-    if x.dead.get(a["input"], Dead.ZERO) is not Dead.ZERO:
-        x.axes.fix(units, "a norm takes means over values that are not zero when it is gone", node)
     x.dead[node] = Dead.ZERO if isinstance(a.get("weight"), fx.Node) else Dead.ANYTHING
     return torch.from_numpy(units).int().expand(labels.shape)
 

@@ -150,7 +150,8 @@ def recurrent(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Each hidden unit with its rows in all blocks and with what reads it."""
     if not starts_at_zero(node):
         return _kept(x, node)
-    read = x.read(node.args[0], (2,), node, name_of(node), column=True)
+    columns = tuple((one.rows[0], 1) for one in passes(node) if one.layer == 0)
+    read = x.read(node.args[0], (2,), node, name_of(node), columns=columns)
     states: list[Ints] = []
     cells: list[Ints] = []
     layers: dict[int, list[Ints]] = {}

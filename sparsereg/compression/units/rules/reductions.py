@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import Grid, Labels, live, varying
-from sparsereg.compression.units.program import name_of
-from sparsereg.compression.units.rules.table import Dead, Labeller, rule
+from sparsereg.compression.units.program import Call, name_of
+from sparsereg.compression.units.rules.elementwise import pair
+from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
 
 POOLS = """
     max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
@@ -48,7 +51,24 @@ MEANS = ("mean", "var", "std", "var_mean")
 """Over units these are over those that stay."""
 
 
-@rule("mean", "sum", "var", "std", "var_mean", "linalg_vector_norm", "norm", "nansum", "logsumexp")
+def _mean_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    """A mean that no normalisation takes is over all units, as zeros where they are gone."""
+    labels = cut.labels.get(node.args[0])
+    if not cut.is_of_all(node) or not isinstance(labels, Tensor):
+        return replaced(node)
+    axes = varying(labels) & set(_dims(a, labels.dim()))
+    share = math.prod(cut.left(labels, d) / labels.shape[d] for d in axes)
+    settings = (a.get("dim"), bool(a.get("keepdim")), share)
+    return replaced(node) if share == 1 else Call(scaled_mean, (node.args[0], *settings))
+
+
+def scaled_mean(x: Tensor, dim: list[int] | None, keepdim: bool, share: float) -> Tensor:
+    """The mean of a tensor of which a share is left, the rest being zeros."""
+    return x.mean(dim, keepdim) * share
+
+
+@rule("mean", call=_mean_call)
+@rule("sum", "var", "std", "var_mean", "linalg_vector_norm", "norm", "nansum", "logsumexp")
 def sums_over(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Sums over axes; a mean over units is a mean over those that stay."""
     labels = x.labels(node.args[0])
@@ -69,10 +89,10 @@ def sums_over(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
         x.axes.averaged.append(np.unique(labels.numpy()))
     if name == "logsumexp":
         x.axes.fix(labels, "logsumexp runs along it", node)
-    if x.dead.get(node.args[0], Dead.ZERO) is not Dead.ZERO:  # type: ignore[arg-type]
-        x.axes.fix(labels, f"{name} sums over values that are not zero when it is gone", node)
-    if name not in MEANS:
+    if name not in MEANS:  # of a mean, what is gone is left out
         x.reads.append((node.args[0],))
+        if x.dead.get(node.args[0], Dead.ZERO) is not Dead.ZERO:  # type: ignore[arg-type]
+            x.axes.fix(labels, f"{name} sums over values that are not zero when it is gone", node)
     made = rows_of(x, node, labels, rest, tuple(dims))
     if keepdim:
         for d in sorted(dims):
@@ -106,12 +126,59 @@ def rows_of(
     return torch.from_numpy(rows).int().view(view).expand(shape)
 
 
+@rule("cosine_similarity")
+def cosine(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """Sums over an axis of the products of two tensors and of their squares."""
+    labels = pair(x, node, [x.labels(a[key]) for key in ("x1", "x2")])
+    dim = int(a["dim"]) % labels.dim()
+    for key in ("x1", "x2"):
+        x.read(a[key], (x.labels(a[key]).dim() - labels.dim() + dim,), node, "cosine_similarity")
+    x.dead[node] = Dead.CONSTANT
+    return rows_of(x, node, labels, tuple(d for d in range(labels.dim()) if d != dim), (dim,))
+
+
+@rule("cdist")
+def distances(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """Sums of differences over the last axis."""
+    one, two = (x.read(a[k], (x.labels(a[k]).dim() - 1,), node, "cdist") for k in ("x1", "x2"))
+    x.axes.equal(one, two, "cdist with what cannot go", node)
+    return live(x.program.values[node].shape)
+
+
 _RANKINGS = """
-    softmax log_softmax _softmax _log_softmax amax amin max min argmax argmin sort topk any all prod cummax
-    argsort median
+    softmax log_softmax _softmax _log_softmax argmax argmin sort topk any all prod cummax argsort median
 """.split()  # noqa: SIM905
 
 
+_EXTREMES = ("amax", "amin", "max", "min")
+_OF_ZEROS = (*_EXTREMES, "median", "sort", "topk", "cummax", "prod", "any")
+"""Of nothing but zeros these are zero."""
+
+
+def _places_are_read(node: fx.Node) -> bool:
+    """Whether anything asks where the largest stand, and not only how large they are."""
+    return any(name_of(user) == "getitem" and user.args[1] != 0 and user.users for user in node.users)
+
+
+def _extreme_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    """The largest of units of which some are gone is at least zero, as these are."""
+    labels = cut.labels.get(node.args[0])
+    dims = _dims(a, labels.dim()) if isinstance(labels, Tensor) and a.get("dim") is not None else []
+    if not isinstance(labels, Tensor) or all(cut.left(labels, d) == labels.shape[d] for d in dims):
+        return replaced(node)
+    settings = (a["dim"], bool(a.get("keepdim")), "max" in name_of(node))
+    return Call(extreme_with_zero, (node.target, node.args[0], *settings))
+
+
+def extreme_with_zero(operation: Any, x: Tensor, dim: Any, keepdim: bool, largest: bool) -> Any:
+    """The largest (or smallest) along an axis and zero."""
+    found = operation(x, dim, keepdim)
+    if isinstance(found, Tensor):
+        return found.clamp(min=0) if largest else found.clamp(max=0)
+    return (found[0].clamp(min=0) if largest else found[0].clamp(max=0), found[1])
+
+
+@rule("amax", "amin", "max", "min", call=_extreme_call)
 @rule(*_RANKINGS)
 def rankings(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Along an axis that zeros would change: its units stay."""
@@ -121,7 +188,15 @@ def rankings(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
         return None
     dims = _dims(a, labels.dim())
     value = x.program.values[node]
-    x.dead[node] = max(x.dead[node], Dead.CONSTANT)
+    if name_of(node) not in _OF_ZEROS or _places_are_read(node):
+        x.dead[node] = max(x.dead[node], Dead.CONSTANT)
+    zero = x.dead.get(node.args[0], Dead.ZERO) is Dead.ZERO  # type: ignore[arg-type]
+    if set(dims) & varying(labels) and name_of(node) in _EXTREMES and zero and not _places_are_read(node):
+        x.reads.append((node.args[0],))
+        x.dead[node] = Dead.CONSTANT
+        made = rows_of(x, node, labels, tuple(d for d in range(labels.dim()) if d not in dims), tuple(dims))
+        made = reduce(lambda part, d: part.unsqueeze(d), sorted(dims) if a.get("keepdim") else (), made)
+        return made if isinstance(value, Tensor) else tuple(made for _ in value)
     if set(dims) & varying(labels):  # what comes out is of no single unit
         x.axes.fix(labels, f"{name_of(node)} runs along it", node)
         return live(value.shape) if isinstance(value, Tensor) else tuple(live(v.shape) for v in value)

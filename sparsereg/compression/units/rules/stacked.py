@@ -94,7 +94,8 @@ def _letters(program: Program, node: fx.Node) -> tuple[Operand, Operand, str] | 
 def stacked(x: Labeller, node: fx.Node, stack: Stack) -> Labels:
     """Labels of a product with a stack of weights."""
     source, letters = stack.source
-    units = x.read(source, (letters.index(stack.summed),), node, name_of(node))
+    columns = ((stack.weight, stack.read),)
+    units = x.read(source, (letters.index(stack.summed),), node, name_of(node), columns=columns)
     x.weight(stack.weight, stack.read, units, node)
     made = x.weight(stack.weight, stack.made, None, node)
     x.dead[node] = Dead.ZERO

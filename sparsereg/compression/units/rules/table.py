@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from sparsereg.compression.units.entrances import entrances
 from sparsereg.compression.units.labels import FIRST, Axes, Ints, Labels, along, compacted, live, stored
-from sparsereg.compression.units.program import Call, Program, name_of
+from sparsereg.compression.units.program import Call, Program, bound, name_of
 
 
 class Dead(IntEnum):
@@ -42,6 +42,9 @@ class Smaller(Protocol):
 
     def left(self, labels: Labels, axis: int) -> int:
         """How many positions along an axis are left."""
+
+    def is_of_all(self, node: fx.Node) -> bool:
+        """Whether a mean counts what is gone as zeros."""
 
 
 Label = Callable[["Labeller", fx.Node, dict[str, Any]], "Labels | tuple[Labels, ...] | None"]
@@ -98,6 +101,8 @@ class Labeller:
         dead: what the elements of a unit that is gone are, in each tensor.
         unknown: operations without a rule, by name, with the first node of each.
         reads: tensors that are summed over units; of several in one product, one that is zero is enough.
+        columns: for weights that read features of inputs, or units that are not zero when they are gone, the
+            axis of their columns, which take the gates.
 
     Args:
         program: the network.
@@ -111,6 +116,7 @@ class Labeller:
         self.dead: dict[fx.Node, Dead] = {}
         self.unknown: dict[str, fx.Node] = {}
         self.reads: list[tuple[Any, ...]] = []
+        self.columns: dict[fx.Node, int] = {}
         self.depends = self._depends()
         for node in program.inputs:
             self._enter(node)
@@ -349,7 +355,7 @@ class Labeller:
         what: str,
         *,
         sums: bool = True,
-        column: bool = False,
+        columns: tuple[tuple[Any, int], ...] = (),
     ) -> Ints:
         """Labels along the axes over which an operation sums: what is gone must have been zero there.
 
@@ -359,17 +365,28 @@ class Labeller:
             node: the operation.
             what: its name.
             sums: whether it sums over units; else what is gone may have been anything.
-            column: whether a weight has a column for each unit, which can be zero in place of the unit.
+            columns: weights with a column for each unit, which can be zero in place of the unit, each with
+                the axis along which these lie.
         """
         labels = self.labels(source)
         found = self.axes.reduce(labels, keep, what, node)
-        if column and self._of_inputs(found):
+        zero = not isinstance(source, fx.Node) or self.dead.get(source, Dead.ZERO) is Dead.ZERO
+        if (self._of_inputs(found) or (sums and not zero)) and self._take_columns(columns):
             return found
         if sums:
             self.reads.append((source,))
-        if sums and isinstance(source, fx.Node) and self.dead.get(source, Dead.ZERO) is not Dead.ZERO:
-            self.axes.fix(found, f"{what} sums over values that are not zero when it is gone", node)
+            if not zero:
+                self.axes.fix(found, f"{what} sums over values that are not zero when it is gone", node)
         return found
+
+    def _take_columns(self, columns: tuple[tuple[Any, int], ...]) -> bool:
+        """Let columns of weights take gates; False if there are none, or one has its columns elsewhere."""
+        own = [behind(self.program, scaled(weight, axis), axis) for weight, axis in columns]
+        known = [self.columns.get(weight, axis) == axis for weight, axis in own]
+        if not own or not all(known) or any(weight not in self.program.weights for weight, _ in own):
+            return False
+        self.columns |= dict(own)
+        return True
 
 
 def weight_of(source: fx.Node) -> fx.Node:
@@ -379,14 +396,28 @@ def weight_of(source: fx.Node) -> fx.Node:
     return source
 
 
+def scaled(weight: Any, axis: int) -> Any:
+    """The weight to multiply so that one is multiplied along an axis.
+
+    Of one that is computed by a weight norm this is its norm where there is one for each place, else what is
+    normed.
+    """
+    if isinstance(weight, fx.Node) and weight.op == "call_function" and name_of(weight) == "_weight_norm":
+        a = bound(weight)
+        return a["g"] if a["dim"] % a["v"].meta["val"].dim() == axis else a["v"]
+    return weight
+
+
 def picked(program: Program, node: fx.Node) -> bool:
-    """Whether a node is some of a stack of matrices, or a stack turned around, for products only."""
+    """Whether a node is some of a stack of matrices, or weights turned around, for products only."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     name, source = name_of(node), node.args[0]
     value = program.values.get(source)
-    stack = source in program.parameters and isinstance(value, Tensor) and value.dim() == 3
-    if name not in PICKS or not (stack or picked(program, source)):
+    rank = value.dim() if source in program.parameters and isinstance(value, Tensor) else 0
+    if rank == 2:
+        return name in TURNS and all(name_of(u) == "linear" and u.args[1] is node for u in node.users)
+    if name not in PICKS or not (rank == 3 or picked(program, source)):
         return False
     return _first_axis_only(node) and all(
         user.op == "call_function" and (name_of(user) in _READ_AS_WEIGHT or picked_by(program, user, node))

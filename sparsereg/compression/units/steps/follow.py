@@ -252,7 +252,10 @@ def move(x: Follower, node: fx.Node, a: dict[str, Any]) -> bool:
     """Elements at other places: their units stay theirs."""
     label = RULES.get(name_of(node), RULES.get(name_of(node).rstrip("_")))
     assert label is not None
-    made = label.label(x, node, a)  # type: ignore[arg-type]
+    if name_of(node) == "expand_as":
+        made: Any = x.labels(a["self"]).expand(x.program.values[node].shape)
+    else:
+        made = label.label(x, node, a)  # type: ignore[arg-type]
     if made is None:
         return False
     parts = [compacted(part) for part in (made if isinstance(made, tuple) else (made,))]

@@ -1,0 +1,279 @@
+"""Units that are not zero where they are summed, and units met in ways that are not those of a layer."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparsereg
+from sparsereg.compression.macs import counting
+from sparsereg.penalties import hard_concretes
+
+weight_norm = nn.utils.parametrizations.weight_norm
+
+
+def gated(network, example):
+    """Put gates into a network, and shut half of each."""
+    network = network.double().eval()
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    found = sparsereg.gate(network, example).double()
+    for gate in hard_concretes(found).values():
+        places = gate.log_alpha.numel()
+        gate.log_alpha.data.uniform_(-0.5, 3.0)
+        gate.log_alpha.data[torch.randperm(places)[: places // 2]] = -10
+    return found
+
+
+@torch.no_grad()
+def exact(network, example):
+    """Assert that what is left of a network gives the same; return the sizes of its gates, sorted."""
+    torch.manual_seed(0)
+    found = gated(network, example)
+    smaller = sparsereg.compact(found, example)
+    example = example if isinstance(example, tuple) else (example,)
+    before, after = found(*example), smaller(*example)
+    before, after = (x if isinstance(x, tuple) else (x,) for x in (before, after))
+    for one, two in zip(before, after, strict=True):
+        assert one.std() > 1e-6
+        assert (one - two).abs().max() < 1e-12 * one.abs().max()
+    with counting() as counter:
+        smaller(*example)
+    left, sizes = sum(p.numel() for p in smaller.parameters()), sparsereg.count(found, example)
+    assert left == sizes.compacted_parameters
+    assert counter.get_total_flops() / 2 / len(example[0]) == sizes.compacted_macs
+    assert left < sum(p.numel() for p in network.parameters())
+    return sorted(gate.log_alpha.numel() for gate in hard_concretes(found).values())
+
+
+def x(*shape):
+    torch.manual_seed(1)
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+class Deep(nn.Module):
+    """Two hidden layers, one of them maps, with any function behind each."""
+
+    def __init__(self, function, padding=0):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 10, 3, padding=padding), nn.Conv2d(10, 8, 3, padding=padding)
+        self.c, self.d, self.function = nn.Linear(8, 6), nn.Linear(6, 3), function
+
+    def forward(self, x):
+        x = self.function(self.b(self.function(self.a(x))))
+        return self.d(self.function(self.c(x.mean((2, 3)))))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("function", [torch.sigmoid, torch.cos, F.softplus, lambda x: F.relu(x) * 1.3 + 0.2])
+def test_where_zero_becomes_something_else_the_columns_that_read_it_take_the_gates(function, padding):
+    assert exact(Deep(function, padding), x(2, 3, 7, 7)) == [6, 8, 10]
+
+
+class Stream(nn.Module):
+    """Sigmoids that are added up, before a norm if there is one."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.enter, self.leave, self.norm = nn.Linear(6, 12), nn.Linear(12, 3), norm
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+
+    def forward(self, x):
+        x = torch.sigmoid(self.enter(x))
+        for layer in self.layers:
+            x = x + F.softplus(layer(self.norm(x)))
+        return self.leave(self.norm(x))
+
+
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.LayerNorm(12), nn.RMSNorm(12)])
+def test_a_stream_that_is_never_zero(norm):
+    assert exact(Stream(norm), x(4, 6)) == [12]
+
+
+class Tied(nn.Module):
+    """A table of embeddings that is the last layer's, which reads what is not zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.hidden = nn.Embedding(20, 12), nn.Linear(12, 12)
+        self.head = nn.Linear(12, 20, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        return self.head(torch.sigmoid(self.hidden(self.table(ids))))
+
+
+def test_a_weight_that_makes_and_reads_along_one_axis_takes_its_gates_once():
+    assert exact(Tied(), torch.randint(0, 20, (3, 4))) == [12]
+
+
+class Encoder(nn.Module):
+    """An autoencoder that decodes with the encoder's weight turned around."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(10, 8))
+
+    def forward(self, x):
+        return F.linear(torch.sigmoid(F.linear(x, self.weight)), self.weight.t())
+
+
+def test_a_linear_layer_reads_a_turned_weight():
+    assert exact(Encoder(), x(4, 8)) == [10]
+
+
+def test_gates_on_columns_are_found_again_in_a_state_dict():
+    network, example = Stream(nn.Identity()).double().eval(), x(4, 6)
+    one = gated(network, example)
+    two = sparsereg.gate(network, example).double()
+    two.load_state_dict(one.state_dict())
+    for name in [name for name in two.__dict__ if name == "_units"]:
+        del two.__dict__[name]
+    smaller = sparsereg.compact(two, x(2, 6))
+    assert (smaller(example) - one(example)).abs().max() < 1e-12
+
+
+class Meeting(nn.Module):
+    """Maps that meet one map of a single channel."""
+
+    def __init__(self, meet):
+        super().__init__()
+        self.a, self.one, self.b = nn.Conv2d(3, 12, 3), nn.Conv2d(3, 1, 3), nn.Conv2d(12, 4, 1)
+        self.meet = meet
+
+    def forward(self, x):
+        return self.b(self.meet(self.a(x), self.one(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "meet",
+    [
+        lambda h, m: h + m,
+        lambda h, m: h * torch.sigmoid(m),
+        lambda h, m: torch.sigmoid(h) * m,
+        lambda h, m: m - h,
+        lambda h, m: m / (h.abs() + 1),
+        lambda h, m: torch.maximum(h, m),
+        lambda h, m: torch.where(m > 0, h, m),
+    ],
+)
+def test_one_map_for_all_channels_ties_none_of_them(meet):
+    assert exact(Meeting(meet), x(2, 3, 6, 6)) == [12]
+
+
+class Over(nn.Module):
+    """A figure over all channels, which weighs them."""
+
+    def __init__(self, figure):
+        super().__init__()
+        self.a, self.b, self.figure = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 4, 3), figure
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x * torch.sigmoid(self.figure(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda h: h.mean(1, keepdim=True),
+        lambda h: h.max(1, keepdim=True)[0],
+        lambda h: h.min(1, keepdim=True)[0],
+        lambda h: h.amax(1, True) + h.mean((1, 2, 3), keepdim=True),
+        lambda h: h.norm(dim=1, keepdim=True),
+        lambda h: F.normalize(h, dim=1),
+    ],
+)
+def test_figures_over_channels_count_what_is_gone_as_zeros(figure):
+    assert exact(Over(figure), x(2, 3, 8, 8)) == [12]
+
+
+class Normed(nn.Module):
+    """Functions without modules of their own: RMS norm, and the response norm of ConvNeXt V2."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+        self.scale, self.factor = nn.Parameter(torch.ones(12)), nn.Parameter(torch.ones(12))
+
+    def forward(self, x):
+        x = self.a(x)
+        x = x + self.b(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale)
+        size = x.norm(dim=1, keepdim=True)
+        return self.c((x + self.factor * x * size / (size.mean(-1, keepdim=True) + 1e-6)).mean(1))
+
+
+def test_norms_that_are_no_modules():
+    assert 12 in exact(Normed(), x(2, 5, 6))
+
+
+class Points(nn.Module):
+    """The largest of each feature over all points."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv1d(3, 16, 1), nn.BatchNorm1d(16), nn.Conv1d(16, 12, 1)
+        self.c = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.c(self.b(F.relu(self.norm(self.a(x)))).max(2)[0])
+
+
+def test_a_largest_over_positions_leaves_zeros_zero():
+    assert exact(Points(), x(4, 3, 9)) == [12, 16]
+
+
+class Pairs(nn.Module):
+    """Products of all pairs of features, as recommenders take them, and similarities of two towers."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.table = nn.Linear(5, 8), nn.Embedding(10, 8)
+        self.one, self.two = nn.Linear(5, 6), nn.Linear(5, 6)
+
+    def forward(self, x, ids):
+        together = torch.stack([self.dense(x), self.table(ids)], 1)
+        pairs = (together @ together.mT)[:, 0, 1]
+        one, two = self.one(x), self.two(x)
+        return pairs, F.cosine_similarity(one, two), torch.cdist(one, two)
+
+
+def test_products_of_pairs_lose_what_neither_has():
+    assert exact(Pairs(), (x(4, 5), torch.randint(0, 10, (4,)))) == [6, 8]
+
+
+class Waves(nn.Module):
+    """Normed weights, as networks for sound have them."""
+
+    def __init__(self, dim, function):
+        super().__init__()
+        self.a = weight_norm(nn.Conv1d(4, 12, 3), dim=dim)
+        self.b = weight_norm(nn.ConvTranspose1d(12, 10, 4, 2), dim=dim)
+        self.c, self.d = weight_norm(nn.Linear(10, 8, bias=False), dim=min(dim, 1)), nn.Linear(8, 3)
+        self.function = function
+
+    def forward(self, x):
+        x = self.function(self.b(self.function(self.a(x))))
+        return self.d(self.function(self.c(x.mean(-1))))
+
+
+@pytest.mark.parametrize("function", [F.leaky_relu, torch.sigmoid])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_the_size_of_normed_weights_makes_up_for_those_that_are_gone(dim, function):
+    assert exact(Waves(dim, function), x(2, 4, 9)) == [8, 10, 12]
+
+
+class Products(nn.Module):
+    """Matrices of weights that inputs are multiplied by, turned around or as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.randn(8, 6))
+        self.c = nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x):
+        return torch.relu(torch.sigmoid(x @ self.a.T) @ self.b) @ self.c.transpose(0, 1)
+
+
+def test_matrices_that_are_no_layers_take_gates():
+    assert exact(Products(), x(2, 4, 5)) == [14]  # all of them on one matrix: its columns, and its rows
