@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.units.labels import BLANK, Labels
+from sparsereg.compression.units.labels import BLANK, Labels, along
 from sparsereg.compression.units.program import Call, Program, bound, name_of, plain_call
-from sparsereg.compression.units.rules.table import rule_of
+from sparsereg.compression.units.rules.table import read_by_rows, rule_of
 from sparsereg.compression.units.solve import Units
 
 
@@ -36,6 +36,7 @@ class Cut:
         self.serving = self._serving()
         self.entrances = self._entrances()
         self.labels: dict[Any, Any] = {n: v for n, v in units.labeller.axes.of.items() if v is not None}
+        self.labels |= self._rows()
         self.use(self.program.weights.items() if weights is None else weights)
 
     def use(self, weights: Iterable[tuple[fx.Node, Tensor]]) -> None:
@@ -79,6 +80,16 @@ class Cut:
             alive = self.stays[torch.from_numpy(units)]
             if not bool(alive.all()):
                 found[node] = (axis, alive.nonzero().flatten())
+        return found
+
+    def _rows(self) -> dict[fx.Node, Labels]:
+        """Labels of matrices of which some rows are read alone."""
+        lines = self.units.labeller.axes.weight_axes
+        found = {}
+        for weight in self.program.weights:
+            rows = lines.get(weight, [None])[0]
+            if rows is not None and read_by_rows(self.program, weight):
+                found[weight] = along(rows, 0, self.program.values[weight].shape)
         return found
 
     def _serving(self) -> set[fx.Node]:
@@ -129,9 +140,9 @@ class Cut:
             for axis in range(value.dim()):
                 value = value.index_select(axis, self.alive_along(raw, axis).nonzero().flatten())
             return value
-        for axis, along in enumerate(axes.weight_axes.get(node, [])):
-            if along is not None:
-                kept = torch.from_numpy(np.flatnonzero(self.stays.numpy()[along]))
+        for axis, units in enumerate(axes.weight_axes.get(node, [])):
+            if units is not None:
+                kept = torch.from_numpy(np.flatnonzero(self.stays.numpy()[units]))
                 value = value.index_select(axis, kept)
         return value
 
@@ -154,9 +165,9 @@ class Cut:
         value = value.clone()
         if isinstance(raw, Tensor):
             return value.masked_fill(~self.stays[raw.long()], 0)
-        for axis, along in enumerate(axes.weight_axes.get(node, [])):
-            if along is not None:
-                value.movedim(axis, 0)[~self.stays[torch.from_numpy(along)]] = 0
+        for axis, units in enumerate(axes.weight_axes.get(node, [])):
+            if units is not None:
+                value.movedim(axis, 0)[~self.stays[torch.from_numpy(units)]] = 0
         return value
 
     def _masked_call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -277,3 +277,30 @@ class Products(nn.Module):
 
 def test_matrices_that_are_no_layers_take_gates():
     assert exact(Products(), x(2, 4, 5)) == [14]  # all of them on one matrix: its columns, and its rows
+
+
+class Cross(nn.Module):
+    """Attention from one stream to another, whose layers read rows of one matrix."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.one, self.two, self.leave = nn.Linear(4, 12), nn.Linear(5, 12), nn.Linear(12, 2)
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True) if module else None
+        self.weight = None if module else nn.Parameter(torch.randn(36, 12))
+
+    def forward(self, x, y):
+        x, y = self.one(x), self.two(y)
+        if self.attention is not None:
+            return self.leave(self.attention(x, y, y, need_weights=False)[0])
+        q, k, v = (
+            F.linear(x, self.weight[:12]),
+            F.linear(y, self.weight[12:24]),
+            F.linear(y, self.weight[24:]),
+        )
+        q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in (q, k, v))
+        return self.leave(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_rows_of_one_matrix_are_layers_of_their_own(module):
+    assert 3 in exact(Cross(module), (x(2, 7, 4), x(2, 5, 5)))  # heads

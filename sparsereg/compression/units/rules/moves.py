@@ -12,7 +12,16 @@ from sparsereg.compression.units.program import Call, Scaled, bound, name_of, pl
 from sparsereg.compression.units.rules.elementwise import pair
 from sparsereg.compression.units.rules.mixing import is_turned_weight
 from sparsereg.compression.units.rules.recurrent import taken
-from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, Smaller, picked, replaced, rule
+from sparsereg.compression.units.rules.table import (
+    MOVING,
+    SPLITS,
+    Dead,
+    Labeller,
+    Smaller,
+    picked,
+    replaced,
+    rule,
+)
 
 _ON_FLOATS = """
     pad upsample_nearest1d upsample_nearest2d upsample_nearest3d unfold im2col pixel_shuffle pixel_unshuffle
@@ -192,7 +201,7 @@ def gather(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     return _moved(x, node)
 
 
-@rule("split", "chunk", "split_with_sizes", "unsafe_split", "tensor_split", call=_split_call)
+@rule(*SPLITS, call=_split_call)
 def parts(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Parts of a tensor along an axis."""
     return _moved(x, node)
@@ -287,5 +296,5 @@ def shapes_only(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
     """Nothing of the values is read."""
 
 
-MOVING.update(COPIES, _MOVES, _VIEWS, ("split", "chunk", "split_with_sizes", "unsafe_split", "tensor_split"))
+MOVING.update(COPIES, _MOVES, _VIEWS, SPLITS)
 MOVING.update(("slice", "select", "index", "index_select", "gather"))

@@ -72,6 +72,7 @@ TURNS = ("t", "transpose", "permute", "numpy_T", "mT", "swapaxes", "swapdims")
 """Operations that turn a matrix around."""
 PICKS = ("select", "index", "index_select", *TURNS)
 """Operations that pick matrices from a stack of them, or turn all of these around."""
+SPLITS = ("split", "chunk", "split_with_sizes", "unsafe_split", "tensor_split")
 _READ_AS_WEIGHT = ("linear", "matmul", "bmm", "einsum")
 MOVING: set[str] = set()
 """Names of operations that only move elements, or leave some out."""
@@ -278,6 +279,8 @@ class Labeller:
         value = self.program.weights[source]
         if not value.is_floating_point() or value.numel() == 1:  # one number for all goes with none
             return live(value.shape)
+        if read_by_rows(self.program, source):
+            return along(self.weight(source, 0, None, source), 0, value.shape)
         if source in self.axes.weight_axes:
             return self._from_axes(source, value)
         if self.axes.of.get(source) is None:
@@ -305,6 +308,14 @@ class Labeller:
             node: the operation that reads it.
         """
         source, axis = behind(self.program, weight_of(source), axis)
+        some = some_rows(self.program, source)
+        if some is not None:
+            if axis != 0:
+                return self.weight(some.matrix, axis, units, node)
+            own = self.weight(some.matrix, 0, None, node)[some.first : some.last]
+            if units is not None:
+                self.axes.equal(own, units, "the weight is shared", node)
+            return own
         value = self.program.values[source]
         size = value.shape[axis]
         if source not in self.program.weights and value.dim() == 1 and units is not None:
@@ -400,12 +411,71 @@ def scaled(weight: Any, axis: int) -> Any:
     """The weight to multiply so that one is multiplied along an axis.
 
     Of one that is computed by a weight norm this is its norm where there is one for each place, else what is
-    normed.
+    normed; of some rows of a matrix, the matrix.
     """
+    if isinstance(weight, fx.Node) and weight.op == "call_function" and weight_rows(weight) is not None:
+        return weight_rows(weight)
     if isinstance(weight, fx.Node) and weight.op == "call_function" and name_of(weight) == "_weight_norm":
         a = bound(weight)
         return a["g"] if a["dim"] % a["v"].meta["val"].dim() == axis else a["v"]
     return weight
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a matrix of weights, from the first to the one behind the last."""
+
+    matrix: fx.Node
+    first: int
+    last: int
+
+
+def some_rows(program: Program, node: fx.Node) -> Rows | None:
+    """The rows that a node is of a matrix of which linear layers read parts, such as queries alone."""
+    matrix = weight_rows(node)
+    if matrix is None or not read_by_rows(program, matrix):
+        return None
+    if name_of(node) == "slice":
+        size = int(program.values[matrix].shape[0])
+        first, last, _ = slice(bound(node)["start"], bound(node)["end"]).indices(size)
+        return Rows(matrix, first, last)
+    split: Any = node.args[0]
+    place: Any = node.args[1]
+    sizes = [int(part.shape[0]) for part in program.values[split]]
+    first = sum(sizes[:place])
+    return Rows(matrix, first, first + sizes[place])
+
+
+def weight_rows(node: fx.Node) -> fx.Node | None:
+    """What a node takes some rows from, one after the other; None if it is not such a part."""
+    if node.op != "call_function":
+        return None
+    source: Any = node.args[0] if node.args else None
+    if name_of(node) == "getitem" and isinstance(source, fx.Node) and source.op == "call_function":
+        return _whole_of(source) if name_of(source) in SPLITS else None
+    if name_of(node) == "slice" and bound(node)["step"] == 1:
+        return _whole_of(node)
+    return None
+
+
+def _whole_of(node: fx.Node) -> fx.Node | None:
+    whole: Any = node.args[0]
+    return whole if bound(node).get("dim") == 0 and whole.op == "placeholder" else None
+
+
+def read_by_rows(program: Program, weight: fx.Node) -> bool:
+    """Whether all that reads a matrix of weights are linear layers, of which some read parts of it alone."""
+    if weight not in program.parameters or program.values[weight].dim() != 2:
+        return False
+    parts = [user for user in weight.users if name_of(user) in (*SPLITS, "slice")]
+    ends = [u for part in parts for u in ([part] if name_of(part) == "slice" else part.users)]
+    ends += [user for user in weight.users if user not in parts]
+    rows = [end for end in ends if end not in weight.users or end in parts]
+    if not parts or any(weight_rows(end) is not weight for end in rows):
+        return False
+    layers = [(user, end) for end in rows for user in end.users]
+    layers += [(end, weight) for end in ends if end not in rows]
+    return all(name_of(user) == "linear" and user.args[1] is read for user, read in layers)
 
 
 def picked(program: Program, node: fx.Node) -> bool:
