@@ -25,6 +25,11 @@ class Target(Settings):
     macs: str | tuple[str, ...] | None = setting(
         None, "shares of the multiply-accumulate operations of parts to keep, in the same way"
     )
+    one_shot: bool = setting(
+        False,
+        "the network is trained already: units go before the first epoch, what reads them is repaired, and"
+        " all epochs train what is left; docs/one-shot.md",
+    )
     ramp: float = setting(
         0.6, "share of the epochs over which the target falls geometrically", within("(0, 1]", "a share")
     )

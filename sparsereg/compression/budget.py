@@ -246,14 +246,21 @@ class Budget:
         for part in self.parts:
             part.multiplier.integral = float(integrals.get(f"integral {part.name}", 0.0))
 
+    @property
+    def decided(self) -> bool:
+        """Whether every gate was opened or shut for good, as a start in one shot does."""
+        return all(bool((gate.log_alpha.abs() > SURE / 2).all()) for gate in self.accountant.gates)
+
     def meet(self) -> None:
         """Open or shut the gates nearest to the boundary, so that the exact cost is what is allowed."""
+        self.met = True
+        if self.decided:
+            return
         for held in [self, *self.parts]:
             held.warn()
         cost = self.cost if self.cost is None or self.cost in COSTS else self.exact_share
         parts = [part.part for part in self.parts]
         meet_all_(self.accountant, cost, self.kept, parts, self.round_to)
-        self.met = True
 
     def exact_share(self) -> float:
         """Share of the cost that compaction leaves now; of the whole network without a cost."""
@@ -324,6 +331,8 @@ class PartBudget(Budget):
         return self.part.expected()
 
 
+SURE = 20.0
+"""Location of a gate for good: a draw is neither 0 nor 1 with a chance of 1e-8, and no gradient moves it."""
 UNDECIDED = 1.1
 """Expected over allowed cost at the end, from which on meeting the target is worth a warning."""
 TRIES, ENOUGH = 100, 0.999

@@ -47,7 +47,7 @@ class Asked:
     target_part_macs: Parts | None = None
 
     def __post_init__(self) -> None:
-        cost, _ = self._goal()
+        cost, _ = self.cost
         check_count("threads", self.threads)
         check_count("batch", self.batch)
         if cost == MILLISECONDS:
@@ -63,12 +63,28 @@ class Asked:
         """What parts may cost."""
         return part_goals(self.target_params, self.target_part_macs)
 
-    def _goal(self) -> tuple[str | None, float]:
+    @property
+    def cost(self) -> tuple[str | None, float]:
         """What the whole network may cost; nothing is said of it where only parts have targets."""
         targets = self.target_sparsity, self.target_macs, self.target_latency_ms
         if self.shares and all(target is None for target in targets):
             return None, 1.0
         return goal(*targets)
+
+    @property
+    def one_shot(self) -> tuple[str | None, float]:
+        """The same, where units are to go in one shot.
+
+        Raises:
+            InputError: it is a time, which is known of whole networks only.
+        """
+        cost, kept = self.cost
+        if cost == MILLISECONDS:
+            raise InputError(
+                "target_latency_ms is met by gates that learn: for a start in one shot give target_macs or"
+                " target_sparsity"
+            )
+        return cost, kept
 
     def budget(self, accountant: Accountant, example: Any, how: Target) -> Budget:
         """Return the budget of a network with gates.
@@ -81,7 +97,7 @@ class Asked:
         Raises:
             InputError: the network cannot be that small or fast, or already is.
         """
-        cost, kept = self._goal()
+        cost, kept = self.cost
         gains = how.proportional_gain, how.integral_gain
         if cost != MILLISECONDS:
             if cost is not None:

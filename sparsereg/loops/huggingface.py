@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from sparsereg.compression.insert import Choice
+from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS
 from sparsereg.data.batches import LABELS, moved
 from sparsereg.data.form import arguments_of
 from sparsereg.distributions import TEMPERATURE
@@ -58,6 +59,9 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
         temperature: of the gates, > 0.
         num_images: training examples that BatchNorm statistics are taken from at the end, if there are any;
             0 leaves those of training.
+        one_shot: the network is trained already: units go before the first step, as in ``sparsereg.shrink``,
+            what reads them is repaired, and all steps train what is handed over. Gates learn what goes if
+            False.
         save: whether ``compacted.pt`` is written.
 
     Attributes:
@@ -95,15 +99,17 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
         droprate_init: float = DROPRATE,
         temperature: float = TEMPERATURE,
         num_images: int = 4096,
+        one_shot: bool = False,
         save: bool = True,
     ) -> None:
         self.trainer = _with_its_parts(trainer)
         self.num_images = num_images
         self.save = save
+        self.one_shot = one_shot
         self.compacted: fx.GraphModule | None = None
         self.path: Path | None = None
         with isolated():
-            example = next(self._batches(ROWS), None) if example is None else example
+            example = next(self._batches(ROWS, ROWS), None) if example is None else example
         self.sparsifier = Sparsifier(
             self.trainer.model,
             example,
@@ -126,6 +132,8 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
             seed=trainer.args.seed,
             inplace=True,
         )
+        if one_shot:
+            _ = self.sparsifier.asked.one_shot
         _declare_shared(self.model)
         self._make = trainer.create_optimizer
         self.trainer.create_optimizer = self._create_optimizer
@@ -152,7 +160,10 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
         return int(self.trainer.state.max_steps or self.trainer.args.max_steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on with the multiplier of a checkpoint."""
+        """Take units out in one shot, if that is asked for, or go on with the multiplier of a checkpoint."""
+        if self.one_shot and not state.global_step:
+            with _plainly_called(self.model), isolated():
+                self.sparsifier.decide(self._batches(BATCH, NUM_INPUTS))
         kept = state.stateful_callbacks.get(STATE)
         if state.global_step and isinstance(kept, Mapping):
             self.sparsifier.load_state_dict(kept["attributes"]["sparsifier"])
@@ -186,20 +197,21 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
             size = max(self.trainer.args.per_device_train_batch_size, 2)
             device = device_of(self.model)
             with isolated():
-                estimate_batch_norm_(self.model, (moved(b, device) for b in self._batches(size)))
+                estimate_batch_norm_(
+                    self.model, (moved(b, device) for b in self._batches(size, self.num_images))
+                )
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into trainer_state.json."""
         return {"args": {}, "attributes": {"sparsifier": _in_json(self.sparsifier.state_dict())}}
 
-    def _batches(self, size: int) -> Iterator[Any]:
+    def _batches(self, size: int, most: int) -> Iterator[Any]:
         """What the model reads of the training data, in their order, without labels."""
         data, collate = self.trainer.train_dataset, self.trainer.data_collator
         if data is None:
             raise InputError("the Trainer has no train_dataset to take an example from: give example=...")
         known = arguments_of(self.trainer.model)
         names = None if known is None else known | set(LABELS) | {"label_ids", *self.trainer.label_names}
-        most = max(self.num_images, ROWS)
         rows = (data[i] for i in range(len(data))) if hasattr(data, "__len__") else iter(data)
         taken = (_known(row, names) for row in itertools.islice(rows, most))
         while len(batch := list(itertools.islice(taken, size))) >= min(size, ROWS):

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from sparsereg.checks import check_count
 from sparsereg.compression.insert import Choice, check_shape
+from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS
 from sparsereg.compression.running import evaluating, first_line
 from sparsereg.compression.units.gating import draw_anew
 from sparsereg.data.batches import call
@@ -30,6 +31,7 @@ from sparsereg.loops.groups import follow_, gated_weights, keep_rates_, regroup_
 from sparsereg.loops.plain import DROPRATE, Sparsifier, saved
 from sparsereg.loops.reading import as_inputs, by_rule, few, isolated
 from sparsereg.model.batch_norm_statistics import has_statistics
+from sparsereg.training.batch_norm_data import estimation_batches
 from sparsereg.training.callbacks import BatchNormEstimation, ReproducibleEpochs
 from sparsereg.training.lightning import batches_anew, first_batch, gradient_scale, transferred
 
@@ -80,6 +82,9 @@ class Sparsify(Callback):
         temperature: of the gates, > 0.
         num_images: training examples that BatchNorm statistics are taken from; 0 leaves those of training.
         seed: of the noise in each epoch; the one that PyTorch started with if None.
+        one_shot: the network is trained already: units go before the first step, as in ``sparsereg.shrink``,
+            what reads them is repaired, and all steps train what is handed over. Gates learn what goes if
+            False.
         save: whether ``compacted.pt`` is written.
 
     Attributes:
@@ -117,6 +122,7 @@ class Sparsify(Callback):
         temperature: float = TEMPERATURE,
         num_images: int = 4096,
         seed: int | None = None,
+        one_shot: bool = False,
         save: bool = True,
     ) -> None:
         asked = Asked(
@@ -138,6 +144,9 @@ class Sparsify(Callback):
         self.example = example
         self.module = module
         self.seed = seed if seed is None else check_count("seed", seed + 1) - 1
+        self.one_shot = one_shot
+        if one_shot:
+            _ = asked.one_shot
         self.save = save
         self.sparsifier: Sparsifier | None = None
         self.compacted: fx.GraphModule | None = None
@@ -216,6 +225,14 @@ class Sparsify(Callback):
         except InputError as error:
             raise InputError(f"{type(pl_module).__name__}.configure_optimizers: {error}") from error
         follow_(c.scheduler for c in trainer.lr_scheduler_configs)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where units go in one shot, take them out; a run that is resumed has done so."""
+        if not self.one_shot or self._resumed:
+            return
+        with isolated():
+            batches = estimation_batches(trainer, pl_module, NUM_INPUTS, BATCH, self._read)
+            self._found.decide([] if batches is None else batches)
 
     # ---- while it trains
 

@@ -1,6 +1,7 @@
 """A network that gets smaller in a training loop of your own: `Sparsifier`."""
 
 import copy
+import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,16 @@ from sparsereg.compression.budget import Constraint
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.insert import Choice, gate_
+from sparsereg.compression.oneshot.inputs import read_inputs
+from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS, start_in_one_shot_
 from sparsereg.compression.storage import save_compacted
 from sparsereg.data.batches import moved
+from sparsereg.device import several_processes
 from sparsereg.distributions import TEMPERATURE
 from sparsereg.errors import InputError
 from sparsereg.goal import Parts, Target
 from sparsereg.loops.asked import Asked
-from sparsereg.loops.reading import check_example, device_of, like
+from sparsereg.loops.reading import check_example, device_of, isolated, like
 from sparsereg.model.batch_norm_statistics import estimate_batch_norm_
 
 log = logging.getLogger(__name__)
@@ -63,6 +67,9 @@ class Sparsifier:
         temperature: of the gates, > 0.
         seed: of the small noise on the gates' initial locations.
         inplace: put the gates into ``model`` itself, whose parameters stay the same objects.
+        data: inputs of a trained network, a loader or batches, labels behind them or not: the network starts
+            where ``sparsereg.shrink`` leaves it, in place, and all steps train what is handed over. Gates
+            learn what goes if None.
 
     Attributes:
         model: the network with gates: what you train.
@@ -112,6 +119,7 @@ class Sparsifier:
         temperature: float = TEMPERATURE,
         seed: int = 0,
         inplace: bool = False,
+        data: Any = None,
     ) -> None:
         self.steps = check_count("steps", steps)
         self.gate_lr = gate_lr if gate_lr is None else check_positive("gate_lr", gate_lr)
@@ -143,6 +151,30 @@ class Sparsifier:
         self.progress = 0.0
         self._measured = False
         self._met_with: Tensor | None = None
+        self.asked = asked
+        self.seed = seed
+        if data is not None:
+            self.decide(data)
+
+    def decide(self, data: Any) -> None:
+        """Shut the gates that one shot would, repair what reads them, and leave the rest open for good.
+
+        Args:
+            data: inputs of the network, whose weights are trained; see ``sparsereg.shrink``.
+
+        Raises:
+            InputError: there are no inputs, or the target is in milliseconds.
+        """
+        cost, kept = self.asked.one_shot
+        shares = self.asked.shares
+        with isolated():
+            batches = read_inputs(self.model, data, NUM_INPUTS, BATCH)
+            start_in_one_shot_(self.model, self.example, cost, kept, batches, shares, seed=self.seed)
+        self.budget.constraint = None
+        self._measured = False
+        if several_processes():  # each has seen other inputs
+            for value in itertools.chain(self.model.parameters(), self.model.buffers()):
+                torch.distributed.broadcast(value.detach(), 0)
 
     @property
     def gates(self) -> list[nn.Parameter]:

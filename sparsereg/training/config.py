@@ -509,12 +509,15 @@ class Training(Settings):
     def _check_target(self) -> None:
         key = self.target_key
         if not self.has_target:
+            if self.target.one_shot:
+                raise InputError("target.one_shot=true needs a target: give target_sparsity or target_macs")
             if self.lambda_l0 is None and not self.front:
                 raise InputError(
                     "lambda_l0=null leaves open how many gates close: give target_sparsity, or a number"
                 )
             return
         given = self.target_said
+        self._check_one_shot()
         both = [k for k in TARGETS if getattr(self, k) is not None]
         if len(both) > 1:
             raise InputError(f"{both[0]} and {both[1]} exclude each other: give one of them")
@@ -533,6 +536,16 @@ class Training(Settings):
         if self.test_checkpoint == "best":
             raise InputError(
                 f"{given} is met at the end of the run, but test_checkpoint=best: give test_checkpoint=last"
+            )
+
+    def _check_one_shot(self) -> None:
+        """Before training no clock is asked and no front is passed by."""
+        if not self.target.one_shot:
+            return
+        if self.target_key in MEASURED or self.front:
+            said = f"front={shown(self.front)}" if self.front else self.target_said
+            raise InputError(
+                f"target.one_shot=true and {said} exclude each other: give target_sparsity or target_macs"
             )
 
     def _check_shape(self) -> None:

@@ -21,6 +21,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import nn
 
 from sparsereg.compression import Accountant, compact, storage
+from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS, start_in_one_shot_
 from sparsereg.data.own import RunData
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
@@ -36,8 +37,10 @@ from sparsereg.training.module import Learner
 from sparsereg.training.optimizers import check_own_code
 from sparsereg.training.pick import Pick
 from sparsereg.training.results import count_summary, gate_summary, measured, names, target_summary
+from sparsereg.training.target import asked_for
 from sparsereg.training.tensorboard import METRICS, in_order
 from sparsereg.zoo.kinds.compacted import CompactedModel
+from sparsereg.zoo.kinds.own import OwnNetwork
 
 UNDER_GATES = {"last.ckpt": "gated.ckpt", "best.ckpt": "gated_best.ckpt"}
 """Names that the checkpoints of the gated stage get when fine-tuning takes theirs."""
@@ -126,6 +129,8 @@ def begin(cfg: Training, data: RunData, checkpoint: Checkpoint | None, outputs: 
         build.start_weights(net, checkpoint, cfg)
     elif resumed is not None and resumed.structure is None:
         load_all_weights_(net, resumed)
+    if resumed is None:
+        _one_shot_(cfg, net, data, checkpoint)
     structure = None if checkpoint is None else checkpoint.structure
     teacher = build.build_teacher(cfg, data)
     stage_cfg = cfg if before is None else finetuning_config(cfg)
@@ -139,6 +144,22 @@ def begin(cfg: Training, data: RunData, checkpoint: Checkpoint | None, outputs: 
             if (beside := resumed.path.with_name(name)).is_file():
                 _copy(stage.trainer, beside, stage.checkpoints / name)
     return stage
+
+
+def _one_shot_(cfg: Training, net: nn.Module, data: RunData, checkpoint: Checkpoint | None) -> None:
+    """Take units out of a trained network before training, where that is asked for."""
+    if not cfg.target.one_shot:
+        return
+    brings = any(getattr(cfg.model, key, None) is not None for key in ("weights", "config"))
+    if checkpoint is None and not brings and not isinstance(cfg.model, OwnNetwork):
+        raise InputError(
+            "target.one_shot=true takes units out of a trained network: give ckpt_path=RUN, of a run with"
+            " without_using_gate=true"
+        )
+    cost, kept = asked_for(cfg) or (None, 1.0)
+    batches = list(data.estimation_batches(NUM_INPUTS, BATCH))
+    example, how = build.example_input(data, net), cfg.target
+    start_in_one_shot_(net, example, cost, kept, batches, how.parts, how.round_to, cfg.seed)
 
 
 def carry_out(cfg: Training, stage: Stage, named: Sequence[str] = ()) -> dict[str, Any]:

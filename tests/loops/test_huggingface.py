@@ -166,3 +166,17 @@ def test_statistics_of_convolutions_are_taken_anew(tmp_path):
 def test_without_data_an_example_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match="no train_dataset to take an example from: give example="):
         SparsifyTrainer(trainer(tmp_path, bert(), None), target_macs=0.5)
+
+
+def test_one_shot_goes_before_the_first_step(tmp_path):
+    made = trainer(tmp_path, bert(), Texts())
+    sparsify = SparsifyTrainer(made, target_sparsity=0.5, one_shot=True)
+    made.train()
+    assert all(bool((location.abs() == 20).all()) for location in sparsify.sparsifier.gates)
+    counted = sparsereg.count(sparsify.model, sparsify.sparsifier.example)
+    assert 0.45 < counted.compacted_parameters / counted.parameters <= 0.5
+    resumed = trainer(tmp_path, bert(), Texts(), num_train_epochs=4)
+    again = SparsifyTrainer(resumed, target_sparsity=0.5, one_shot=True)
+    resumed.train(resume_from_checkpoint=True)
+    shapes = [[p.shape for p in found.compacted.parameters()] for found in (sparsify, again)]
+    assert shapes[0] == shapes[1]

@@ -369,3 +369,44 @@ def test_module_names_one_of_two_networks(tmp_path):
     fitted(module, sparsify, tmp_path)
     assert sparsify.network is module.net
     assert shares(sparsify)[0] <= 0.5
+
+
+class Trained(Mine):
+    """The same, from weights that were trained."""
+
+    def __init__(self):
+        super().__init__()
+        optimizer = torch.optim.Adam(self.net.parameters(), 1e-2)
+        for _ in range(20):
+            for x, y in loader(shuffle=False):
+                optimizer.zero_grad()
+                F.cross_entropy(self.net((x - 0.5) / 2), y).backward()
+                optimizer.step()
+
+
+def shot(folder, epochs, path=None):
+    sparsify = Sparsify(target_macs=0.4, one_shot=True, seed=3)
+    module = Trained()
+    trainer = pl.Trainer(
+        max_epochs=epochs, callbacks=[sparsify, pl.callbacks.ModelCheckpoint(folder, save_last=True)],
+        default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(module, loader(), ckpt_path=path)
+    return sparsify
+
+
+def test_one_shot_goes_before_the_first_step_and_a_resumed_run_goes_on_bitwise(tmp_path):
+    straight = shot(tmp_path / "straight", 4)
+    first = shot(tmp_path / "first", 2)
+    assert all(bool((location.abs() == 20).all()) for location in first.sparsifier.gates)
+    resumed = shot(tmp_path / "second", 4, tmp_path / "first" / "last.ckpt")
+    counted = sparsereg.count(resumed.network, torch.zeros(2, 6))
+    assert 0.3 < counted.compacted_macs / counted.macs <= 0.4
+    pairs = zip(straight.compacted.parameters(), resumed.compacted.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_one_shot_of_a_time_is_refused_before_training():
+    with pytest.raises(InputError, match="for a start in one shot"):
+        Sparsify(target_latency_ms=1.0, runtime="eager", one_shot=True)

@@ -61,6 +61,58 @@ def test_target_is_met_and_the_smaller_network_answers_the_same(target, cost, ke
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
 
 
+def trained():
+    net = mlp()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for x, y in batches() * 20:
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return net
+
+
+def test_one_shot_decides_before_the_first_step_and_all_steps_train_what_is_left():
+    net, inputs = trained(), [x for x, _ in batches(32)]
+    sparsifier = Sparsifier(net, torch.zeros(2, 6), steps=30, target_sparsity=0.6, data=inputs)
+    small = sparsifier.finish()
+    expected = sparsereg.shrink(net, inputs, target_sparsity=0.6, num_inputs=512, progress=False)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(small(x), expected(x), rtol=1e-4, atol=1e-5)
+    places = [location.detach().clone() for location in sparsifier.gates]
+    train(sparsifier, adam(sparsifier), 30)
+    assert all(torch.equal(a, b) for a, b in zip(places, sparsifier.gates, strict=True))
+    longer = sparsifier.finish()
+    assert sum(p.numel() for p in longer.parameters()) == sum(p.numel() for p in small.parameters())
+    assert not torch.allclose(longer(x), small(x), rtol=1e-3)
+    torch.testing.assert_close(longer(x), sparsifier.model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_in_place_and_compacted_training_are_the_same():
+    """What is shut takes no part: plain SGD on the whole network moves what is left as on the small one."""
+    sparsifier = Sparsifier(
+        trained(), torch.zeros(2, 6), steps=10, target_sparsity=0.6, data=[x for x, _ in batches(32)]
+    )
+    small = sparsifier.finish()
+    for net in (small, sparsifier.model.train()):
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        for x, y in batches():
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(small(x), sparsifier.model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_one_shot_needs_inputs_and_a_target_that_is_no_time(milliseconds):
+    with pytest.raises(InputError, match="there are no inputs"):
+        Sparsifier(mlp(), torch.zeros(2, 6), steps=3, target_macs=0.5, data=[])
+    limit = 0.5 * milliseconds(mlp())
+    with pytest.raises(InputError, match="for a start in one shot give target_macs"):
+        Sparsifier(
+            mlp(), torch.zeros(2, 6), steps=3, target_latency_ms=limit, runtime="eager", data=batches()
+        )
+
+
 def test_constraint_closes_gates_before_the_end():
     sparsifier = Sparsifier(mlp(), torch.zeros(2, 6), steps=200, target_macs=0.3)
     train(sparsifier, adam(sparsifier), 200)

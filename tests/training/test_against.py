@@ -28,8 +28,9 @@ def task():
 
     held_out = [drawn(np.random.default_rng(n)) for n in (7, 8)]
     shape = Shape(width=16, depth=2, heads=2)
+    rates = dict.fromkeys((0.5, 0.7), 1e-3)
     return against.Task(
-        lambda: ViT(2, (1, 8, 8), 4, shape), drawn, held_out, held_out, "accuracy", dense_steps=20, steps=40
+        lambda: ViT(2, (1, 8, 8), 4, shape), drawn, held_out, held_out, "accuracy", 20, 40, rates
     )
 
 

@@ -257,9 +257,29 @@ def test_averaged_weights_differ_from_the_last_and_resume(run, tiny):
         assert torch.equal(value, resumed.weights()[name]), name
 
 
+@pytest.mark.parametrize("model", [["model=lenet300"], ["model=vit", "model.width=24", "model.depth=2"]])
+def test_one_shot_takes_units_out_before_the_first_epoch(run, tiny, model):
+    plain = run("train", *tiny, *model, "without_using_gate=true", "trainer.max_epochs=2")
+    asked = ["target_sparsity=0.6", "target.one_shot=true", "trainer.max_epochs=1"]
+    done = run("train", f"ckpt_path={plain.last}", *asked, *tiny[6:])
+    assert done.code == 0, done.err
+    assert 0.6 <= done.results["exact_sparsity"] < 0.65
+    weights = done.weights()
+    places = torch.cat([value.flatten() for name, value in weights.items() if name.endswith("log_alpha")])
+    assert bool((places.abs() == 20).all())
+    resumed = run("train", f"ckpt_path={done.last}", "resume_training=true", "trainer.max_epochs=2")
+    assert resumed.code == 0, resumed.err
+    assert resumed.results["exact_sparsity"] == done.results["exact_sparsity"]
+    assert resumed.results["epochs"] == 2
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        (["target.one_shot=true"], "target.one_shot=true needs a target"),
+        (["target.one_shot=true", "target_sparsity=0.5"], "of a trained network: give ckpt_path=RUN"),
+        (["target.one_shot=true", "target_latency_ms=3"], "one_shot=true and target_latency_ms=3 exclude"),
+        (["target.one_shot=true", "front=[0.5,0.7]"], "one_shot=true and front=[0.5,0.7] exclude"),
         (["target_sparsity=1.2"], "target_sparsity"),
         (["target_sparsity=0.5", "target_macs=0.5"], "exclude each other"),
         (["target_sparsity=0.5", "lambda_l0=1.0"], "lambda_l0"),

@@ -127,6 +127,7 @@ def meet_by_importance_(
     importance: str,
     generator: torch.Generator,
     shares: Sequence[Share] = (),
+    round_to: int = 1,
 ) -> float:
     """Shut the gates that are worth least for what they cost until a budget is met.
 
@@ -139,9 +140,10 @@ def meet_by_importance_(
         cost: parameters or macs; None where only parts have budgets, whose parameters count then.
         kept: share of it that may stay.
         batches: of inputs.
-        importance: a key of ``IMPORTANCE``.
+        importance: a key of ``IMPORTANCE``, or ``leftover``.
         generator: on the CPU.
         shares: what parts of the network may cost.
+        round_to: gates of a layer go so many at a time, see ``meet_``.
 
     Returns:
         The share that stays.
@@ -172,7 +174,7 @@ def meet_by_importance_(
     rank[ratio.argsort()] = torch.linspace(-OPEN, OPEN, len(ratio), dtype=rank.dtype, device=rank.device)
     for g, own in zip(gates, rank.split([g.log_alpha.numel() for g in gates]), strict=True):
         _set_(g, own.view_as(g.log_alpha) + shift(g.temperature, g.gamma, g.zeta))
-    reached = meet_all_(accountant, cost, kept, parts)
+    reached = meet_all_(accountant, cost, kept, parts, round_to)
     for g in gates:
         _set_(g, torch.where(g.median() > 0, OPEN, -OPEN))
     log.info("%.1f %% of the %s stay", 100 * reached, cost or "whole network")
