@@ -22,10 +22,17 @@ def convolutions():
     )  # fmt: skip
 
 
+def sigmoids():
+    return nn.Sequential(
+        nn.Linear(6, 24), nn.Sigmoid(), nn.Linear(24, 16), nn.Softplus(), nn.Linear(16, 3, bias=False)
+    )
+
+
 NETWORKS = {
     "vit": (lambda: ViT(4, (1, 10, 10), 5, Shape(width=16, depth=2, heads=2)), (1, 10, 10)),
     "gpt": (lambda: GPT(32, 12, Shape(width=16, depth=2, heads=2, mlp="swiglu", norm="rms")), None),
     "convolutions": (convolutions, (1, 10, 10)),
+    "sigmoids": (sigmoids, (6,)),
 }
 
 
