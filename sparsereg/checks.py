@@ -81,6 +81,10 @@ def check_positive(name: str, value: Any) -> float:
     return float(value)
 
 
+LARGEST = 1e100
+"""Size of the largest weights and totals: products of larger ones are beyond all numbers."""
+
+
 def check_finite(name: str, value: Any) -> float:
     """Check that a value is a finite number and return it as a float.
 

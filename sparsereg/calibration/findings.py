@@ -308,4 +308,4 @@ def _margins(problem: CalibrationProblem) -> Iterator[Finding]:
 
 
 def _shown(value: float) -> str:
-    return f"{value:,.6g}" if abs(value) < 1e6 or not np.isfinite(value) else f"{value:,.0f}"
+    return f"{value:,.0f}" if 1e6 <= abs(value) < 1e15 else f"{value:,.6g}"

@@ -12,6 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from sparsereg.calibration.target_scale import target_scale
+from sparsereg.checks import LARGEST
 from sparsereg.linalg.checked import as_csr, smallest_exact
 from sparsereg.linalg.nesting import Nesting, find_nesting
 from sparsereg.shapes import Bool, Float
@@ -203,6 +204,8 @@ class CalibrationProblem:
         """
         linear = self.linear
         size = gross_totals(linear.matrix, self.starting_weights)
+        if (size > 0).all():
+            return np.asarray(size / self._unit)
         everybody = gross_totals(linear.matrix, np.full(self.num_households, self.starting_weights.mean()))
         return np.asarray(np.where(size > 0, size, everybody) / self._unit)
 
@@ -412,6 +415,11 @@ def _vector(name: str, values: Any, length: int, of: str, smallest: float | None
     bad = np.flatnonzero(~np.isfinite(vector))
     if bad.size:
         raise ValueError(f"{name} must be finite, got {vector[bad[0]]} at position {bad[0]}")
+    bad = np.flatnonzero(np.abs(vector) > LARGEST)
+    if bad.size:
+        raise ValueError(
+            f"{name} must be at most {LARGEST:g} in size, got {vector[bad[0]]:g} at position {bad[0]}"
+        )
     if smallest is not None and (vector < smallest).any():
         first = int(np.flatnonzero(vector < smallest)[0])
         raise ValueError(f"{name} must be >= {smallest:g}, got {vector[first]:g} at position {first}")

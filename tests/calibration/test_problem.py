@@ -151,6 +151,7 @@ def test_subset_keeps_rows_and_cuts_nesting():
     [
         ({"targets": np.ones(5)}, r"targets must have shape \(4,\)"),
         ({"targets": [1, 2, np.nan, 4]}, "targets must be finite, got nan at position 2"),
+        ({"targets": [1, 2, -1e308, 4]}, "targets must be at most 1e.100 in size, got -1e.308 at position 2"),
         ({"targets": ["a", 1, 2, 3]}, "targets must be numbers"),
         ({"matrix": np.ones(4)}, "matrix must be targets x households"),
         ({"matrix": np.ones((0, 4))}, "matrix must be targets x households"),

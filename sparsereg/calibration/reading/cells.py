@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsereg.checks import LARGEST
 from sparsereg.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def numbers(
     first: int = 0,
     rows: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return a column as float64; name the first cell that is not a finite number.
+    """Return a column as float64; name the first cell that is not a finite number, or far too large.
 
     Args:
         table: The table.
@@ -62,10 +63,10 @@ def numbers(
     """
     series = table[column]
     values = _as_float64(series)
-    if np.isfinite(values).all():
+    if (np.abs(values) <= LARGEST).all():
         return values
     missing = (series.isna() | series.astype(str).str.strip().eq("")).to_numpy(dtype=bool)
-    wrong = ~np.isfinite(values)
+    wrong = ~(np.abs(values) <= LARGEST)
     if allow_missing:
         wrong &= ~missing
     if wrong.any():
@@ -73,8 +74,9 @@ def numbers(
         cell = "is missing" if missing[at] else f"is {shown(series.iloc[at])}"
         more = f" ({int(wrong.sum())} such rows)" if wrong.sum() > 1 else ""
         place = row(first + at if rows is None else int(rows[at]))
+        limit = f" of at most {LARGEST:g} in size" if np.isfinite(values[at]) else ""
         raise InputError(
-            f"{file}: {column} must be a finite number, but it {cell} in row {place}{more}"
+            f"{file}: {column} must be a finite number{limit}, but it {cell} in row {place}{more}"
             f"{advice(series.iloc[at])}"
         )
     return values

@@ -75,7 +75,7 @@ def _place(household: int, bounds: Any) -> str:
 
 def bounded_weights(initial: np.ndarray, ratios: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
     """Smallest and largest weights from bounds on the ratio; a weight of zero stays that, bounded or not."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         return [np.where(initial == 0, 0.0, ratio * initial) for ratio in ratios]
 
 

@@ -412,7 +412,8 @@ class Calibration:
         if self.problem.denominators is not None:
             estimates = self.problem.estimates(self._in_order_of_the_problem(weights))
         errors = np.abs(relative_errors(estimates, self.problem.targets))
-        mean_are = float(np.nanmean(errors)) if not np.isnan(errors).all() else math.nan
+        known = errors[~np.isnan(errors)]
+        mean_are = float(known.mean()) if len(known) else math.nan
         kept = int((weights > 0).sum())
         row = {"epoch": self.selection.epoch, "loss": loss, "kept": kept, "mean_are": mean_are}
         self.history.append(row)

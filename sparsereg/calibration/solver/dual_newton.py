@@ -106,10 +106,15 @@ class Rows:
 
     @cached_property
     def dense(self) -> np.ndarray | None:
-        """All entries, of a matrix that is full enough to be multiplied so; None of others."""
+        """All entries, where ``are_full``; else None."""
+        return self.by_target.toarray() if self.are_full else None
+
+    @property
+    def are_full(self) -> bool:
+        """Whether so many entries are there, of not too many targets, that a dense matrix is quicker."""
         num_targets, num_households = self.by_target.shape
-        is_full = self.by_target.nnz > _DENSE_SHARE * num_targets * num_households
-        return self.by_target.toarray() if is_full else None
+        most = _DENSE_SHARE * num_targets * num_households
+        return bool(self.by_target.nnz > most and num_targets <= _MOST_DENSE)
 
     def take(self, targets: Int[np.ndarray, "some"]) -> Rows:
         """The rows of some targets only."""
@@ -117,10 +122,12 @@ class Rows:
 
     def totals(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets"]:
         """Weighted totals, shape (targets,)."""
-        return np.asarray(self.by_target @ weights)
+        return np.asarray((self.by_target if self.dense is None else self.dense) @ weights)
 
     def reach(self, multipliers: Float[np.ndarray, "targets"]) -> Float[np.ndarray, "households"]:
         """What the multipliers come to for each household, shape (households,)."""
+        if self.dense is not None:
+            return np.asarray(multipliers @ self.dense)
         return np.asarray(self.by_household @ multipliers)
 
     def lengths(self) -> Int[np.ndarray, "targets"]:

@@ -8,7 +8,7 @@ targets in conflict and those that give way so that the others can be met: these
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -227,13 +227,13 @@ def domains(
     initial, scale = linear.starting_weights, linear.scale
     total = float(initial.sum())
     natural = np.where(near_zero(linear), scale / np.maximum(scale, linear.gross), 1.0)
-    for targets, households, rows in blocks(linear.matrix, initial > 0, linear.matrix_t):
-        turned = None
-        if rows is linear.matrix:  # turned already
+    for targets, households, part in blocks(linear.matrix, initial > 0, lambda: linear.matrix_t):
+        rows = Rows(over_scales(part, scale[targets]))
+        if part is linear.matrix and not rows.are_full:
             by_household = linear.matrix_t
-            data = by_household.data / scale[by_household.indices]
-            turned = with_data(by_household, data)
-        rows = Rows(over_scales(rows, scale[targets]), turned)
+            rows = replace(
+                rows, turned=with_data(by_household, by_household.data / scale[by_household.indices])
+            )
         own = distance_of(distance, low[households], high[households])
         dual = Dual(
             rows, linear.targets[targets] / scale[targets], initial[households], factors[households], own,
@@ -248,21 +248,26 @@ def domains(
 
 
 def blocks(
-    matrix: sp.csr_array, there: Bool[np.ndarray, "households"], by_household: sp.csr_array | None = None
+    matrix: sp.csr_array,
+    there: Bool[np.ndarray, "households"],
+    by_household: Callable[[], sp.csr_array] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, sp.csr_array]]:
     """Targets, households and rows of each connected part of a matrix with an entry.
 
     Args:
         matrix: Targets x households, canonical.
         there: Whom to take.
-        by_household: The same matrix by household, where it is known.
+        by_household: Gives the same matrix by household, where that can be spared another time.
     """
     columns, num_targets = np.flatnonzero(there), matrix.shape[0]
     if len(columns) < len(there):
         matrix, by_household = sp.csr_array(matrix[:, columns]), None
-    turned = sp.csr_array(matrix.T.tocsr()) if by_household is None else by_household
-    of_target, of_column = _connected(turned)
-    filled = np.flatnonzero(np.diff(matrix.indptr))
+    lengths = np.diff(matrix.indptr)
+    if lengths.min() > 0 and lengths.max() == len(columns):  # somebody in each target, all of them in one
+        yield np.arange(num_targets), columns, matrix
+        return
+    of_target, of_column = _connected(by_household() if by_household else sp.csr_array(matrix.T.tocsr()))
+    filled = np.flatnonzero(lengths)
     if len(filled) == num_targets and (of_target == of_target[0]).all() and (of_column == of_target[0]).all():
         yield filled, columns, matrix
         return

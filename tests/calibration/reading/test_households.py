@@ -129,6 +129,7 @@ def test_missing_values_count_nowhere():
         ({"measure": "state"}, "row 3 .* the measure 'state' is not numeric"),
         ({"value": "many"}, "T.csv: value must be a finite number, but it is 'many' in row 3"),
         ({"value": ""}, "T.csv: value must be a finite number, but it is missing in row 3"),
+        ({"value": "1e308"}, "value must be a finite number of at most 1e.100 in size, but it is '1e308' in"),
         ({"value": "inf"}, "T.csv: value must be a finite number, but it is 'inf' in row 3"),
         ({"name": "a"}, "T.csv: the target name 'a' is in rows 2 and 3"),
         ({"name": ""}, "T.csv row 3: the name is empty"),
@@ -164,6 +165,7 @@ def test_a_misspelt_column_of_targets_is_not_taken_for_a_remark():
     ("column", "values", "message"),
     [
         ("w", [1, 2, np.nan], "H.csv: w must be a finite number, but it is missing in row 4"),
+        ("w", [1, 1e308, 1], "H.csv: w must be a finite number of at most 1e.100 in size, but it is 1e.308"),
         ("w", [1, np.inf, 1], "H.csv: w must be a finite number, but it is inf in row 3"),
         ("w", [1, -2, 1], "H.csv: w must be >= 0, but it is -2 in row 3"),
         ("w", [0, 0, 0], "H.csv: w is zero for every household"),

@@ -237,6 +237,12 @@ def torn(seed, share=1.3):
     return CalibrationProblem(matrix, asked, weights, target_weights=prices)
 
 
+def test_bounds_beyond_all_numbers_are_none():
+    problem = survey(8)
+    wide, open_ended = exactly(problem, bounds=(-1e308, 1e308)), exactly(problem, bounds=(-np.inf, np.inf))
+    np.testing.assert_array_equal(wide.weights, open_ended.weights)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_soft_target_that_asks_too_much_leaves_others_alone(seed):
     result = exactly(torn(seed), bounds=(0.3, 3.0))
