@@ -66,11 +66,12 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, images, tiny):
 
 
 @pytest.mark.slow
-def test_target_and_finetuning_of_two_processes_are_those_of_one(tmp_path, images, tiny):
+@pytest.mark.parametrize("parts", [[], ["target.params=fc2:0.7", "target.round_to=4"]])
+def test_target_and_finetuning_of_two_processes_are_those_of_one(tmp_path, images, tiny, parts):
     common = [a for a in tiny if "batch_size" not in a and a != "trainer=cpu"]
     common += ["callbacks.batch_norm.batch_size=16", "trainer.max_epochs=2", "finetune.epochs=1"]
     common += ["model=lenet300", "target_sparsity=0.5", "optimizer=sgd_cosine", "optimizer.lr=0.01"]
-    common += ["data.limit_train_images=71", "trainer.precision=64-true"]
+    common += ["data.limit_train_images=71", "trainer.precision=64-true", *parts]
     one = train(tmp_path / "one", *common, "trainer=cpu", "data.batch_size=32")
     two = train(tmp_path / "two", *common, "trainer=ddp", "trainer.accelerator=cpu", "data.batch_size=16")
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]

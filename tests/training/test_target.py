@@ -356,6 +356,21 @@ def test_a_part_alone_and_one_shape_for_all_layers(run, tiny):
     assert len(sizes) == 1
 
 
+def test_a_part_with_rounded_widths_while_channels_leave(run, tiny):
+    more = ["target.params=fc2:0.8", "target.round_to=8", "callbacks.compact_every_n_epochs=1"]
+    done = run("train", *tiny, *RECIPE, "target_sparsity=0.6", *more)
+    assert done.code == 0, done.err
+    (part,) = done.results["target_parts"]
+    assert 0.1 < part["stays"] <= part["may_stay"] == pytest.approx(0.2)
+    assert done.results["exact_sparsity"] >= 0.6
+    weights = done.weights()
+    opened = [int((g > math.log(0.1 / 1.1) * 2 / 3).sum()) for n, g in weights.items() if "log_alpha" in n]
+    assert all(n % 8 == 0 for n, whole in zip(opened, (784, 300, 100), strict=True) if n < whole)
+    resumed = run("train", f"ckpt_path={done.last}", "resume_training=true", "trainer.max_epochs=4")
+    assert resumed.code == 0, resumed.err
+    assert resumed.results["target_parts"][0]["stays"] <= 0.2
+
+
 def test_scalars_of_the_constraint_are_logged(run, tiny):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
