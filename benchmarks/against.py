@@ -42,7 +42,6 @@ from torch import Tensor, nn
 from sparsereg import Sparsifier, compact, gate
 from sparsereg.compression.budget import meet_
 from sparsereg.compression.count import Accountant
-from sparsereg.compression.insert import DEFAULT
 from sparsereg.compression.oneshot.importance import IMPORTANCE
 from sparsereg.data.corpus import TextSource
 from sparsereg.distributions import HardConcrete, shift
@@ -63,9 +62,6 @@ REPAIRED_ON = 1024
 """Inputs, without labels, that one shot and its repair see."""
 OPEN, NEARLY_OPEN = 8.0, 0.99
 """Location of a gate that is open, and the median at which worth is measured."""
-
-
-UNITS = [family for family in DEFAULT if family != "blocks"]
 
 
 @dataclass(frozen=True)
@@ -373,8 +369,7 @@ def one_shot(kind: str) -> Method:
     def run(dense: nn.Module, task: Task, target: float, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         draws = np.random.default_rng(seed)
-        families = UNITS if kind == "magnitude" else None  # sizes of weights say nothing of whole branches
-        network = gate(dense, task.example, families=families).eval()
+        network = gate(dense, task.example).eval()
         accountant = Accountant(network, task.example)
         gates = accountant.gates
         _place_(gates, NEARLY_OPEN)

@@ -180,3 +180,19 @@ def test_one_shot_goes_before_the_first_step(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     shapes = [[p.shape for p in found.compacted.parameters()] for found in (sparsify, again)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("one_shot", [False, True])
+def test_one_shape_for_all_layers_comes_back_as_a_model_of_its_own_class(tmp_path, one_shot):
+    made = trainer(tmp_path, bert(), Texts())
+    uniform = {"shape": "uniform", "layers": "*.intermediate.dense", "one_shot": one_shot}
+    sparsify = SparsifyTrainer(made, target_sparsity=0.2, families="units", **uniform)
+    made.train()
+    restored = sparsereg.restore_class(sparsify.compacted, bert().eval(), sparsify.sparsifier.example)
+    restored.save_pretrained(tmp_path / "smaller")
+    again = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "smaller").eval()
+    inputs = {"input_ids": torch.arange(12).view(1, 12) + 2, "attention_mask": torch.ones(1, 12).long()}
+    expected = sparsify.compacted(**inputs)["logits"]
+    torch.testing.assert_close(again(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    left = [sum(p.numel() for p in net.parameters()) for net in (again, sparsify.compacted, bert())]
+    assert left[0] == left[1] <= 0.8 * left[2]
