@@ -20,7 +20,7 @@ from sparsereg.compression.units.explain import FAMILIES, explanation, inputs_of
 from sparsereg.compression.units.explain import families as kinds
 from sparsereg.compression.units.gating import GATED, draw_anew, gate_layer_, put_gate, shared_gate
 from sparsereg.compression.units.sites import WHOLE, Norm
-from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, shapes_of
+from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, traced_for
 from sparsereg.distributions import HardConcrete
 from sparsereg.goal import SHAPES
 from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
@@ -114,7 +114,7 @@ def gate_(
         for v in vectors
         for place, choice in enumerate(v.choices)
     }
-    model.__dict__[ATTRIBUTE] = Structure(analysis, places, shapes_of(args, kwargs))
+    model.__dict__[ATTRIBUTE] = Structure(analysis, places, traced_for(model, args, kwargs))
     model.register_forward_pre_hook(draw_anew)
     logger.info("%d gates in %d groups of %s now", len(places), len(vectors), type(model).__name__)
 

@@ -37,6 +37,7 @@ def verify(
         RuntimeError: the answers differ.
     """
     own = (args, dict(kwargs))
+    _widen(wide, _precision(model))
     tolerance = TOLERANCE.get(_precision(model), 1e-3)
     with evaluating(model):
         batches = [own, *_noise_for(model, own)]
@@ -48,13 +49,27 @@ def verify(
             given, named = doubled((given, named))
             with _in_float64(model):
                 answers = model(*given, **named)
-            tolerance_64 = ROUNDED_TOLERANCE if _rounds(wide) else FLOAT64_TOLERANCE
+            tolerance_64 = ROUNDED_TOLERANCE if _rounds(smaller) else FLOAT64_TOLERANCE
             _compare(answers, wide(*given, **named), type(model).__name__, tolerance_64)
 
 
-def _rounds(wide: nn.Module) -> bool:
+def _widen(wide: nn.Module, own: torch.dtype) -> None:
+    """Let a network in float64 go there where the original, as it was traced, goes to its own precision."""
+    if not isinstance(wide, fx.GraphModule) or own is torch.float64:
+        return
+
+    def widened(leaf: Any) -> Any:
+        return torch.float64 if leaf is own else leaf
+
+    for node in wide.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, widened)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, widened)
+    wide.recompile()
+
+
+def _rounds(smaller: nn.Module) -> bool:
     """Whether a network goes to float32 by itself, as many norms of transformers do."""
-    nodes = wide.graph.nodes if isinstance(wide, fx.GraphModule) else ()
+    nodes = smaller.graph.nodes if isinstance(smaller, fx.GraphModule) else ()
     return any(torch.float32 in (*node.args, *node.kwargs.values()) for node in nodes)
 
 

@@ -20,6 +20,7 @@ from sparsereg.compression.units.branches import ALWAYS, Ways
 from sparsereg.compression.units.labels import Ints
 from sparsereg.compression.units.lines import Alternatives, Bools, Lines, Sizes
 from sparsereg.compression.units.program import Program, bound, name_of, plain_call
+from sparsereg.compression.units.rules.cells import CELLS
 from sparsereg.compression.units.rules.recurrent import BLOCKS
 from sparsereg.compression.units.rules.stacked import stack_of
 from sparsereg.compression.units.rules.table import weight_of
@@ -288,6 +289,13 @@ def _layers(program: Program, node: fx.Node) -> Products:
     return [(1.0, [*steps, (w, 0), (w, 1)]) for w in matrices]
 
 
+def _cell(program: Program, node: fx.Node) -> Products:
+    """One step applies both matrices."""
+    a = bound(node)
+    examples = [(a["input"], d) for d in range(n_dim(program, a["input"]) - 1)]
+    return [(1.0, [*examples, (w, 0), (w, 1)]) for w in (a["w_ih"], a["w_hh"])]
+
+
 _PRODUCTS: dict[str, Callable[[Program, fx.Node], Products]] = {
     "linear": _linear,
     "addmm": _addmm,
@@ -296,6 +304,7 @@ _PRODUCTS: dict[str, Callable[[Program, fx.Node], Products]] = {
     "einsum": _einsum,
     "bilinear": _bilinear,
     **dict.fromkeys(BLOCKS, _layers),
+    **dict.fromkeys(CELLS, _cell),
     **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot"), _matmul),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),

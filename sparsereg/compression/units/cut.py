@@ -121,6 +121,8 @@ class Cut:
         for other in range(labels.dim()):
             if other != axis and labels.stride(other) == 0 and labels.shape[other]:
                 labels = labels.narrow(other, 0, 1)
+        if not labels.numel():
+            return torch.ones(labels.shape[axis], dtype=torch.bool)
         flat = labels.movedim(axis, 0).reshape(labels.shape[axis], -1).long()
         stays = self.stays[flat] & (flat != BLANK)
         return stays.any(1) | (flat == BLANK).all(1)

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from sparsereg.compression.units.cut import averages
 from sparsereg.compression.units.labels import FIRST, Ints, varying
 from sparsereg.compression.units.program import Program, bound, module_of, name_of
+from sparsereg.compression.units.rules.cells import CELLS, rows_of_cell
 from sparsereg.compression.units.rules.elementwise import PRODUCTS, QUOTIENTS
 from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES, weight_behind
 from sparsereg.compression.units.rules.recurrent import BLOCKS, candidate_rows, passes
@@ -134,6 +135,11 @@ class Sites:
             return [] if found else [node.args[0]]
         if name in BLOCKS:
             self._recurrent(node)
+            return []
+        if name in CELLS:
+            for weight in rows_of_cell(node):
+                self.axis[weight] = 0
+                self.part[weight] = candidate_rows(CELLS[name], self.program.values[weight].shape[0])
             return []
         if name in (*PRODUCTS, *MATRICES):
             return [self._one_of(node)]

@@ -188,13 +188,13 @@ class Structure:
     Args:
         analysis: of the network without gates.
         gates: the gate and the place in it that decides on each choice that has one.
-        shapes: those of the example's tensors.
+        traced: what the network was traced for.
     """
 
-    def __init__(self, analysis: Analysis, gates: Mapping[int, Place], shapes: list[tuple[Any, ...]]) -> None:
+    def __init__(self, analysis: Analysis, gates: Mapping[int, Place], traced: list[tuple[Any, ...]]) -> None:
         self.analysis = analysis
         self.gates = dict(gates)
-        self.shapes = shapes
+        self.traced = traced
         self.fixed: dict[int, list[int]] | None = None
         """Sizes that the inputs of smaller networks must have, by position; None until somebody asks."""
         self.paths = list(dict.fromkeys(path for path, _ in self.gates.values()))
@@ -311,8 +311,8 @@ def structure_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     if not any(_gated(m) for m in model.modules()):
         return None
     known = model.__dict__.get(ATTRIBUTE)
-    shapes = shapes_of(args, kwargs)
-    if isinstance(known, Structure) and known.shapes == shapes:
+    traced = traced_for(model, args, kwargs)
+    if isinstance(known, Structure) and known.traced == traced:
         return known
     bare = copy.deepcopy(model)
     found = sited(bare)
@@ -327,15 +327,16 @@ def structure_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             f"gate {lost[0][1]} of {lost[0][0]} belongs to no unit of {type(model).__name__} with this"
             " example: give one of the shape that gate() was given"
         )
-    structure = Structure(analysis, matched, shapes)
+    structure = Structure(analysis, matched, traced)
     model.__dict__[ATTRIBUTE] = structure
     return structure
 
 
-def shapes_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """Shapes of the tensors of an example without the size of the batch; what is no tensor as it reads."""
+def traced_for(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """What a network was traced for: its type of numbers, and the shapes of an example but for the batch."""
     leaves = torch.utils._pytree.tree_leaves((args, dict(kwargs)))
-    return [tuple(x.shape[1:]) if isinstance(x, Tensor) else (repr(x),) for x in leaves]
+    dtype = next((str(p.dtype) for p in model.parameters() if p.is_floating_point()), "")
+    return [(dtype,), *(tuple(x.shape[1:]) if isinstance(x, Tensor) else (repr(x),) for x in leaves)]
 
 
 def _gated(module: nn.Module) -> bool:

@@ -304,3 +304,62 @@ class Cross(nn.Module):
 @pytest.mark.parametrize("module", [False, True])
 def test_rows_of_one_matrix_are_layers_of_their_own(module):
     assert 3 in exact(Cross(module), (x(2, 7, 4), x(2, 5, 5)))  # heads
+
+
+class Steps(nn.Module):
+    """Recurrent cells in a loop of the network's own, from zeros in a precision that it names."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.leave = nn.Embedding(20, 8), nn.Linear(6, 3)
+        self.gru, self.lstm, self.plain = nn.GRUCell(8, 12), nn.LSTMCell(12, 10), nn.RNNCell(10, 6)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        state = torch.zeros(len(ids), 12, dtype=x.dtype)
+        cell, found = None, []
+        for step in range(ids.shape[1]):
+            state = self.gru(x[:, step], state)
+            cell = self.lstm(state, cell)
+            found.append(self.leave(self.plain(cell[0])))
+        return torch.stack(found, 1)
+
+
+class Maps(nn.Module):
+    """A recurrent cell of convolutions, written out."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.leave = nn.Conv2d(2 + 6, 24, 3, padding=1), nn.Conv2d(6, 1, 1)
+
+    def forward(self, x):
+        state = cell = x.new_zeros(len(x), 6, *x.shape[3:])
+        for step in range(x.shape[1]):
+            i, f, o, g = self.inner(torch.cat([x[:, step], state], 1)).chunk(4, 1)
+            cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+            state = torch.sigmoid(o) * torch.tanh(cell)
+        return self.leave(state)
+
+
+def test_cells_lose_hidden_units_when_they_start_from_zeros():
+    assert exact(Steps(), torch.randint(0, 20, (3, 4))) == [6, 8, 10, 12]
+    assert exact(Maps(), x(2, 3, 2, 6, 6)) == [6]
+
+
+@torch.no_grad()
+def test_a_network_that_names_its_precision_is_compared_in_float64_too():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = F.relu(self.a(x)).to(torch.float32).sqrt().to(self.b.weight.dtype)
+            return self.b(x) + torch.zeros(2, dtype=self.b.weight.dtype)
+
+    network = sparsereg.gate(Named().eval(), example := torch.randn(3, 4))
+    for gate in hard_concretes(network).values():
+        gate.log_alpha.copy_(torch.tensor([-10.0, 3.0]).repeat(4))
+    assert len(sparsereg.compact(network, example).a.weight) == 4
+    wide = network.double()  # traced again
+    assert len(sparsereg.compact(wide, example.double()).a.weight) == 4

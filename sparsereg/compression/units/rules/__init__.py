@@ -2,6 +2,7 @@
 
 from sparsereg.compression.units.rules import (  # noqa: F401  (each registers its rules)
     attention,
+    cells,
     elementwise,
     mixing,
     moves,

@@ -291,7 +291,7 @@ def alike(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     return x.labels(node.args[0])
 
 
-@rule("new_zeros", "new_ones", "new_full", "new_empty", "size", "sym_size", "_assert_tensor_metadata")
+@rule("new_ones", "new_full", "new_empty", "size", "sym_size", "_assert_tensor_metadata")
 def shapes_only(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
     """Nothing of the values is read."""
 

@@ -181,6 +181,7 @@ class Labeller:
             self._keep_inputs(node)
             return
         labelled = any(self.has_units(n) for n in node.all_input_nodes) or _weighs(self.program, node)
+        labelled = labelled or name_of(node) in ("zeros", "new_zeros")
         if not labelled:
             self.axes.of[node] = None
             return
