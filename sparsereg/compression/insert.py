@@ -22,6 +22,7 @@ from sparsereg.compression.units.gating import GATED, draw_anew, gate_layer_, pu
 from sparsereg.compression.units.sites import WHOLE, Norm
 from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, traced_for
 from sparsereg.distributions import HardConcrete
+from sparsereg.errors import InputError
 from sparsereg.goal import SHAPES
 from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
 from sparsereg.penalties import hard_concretes
@@ -75,7 +76,7 @@ def gate(
         torch.Size([1, 2, 2, 2])
     """
     _check_plain(model)
-    gated = copy.deepcopy(model)
+    gated = _copied(model)
     gate_(gated, example_input, layers, families=families, residual=residual, shape=shape, **gate_settings)
     return gated
 
@@ -142,6 +143,16 @@ def check_shape(shape: str) -> str:
     if shape not in SHAPES:
         raise ValueError(f"shape: unknown {shape!r}; known are {', '.join(SHAPES)}")
     return shape
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise InputError(
+            f"{type(model).__name__} cannot be copied: a module keeps a tensor that is computed, as"
+            " torch.nn.utils.weight_norm does; use torch.nn.utils.parametrizations.weight_norm, or remove it"
+        ) from error
 
 
 def _check_plain(model: nn.Module) -> None:

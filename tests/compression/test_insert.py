@@ -6,6 +6,7 @@ from torch import nn
 from sparsereg.compression import compact, count, gate
 from sparsereg.compression.verify import difference
 from sparsereg.distributions import HardConcrete
+from sparsereg.errors import InputError
 from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.penalties import hard_concretes
 from tests.compression.networks import dense, make, set_gates
@@ -151,3 +152,11 @@ def test_make_is_reproducible():
     assert all(
         torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_network_that_cannot_be_copied_is_refused_in_one_line():
+    network = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2))
+    network(torch.ones(2, 4))
+    with pytest.raises(InputError, match=r"Sequential cannot be copied: .*parametrizations"):
+        gate(network, torch.ones(2, 4))
