@@ -6,7 +6,7 @@ from typing import Any, get_args
 from beartype import beartype
 
 SOLVER = ("distances", "dual_newton", "exact", "hard_concrete", "interior_point", "least_squares", "losses")
-SOLVER += ("matrix", "nested", "pruning", "recalibration", "refit", "selection")
+SOLVER += ("matrix", "nested", "page_factors", "pruning", "recalibration", "refit", "selection")
 CHECKED = (
     "sparsereg.distributions",
     "sparsereg.penalties",

@@ -61,18 +61,18 @@ class PruningSchedule(Group):
     """How much work the selection does."""
 
     stages: int = setting(40, "times that households are dropped", count())
-    sweeps: int = setting(40, "sweeps over the households before each of them", count())
-    first_sweeps: int = setting(60, "sweeps over everybody before the first", count())
+    sweeps: int = setting(25, "sweeps over the households before each of them", count())
+    first_sweeps: int = setting(40, "sweeps over everybody before the first", count())
     power: float = setting(
         3.0, "shape of the descent from N to K: log(kept / K) falls as (1 - stage / stages)^power", POSITIVE
     )
-    swap_rounds: int = setting(60, "most rounds of swaps; 0 for none", count(0))
+    swap_rounds: int = setting(40, "most rounds of swaps; 0 for none", count(0))
     swap_share: float = setting(
         0.3, "share of the households exchanged in the first round", within("(0, 1]", "a share")
     )
     swap_shrink: float = setting(0.85, "factor on that share after a round that failed", within("(0, 1)"))
-    swap_sweeps: int = setting(24, "sweeps after an exchange", count())
-    swap_parts: int = setting(8, "parts in which households are added", count())
+    swap_sweeps: int = setting(48, "sweeps after an exchange", count())
+    swap_parts: int = setting(5, "parts in which households are added", count())
     swap_surplus: float = setting(
         1.0, "surplus that is added and pruned again, as a share of those exchanged", NOT_NEGATIVE
     )

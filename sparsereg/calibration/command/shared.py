@@ -145,7 +145,7 @@ def _solved(part: CalibrationProblem, cfg: CalibrationRun) -> SharedWeights:
     if _method(cfg) == "calibrate":
         bounds = {name: getattr(cfg, name) for name in ("bounds", "weight_bounds")}
         return calibrate_shared(part, cfg.distance, **bounds)
-    return select_shared(part, replace(cfg.solver(), device="cpu"), _method(cfg))
+    return select_shared(part, replace(cfg.solver(), device="cpu"), _method(cfg), cfg.num_households)
 
 
 def _check(cfg: CalibrationRun) -> None:
@@ -153,15 +153,16 @@ def _check(cfg: CalibrationRun) -> None:
     method = _method(cfg)
     if method not in ("calibrate", *METHODS) or not isinstance(cfg.problem, HouseholdsProblem):
         raise InputError(
-            "several processes need problem=households and method=calibrate, all, or hard_concrete with"
-            " lambda_l0 instead of num_households: give these, or start one"
+            "several processes need problem=households and method=calibrate, all, pruning with"
+            " num_households, or hard_concrete with lambda_l0: give these, or start one"
         )
     strange = [*cfg.of_whole_runs, *(["areas"] if cfg.area.is_given else [])]
     if method != "calibrate":
         strange = [name for name in strange if name not in _OF_SELECTIONS]
         strange += [name for name in ("hold_total", "consistency") if getattr(cfg, name)]
         strange += [f"loss={cfg.loss}"] if cfg.loss not in ("relative", "mse") else []
-    strange += [name for name in ("num_households",) if getattr(cfg, name) is not None]
+    with_number = method != "pruning" and cfg.num_households is not None
+    strange += [f"num_households with method={method}"] if with_number else []
     strange += ["weights_format=dta"] if cfg.weights_format == "dta" else []
     strange += ["weights=integer"] if cfg.weights != "real" else []
     strange += ["missing=drop"] if "drop" in (cfg.missing, *cfg.missing_in.values()) else []

@@ -284,6 +284,7 @@ class Calibration:
         settings: How.
         selected: Start from this selection (indices or a mask) and only improve it by swaps.
         start: Weights of an earlier calibration to start from, see ``calibrate``.
+        alone: Compute all of it in this process, also in a group of processes.
 
     Raises:
         ValueError: the number, the method, or the bounds do not fit the problem.
@@ -306,6 +307,7 @@ class Calibration:
         *,
         selected: np.ndarray | None = None,
         start: np.ndarray | None = None,
+        alone: bool = False,
     ) -> None:
         self._start = time.perf_counter()
         self.problem, self.settings = problem, settings or Settings()
@@ -335,7 +337,8 @@ class Calibration:
         if given is not None:
             _refuse_weightless(problem, given.numpy())
             given = torch.from_numpy(np.flatnonzero(np.isin(self._order, given.numpy())))
-        self.goal = goal_of(problem, rows, self.num_households, self.settings, self._order)
+        matrix = ordered_matrix(rows, self._order, self.settings, self._order if alone else None)
+        self.goal = goal_of(problem, rows, self.num_households, self.settings, self._order, matrix)
         if self._given is not None:
             ahead = torch.from_numpy(self._given[self._order]).to(self.goal.system.initial_weights)
             self.goal = replace(self.goal, start=ahead)
@@ -794,7 +797,7 @@ def goal_of(
     num_kept: int | None,
     settings: Settings,
     order: np.ndarray,
-    matrix: HouseholdMatrix | None = None,
+    matrix: HouseholdMatrix,
     number: int | None = None,
 ) -> Goal:
     """Bring problem and settings into the form that selections work on, the households in this order.
@@ -805,13 +808,12 @@ def goal_of(
         num_kept: How many households are kept; None: the method decides.
         settings: How.
         order: Places of the households that are in the survey.
-        matrix: Of the rows in this order; None: it is made.
+        matrix: Of the rows in this order.
         number: How many households there are, in all processes; None: those of the problem.
     """
     device = torch.device(settings.device)
     loss = _target_loss(problem, settings, device, rows.again)
     shares = loss.shares
-    matrix = ordered_matrix(rows, order, settings) if matrix is None else matrix
     mean = replace(loss, shares=shares / shares.sum())
     initial = torch.from_numpy(problem.starting_weights[order]).to(device)
     unbounded = torch.full_like(initial, float("inf"))

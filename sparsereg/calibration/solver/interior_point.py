@@ -15,6 +15,7 @@ import numpy as np
 import scipy.linalg as sl
 import scipy.sparse as sp
 
+from sparsereg.calibration.solver.page_factors import PageBlocks
 from sparsereg.shapes import Float
 
 _DENSE = 0.05
@@ -38,6 +39,7 @@ class BoxQuadratic:
         center: c.
         sum_of: a, for the sum that is held, or None.
         total: What a'u must be.
+        blocks: B B' by pages, where it is made of such.
     """
 
     rows: sp.csr_array
@@ -48,6 +50,7 @@ class BoxQuadratic:
     center: Float[np.ndarray, "households"]
     sum_of: Float[np.ndarray, "households"] | None = None
     total: float = 0.0
+    blocks: PageBlocks | None = None
 
     def slope(self, u: Float[np.ndarray, "households"]) -> Float[np.ndarray, "households"]:
         """Gradient of the objective."""
@@ -57,9 +60,11 @@ class BoxQuadratic:
 class _Newton:
     """Solves (B B' + diag) x = r for changing diagonals."""
 
-    def __init__(self, rows: sp.csr_array) -> None:
+    def __init__(self, problem: BoxQuadratic) -> None:
+        rows, self._blocks = problem.rows, problem.blocks
         self._rows, self._columns = rows, sp.csr_array(rows.T)
-        self._gram = self._products() if rows.shape[0] <= rows.shape[1] else None
+        is_wide = self._blocks is None and rows.shape[0] <= rows.shape[1]
+        self._gram = self._products() if is_wide else None
 
     def _products(self) -> Float[np.ndarray, "households households"]:
         dense = np.diff(self._columns.indptr) > _DENSE * self._rows.shape[0]
@@ -70,6 +75,9 @@ class _Newton:
     def factor(self, diagonal: Float[np.ndarray, "households"]) -> None:
         """Prepare for a diagonal > 0."""
         self._diagonal = diagonal
+        if self._blocks is not None:
+            self._pages = self._blocks.factors(np.ones(len(diagonal), dtype=bool), diagonal)
+            return
         if self._gram is not None:
             square = self._gram.copy()
             square[np.diag_indices(len(square))] += diagonal
@@ -84,6 +92,8 @@ class _Newton:
         return np.asarray(x + self._once(right - self._rows @ (self._columns @ x) - self._diagonal * x))
 
     def _once(self, right: Float[np.ndarray, "households"]) -> Float[np.ndarray, "households"]:
+        if self._blocks is not None:
+            return self._pages.solve(right)
         if self._gram is not None:
             return np.asarray(sl.cho_solve(self._factor, right, check_finite=False))
         scaled = right / self._diagonal  # the formula of Woodbury
@@ -100,7 +110,7 @@ class InteriorPoint:
     """
 
     def __init__(self, problem: BoxQuadratic, start: Float[np.ndarray, "households"]) -> None:
-        self.problem, self._newton = problem, _Newton(problem.rows)
+        self.problem, self._newton = problem, _Newton(problem)
         self._bounded = np.isfinite(problem.upper)
         typical = max(float(np.mean(start - problem.lower)), 1e-300)
         width = np.where(self._bounded, problem.upper - problem.lower, np.inf)

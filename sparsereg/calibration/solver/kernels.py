@@ -201,48 +201,52 @@ def page_rows(indptr, indices, page, is_part, seen, rows, row_page):  # type: ig
 
 
 @_compile
-def _turn_page(  # type: ignore[no-untyped-def]
-    old, new, list_ptr, list_rows, up_ptr, up_of, own, above, whole, base, up, now, before, change
-):
-    """Enter what happened on one page into its rows and their sums; read those of another (-1: none)."""
-    if old >= 0:
-        for c in range(list_ptr[old], list_ptr[old + 1]):
-            k = list_rows[c]
-            if whole[k] > 0.0 and now[k] != before[k]:
-                moved = (now[k] - before[k]) / whole[k]
-                change[k] += moved
-                base[k] += own[k] * moved
-                for q in range(up_ptr[k], up_ptr[k + 1]):
-                    up[up_of[q]] += above[up_of[q]] * moved
-    if new >= 0:
-        for c in range(list_ptr[new], list_ptr[new + 1]):
-            k = list_rows[c]
-            total = base[k]
-            for q in range(up_ptr[k], up_ptr[k + 1]):
-                total += up[up_of[q]]
-            now[k] = before[k] = total
+def _leave_page(first, last, rows, ups, width, above, per_whole, up, now, before, change):  # type: ignore[no-untyped-def]
+    """Enter what happened on a page into the changes of its rows, and into the sums these are part of."""
+    for c in range(first, last):
+        k = rows[c]
+        moved = (now[k] - before[k]) * per_whole[k]
+        change[k] += moved
+        for q in range(c * width, (c + 1) * width):
+            up[ups[q]] += above[ups[q]] * moved
+
+
+@_compile
+def _enter_page(first, last, rows, ups, width, own, base, up, now, before, change):  # type: ignore[no-untyped-def]
+    """Read what the rows of a page come to, with the sums that they are part of."""
+    for c in range(first, last):
+        k = rows[c]
+        total = base[k] + own[k] * change[k]
+        for q in range(c * width, (c + 1) * width):
+            total += up[ups[q]]
+        now[k] = before[k] = total
 
 
 @_compile
 def descend_pages(  # type: ignore[no-untyped-def]
-    indptr, indices, data, page, list_ptr, list_rows, up_ptr, up_of, own, above, whole, base, up, now, before,
-    change, weights, lower, upper, stretch, pull, center, held, lanes, sweeps
+    indptr, indices, data, page, list_ptr, list_rows, ups, width, own, above, whole, per_whole, base, up, now,
+    before, change, weights, lower, upper, stretch, pull, center, held, lanes, sweeps
 ):  # fmt: skip
     """``descend`` where some targets are sums of the stored ones, page after page of households.
 
-    A stored target k moves by whole[k] = own[k] + sum of above[its sums] times the change of its total.
-    ``base`` and ``up`` are the residuals of stored targets and of sums, ``now`` what a household sees of a
-    stored target: its gradient and those of its sums, right on the current page; ``change`` collects the
-    changes of the stored totals. ``stretch`` is one over the curvature, or 0. ``lanes`` work beside each
-    other, and each expects of the others what it does itself.
+    A stored target k moves by whole[k] = own[k] + sum of above[its sums] times the change of its total;
+    ``per_whole`` is one over it, or 0. The sums of the c-th listed row are ups[c * width:(c + 1) * width],
+    filled up with the last place of ``up`` and ``above``, a sum that is none. ``base`` and ``up`` are the
+    residuals of stored targets and of sums, ``now`` what a household sees of a stored target: its gradient
+    and those of its sums, right on the current page; ``change`` collects the changes of the stored totals.
+    ``stretch`` is one over the curvature, or 0. ``lanes`` work beside each other, and each expects of the
+    others what it does itself.
     """
     for _ in range(sweeps):
-        current = -1
+        current = np.int64(-1)
         for j in range(weights.shape[0]):
             if page[j] != current:
-                _turn_page(current, page[j], list_ptr, list_rows, up_ptr, up_of, own, above, whole, base, up,
-                           now, before, change)  # fmt: skip
-                current = page[j]
+                if current >= 0:
+                    _leave_page(list_ptr[current], list_ptr[current + 1], list_rows, ups, width, above,
+                                per_whole, up, now, before, change)  # fmt: skip
+                current = np.int64(page[j])
+                _enter_page(list_ptr[current], list_ptr[current + 1], list_rows, ups, width, own, base, up,
+                            now, before, change)  # fmt: skip
             if stretch[j] == 0.0:
                 continue
             slope = pull[j] * (weights[j] - center[j]) + held[2] * (held[0] - held[1]) + held[3]
@@ -256,8 +260,6 @@ def descend_pages(  # type: ignore[no-untyped-def]
                 held[0] += lanes * step
                 for p in range(start, stop):
                     now[indices[p]] += whole[indices[p]] * data[p] * step
-        _turn_page(current, -1, list_ptr, list_rows, up_ptr, up_of, own, above, whole, base, up, now, before,
-                   change)  # fmt: skip
-    for k in range(now.shape[0]):
-        if up_ptr[k] == up_ptr[k + 1] and whole[k] > 0.0:
-            change[k] += (now[k] - base[k]) / whole[k]
+        if current >= 0:
+            _leave_page(list_ptr[current], list_ptr[current + 1], list_rows, ups, width, above, per_whole, up,
+                        now, before, change)  # fmt: skip

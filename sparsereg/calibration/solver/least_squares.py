@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sparsereg.calibration.solver.interior_point import BoxQuadratic, InteriorPoint
 from sparsereg.calibration.solver.losses import Quadratic
-from sparsereg.calibration.solver.matrix import CompiledMatrix, HouseholdMatrix
+from sparsereg.calibration.solver.matrix import CompiledMatrix, Descending, HouseholdMatrix
 from sparsereg.calibration.solver.nested import NestedMatrix
+from sparsereg.calibration.solver.page_factors import PageBlocks
 from sparsereg.shapes import Float, Int, Shaped
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class System:
         chi2: Factor >= 0 of the pull towards the initial weights: the mean, weighted by initial weight, of
             (w / (r w0) - 1)^2, with r such that r w0 of the selected households adds up to the sum of all w0.
         total: What the weights must add up to, or None.
+        whole: Sum of the initial weights of all, where these are some of them; None: they are all.
     """
 
     matrix: HouseholdMatrix
@@ -56,6 +58,21 @@ class System:
     upper: Float[Tensor, "households"]
     chi2: float = 0.0
     total: float | None = None
+    whole: float | None = None
+
+    def take(self, households: Int[Tensor, "some"]) -> System:
+        """Return the problem of choosing among some households only."""
+        some = replace(
+            self, matrix=self.matrix.take(households), initial_weights=self.initial_weights[households],
+            upper=self.upper[households], whole=self.all_initial,
+        )  # fmt: skip
+        some.__dict__["curvature"] = self.curvature[households]
+        return some
+
+    @cached_property
+    def all_initial(self) -> float:
+        """Sum of the initial weights of all households."""
+        return float(self.initial_weights.sum()) if self.whole is None else self.whole
 
     def of(
         self,
@@ -75,13 +92,14 @@ class System:
         initial = self.initial_weights[households]
         pull, center = torch.zeros_like(initial), torch.zeros_like(initial)
         if self.chi2 > 0 and initial.sum() > 0:
-            whole = self.initial_weights.sum()
-            center = initial * (whole / initial.sum())
-            pull = torch.where(center > 0, self.chi2 / (center * whole), pull)
+            center = initial * (self.all_initial / initial.sum())
+            pull = torch.where(center > 0, self.chi2 / (center * self.all_initial), pull)
         lower = torch.zeros_like(initial) if lower is None else lower
+        known = self.__dict__.get("curvature")
         return LeastSquares(
-            matrix, self.quadratic, weights, lower, self.upper[households], pull, center, self.total
-        )
+            matrix, self.quadratic, weights, lower, self.upper[households], pull, center, self.total,
+            None if known is None else known[households],
+        )  # fmt: skip
 
     @cached_property
     def curvature(self) -> Float[Tensor, "households"]:
@@ -129,6 +147,7 @@ class LeastSquares:
         pull: Factor of (w - center)^2 per household, >= 0.
         center: Where the pull goes.
         total: What the weights must add up to, or None.
+        norms: Half the second derivative of the quadratic along each household, where it is known.
     """
 
     def __init__(
@@ -141,6 +160,7 @@ class LeastSquares:
         pull: Float[Tensor, "households"],
         center: Float[Tensor, "households"],
         total: float | None = None,
+        norms: Float[Tensor, "households"] | None = None,
     ) -> None:
         self.matrix, self.quadratic = matrix, quadratic
         self.lower, self.upper, self.pull, self.center = lower, upper, pull, center
@@ -148,7 +168,8 @@ class LeastSquares:
         self.size = quadratic.size
         self._held_weight = 0.0 if total is None else self._weight_of_sum(total)
         self._held = torch.tensor([0.0, total or 0.0, self._held_weight, 0.0], dtype=torch.float64)
-        self.curvature = matrix.squared_norms(quadratic.weight) + pull + self._held_weight
+        norms = matrix.squared_norms(quadratic.weight) if norms is None else norms
+        self.curvature = norms + pull + self._held_weight
         self.refresh()
 
     def _weight_of_sum(self, total: float) -> float:
@@ -182,20 +203,24 @@ class LeastSquares:
         held = self._held[2] * (self._held[0] - self._held[1]) + self._held[3]
         return self.matrix.gradient(self._by_totals) + self.pull * (self.weights - self.center) + held
 
-    def contributions(self) -> Float[Tensor, "households"]:
+    def contributions(self, total: float | None = None) -> Float[Tensor, "households"]:
         """w_j times the norm of household j: the root of what leaving it out costs, others unchanged.
 
         With an upper bound the others may be unable to take over the weight of a large household, so that
         its weight counts too.
+
+        Args:
+            total: Sum of the weights, in all processes; None: of these.
         """
         norm = self.curvature
         if bool(torch.isfinite(self.upper).any()):
-            norm = norm + _WORTH_OF_SIZE * (self.size / self.weights.sum().clamp(min=1e-300)).square()
+            total = float(self.weights.sum()) if total is None else total
+            norm = norm + _WORTH_OF_SIZE * (self.size / max(total, 1e-300)) ** 2
         return self.weights * norm.sqrt()
 
     def sweep(self, count: int = 1) -> None:
         """Improve the weights by ``count`` rounds over the households."""
-        if isinstance(self.matrix, CompiledMatrix | NestedMatrix):
+        if isinstance(self.matrix, Descending):
             self.matrix.descend(
                 self.quadratic.weight, self._by_totals, self.weights, self.lower, self.upper,
                 self.curvature, self.pull, self.center, self._held, count,
@@ -259,9 +284,28 @@ class LeastSquares:
     @property
     def is_small(self) -> bool:
         """Whether ``solve_densely`` is quick."""
-        return min(self.matrix.num_households, self.matrix.num_targets) <= _MOST_DENSE and isinstance(
-            self.matrix, CompiledMatrix | NestedMatrix
-        )
+        if not isinstance(self.matrix, CompiledMatrix | NestedMatrix):
+            return False
+        few = min(self.matrix.num_households, self.matrix.num_targets) <= _MOST_DENSE
+        return few or self.has_pages
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether ``solve_densely`` goes page by page, which is quick and good for any number."""
+        return self._blocks is not None
+
+    @cached_property
+    def _movable(self) -> Int[Tensor, "some"]:
+        """Households whose weights may change."""
+        return torch.nonzero((self.curvature > 0) & (self.upper > self.lower)).flatten()
+
+    @cached_property
+    def _blocks(self) -> PageBlocks | None:
+        """Normal equations of these in contributions w_j norm_j, page by page, where that is quick."""
+        if not isinstance(self.matrix, NestedMatrix):
+            return None
+        norm = self.curvature[self._movable].sqrt()
+        return self.matrix.blocks(self._movable, norm, self.quadratic.weight)
 
     def solve_densely(self, tolerance: float = 1e-9, max_steps: int = 60) -> float:
         """Improve until optimal by an interior-point method, for some thousands of households or targets.
@@ -273,7 +317,7 @@ class LeastSquares:
         Returns:
             The violation reached.
         """
-        free = torch.nonzero((self.curvature > 0) & (self.upper > self.lower)).flatten()
+        free = self._movable
         best, best_weights, best_multiplier = self.kkt_violation(), self.weights, float(self._held[3])
         if best <= tolerance or len(free) == 0:
             return best
@@ -317,6 +361,7 @@ class LeastSquares:
             center=(self.center[free] * norm).numpy(),
             sum_of=(1.0 / norm).numpy() if held else None,
             total=float(self._held[1] - rest.sum()),
+            blocks=self._blocks,
         )
 
     def _curve(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import warnings
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse as sp
@@ -64,6 +64,26 @@ class HouseholdMatrix(Protocol):
 
     def apart(self, often: Int[Tensor, "often"]) -> HouseholdMatrix:
         """Return the same matrix, quick where hardly others have a weight: see ``Apart``."""
+
+
+@runtime_checkable
+class Descending(Protocol):
+    """A matrix along whose households coordinate descent goes."""
+
+    def descend(
+        self,
+        row_weights: Tensor,
+        by_totals: Tensor,
+        weights: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+        curvature: Tensor,
+        pull: Tensor,
+        center: Tensor,
+        held: Tensor,
+        sweeps: int,
+    ) -> None:
+        """Change weights and by_totals in place; see ``kernels.descend``."""
 
 
 def household_matrix(
@@ -207,12 +227,26 @@ class CompiledMatrix:
         parts = (self._data.astype(np.float64), self._indices.astype(np.int32), self._indptr)
         return sp.csr_array(parts, shape=(self.num_households, self.num_targets))
 
-    def descend(self, *arguments: Any) -> None:
-        """Coordinate descent over the households, one after the other; see ``kernels.descend``."""
+    def descend(
+        self,
+        row_weights: Tensor,
+        by_totals: Tensor,
+        weights: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+        curvature: Tensor,
+        pull: Tensor,
+        center: Tensor,
+        held: Tensor,
+        sweeps: int,
+    ) -> None:
+        """See ``Descending``: one household after the other."""
         from sparsereg.calibration.solver import kernels
 
-        values = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
-        kernels.descend(self._indptr, self._indices, self._data, *values)
+        vectors = row_weights, by_totals, weights, lower, upper, curvature, pull, center, held
+        values = [vector.numpy() for vector in vectors]
+        arguments: list[Any] = [self._indptr, self._indices, self._data, *values, sweeps]
+        kernels.descend(*arguments)
 
     def take(self, households: Int[Tensor, "selected"]) -> CompiledMatrix:
         """See ``HouseholdMatrix``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from sparsereg.calibration.solver.matrix import CompiledMatrix, HouseholdMatrix
+from sparsereg.calibration.solver.page_factors import PageBlocks
 from sparsereg.linalg.nesting import Nesting
 from sparsereg.linalg.threads import in_turns
 from sparsereg.shapes import Float, Int, Shaped
 
-_ENTRIES_FOR_LANES = 150_000
-"""Stored entries from which two lanes descend beside each other (a sweep of half a millisecond)."""
+_ENTRIES_FOR_LANES = 1_000_000
+"""Stored entries from which two lanes descend beside each other (a sweep of four milliseconds): each step is
+shorter with two, and between sweeps they wait for each other and add up."""
 
 
 class NestedProducts:
@@ -87,16 +89,14 @@ class NestedMatrix(NestedProducts):
     def __init__(
         self, by_household: sp.csr_array, nesting: Nesting, page: np.ndarray, keys: np.ndarray | None = None
     ) -> None:
-        lists = _lists(by_household, nesting, page)
+        layout = _Layout.of(by_household, nesting, page)
         self._set(
-            CompiledMatrix(by_household, keys), nesting, np.ascontiguousarray(page, dtype=np.int32), lists
+            CompiledMatrix(by_household, keys), nesting, np.ascontiguousarray(page, dtype=np.int32), layout
         )
 
-    def _set(
-        self, inner: CompiledMatrix, nesting: Nesting, page: np.ndarray, lists: tuple[np.ndarray, np.ndarray]
-    ) -> None:
+    def _set(self, inner: CompiledMatrix, nesting: Nesting, page: np.ndarray, layout: _Layout) -> None:
         NestedProducts.__init__(self, inner, nesting)
-        self._page, self._lists = page, lists
+        self._page, self._layout = page, layout
         self._lanes: list[slice] | None = None
 
     def by_household(self) -> sp.csr_array:
@@ -111,7 +111,7 @@ class NestedMatrix(NestedProducts):
         """See ``HouseholdMatrix``."""
         part = NestedMatrix.__new__(NestedMatrix)
         inner = self._inner.take(households)
-        part._set(inner, self._nesting, self._page[households.numpy()], self._lists)
+        part._set(inner, self._nesting, self._page[households.numpy()], self._layout)
         return part
 
     def descend(
@@ -127,27 +127,52 @@ class NestedMatrix(NestedProducts):
         held: Tensor,
         sweeps: int,
     ) -> None:
-        """Coordinate descent over the households; see ``kernels.descend``."""
-        n, rw = self._nesting, row_weights.numpy()
+        """See ``Descending``: page after page, large matrices in lanes."""
         lanes = self._lanes or self._cut()
-        own = rw[n.stored] * np.where(self._is_shared, float(len(lanes)), 1.0)
-        above = len(lanes) * rw[n.sums]
-        whole = own + n.wholes @ above
+        moves = self._moves(row_weights.numpy(), len(lanes))
         if len(lanes) > 1:
-            more = torch.from_numpy(whole - n.collapse(rw))
+            more = torch.from_numpy(moves.whole - self._nesting.collapse(row_weights.numpy()))
             curvature = curvature + self._inner.squared_norms(more) + (len(lanes) - 1) * float(held[2])
         stretch = torch.where(curvature > 0, 1.0 / curvature, torch.zeros_like(curvature))
         per_household = [v.numpy() for v in (weights, lower, upper, stretch, pull, center)]
         rounds, each = (1, sweeps) if len(lanes) == 1 else (sweeps, 1)
         for _ in range(rounds):
-            self._round(
-                lanes, (own, above, whole), (rw, by_totals.numpy(), held.numpy()), per_household, each
-            )
+            state = row_weights.numpy(), by_totals.numpy(), held.numpy()
+            self._round(lanes, moves, state, per_household, each)
+
+    def blocks(
+        self,
+        households: Int[Tensor, "some"],
+        norm: Float[Tensor, "some"],
+        row_weights: Float[Tensor, "targets={self.num_targets}"],
+    ) -> PageBlocks | None:
+        """Blocks of the normal equations of some households in contributions w_j norm_j.
+
+        Returns:
+            None where factors of them take too long.
+        """
+        chosen = households.numpy()
+        if not PageBlocks.may_pay(self._page[chosen]):
+            return None
+        rows = sp.csr_array(sp.diags_array(1.0 / norm.numpy()) @ self._inner.by_household()[chosen])
+        blocks = PageBlocks(rows, self._page[chosen], self._nesting, row_weights.numpy())
+        return blocks if blocks.pays else None
+
+    def _moves(self, row_weights: np.ndarray, num_lanes: int) -> _Moves:
+        """How targets answer to steps, where so many lanes work beside each other."""
+        n = self._nesting
+        own = row_weights[n.stored]
+        if num_lanes > 1:
+            own = own * np.where(self._is_shared, float(num_lanes), 1.0)
+        above = num_lanes * row_weights[n.sums]
+        whole = own + n.wholes @ above
+        per_whole = np.divide(1.0, whole, out=np.zeros_like(whole), where=whole > 0)
+        return _Moves(own, np.append(above, 0.0), whole, per_whole)
 
     def _round(
         self,
         lanes: list[slice],
-        moves: tuple[np.ndarray, np.ndarray, np.ndarray],
+        moves: _Moves,
         state: tuple[np.ndarray, np.ndarray, np.ndarray],
         per_household: list[np.ndarray],
         sweeps: int,
@@ -155,17 +180,19 @@ class NestedMatrix(NestedProducts):
         """Sweep every lane from the same state, then add up what they did."""
         from sparsereg.calibration.solver import kernels
 
-        n, (row_weights, by_totals, held) = self._nesting, state
-        changes, sums, calls = np.zeros((len(lanes), len(n.stored))), [held.copy() for _ in lanes], []
-        for lane, change, own_held in zip(lanes, changes, sums, strict=True):
-            base = by_totals[n.stored]
-            memory: tuple[Any, ...] = (base, by_totals[n.sums], base.copy(), base.copy(), change)
+        n, layout, (row_weights, by_totals, held) = self._nesting, self._layout, state
+        base, calls, sums = by_totals[n.stored], [], [held.copy() for _ in lanes]
+        nows, changes = np.array([base] * len(lanes)), np.zeros((len(lanes), len(base)))
+        for lane, now, change, own_held in zip(lanes, nows, changes, sums, strict=True):
+            memory = base, np.append(by_totals[n.sums], 0.0), now, base.copy(), change
             calls.append((
-                *self._inner.entries_of(lane), self._page[lane], *self._lists, n.wholes.indptr,
-                n.wholes.indices, *moves, *memory, *(v[lane] for v in per_household), own_held, len(lanes),
-                sweeps,
+                *self._inner.entries_of(lane), self._page[lane], *layout.lists, moves.own, moves.above,
+                moves.whole, moves.per_whole, *memory, *(v[lane] for v in per_household), own_held,
+                len(lanes), sweeps,
             ))  # fmt: skip
         in_turns(kernels.descend_pages, calls)
+        alone = layout.alone
+        changes[:, alone] = (nows[:, alone] - base[alone]) * moves.per_whole[alone]
         by_totals += row_weights * n.expand(changes.sum(axis=0))
         held[0] += sum(own[0] - held[0] for own in sums) / len(lanes)
 
@@ -191,14 +218,52 @@ class NestedMatrix(NestedProducts):
         return lanes
 
 
-def _lists(by_household: sp.csr_array, nesting: Nesting, page: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Stored parts that each page touches: pointers by page, and rows."""
-    from sparsereg.calibration.solver import kernels
+@dataclass(frozen=True, eq=False)
+class _Moves:
+    """How targets answer to a step of a household.
 
-    is_part = np.diff(nesting.wholes.indptr) > 0
-    seen = np.full(len(is_part), -1, dtype=np.int32)
-    rows, row_page = np.empty((2, by_household.nnz), dtype=np.int32)
-    number = kernels.page_rows(by_household.indptr, by_household.indices, page, is_part, seen, rows, row_page)
-    pairs = np.unique(row_page[:number].astype(np.int64) * len(is_part) + rows[:number])
-    pages, rows = pairs // len(is_part), pairs % len(is_part)
-    return np.searchsorted(pages, np.arange(int(nesting.page.max()) + 2)), rows
+    Args:
+        own: What a stored target's gradient changes by, per change of its total.
+        above: What that of a sum changes by, and a 0 for the sum that is none.
+        whole: What a household sees change of a stored target: its own and those of its sums.
+        per_whole: One over it, or 0.
+    """
+
+    own: np.ndarray
+    above: np.ndarray
+    whole: np.ndarray
+    per_whole: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """Which stored targets lie on which page, and in which sums.
+
+    Args:
+        lists: Pointers by page into rows, the parts of sums that households of the page touch; these rows;
+            their sums, equally many for each, filled up with the number of sums; how many these are.
+        alone: Stored targets that are part of no sum.
+    """
+
+    lists: tuple[np.ndarray, np.ndarray, np.ndarray, int]
+    alone: np.ndarray
+
+    @classmethod
+    def of(cls, by_household: sp.csr_array, nesting: Nesting, page: np.ndarray) -> _Layout:
+        """The layout of a matrix, households x stored targets."""
+        from sparsereg.calibration.solver import kernels
+
+        wholes = nesting.wholes
+        count = np.diff(wholes.indptr)
+        seen = np.full(len(count), -1, dtype=np.int32)
+        rows, row_page = np.empty((2, by_household.nnz), dtype=np.int32)
+        number = kernels.page_rows(
+            by_household.indptr, by_household.indices, page, count > 0, seen, rows, row_page
+        )
+        pairs = np.unique(row_page[:number].astype(np.int64) * len(count) + rows[:number])
+        pages, rows = pairs // len(count), (pairs % len(count)).astype(np.int32)
+        width = int(count.max(initial=0))
+        ups = np.full((len(count), width), len(nesting.sums), dtype=np.int32)
+        ups[np.arange(width) < count[:, None]] = wholes.indices
+        pointers = np.searchsorted(pages, np.arange(int(nesting.page.max()) + 2))
+        return cls((pointers, rows, ups[rows].ravel(), width), np.flatnonzero(count == 0))

@@ -18,6 +18,12 @@ from sparsereg.calibration.config import PruningSchedule
 from sparsereg.calibration.solver.least_squares import LeastSquares, System
 from sparsereg.shapes import Float, Int
 
+_POOL = 2.5
+"""Households among which swaps choose for a while, in households that are kept: those that help most."""
+_POOL_ROUNDS = 5
+"""Rounds of swaps after which these are chosen anew."""
+_FIRST_SHRINK = 0.75
+"""Factor on the share of households exchanged after a round that failed, until the first that pays."""
 _ROUGH = 1e-5
 """Optimality at which the households of weight zero are known well enough."""
 
@@ -75,6 +81,8 @@ class Pruning:
         self._stages = schedule.stages if num_kept < self._num_candidates else 1
         self.epoch, self._share, self._value = 0, schedule.swap_share, float("inf")
         self.done = False
+        self._pool, self._pool_age = everyone[:0], 0
+        self._among, self._has_swapped = system, False
 
     @property
     def num_epochs(self) -> int:
@@ -110,12 +118,28 @@ class Pruning:
         if count < 1:
             self.done = True
             return
-        kept, fit = _exchange(self.system, self._kept, self.fit, count, self.schedule)
+        if self._pool_age == 0:
+            self._choose_pool(count)
+        self._pool_age = (self._pool_age + 1) % _POOL_ROUNDS
+        places = torch.searchsorted(self._pool, self._kept)
+        places, fit = _exchange(self._among, places, self.fit, count, self.schedule)
         value = fit.penalized_value()
         if value < self._value:
-            self._kept, self.fit, self._value = kept, fit, value
+            self._kept, self.fit, self._value = self._pool[places], fit, value
+            self._has_swapped = True
         else:
-            self._share *= self.schedule.swap_shrink
+            self._share *= self.schedule.swap_shrink if self._has_swapped else _FIRST_SHRINK
+
+    def _choose_pool(self, count: int) -> None:
+        """Store those who are kept, and those who might be, together."""
+        gains = self.system.gains(self.fit.by_totals)
+        gains[self._kept] = float("inf")
+        number = max(_POOL * self.num_kept, 2.0 * (1.0 + self.schedule.swap_surplus) * count) + self.num_kept
+        self._set_pool(largest(gains, int(number)))
+
+    def _set_pool(self, pool: Int[Tensor, "pool"]) -> None:
+        everyone = len(pool) == self.system.matrix.num_households
+        self._pool, self._among = pool, self.system if everyone else self.system.take(pool)
 
     def weights(self) -> Float[Tensor, "households"]:
         """Weights of all households, zero where not kept."""
@@ -137,6 +161,9 @@ class Pruning:
             "value": self._value,
             "candidates": self._num_candidates,
             "done": self.done,
+            "pool": self._pool.clone(),
+            "pool_age": self._pool_age,
+            "has_swapped": self._has_swapped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -145,6 +172,10 @@ class Pruning:
         self._value, self._num_candidates = float(state["value"]), int(state["candidates"])
         self.done = bool(state["done"])
         self._kept = state["kept"].to(self._kept.device)
+        self._has_swapped = bool(state["has_swapped"])
+        if int(state["pool_age"]) > 0:
+            self._pool_age = int(state["pool_age"])
+            self._set_pool(state["pool"].to(self._kept.device))
         self.fit = self.system.of(self._kept, state["weights"].to(self._kept.device))
 
 

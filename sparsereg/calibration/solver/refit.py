@@ -90,7 +90,7 @@ def refit(
         exact = by_dual(system, fit, rows, hard, thorough, warm, band)
         if exact is not None:
             return exact
-    violation = fit.solve(tolerance, _FIRST_ROUNDS)
+    violation = fit.solve(tolerance, 0 if fit.has_pages else _FIRST_ROUNDS)
     if violation > tolerance:
         if fit.is_small:
             violation = fit.solve_densely(tolerance)

@@ -28,9 +28,9 @@ from sparsereg.calibration.solver.distances.linear import Linear
 from sparsereg.calibration.solver.dual_newton import Dual, Slack, solve
 from sparsereg.calibration.solver.exact import BAND_STIFFNESS, over_scales
 from sparsereg.calibration.solver.losses import Quadratic
-from sparsereg.calibration.solver.matrix import HouseholdMatrix
+from sparsereg.calibration.solver.matrix import Descending, HouseholdMatrix
 from sparsereg.calibration.solver.refit import SMALLEST_OF_ALL
-from sparsereg.calibration.solver.selection import gates_of
+from sparsereg.calibration.solver.selection import Goal, gates_of
 from sparsereg.calibration.solver.shared import (
     SharedRows,
     SharedWeights,
@@ -38,10 +38,11 @@ from sparsereg.calibration.solver.shared import (
     shared_scale,
     summed,
 )
+from sparsereg.calibration.solver.shared_pruning import prune_shared, summed_before
 from sparsereg.device import several_processes
 from sparsereg.shapes import Bool, Float, Int, Shaped
 
-METHODS = ("all", "hard_concrete")
+METHODS = ("all", "hard_concrete", "pruning")
 """What ``select_shared`` knows; ``calibrate_shared`` is for "calibrate"."""
 
 
@@ -49,7 +50,7 @@ class SharedMatrix:
     """Some households of a matrix in each process of a group; totals are those of all of them.
 
     Args:
-        local: The households of this process.
+        local: The households of this process, with compiled loops.
     """
 
     def __init__(self, local: HouseholdMatrix) -> None:
@@ -88,32 +89,62 @@ class SharedMatrix:
         """See ``HouseholdMatrix``."""
         return SharedMatrix(self._local.take(households))
 
+    def descend(
+        self,
+        row_weights: Tensor,
+        by_totals: Tensor,
+        weights: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+        curvature: Tensor,
+        pull: Tensor,
+        center: Tensor,
+        held: Tensor,
+        sweeps: int,
+    ) -> None:
+        """See ``Descending``: each process expects the others to move totals as far as it does itself."""
+        local, size = self._local, dist.get_world_size() if several_processes() else 1
+        assert isinstance(local, Descending), "households are shared out where loops are compiled"
+        steep = curvature + (size - 1) * (curvature - pull)
+        for _ in range(sweeps):
+            moved = by_totals.clone()
+            local.descend(size * row_weights, moved, weights, lower, upper, steep, pull, center, held, 1)
+            moved.sub_(by_totals).div_(size)
+            if size > 1:
+                dist.all_reduce(moved)
+            by_totals.add_(moved)
+
     def apart(self, often: Int[Tensor, "often"]) -> SharedMatrix:
         """See ``HouseholdMatrix``."""
         return SharedMatrix(self._local.apart(often))
 
 
-def select_shared(part: CalibrationProblem, settings: Settings, method: str) -> SharedWeights:
+def select_shared(
+    part: CalibrationProblem, settings: Settings, method: str, num_kept: int | None = None
+) -> SharedWeights:
     """Find the weights of this process's households; every process of the group calls it at the same time.
 
     Args:
         part: All targets, and the households of this process, in the order of the whole table. Totals only.
-        settings: Of the loss, the gates and the pull. Not known are a number of households, held totals,
-            consistency and losses of absolute values.
-        method: "hard_concrete", where lambda decides who is kept, or "all".
+        settings: Of the loss, the gates, the pruning and the pull. Not known are held totals, consistency and
+            losses of absolute values.
+        method: "hard_concrete", where lambda decides who is kept, "pruning" or "all".
+        num_kept: How many households are kept in all processes, for "pruning" alone.
 
     Raises:
         ValueError: a setting is not known here, a target is a ratio, or lambda_l0 shut every household.
     """
-    _check(part, settings, method)
+    _check(part, settings, method, num_kept)
     scale, _ = shared_scale(part)
     part = replace(part, target_scales=scale)
     initial = part.starting_weights
     order = visiting_order(part.matrix_t, part.nesting, settings.seed, by_length=method == "hard_concrete")
     order = order[initial[order] > 0]
     rows = given_rows(part)
-    matrix = SharedMatrix(ordered_matrix(rows, order, settings, _first(len(initial)) + order))
-    goal = goal_of(part, rows, None, settings, order, matrix, int(summed(float(len(initial)))))
+    matrix = SharedMatrix(ordered_matrix(rows, order, settings, int(summed_before(len(initial))) + order))
+    goal = goal_of(part, rows, num_kept, settings, order, matrix, int(summed(float(len(initial)))))
+    if num_kept is not None:
+        return _pruned(part, goal, order, num_kept, settings)
     weights, kept = np.zeros(len(initial)), initial > 0
     if method == "hard_concrete":
         gates = gates_of(goal, goal.gates, largest(float(initial.max(initial=0.0))))
@@ -138,10 +169,34 @@ def select_shared(part: CalibrationProblem, settings: Settings, method: str) -> 
     )  # fmt: skip
 
 
-def _check(part: CalibrationProblem, settings: Settings, method: str) -> None:
+def _pruned(
+    part: CalibrationProblem, goal: Goal, order: np.ndarray, num_kept: int, settings: Settings
+) -> SharedWeights:
+    """A wanted number of households, and what they reach."""
+    initial = part.starting_weights
+    # Each process pulls its own households, by its share of all.
+    share = float(initial.sum()) / float(summed(initial.sum()))
+    goal = replace(goal, system=replace(goal.system, chi2=goal.system.chi2 * share))
+    weights, result = prune_shared(part, goal, order, num_kept, settings)
+    before, after = (summed(part.matrix.astype(np.float64) @ w) for w in (initial, weights))
+    hit = 0
+    if settings.max_weight_ratio is not None:
+        high = settings.max_weight_ratio * initial
+        hit = int(summed(float((at_bounds(weights, np.zeros(len(initial)), high) & (weights > 0)).sum())))
+    none = np.empty(0, dtype=np.int64)
+    return SharedWeights(
+        weights, after, before, part.scale, part.scaled_errors(after), None, none, hit, result.steps or 0
+    )
+
+
+def _check(part: CalibrationProblem, settings: Settings, method: str, num_kept: int | None) -> None:
     if method not in METHODS:
         known = ", ".join(METHODS)
         raise ValueError(f"method must be one of {known} in a group of processes, got {method!r}")
+    if (method == "pruning") != (num_kept is not None):
+        raise ValueError(
+            f"method={method!r}: num_households belongs to method='pruning' in a group of processes"
+        )
     if part.denominators is not None:
         raise ValueError("targets that are ratios are not calibrated in a group of processes: only totals")
     if settings.loss not in ("relative", "mse"):
@@ -150,15 +205,6 @@ def _check(part: CalibrationProblem, settings: Settings, method: str) -> None:
         raise ValueError("hold_total and consistency are not known in a group of processes")
     if settings.refit and settings.chi2 == 0:
         raise ValueError("chi2 must be > 0 in a group of processes: final weights are found by their pull")
-
-
-def _first(own: int) -> int:
-    """How many households the processes before this one have."""
-    if not several_processes():
-        return 0
-    counts = np.zeros(dist.get_world_size())
-    counts[dist.get_rank()] = own
-    return int(summed(counts)[: dist.get_rank()].sum())
 
 
 def _refitted(

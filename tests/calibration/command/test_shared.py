@@ -121,11 +121,31 @@ def test_gates_in_two_processes_keep_whom_one_process_keeps(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_keep_the_number_that_is_wanted(tmp_path):
+    h = tables(tmp_path)
+    done = started(tmp_path, "num_households=80", "problem.households=H.parquet")
+    assert done.returncode == 0, done.stderr
+    folder = (tmp_path / done.stdout.rsplit("results: ")[1].strip()).parent
+    told = json.loads((folder / "results.json").read_text())
+    weights = pd.concat([pd.read_parquet(p) for p in sorted((folder / "weights").iterdir())])
+    kept = weights[weights.weight > 0]
+    assert told["kept"] == len(kept) == 80
+    assert told["method"] == "pruning"
+    assert told["mean_are"] < 0.01
+    assert kept.weight.sum() == pytest.approx(told["total_weight"])
+    assert set(kept.id) <= set(h.id)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (("method=calibrate", "targets.year=2031"), "has no column value_2031"),
-        (("num_households=5",), "several processes need problem=households and method=calibrate"),
+        (
+            ("num_households=5", "method=pps"),
+            "several processes need problem=households and method=calibrate",
+        ),
+        (("num_households=5", "lambda_l0=1", "method=hard_concrete"), "num_households with method=hard_c"),
         (("method=calibrate", "normalize_groups=true"), "normalize_groups is not known with several"),
     ],
 )
