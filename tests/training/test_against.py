@@ -38,7 +38,8 @@ def task():
 def test_each_method_makes_a_smaller_network_that_answers(task, method, tmp_path):
     row = against.run("toy", task, method, 0.5, 0, tmp_path)
     assert 0.5 <= float(row["validation"]) <= 1
-    allowed = (0.0, 0.95) if method == "cofi" else (0.5, 0.56)  # it decides without counting
+    # CoFi's way decides without counting; by magnitude whole branches go, and nothing fills the rest.
+    allowed = {"cofi": (0.0, 0.95), "magnitude": (0.5, 0.75)}.get(method, (0.5, 0.56))
     assert allowed[0] <= float(row["reached"]) <= allowed[1]
     assert (tmp_path / "toy-0.pt").is_file()
 
