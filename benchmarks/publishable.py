@@ -434,7 +434,7 @@ def line(row: dict[str, Any]) -> str:
     far = "-" if row["distance"] is None else f"{row['distance']:.8g}"
     held = "bounds kept" if row["bounds kept"] else "bounds broken"
     error, spent = row["worst error"], row["seconds"]
-    return f"{row['peer']:15} error {error:.1e}  distance {far:14}  {held:13}  {spent:.3f} s"
+    return f"{row['peer']:15} error {error:.1e}  distance {far:14}  {held:13}  {spent:.4f} s"
 
 
 if __name__ == "__main__":
