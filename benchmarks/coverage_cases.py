@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 SIZES = (64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 512, 1024)
 """Of square images: the smallest that a network takes is used."""
+LARGE = 200_000_000
+"""Parameters above which the weights of a network lie on disk."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,18 @@ class Case:
         network, args, kwargs = self.make(self.name)
         network = network.eval().requires_grad_(False)
         as_if_trained_(network)
+        if sum(p.numel() for p in network.parameters()) > LARGE:
+            on_disk_(network)
         return network.double(), _double(args), _double(kwargs)
+
+
+def on_disk_(network: nn.Module) -> None:
+    """Keep the weights, in float64, in files that are gone with the process: memory holds the rest."""
+    with TemporaryDirectory() as folder:
+        for number, parameter in enumerate(network.parameters()):
+            file = str(Path(folder) / str(number))
+            kept = torch.from_file(file, shared=True, size=parameter.numel(), dtype=torch.float64)
+            parameter.data = kept.view(parameter.shape).copy_(parameter.data)
 
 
 def _double(value: Any) -> Any:

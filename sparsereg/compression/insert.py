@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression.units.explain import FAMILIES, explanation, inputs_of
 from sparsereg.compression.units.explain import families as kinds
-from sparsereg.compression.units.gating import GATED, draw_anew, gate_layer_, put_gate, shared_gate
+from sparsereg.compression.units.gating import GATED, gate_layer_, put_gate, shared_gate
 from sparsereg.compression.units.sites import WHOLE, Norm
 from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, traced_for
+from sparsereg.compression.units.together import draw_anew
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
 from sparsereg.goal import SHAPES

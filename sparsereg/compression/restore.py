@@ -8,31 +8,29 @@ out has to give the same answers.
 from __future__ import annotations
 
 import copy
-import inspect
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.compact import compact
+from sparsereg.compression.recipe import Build, Path, Recipe, Shapes, Values, recipes, shapes_of
 from sparsereg.compression.running import doubled, tensors_in
+from sparsereg.compression.solving import Solver, said
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 
-Build = Callable[..., nn.Module]
-Key = tuple[str, int | None]
-"""An argument, or a position in one that is a list."""
-Values = dict[Key, float]
-Dim = tuple[str, int]
-"""A parameter and an axis of it."""
+log = logging.getLogger(__name__)
 
 _NOT_SIZES = ("vocab", "token", "label", "class", "position", "layers", "depth", "chans", "image", "patch")
 """Parts of names of arguments that no gate changes."""
+_DEPTHS = ("layer", "depth", "block")
+"""Parts of names of arguments that may say how many layers there are."""
 _QUERIES = ("q_proj", "query.", "q_lin", ".q.", "to_q", "wq")
 _FUSED = ("qkv", "in_proj", "c_attn", "query_key_value")
 """Parts of names of weights that make queries, and of those that make them first of three."""
@@ -80,7 +78,7 @@ def restore_class(
     smaller = compact(network, example_input) if hard_concretes(network) else network
     if not isinstance(smaller, fx.GraphModule):
         raise ValueError("network must have gates, or be what compact() returned")
-    restorer = _Restorer(original, build or _builder(original), _weights(smaller, original))
+    restorer = _Restorer(original, _recipe(original, build), _weights(smaller, original))
     reasons: list[InputError] = []
     for values in restorer.candidates(reasons):
         try:
@@ -88,6 +86,45 @@ def restore_class(
         except InputError as error:
             reasons.append(error)
     raise reasons[0]
+
+
+def _recipe(original: nn.Module, build: Build | None) -> Recipe:
+    """How a network was made: what gives its shapes, or does so with other numbers.
+
+    Raises:
+        InputError: it is not known.
+    """
+    own, alike, name = shapes_of(original), [], type(original).__name__
+    for recipe in recipes(original, build):
+        try:
+            made = recipe.shapes({})
+        except Exception:  # all kinds, of the class, which was made in another way
+            continue
+        if made == own:
+            return recipe.given(_left_to_the_class(original, recipe, own))
+        alike += [recipe] * (made.keys() == own.keys())
+    for recipe in alike:
+        try:
+            return recipe.with_(Solver(name, recipe, own, recipe.numbers()).solved({}))
+        except InputError:
+            continue
+    raise InputError(
+        f"restore_class: the arguments that {name} was made with are not known: give build=, which makes it"
+    )
+
+
+def _left_to_the_class(original: nn.Module, recipe: Recipe, own: Shapes) -> dict[str, float]:
+    """Arguments that a configuration leaves to the class, with the values that give the sizes it chose."""
+    found = {}
+    for name in _unsaid(original):
+        try:
+            tried = [recipe.given({name: value}).shapes({}) for value in _TRIED]
+        except Exception:  # all kinds, of the class, which knows no such argument
+            continue
+        values = set(_implied(own, *tried))
+        if len(values) == 1:
+            found[name] = values.pop()
+    return found
 
 
 def _weights(smaller: fx.GraphModule, original: nn.Module) -> dict[str, Tensor]:
@@ -105,171 +142,63 @@ def _weights(smaller: fx.GraphModule, original: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@dataclass
 class _Restorer:
-    """Looks for the arguments with which a class has given shapes.
+    """Makes a network of a class with the shapes of what is left.
 
-    Attributes:
+    Args:
         original: the network that was gated.
-        build: makes networks of its class.
-        wanted: what is left of the weights.
+        recipe: how it was made.
+        wanted: what is left of its weights.
     """
 
-    original: nn.Module
-    build: Build
-    wanted: dict[str, Tensor]
-
-    def __post_init__(self) -> None:
-        self.start = dict(_arguments(self.original))
-        self.said: Values = {}
-        self.first = self._shapes({})
-        own = {n: tuple(p.shape) for n, p in self.original.named_parameters(remove_duplicate=False)}
-        self.said = dict(self._unsaid(own))
-        self.start |= self.said
-        if self.first != own:
-            raise InputError(
-                f"restore_class: the arguments that {self._name} was made with are not known:"
-                " give build=, which makes it and takes arguments of its class by name"
-            )
-        lost = [n for n in own if n not in self.wanted]
+    def __init__(self, original: nn.Module, recipe: Recipe, wanted: dict[str, Tensor]) -> None:
+        self.original = original
+        self.name = type(original).__name__
+        self.recipe = recipe
+        self.wanted, shorter = _without_layers(wanted, original)
+        numbers = recipe.numbers()
+        self.start = {k: v for k, v in numbers.items() if not _says(k, _NOT_SIZES)}
+        self.depths = self._depths({k: v for k, v in numbers.items() if _says(k, _DEPTHS)}, shorter)
+        lost = [n for n in recipe.shapes(self.depths) if n not in self.wanted]
         if lost:
             raise InputError(
-                f"restore_class: {self._name} cannot be without {lost[0]}"
+                f"restore_class: {self.name} cannot be without {lost[0]}"
                 f"{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}, which is gone with its branch"
             )
+        shapes = {n: tuple(v.shape) for n, v in self.wanted.items()}
+        self.solver = Solver(self.name, recipe, shapes, self.start)
 
-    @property
-    def _name(self) -> str:
-        return type(self.original).__name__
-
-    def _shapes(self, values: Values) -> dict[str, tuple[int, ...]]:
-        with torch.device("meta"):
-            made = self.build(**_by_name(self.start, {**self.said, **values}))
-        return {n: tuple(p.shape) for n, p in made.named_parameters(remove_duplicate=False)}
-
-    def _unsaid(self, own: dict[str, tuple[int, ...]]) -> Iterator[tuple[Key, float]]:
-        """Arguments that are left to the class, with the values that give the sizes which it chose."""
-        for name in _unsaid(self.original):
-            key, tried = (name, None), []
-            for value in _TRIED:
-                try:
-                    with torch.device("meta"):
-                        made = self.build(**{name: value})
-                    tried.append(
-                        {n: tuple(p.shape) for n, p in made.named_parameters(remove_duplicate=False)}
-                    )
-                except Exception:
-                    break
-            found = set(_implied(own, *tried)) if len(tried) == len(_TRIED) else set()
-            if len(found) == 1:
-                yield key, found.pop()
+    def _depths(self, numbers: Values, shorter: Mapping[str, int]) -> Values:
+        """Numbers of layers, where whole ones are gone: found by leaving one out."""
+        found: Values = {}
+        full = self.recipe.shapes({}).keys()
+        for key, value in numbers.items() if shorter else ():
+            try:
+                lost = full - self.recipe.shapes({key: value - 1}).keys()
+            except Exception:  # all kinds, of the class
+                continue
+            lists = {path for path in shorter for name in lost if name.startswith(f"{path}.")}
+            steps = {shorter[path] for path in lists}
+            if len(steps) == 1:
+                found[key] = value - steps.pop()
+        return found
 
     def candidates(self, reasons: list[InputError]) -> Iterator[Values]:
         """Arguments to try: as many heads as there were, or fewer; why some are none is noted."""
-        heads = [k for k, v in self.start.items() if "head" in k[0] and "dim" not in k[0] and v > 1]
+        heads = [k for k, v in self.start.items() if "head" in str(k[0]) and "dim" not in str(k[0]) and v > 1]
         most = int(max((self.start[k] for k in heads), default=1))
         for number in range(most, 0, -1):
             fixed = {k: max(1.0, self.start[k] * number / most) for k in heads}
             if any(v != int(v) for v in fixed.values()):
                 continue
             try:
-                found = self._solved(fixed if number < most else {})
+                yield self.solver.solved(self.depths | (fixed if number < most else {}))
             except InputError as error:
                 reasons.append(error)
-                continue
-            yield found
-
-    def _solved(self, values: Values) -> Values:
-        """Values of arguments with which the class has the wanted shapes."""
-        refused = ""
-        for _ in range(len(self.start) + 1):
-            try:
-                now, refused = self._shapes(values), ""
-            except Exception as error:
-                now, refused = self.first, (str(error) or type(error).__name__).strip().partition("\n")[0]
-            missing = {
-                (n, d) for n, s in now.items() for d, size in enumerate(s) if size != self.wanted[n].shape[d]
-            }
-            if not missing:
-                return values
-            moved = {key: self._moved(key, values, now) for key in self.start if key not in values}
-            key = self._best(moved, missing)
-            if key is None:
-                break
-            if refused:  # another argument would have to explain what this one does not
-                raise InputError(self._refused(values, refused))
-            values = {**values, key: self._value(key, moved, now)}
-        raise InputError(self._refused(values, refused) if refused else self._ragged(missing, now))
-
-    def _best(self, moved: Mapping[Key, Mapping[Dim, float]], missing: set[Dim]) -> Key | None:
-        """The argument that alone decides on most of the sizes that are wrong."""
-        counts = {key: len(self._alone(key, moved, missing)) for key in moved}
-        best = max(counts, key=lambda key: counts[key], default=None)
-        return best if best is not None and counts[best] else None
-
-    def _alone(self, key: Key, moved: Mapping[Key, Mapping[Dim, float]], missing: set[Dim]) -> list[Dim]:
-        own = [dim for dim in moved[key] if dim in missing]
-        alone = [d for d in own if not any(d in moved[other] for other in moved if other != key)]
-        return alone or own
-
-    def _moved(self, key: Key, values: Values, now: dict[str, tuple[int, ...]]) -> dict[Dim, float]:
-        """Sizes that follow an argument: by how much for each unit of it."""
-        for factor in (2, 3, 0.5):
-            value = self.start[key] * factor
-            try:
-                then = self._shapes({**values, key: value})
-            except Exception:
-                continue
-            step = value - self.start[key]
-            base = now if values else self.first
-            return {
-                (n, d): (then[n][d] - size) / step
-                for n, s in base.items()
-                for d, size in enumerate(s)
-                if n in then and then[n][d] != size
-            }
-        return {}
-
-    def _value(
-        self,
-        key: Key,
-        moved: Mapping[Key, Mapping[Dim, float]],
-        now: dict[str, tuple[int, ...]],
-    ) -> float:
-        """The value of an argument with which the sizes are right; they have to agree."""
-        found: dict[float, list[str]] = {}
-        alone = [d for d in moved[key] if not any(d in moved[o] for o in moved if o != key)] or list(
-            moved[key]
-        )
-        for n, d in alone:
-            value = self.start[key] + (self.wanted[n].shape[d] - now[n][d]) / moved[key][n, d]
-            found.setdefault(round(value, 6), []).append(n)
-        if len(found) == 1:
-            return next(iter(found))
-        said = "; ".join(f"{v:g} in {_some(names)}" for v, names in sorted(found.items())[:4])
-        raise InputError(
-            f"restore_class: {self._name} has one {key[0]} for all layers, and these differ now: {said};"
-            " train with shape=uniform and with families that one argument does not tie, or keep what"
-            " compact() returned"
-        )
-
-    def _refused(self, values: Values, why: str) -> str:
-        said = ", ".join(f"{name}={value:g}" for (name, _), value in values.items())
-        return f"restore_class: {self._name} refuses {said}: {why}"
-
-    def _ragged(self, missing: set[Dim], now: dict[str, tuple[int, ...]]) -> str:
-        layers = sorted({n for n, _ in missing})
-        first = layers[0]
-        return (
-            f"restore_class: no arguments of {self._name} give the shape of {_some(layers)}: {first} is"
-            f" {tuple(self.wanted[first].shape)} now, and would be {now[first]}"
-        )
 
     def made(self, values: Values, smaller: nn.Module, example: Any) -> nn.Module:
         """The network, if it gives the same answers."""
-        network = self.build(**_by_name(self.start, {**self.said, **values})).to(
-            next(iter(self.wanted.values())).device
-        )
+        network: nn.Module = self.recipe.build(values).to(next(iter(self.wanted.values())).device)
         here = network.state_dict()
         fits = {n: v for n, v in self.wanted.items() if n in here and here[n].shape == v.shape}
         network.load_state_dict({**here, **fits})
@@ -280,15 +209,46 @@ class _Restorer:
             off = _difference(network, smaller, example)
         if off > _TOLERANCE:
             raise InputError(
-                f"restore_class: {self._name} has the shape but gives other answers, by {off:.1g} of their"
+                f"restore_class: {self.name} has the shape but gives other answers, by {off:.1g} of their"
                 " spread; keep what compact() returned"
             )
+        log.info("%s with %s gives the same answers", self.name, said(values) or "its own arguments")
         return network.train(self.original.training)
 
 
-def _some(names: list[str]) -> str:
-    names = list(dict.fromkeys(names))
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+def _says(key: Path, words: tuple[str, ...]) -> bool:
+    return any(word in part for word in words for part in key if isinstance(part, str))
+
+
+def _without_layers(
+    wanted: dict[str, Tensor], original: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Weights under the names that they have when whole layers of a list are gone, and how many those are."""
+    shorter: dict[str, int] = {}
+    for path, module in original.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or len({type(m) for m in module}) != 1:
+            continue
+        places = {n: [f"{path}.{n}.{p}" for p, _ in m.named_parameters()] for n, m in module.named_children()}
+        gone = [n for n, own in places.items() if own and not any(p in wanted for p in own)]
+        if not gone or len(gone) == len(places) or not all(n.isdecimal() for n in places):
+            continue
+        left = [n for n in places if n not in gone]
+        shorter[path] = len(gone)
+        wanted = {
+            name if new is None else f"{path}.{new}{name[len(f'{path}.{old}') :]}": value
+            for name, value in wanted.items()
+            for old, new in [_moved(name, path, left)]
+            if old not in gone
+        }
+    return wanted, shorter
+
+
+def _moved(name: str, path: str, left: list[str]) -> tuple[str, str | None]:
+    """In which layer of a list a weight lies, and the number that this has among those that are left."""
+    if not name.startswith(f"{path}."):
+        return "", None
+    old = name[len(path) + 1 :].partition(".")[0]
+    return old, str(left.index(old)) if old in left else None
 
 
 @torch.no_grad()
@@ -326,41 +286,6 @@ def _head_size(network: nn.Module) -> int:
     return 0
 
 
-def _by_name(start: Values, values: Values) -> dict[str, Any]:
-    """Arguments of the class: those that are changed, lists whole."""
-    found: dict[str, Any] = {}
-    for (name, place), value in values.items():
-        number = (
-            int(value)
-            if value == int(value) and float(start[name, place]) == int(start[name, place])
-            else value
-        )
-        if place is None:
-            found[name] = number
-            continue
-        if name not in found:
-            found[name] = [int(v) for (n, _), v in start.items() if n == name]
-        found[name][place] = number
-    return found
-
-
-def _arguments(original: nn.Module) -> Iterator[tuple[Key, float]]:
-    """Arguments of a network's class that may be sizes, with the values that it was made with."""
-    config: Any = getattr(original, "config", None)
-    if hasattr(config, "to_dict"):
-        known = dict(config.to_dict())
-    else:
-        signature = inspect.signature(type(original).__init__).parameters.values()
-        known = {p.name: _kept(original, p) for p in signature if p.name != "self"}
-    for name, value in known.items():
-        if any(part in name for part in _NOT_SIZES) or isinstance(value, bool):
-            continue
-        if isinstance(value, int | float) and value >= 1:
-            yield (name, None), float(value)
-        elif isinstance(value, list | tuple) and value and all(type(v) is int and v > 0 for v in value):
-            yield from (((name, i), float(v)) for i, v in enumerate(value))
-
-
 def _unsaid(original: nn.Module) -> Iterator[str]:
     """Names of sizes that a configuration leaves to the class."""
     config: Any = getattr(original, "config", None)
@@ -379,73 +304,3 @@ def _implied(own: dict[str, tuple[int, ...]], *tried: dict[str, tuple[int, ...]]
             slope = (two[name][d] - one[name][d]) / (_TRIED[1] - _TRIED[0])
             if slope:
                 yield round(_TRIED[0] + (size - one[name][d]) / slope, 6)
-
-
-def _kept(original: nn.Module, parameter: inspect.Parameter) -> Any:
-    """The value of an argument: what the network or a part of it keeps under its name, or the default."""
-    for module in original.modules():
-        value = module.__dict__.get(parameter.name)
-        if isinstance(value, int | float | tuple | list):
-            return value
-    return None if parameter.default is inspect.Parameter.empty else parameter.default
-
-
-def _builder(original: nn.Module) -> Build:
-    """How a network was made, as far as it can be known."""
-    config: Any = getattr(original, "config", None)
-    if hasattr(config, "to_dict"):
-        return lambda **values: _of_config(original, values)
-    pretrained = getattr(original, "pretrained_cfg", None)
-    name = getattr(pretrained, "architecture", None) or (pretrained or {}).get("architecture")
-    if name:
-        return lambda **values: _of_timm(original, name, values)
-    return lambda **values: type(original)(**{**_required(original), **values})
-
-
-def _of_config(original: nn.Module, values: dict[str, Any]) -> nn.Module:
-    config: Any = original.config
-    cls = type(original)
-    more = {}
-    if "add_pooling_layer" in inspect.signature(cls.__init__).parameters:
-        more["add_pooling_layer"] = getattr(original, "pooler", None) is not None
-    made: nn.Module = cls(type(config)(**{**config.to_dict(), **values}), **more)
-    return made
-
-
-def _of_timm(original: nn.Module, name: str, values: dict[str, Any]) -> nn.Module:
-    import timm
-
-    settings: dict[str, Any] = {"num_classes": getattr(original, "num_classes", 1000)}
-    size = getattr(getattr(original, "patch_embed", None), "img_size", None)
-    if size is not None:
-        settings["img_size"] = size
-    first = next((m for m in original.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None:
-        settings["in_chans"] = first.in_channels
-    made: nn.Module = timm.create_model(name, pretrained=False, **settings, **values)
-    return made
-
-
-def _required(original: nn.Module) -> dict[str, Any]:
-    """All arguments of a class that a network keeps by name, and those without a default."""
-    found = {}
-    for parameter in inspect.signature(type(original).__init__).parameters.values():
-        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if parameter.name == "self" or not named:
-            continue
-        value = _kept(original, parameter)
-        if value is None and parameter.default is inspect.Parameter.empty:
-            value = (
-                _number_of_layers(original)
-                if "layer" in parameter.name or "depth" in parameter.name
-                else None
-            )
-        if value is not None:
-            found[parameter.name] = value
-    return found
-
-
-def _number_of_layers(original: nn.Module) -> int:
-    """The most modules of one class in one list."""
-    lists = [m for m in original.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
-    return max((len(m) for m in lists if len({type(c) for c in m}) == 1), default=0)

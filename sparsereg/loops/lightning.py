@@ -19,7 +19,7 @@ from sparsereg.checks import check_count
 from sparsereg.compression.insert import Choice, check_shape
 from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS
 from sparsereg.compression.running import evaluating, first_line
-from sparsereg.compression.units.gating import draw_anew
+from sparsereg.compression.units.together import draw_anew
 from sparsereg.data.batches import call
 from sparsereg.device import several_processes
 from sparsereg.distributions import TEMPERATURE

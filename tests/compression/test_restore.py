@@ -1,11 +1,15 @@
 """A smaller network in the class of its author, with the arguments that give its shape."""
 
+from functools import partial
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 from sparsereg.compression import compact, count, gate, restore_class
+from sparsereg.compression.recipe import shapes_of
+from sparsereg.compression.restore import _recipe
 from sparsereg.compression.running import tensors_in
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
@@ -105,21 +109,124 @@ def test_arguments_that_are_lists():
     assert same(gated, restored, x) < 1e-6
 
 
-def test_arguments_that_nobody_knows_are_asked_for():
+def test_arguments_that_nobody_keeps_are_found_from_the_shapes():
     torch.manual_seed(0)
-    original, x = Plain(5, (7, 9)).eval(), torch.randn(3, 5)
+    original, x = Plain(5, (7, 9), 3).eval(), torch.randn(3, 5)
+    gated = gate(original, x, jitter=0.0)
+    shut_(gated, "b.gate", slice(0, 4))
+    restored = restore_class(gated, original, x)
+    assert [m.out_features for m in restored.children()] == [7, 5, 3, 2]
+    assert same(gated, restored, x) < 1e-6
+
+
+class Around(nn.Module):
+    """A class that takes a part of itself as an argument."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_arguments_that_nobody_knows_are_asked_for():
+    original, x = Around(Plain(5)).eval(), torch.randn(3, 5)
     gated = gate(original, x)
-    with pytest.raises(InputError, match="the arguments that Plain was made with are not known: give build="):
+    with pytest.raises(
+        InputError, match="the arguments that Around was made with are not known: give build="
+    ):
         restore_class(gated, original, x)
     with pytest.raises(ValueError, match="must have gates, or be what compact"):
         restore_class(original, original, x)
 
 
-def llama():
+STOCK = """
+    resnet50 resnext50_32x4d vgg11_bn mobilenet_v2 mobilenet_v3_small densenet121 efficientnet_b0 vit_b_16
+    efficientnet_v2_s convnext_tiny swin_t regnet_y_400mf squeezenet1_0 shufflenet_v2_x0_5 mnasnet0_5
+""".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_how_a_network_of_torchvision_was_made_is_known(name):
+    with torch.device("meta"):
+        original = torchvision.models.get_model(name, weights=None, num_classes=7)
+    recipe = _recipe(original, None)
+    assert recipe.shapes({}) == shapes_of(original)
+    assert recipe.make is type(original)
+
+
+def bottlenecks():
+    block = torchvision.models.resnet.Bottleneck
+    return torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=3)
+
+
+def convnext():
+    setting = torchvision.models.convnext.CNBlockConfig
+    stages = [setting(8, 16, 1), setting(16, 24, 1), setting(24, None, 1)]
+    return torchvision.models.ConvNeXt(stages, num_classes=3)
+
+
+def inverted():
+    row = partial(torchvision.models.mobilenetv3.InvertedResidualConfig, width_mult=1.0, dilation=1, kernel=3)
+    rows = [row(16, expanded_channels=32, out_channels=24, use_se=False, activation="RE", stride=2)]
+    rows += [row(24, expanded_channels=48, out_channels=24, use_se=False, activation="HS", stride=1)]
+    return torchvision.models.MobileNetV3(rows, last_channel=40, num_classes=3)
+
+
+def dense():
+    return torchvision.models.DenseNet(8, (2, 2), 16, 2, num_classes=3)
+
+
+def by_rounded_widths():
+    settings = [[1, 16, 1, 1], [2, 24, 2, 2]]
+    return torchvision.models.MobileNetV2(num_classes=3, inverted_residual_setting=settings)
+
+
+CONVOLUTIONS = {
+    "ResNet": (bottlenecks, ["channels"], ["layer*.conv[12]"]),
+    "ConvNeXt": (convnext, ["width", "units"], None),
+    "MobileNetV3": (inverted, ["channels", "units"], None),
+    "DenseNet": (dense, ["channels"], None),
+    "MobileNetV2": (by_rounded_widths, ["channels"], ["features.1.conv.1", "features.[23].conv.2"]),
+}
+
+
+@torch.no_grad()
+def shut_a_quarter_(network):
+    for gates in hard_concretes(network).values():
+        places = torch.arange(gates.log_alpha.numel())
+        gates.log_alpha.copy_(torch.where((places % 4 == 1) & (len(places) >= 4), -10.0, 10.0))
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_networks_of_convolutions_by_settings_in_their_arguments(name):
+    build, families, layers = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    original, x = build().eval(), torch.randn(2, 3, 32, 32)
+    gated = gate(original, x, layers, families=families, shape="uniform", jitter=0.0)
+    shut_a_quarter_(gated)
+    restored = restore_class(gated, original, x, build=build)
+    assert type(restored) is type(original)
+    assert same(gated, restored, x) < 1e-5
+    left = sum(p.numel() for p in restored.parameters())
+    assert left == count(gated, x).compacted_parameters < sum(p.numel() for p in original.parameters())
+
+
+def test_layers_that_are_gone_as_a_whole():
+    original, example = llama(num_hidden_layers=3), {"input_ids": IDS}
+    gated = gate(original, example, families="blocks", jitter=0.0)
+    shut_(gated, "layers.1.", slice(0, 1))
+    restored = restore_class(gated, original, example)
+    assert restored.config.num_hidden_layers == 2
+    assert same(gated, restored, example) < 1e-5
+
+
+def llama(num_hidden_layers=2):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, use_cache=False,
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, use_cache=False,
     )  # fmt: skip
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval()
@@ -240,6 +347,16 @@ TYPES = {
         ["units"],
     ),
     "ViTForImageClassification": ({**SMALL, "image_size": 16, "patch_size": 4, "num_labels": 3}, ["units"]),
+    "GemmaForCausalLM": ({**GROUPS, "head_dim": 8}, ["units"]),
+    "Qwen3ForCausalLM": ({**GROUPS, "head_dim": 8}, ["units", "width"]),
+    "ResNetForImageClassification": (
+        {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": 3},
+        ["channels"],
+    ),
+    "ConvNextForImageClassification": (
+        {"hidden_sizes": [16, 24], "depths": [1, 1], "num_stages": 2, "num_labels": 3},
+        ["units", "width"],
+    ),
 }
 
 
@@ -253,7 +370,7 @@ def test_types_of_transformers_in_one_shape_go_through_their_files(name, tmp_pat
     example = {"input_ids": IDS}
     if name.startswith("T5"):
         example["decoder_input_ids"] = IDS
-    if name.startswith("ViT"):
+    if "Image" in name:
         example = {"pixel_values": IMAGES}
     gated = gate(original, example, families=families, shape="uniform", jitter=0.0)
     with torch.no_grad():

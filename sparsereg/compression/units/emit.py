@@ -18,6 +18,8 @@ from sparsereg.compression.units.rules.recurrent import BLOCKS, KINDS, Pass, pas
 from sparsereg.compression.vocabulary import reserved
 
 _PLACES = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy")
+_VIEWS = ("view", "_unsafe_view")
+"""Written as a reshape: what is left need not lie in memory as the whole did."""
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
 _DROPOUTS: dict[str, Any] = {
     "dropout": nn.Dropout,
@@ -129,6 +131,8 @@ class Emitter:
             return self._recurrent(node)
         call = self.cut.calls.get(node) or Call(node.target, node.args, node.kwargs)
         name = op_name(call.target)
+        if name == "type_as":  # tracing takes x.float() of a tensor in float32 for the tensor itself
+            call = Call(call.target, (call.args[0], _uncast(call.args[1])), call.kwargs)
         if call.target is operator.getitem and isinstance(self.made.get(call.args[0]), list):
             return self.made[call.args[0]][call.args[1]]
         if name in _DROPOUTS:
@@ -137,7 +141,8 @@ class Emitter:
         if layer is not None:
             return layer
         args, kwargs = self._arguments(call)
-        return self.graph.call_function(call.target, args, kwargs)
+        target = torch.ops.aten.reshape.default if name in _VIEWS else call.target
+        return self.graph.call_function(target, args, kwargs)
 
     def _arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args = tuple(fx.node.map_aggregate(tuple(call.args), self._value))
@@ -456,3 +461,13 @@ _LAYERS: dict[str, Any] = {
     **{f"conv_transpose{rank}d": _convolution(rank, True) for rank in (1, 2, 3)},
 }
 """For each operation with weights: class and settings of the module of torch.nn that does the same."""
+
+
+def _uncast(node: Any) -> Any:
+    """The tensor behind casts that changed nothing where the network was traced."""
+    while isinstance(node, fx.Node) and op_name(node.target) in ("to", "_to_copy"):
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.meta["val"].dtype != node.meta["val"].dtype:
+            break
+        node = source
+    return node

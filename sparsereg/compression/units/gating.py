@@ -8,7 +8,7 @@ the cost of one product of the size of the weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,18 +89,82 @@ class SharedGates(HardConcrete):
         return {**super().__getstate__(), "_held": None}  # a draw belongs to one pass and its graph
 
 
-def draw_anew(network: nn.Module, args: Any) -> None:
-    """Forget the draws of the last pass: a hook before each pass of a network."""
-    for module in network.modules():
-        if isinstance(module, SharedGates):
-            module._held = None
-
-
 def shared_gate(factory: GateFactory, size: int) -> L0Gate:
     """A gate of so many places that several layers can share."""
     gate = factory(size)
     gate.gates.__class__ = SharedGates
     return gate
+
+
+class Spread(NamedTuple):
+    """The open places of a normalisation's input, (units,) each but for the last.
+
+    Attributes:
+        far: what the input is multiplied by: 0 where it is shut, else ``stretch``.
+        rest: 1 - far, what its mean is multiplied by.
+        share: weights of the mean over what is open.
+        stretch: by how much the input is enlarged, so that its variance is that of the rest; a scalar.
+    """
+
+    far: Tensor
+    rest: Tensor
+    share: Tensor
+    stretch: Tensor
+
+
+def spread_of(mask: Tensor) -> Spread:
+    """What follows from which places are open.
+
+    Args:
+        mask: 1 where a place is open, else 0; (units,).
+    """
+    num_open = mask.sum().clamp(min=1)
+    stretch = (mask.numel() / num_open).sqrt()
+    far = mask * stretch
+    return Spread(far, 1 - far, mask / num_open, stretch)
+
+
+class Given(NamedTuple):
+    """What gates give to a module in one pass.
+
+    Attributes:
+        factors: for each parameter what multiplies it, of shapes that are broadcast to it.
+        spread: what its input is enlarged by, if it is a normalisation.
+    """
+
+    factors: dict[str, list[Tensor]]
+    spread: Spread | None
+
+
+class _Enlarged(torch.autograd.Function):
+    """The input of a normalisation between its mean and beyond itself, along one axis.
+
+    What lies behind the axis is averaged, too. One product for the mean and one pass over the input; as an
+    expression of PyTorch's, the gradient takes five. (With ``setup_context`` each call inspects signatures.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, far: Tensor, rest: Tensor, share: Tensor, axis: int) -> Tensor:
+        ctx.axis = axis
+        ctx.save_for_backward(far, rest, share)
+        if axis < 0:
+            lines = x.movedim(axis, -1)
+            return torch.lerp((lines @ share).unsqueeze(-1), lines, far).movedim(-1, axis)
+        mean = x.flatten(2).mean(2) @ share
+        return torch.lerp(mean.view(-1, *[1] * (x.dim() - 1)), x, far.view(1, -1, *[1] * (x.dim() - 2)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        far, rest, share = ctx.saved_tensors
+        grad, axis = grads[0], ctx.axis
+        if axis < 0:
+            lines = grad.movedim(axis, -1)
+            made = torch.addcmul(lines * far, (lines @ rest).unsqueeze(-1), share).movedim(-1, axis)
+        else:
+            behind = [1] * (grad.dim() - 2)
+            added = (grad.flatten(2).mean(2) @ rest)[:, None] * share
+            made = grad * far.view(1, -1, *behind) + added.view(*added.shape, *behind)
+        return made, None, None, None, None
 
 
 class GatedModule(nn.Module):
@@ -114,39 +178,47 @@ class GatedModule(nn.Module):
 
     _gated_sites: dict[str, list[tuple[str, str]]]
     _gated_norm: tuple[int, bool, bool] | None
+    _gated_given: Given | None = None
 
-    def _gated_factor(self, name: str) -> Tensor | None:
-        """What the gates multiply a parameter by, of a shape that is broadcast to it.
+    def _gated_drawn(self) -> Given | None:
+        """What the gates gave in this pass of the whole network; None where they are asked one by one."""
+        if self._gated_given is None:
+            return None
+        gate = next(gate for sites in self._gated_sites.values() for gate, _ in sites)
+        return self._gated_given if self._modules[gate].training else None  # type: ignore[union-attr]
 
-        Args:
-            name: of the parameter.
-        """
+    def _gated_factors(self, name: str) -> list[Tensor]:
+        """What the gates multiply a parameter by, of shapes that are broadcast to it."""
+        given = self._gated_drawn()
+        if given is not None:
+            return given.factors.get(name, [])
         factor = None
         for gate, index in self._gated_sites.get(name, ()):
             z = opened(self._modules[gate], self._buffers[index])
             factor = z if factor is None else factor * z
-        return factor
+        if factor is not None and self._gated_undoes(name):
+            stretch = self._gated_spread().stretch
+            factor = factor.to(stretch.dtype) / stretch
+        return [] if factor is None else [factor]
+
+    def _gated_undoes(self, name: str) -> bool:
+        """Whether a parameter takes back what the input of a normalisation is enlarged by."""
+        return self._gated_norm is not None and self._gated_norm[2] and name != "bias"
 
     def _gated_value(self, name: str) -> Any:
         """A parameter (or buffer) times its gates."""
-        raw = self._parameters[name] if name in self._parameters else self._buffers[name]
-        factor = None if raw is None else self._gated_factor(name)
-        if raw is None or factor is None:
-            return raw
-        factor = factor.to(raw.dtype)
-        if self._gated_norm is not None and self._gated_norm[2] and name != "bias":
-            factor = factor / self._gated_stretch()
-        return raw * factor
+        raw: Any = self._parameters[name] if name in self._parameters else self._buffers[name]
+        for factor in () if raw is None else self._gated_factors(name):
+            raw = raw * factor.to(raw.dtype)
+        return raw
 
-    def _gated_open(self) -> Tensor:
-        """1 where the input of a normalisation is open, else 0; (units,)."""
+    def _gated_spread(self) -> Spread:
+        """What a normalisation has to know of the places of its input that are open."""
+        given = self._gated_drawn()
+        if given is not None and given.spread is not None:
+            return given.spread
         open_ = [opened(self._modules[g], self._buffers[i]).detach() > 0 for g, i in self._gated_sites[""]]
-        return torch.stack(open_).all(0).to(next(self.parameters()).dtype)
-
-    def _gated_stretch(self) -> Tensor:
-        """By how much the input of a normalisation is enlarged, so that its variance is that of the rest."""
-        mask = self._gated_open()
-        return (mask.numel() / mask.sum().clamp(min=1)).sqrt()
+        return spread_of(torch.stack(open_).all(0).to(next(self.parameters()).dtype))
 
     def _gated_input(self, x: Tensor) -> Tensor:
         """The input of a normalisation with the mean in place of what is shut, enlarged.
@@ -155,22 +227,17 @@ class GatedModule(nn.Module):
         """
         assert self._gated_norm is not None
         axis, centred, _ = self._gated_norm
+        parts = [part.to(x.dtype) for part in self._gated_spread()[:3]]
+        if centred:
+            with torch.autocast(x.device.type, enabled=False):  # which takes products in bfloat16
+                return _Enlarged.apply(x, *parts, axis)  # type: ignore[no-any-return]
         shape = [1] * x.dim()
         shape[axis] = -1
-        over = {axis % x.dim()} if axis < 0 else set(range(1, x.dim()))
-        mask = self._gated_open().to(x.dtype)
-        num_open = mask.sum().clamp(min=1)
-        far = mask * (mask.numel() / num_open).sqrt()
-        if not centred:
-            return x * far.view(shape)
-        # One product for the mean, one pass from there: to the mean itself, or beyond the input.
-        lines = x.movedim(axis, -1) if axis < 0 else x.flatten(2).mean(2)
-        mean = (lines @ mask / num_open).view([1 if d in over else n for d, n in enumerate(x.shape)])
-        return torch.lerp(mean.to(x.dtype), x, far.view(shape))  # autocast takes products in bfloat16
+        return x * parts[0].view(shape)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base, names = type(self)._made_of  # type: ignore[attr-defined]
-        return _blank, (base, names), self.__dict__.copy()
+        return _blank, (base, names), {**self.__dict__, "_gated_given": None}  # a draw belongs to one pass
 
 
 def enlarge(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -182,7 +249,7 @@ def enlarge(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def undo(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
     """Behind a normalisation whose weight cannot undo what its input is enlarged by. A hook."""
     assert isinstance(module, GatedModule)
-    return result / module._gated_stretch().to(result.dtype)
+    return result / module._gated_spread().stretch.to(result.dtype)
 
 
 def opened(gate: nn.Module | None, index: Tensor | None) -> Tensor:
@@ -308,6 +375,7 @@ def take_gates_off(network: nn.Module, plain: Callable[[nn.Module], nn.Module | 
                 for key in [key for key, hook in hooks.items() if hook in (enlarge, undo)]:
                     del hooks[key]
             del module.__dict__["_gated_sites"], module.__dict__["_gated_norm"]
+            module.__dict__.pop("_gated_given", None)
             module.__class__ = type(module)._made_of[0]  # type: ignore[attr-defined]
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from sparsereg.compression import Accountant, compact, count, gate, load_compacted, save_compacted
@@ -347,3 +348,16 @@ def test_a_norm_with_gates_takes_means_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = network(x)
     assert difference(network(x), rounded) < 0.05
+
+
+def test_windows_that_are_moved_before_they_are_flattened():
+    """What is left of a copy need not lie in memory as the whole copy did."""
+    torch.manual_seed(0)
+    network = torchvision.models.SwinTransformer([2, 2], 8, [2], [2], [2, 2], num_classes=3).eval()
+    x = torch.randn(2, 3, 12, 12)
+    gated = gate(network, x, jitter=0.0)
+    with torch.no_grad():
+        for gates in hard_concretes(gated).values():
+            gates.log_alpha[::2] = -10.0 if gates.log_alpha.numel() > 1 else 10.0
+    small = compact(gated, x)
+    assert sum(p.numel() for p in small.parameters()) < 0.5 * sum(p.numel() for p in network.parameters())

@@ -1,0 +1,164 @@
+"""What gates give in one training pass of a network: drawn together and multiplied together.
+
+A network of many small vectors of gates would pay dozens of small operations for each weight. Here all gates
+are drawn in one operation of each kind, and one gather makes what all weights are multiplied by.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsereg.compression.units.gating import GatedModule, Given, SharedGates, Spread
+from sparsereg.distributions import sample
+
+
+def draw_anew(network: nn.Module, args: Any) -> None:
+    """Draw gates for a pass, in training; forget the draws of the last one. A hook before each pass."""
+    known = network.__dict__.get("_together")
+    if not isinstance(known, Together) or not known.fits():
+        known = network.__dict__["_together"] = Together(network)
+    known.draw()
+
+
+class Together:
+    """All gates that modules of a network read their weights through.
+
+    Args:
+        network: with gates.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.gates = [m for m in network.modules() if isinstance(m, SharedGates)]
+        self.modules = [m for m in network.modules() if isinstance(m, GatedModule)]
+        self.state = self._state()
+        starts = itertools.accumulate((g.log_alpha.numel() for g in self.gates), initial=0)
+        self.start = dict(zip(map(id, self.gates), starts, strict=False))
+        weights = [p.dtype for m in self.modules for p in m.parameters()]
+        self.dtype = torch.float64 if torch.float64 in weights else torch.float32
+        self.number = sum(g.log_alpha.numel() for g in self.gates)
+        self.slots: list[tuple[GatedModule, str, torch.Size]] = []
+        columns: list[list[Tensor]] = []
+        for module in self.modules:
+            for name in module._gated_sites:
+                for shape, indices in self._by_shape(module, name).items():
+                    self.slots.append((module, name, shape))
+                    columns.append(indices)
+        self.sizes = [math.prod(shape) for _, _, shape in self.slots]
+        self.index = [self._row(columns, n) for n in range(max(map(len, columns), default=0))]
+        self._norms()
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # copies of a network find their own
+
+    def _state(self) -> list[Any]:
+        """What all of this depends on."""
+        gates = [(g.log_alpha.numel(), g.log_alpha.device, g.log_alpha.dtype) for g in self.gates]
+        return [*gates, *(getattr(m, "_gated_sites", None) is not None for m in self.modules)]
+
+    def fits(self) -> bool:
+        """Whether the network still is what it was."""
+        return self._state() == self.state
+
+    def _by_shape(self, module: GatedModule, name: str) -> dict[torch.Size, list[Tensor]]:
+        """The places of a parameter's gates among all gates; those that are broadcast alike together."""
+        found: dict[torch.Size, list[Tensor]] = {}
+        for gate, index in module._gated_sites[name]:
+            own, places = module._modules[gate].gates, module._buffers[index]  # type: ignore[union-attr]
+            assert isinstance(own, SharedGates)
+            assert places is not None
+            moved = (places + self.start[id(own)]).masked_fill(places >= own.log_alpha.numel(), self.number)
+            found.setdefault(places.shape, []).append(moved.flatten())
+        return found
+
+    def _row(self, columns: list[list[Tensor]], n: int) -> Tensor:
+        """The n-th gate of each place of all parameters; one that is open where there is none."""
+        rows = [c[n] if n < len(c) else torch.full_like(c[0], self.number) for c in columns]
+        return torch.cat(rows)
+
+    def _norms(self) -> None:
+        """Which slots are inputs of normalisations; equal ones are one group, with the places of each."""
+        splits = [index.split(self.sizes) for index in self.index]
+        known: dict[tuple[Any, ...], int] = {}
+        self.group: dict[int, int] = {}
+        places: list[Tensor] = []
+        for i, (module, name, _) in enumerate(self.slots):
+            if name:
+                continue
+            columns = [split[i] for split in splits]
+            key = tuple(tuple(c.tolist()) for c in columns)
+            if key not in known:
+                known[key] = len(known)
+                places.append(torch.stack(columns))
+            self.group[id(module)] = known[key]
+        self.group_sizes = [p.shape[1] for p in places]
+        self.undone = [
+            (i, self.group[id(m)])
+            for i, (m, name, _) in enumerate(self.slots)
+            if name and m._gated_undoes(name)
+        ]
+        if places:
+            device = places[0].device
+            numbers = torch.arange(len(places), device=device)
+            sizes = torch.tensor(self.group_sizes, device=device)
+            self.places = torch.cat(places, 1)
+            self.member = numbers.repeat_interleave(sizes)
+            undoing = dict(self.undone)
+            owner = [undoing.get(i, len(places)) for i in range(len(self.slots))]
+            self.scaled = torch.tensor(owner, device=device).repeat_interleave(
+                torch.tensor(self.sizes, device=device)
+            )
+
+    def draw(self) -> None:
+        """Draw all gates and hand them out, in training; else take back what was handed out."""
+        for gate in self.gates:
+            gate.__dict__["_held"] = None  # past nn.Module, which looks whether it is a parameter
+        for module in self.modules:
+            module.__dict__["_gated_given"] = None
+        devices = {gate.log_alpha.device for gate in self.gates}
+        if len(devices) != 1 or not all(gate.training for gate in self.gates):
+            return
+        z = self._sample()
+        for gate, part in zip(self.gates, z.split([g.log_alpha.numel() for g in self.gates]), strict=True):
+            gate.__dict__["_held"] = part.to(gate.log_alpha.dtype)
+        if self.slots:
+            self._hand_out(torch.cat([z, z.new_ones(1)]).to(self.dtype))
+
+    def _sample(self) -> Tensor:
+        shapes = {gate._shape for gate in self.gates}
+        if len(shapes) == 1:
+            return sample(torch.cat([gate.log_alpha for gate in self.gates]), *shapes.pop())
+        return torch.cat([sample(gate.log_alpha, *gate._shape) for gate in self.gates])
+
+    def _hand_out(self, z: Tensor) -> None:
+        spreads, stretches = self._spreads(z.detach())
+        factors = z.index_select(0, self.index[0])
+        for index in self.index[1:]:
+            factors = factors * z.index_select(0, index)
+        if self.undone:
+            factors = factors / stretches.index_select(0, self.scaled)
+        found: dict[int, dict[str, list[Tensor]]] = {id(m): {} for m in self.modules}
+        for (module, name, shape), part in zip(self.slots, factors.split(self.sizes), strict=True):
+            if name:
+                found[id(module)].setdefault(name, []).append(part.view(shape))
+        for module in self.modules:
+            group = self.group.get(id(module))
+            spread = None if group is None else spreads[group]
+            module.__dict__["_gated_given"] = Given(found[id(module)], spread)
+
+    def _spreads(self, z: Tensor) -> tuple[list[Spread], Tensor]:
+        """What each group of normalisations has to know, and by how much each enlarges; 1 behind the last."""
+        if not self.group_sizes:
+            return [], z
+        mask = (z[self.places] > 0).all(0).to(z.dtype)
+        num_open = mask.new_zeros(len(self.group_sizes)).index_add(0, self.member, mask).clamp(min=1)
+        stretch = (mask.new_tensor(self.group_sizes) / num_open).sqrt()
+        far = mask * stretch[self.member]
+        parts = (far, 1 - far, mask / num_open[self.member])
+        split = [part.split(self.group_sizes) for part in parts]
+        spreads = [Spread(a, b, c, stretch[i]) for i, (a, b, c) in enumerate(zip(*split, strict=True))]
+        return spreads, torch.cat([stretch, stretch.new_ones(1)])
