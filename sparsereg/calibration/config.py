@@ -72,7 +72,7 @@ class PruningSchedule(Group):
     )
     swap_shrink: float = setting(0.85, "factor on that share after a round that failed", within("(0, 1)"))
     swap_sweeps: int = setting(48, "sweeps after an exchange", count())
-    swap_parts: int = setting(5, "parts in which households are added", count())
+    swap_parts: int = setting(8, "parts in which households are added", count())
     swap_surplus: float = setting(
         1.0, "surplus that is added and pruned again, as a share of those exchanged", NOT_NEGATIVE
     )
