@@ -32,8 +32,8 @@ from sparsereg.model.basic_l0_blocks import L0Gate
 
 ATTRIBUTE = "_units"
 """Where a network that ``gate`` made keeps its structure."""
-BLOCK_GATE, INPUT_GATE = "gate_blocks", "gate_inputs"
-"""What modules call the gate of a whole branch, and that of features of an input."""
+BRANCH_GATES, INPUT_GATE = ("gate_blocks", "gate_experts"), "gate_inputs"
+"""What modules call the gates of whole branches, and that of features of an input."""
 Place = tuple[str, int]
 """Path of a gate in a network, and a place in it."""
 
@@ -404,7 +404,7 @@ def _matched(
                 if index.dim() == len(shape) and tuple(index.shape) != shape:
                     continue  # gates along another axis
                 places = index.flatten().numpy()
-                whole = BLOCK_GATE in path
+                whole = any(name in path for name in BRANCH_GATES)
                 for place in np.unique(places[places < sizes[path]]).tolist():
                     for choice in by_elements.get(tuple(np.flatnonzero(places == place).tolist()), ()):
                         if (choice in branches) is whole and (choice in features) is (INPUT_GATE in path):

@@ -363,3 +363,25 @@ def test_a_network_that_names_its_precision_is_compared_in_float64_too():
     assert len(sparsereg.compact(network, example).a.weight) == 4
     wide = network.double()  # traced again
     assert len(sparsereg.compact(wide, example.double()).a.weight) == 4
+
+
+class Highway(nn.Module):
+    """Two terms of which one at least has to stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.carry, self.change, self.leave = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        x = self.enter(x)
+        share = torch.sigmoid(self.carry(x))
+        return self.leave(share * F.relu(self.change(x)) + (1 - share) * x)
+
+
+@torch.no_grad()
+def test_gates_of_terms_are_found_again_without_what_gate_knew():
+    example = x(4, 8)
+    network = gated(Highway(), example)
+    assert any("gate_experts" in name for name in hard_concretes(network))
+    del network.__dict__["_units"]
+    assert (sparsereg.compact(network, example)(example) - network(example)).abs().max() < 1e-12
