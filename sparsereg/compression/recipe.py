@@ -233,14 +233,22 @@ def recorded(build: Build, cls: type[nn.Module]) -> Recipe | None:
     Returns:
         How to make it; None if the function fails, or makes something else.
     """
+    for device in ("meta", "cpu"):
+        try:
+            return _recorded(build, cls, device)
+        except NotImplementedError:  # sizes are computed with tensors, as RegNet's are
+            continue
+        except Exception:  # all kinds, of a library's code; other ways are tried then
+            return None
+    return None
+
+
+def _recorded(build: Build, cls: type[nn.Module], device: str) -> Recipe | None:
     calls: dict[int, dict[str, Any] | None] = {}
     parts: list[tuple[Any, Recipe]] = []
-    try:
-        watched = _watched_functions(sys.modules[cls.__module__], parts)
-        with _watched(cls, calls), watched, torch.device("meta"):
-            made = build()
-    except Exception:  # all kinds, of a library's code; other ways are tried then
-        return None
+    watched = _watched_functions(sys.modules[cls.__module__], parts)
+    with _watched(cls, calls), watched, torch.device(device):
+        made = build()
     arguments = calls.get(id(made)) if type(made) is cls else None
     if arguments is None:
         return None

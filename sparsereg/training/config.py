@@ -508,16 +508,14 @@ class Training(Settings):
 
     def _check_target(self) -> None:
         key = self.target_key
+        self._check_one_shot()
         if not self.has_target:
-            if self.target.one_shot:
-                raise InputError("target.one_shot=true needs a target: give target_sparsity or target_macs")
             if self.lambda_l0 is None and not self.front:
                 raise InputError(
                     "lambda_l0=null leaves open how many gates close: give target_sparsity, or a number"
                 )
             return
         given = self.target_said
-        self._check_one_shot()
         both = [k for k in TARGETS if getattr(self, k) is not None]
         if len(both) > 1:
             raise InputError(f"{both[0]} and {both[1]} exclude each other: give one of them")
@@ -547,6 +545,8 @@ class Training(Settings):
             raise InputError(
                 f"target.one_shot=true and {said} exclude each other: give target_sparsity or target_macs"
             )
+        if not self.has_target:
+            raise InputError("target.one_shot=true needs a target: give target_sparsity or target_macs")
 
     def _check_shape(self) -> None:
         if self.shape == "free":
