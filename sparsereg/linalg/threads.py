@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,19 +23,35 @@ def num_threads() -> int:
 
 @contextmanager
 def quiet_threads() -> Iterator[None]:
-    """Give torch's threads to the compiled loops for a while; torch itself computes in one.
+    """Give torch's threads to the compiled loops for a while; torch itself and BLAS compute in one.
 
-    Torch's threads spin while they wait for each other, which on a machine with other work costs many times
-    what they save on vectors of this size.
+    Their threads spin while they wait for each other, which costs many times what they save on vectors and
+    triangles of this size: with two threads of BLAS a calibration to K households took twice as long.
     """
     number = torch.get_num_threads()
     token = _threads.set(num_threads())
     torch.set_num_threads(1)
     try:
-        yield
+        with _one_thread_of_blas():
+            yield
     finally:
         torch.set_num_threads(number)
         _threads.reset(token)
+
+
+@functools.cache
+def _blas() -> Any:
+    """The BLAS libraries of this process; None where threadpoolctl is not installed."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
+    return ThreadpoolController()
+
+
+def _one_thread_of_blas() -> AbstractContextManager[Any]:
+    found = _blas()
+    return nullcontext() if found is None else found.limit(limits=1, user_api="blas")
 
 
 def in_turns(work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[Any]:

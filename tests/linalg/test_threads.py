@@ -72,3 +72,15 @@ def test_a_forked_process_has_threads_of_its_own():
     assert squares(range(20)) == [n * n for n in range(20)]
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply_async(squares, (range(20),)).get(timeout=60) == [n * n for n in range(20)]
+
+
+def test_quiet_threads_leaves_blas_one_thread_and_gives_its_own_back():
+    from threadpoolctl import threadpool_info
+
+    def numbers():
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    before = numbers()
+    with quiet_threads():
+        assert set(numbers()) <= {1}
+    assert numbers() == before
