@@ -36,10 +36,10 @@ demo: $(READY) ## train, test and compact a gated GoogleNet and a GPT, calibrate
 	$(BIN)/python -m sparsereg demo
 
 test: $(READY) ## the tests, but for whole pipelines of a minute and more
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 slow: $(READY) ## the tests of whole pipelines: interrupted runs, several processes, exports, attacks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
