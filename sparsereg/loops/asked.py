@@ -71,8 +71,7 @@ class Asked:
             return None, 1.0
         return goal(*targets)
 
-    @property
-    def one_shot(self) -> tuple[str | None, float]:
+    def of_one_shot(self) -> tuple[str | None, float]:
         """The same, where units are to go in one shot.
 
         Raises:

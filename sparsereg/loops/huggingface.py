@@ -133,7 +133,7 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
             inplace=True,
         )
         if one_shot:
-            _ = self.sparsifier.asked.one_shot
+            self.sparsifier.asked.of_one_shot()  # refuses milliseconds
         _declare_shared(self.model)
         self._make = trainer.create_optimizer
         self.trainer.create_optimizer = self._create_optimizer

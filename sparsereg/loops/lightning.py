@@ -146,7 +146,7 @@ class Sparsify(Callback):
         self.seed = seed if seed is None else check_count("seed", seed + 1) - 1
         self.one_shot = one_shot
         if one_shot:
-            _ = asked.one_shot
+            asked.of_one_shot()  # refuses milliseconds before anything is made
         self.save = save
         self.sparsifier: Sparsifier | None = None
         self.compacted: fx.GraphModule | None = None

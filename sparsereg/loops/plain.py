@@ -165,7 +165,7 @@ class Sparsifier:
         Raises:
             InputError: there are no inputs, or the target is in milliseconds.
         """
-        cost, kept = self.asked.one_shot
+        cost, kept = self.asked.of_one_shot()
         shares = self.asked.shares
         with isolated():
             batches = read_inputs(self.model, data, NUM_INPUTS, BATCH)

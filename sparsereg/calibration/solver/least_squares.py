@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsereg.calibration.solver.interior_point import BoxQuadratic, InteriorPoint
 from sparsereg.calibration.solver.losses import Quadratic
-from sparsereg.calibration.solver.matrix import CompiledMatrix, Descending, HouseholdMatrix
+from sparsereg.calibration.solver.matrix import CompiledMatrix, Descending, Descent, HouseholdMatrix
 from sparsereg.calibration.solver.nested import NestedMatrix
 from sparsereg.calibration.solver.page_factors import PageBlocks
 from sparsereg.shapes import Float, Int, Shaped
@@ -221,10 +221,11 @@ class LeastSquares:
     def sweep(self, count: int = 1) -> None:
         """Improve the weights by ``count`` rounds over the households."""
         if isinstance(self.matrix, Descending):
-            self.matrix.descend(
+            at = Descent(
                 self.quadratic.weight, self._by_totals, self.weights, self.lower, self.upper,
-                self.curvature, self.pull, self.center, self._held, count,
+                self.curvature, self.pull, self.center, self._held,
             )  # fmt: skip
+            self.matrix.descend(at, count)
         else:
             self.accelerate(count * _STEPS_PER_SWEEP)
 

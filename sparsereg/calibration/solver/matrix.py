@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import warnings
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse as sp
@@ -66,24 +66,38 @@ class HouseholdMatrix(Protocol):
         """Return the same matrix, quick where hardly others have a weight: see ``Apart``."""
 
 
+class Descent(NamedTuple):
+    """Where coordinate descent stands, float64; see ``kernels.descend``.
+
+    Attributes:
+        row_weights: What each target's squared error counts, (targets,).
+        by_totals: Half of the gradient with respect to each total, (targets,); changed in place.
+        weights: Of the households, (households,); changed in place.
+        lower: The least that they may be.
+        upper: The most.
+        curvature: Half of the second derivative with respect to each.
+        pull: Of each towards its ``center``.
+        center: Where it is pulled to.
+        held: The sum of weights, what it is to be, what its error costs, and its multiplier, (4,).
+    """
+
+    row_weights: Tensor
+    by_totals: Tensor
+    weights: Tensor
+    lower: Tensor
+    upper: Tensor
+    curvature: Tensor
+    pull: Tensor
+    center: Tensor
+    held: Tensor
+
+
 @runtime_checkable
 class Descending(Protocol):
     """A matrix along whose households coordinate descent goes."""
 
-    def descend(
-        self,
-        row_weights: Tensor,
-        by_totals: Tensor,
-        weights: Tensor,
-        lower: Tensor,
-        upper: Tensor,
-        curvature: Tensor,
-        pull: Tensor,
-        center: Tensor,
-        held: Tensor,
-        sweeps: int,
-    ) -> None:
-        """Change weights and by_totals in place; see ``kernels.descend``."""
+    def descend(self, at: Descent, sweeps: int) -> None:
+        """Change weights and by_totals in place by so many rounds over the households."""
 
 
 def household_matrix(
@@ -227,25 +241,12 @@ class CompiledMatrix:
         parts = (self._data.astype(np.float64), self._indices.astype(np.int32), self._indptr)
         return sp.csr_array(parts, shape=(self.num_households, self.num_targets))
 
-    def descend(
-        self,
-        row_weights: Tensor,
-        by_totals: Tensor,
-        weights: Tensor,
-        lower: Tensor,
-        upper: Tensor,
-        curvature: Tensor,
-        pull: Tensor,
-        center: Tensor,
-        held: Tensor,
-        sweeps: int,
-    ) -> None:
+    def descend(self, at: Descent, sweeps: int) -> None:
         """See ``Descending``: one household after the other."""
         from sparsereg.calibration.solver import kernels
 
-        vectors = row_weights, by_totals, weights, lower, upper, curvature, pull, center, held
-        values = [vector.numpy() for vector in vectors]
-        arguments: list[Any] = [self._indptr, self._indices, self._data, *values, sweeps]
+        entries = self._indptr, self._indices, self._data
+        arguments: list[Any] = [*entries, *(vector.numpy() for vector in at), sweeps]
         kernels.descend(*arguments)
 
     def take(self, households: Int[Tensor, "selected"]) -> CompiledMatrix:

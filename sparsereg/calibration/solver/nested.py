@@ -9,7 +9,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from sparsereg.calibration.solver.matrix import CompiledMatrix, HouseholdMatrix
+from sparsereg.calibration.solver.matrix import CompiledMatrix, Descent, HouseholdMatrix
 from sparsereg.calibration.solver.page_factors import PageBlocks
 from sparsereg.linalg.nesting import Nesting
 from sparsereg.linalg.threads import in_turns
@@ -114,30 +114,18 @@ class NestedMatrix(NestedProducts):
         part._set(inner, self._nesting, self._page[households.numpy()], self._layout)
         return part
 
-    def descend(
-        self,
-        row_weights: Tensor,
-        by_totals: Tensor,
-        weights: Tensor,
-        lower: Tensor,
-        upper: Tensor,
-        curvature: Tensor,
-        pull: Tensor,
-        center: Tensor,
-        held: Tensor,
-        sweeps: int,
-    ) -> None:
+    def descend(self, at: Descent, sweeps: int) -> None:
         """See ``Descending``: page after page, large matrices in lanes."""
-        lanes = self._lanes or self._cut()
-        moves = self._moves(row_weights.numpy(), len(lanes))
+        lanes, curvature = self._lanes or self._cut(), at.curvature
+        moves = self._moves(at.row_weights.numpy(), len(lanes))
         if len(lanes) > 1:
-            more = torch.from_numpy(moves.whole - self._nesting.collapse(row_weights.numpy()))
-            curvature = curvature + self._inner.squared_norms(more) + (len(lanes) - 1) * float(held[2])
+            more = torch.from_numpy(moves.whole - self._nesting.collapse(at.row_weights.numpy()))
+            curvature = curvature + self._inner.squared_norms(more) + (len(lanes) - 1) * float(at.held[2])
         stretch = torch.where(curvature > 0, 1.0 / curvature, torch.zeros_like(curvature))
-        per_household = [v.numpy() for v in (weights, lower, upper, stretch, pull, center)]
+        per_household = [v.numpy() for v in (at.weights, at.lower, at.upper, stretch, at.pull, at.center)]
         rounds, each = (1, sweeps) if len(lanes) == 1 else (sweeps, 1)
         for _ in range(rounds):
-            state = row_weights.numpy(), by_totals.numpy(), held.numpy()
+            state = at.row_weights.numpy(), at.by_totals.numpy(), at.held.numpy()
             self._round(lanes, moves, state, per_household, each)
 
     def blocks(

@@ -28,7 +28,7 @@ from sparsereg.calibration.solver.distances.linear import Linear
 from sparsereg.calibration.solver.dual_newton import Dual, Slack, solve
 from sparsereg.calibration.solver.exact import BAND_STIFFNESS, over_scales
 from sparsereg.calibration.solver.losses import Quadratic
-from sparsereg.calibration.solver.matrix import Descending, HouseholdMatrix
+from sparsereg.calibration.solver.matrix import Descending, Descent, HouseholdMatrix
 from sparsereg.calibration.solver.refit import SMALLEST_OF_ALL
 from sparsereg.calibration.solver.selection import Goal, gates_of
 from sparsereg.calibration.solver.shared import (
@@ -89,30 +89,19 @@ class SharedMatrix:
         """See ``HouseholdMatrix``."""
         return SharedMatrix(self._local.take(households))
 
-    def descend(
-        self,
-        row_weights: Tensor,
-        by_totals: Tensor,
-        weights: Tensor,
-        lower: Tensor,
-        upper: Tensor,
-        curvature: Tensor,
-        pull: Tensor,
-        center: Tensor,
-        held: Tensor,
-        sweeps: int,
-    ) -> None:
+    def descend(self, at: Descent, sweeps: int) -> None:
         """See ``Descending``: each process expects the others to move totals as far as it does itself."""
         local, size = self._local, dist.get_world_size() if several_processes() else 1
         assert isinstance(local, Descending), "households are shared out where loops are compiled"
-        steep = curvature + (size - 1) * (curvature - pull)
+        steep = at.curvature + (size - 1) * (at.curvature - at.pull)
         for _ in range(sweeps):
-            moved = by_totals.clone()
-            local.descend(size * row_weights, moved, weights, lower, upper, steep, pull, center, held, 1)
-            moved.sub_(by_totals).div_(size)
+            moved = at.by_totals.clone()
+            own = at._replace(row_weights=size * at.row_weights, by_totals=moved, curvature=steep)
+            local.descend(own, 1)
+            moved.sub_(at.by_totals).div_(size)
             if size > 1:
                 dist.all_reduce(moved)
-            by_totals.add_(moved)
+            at.by_totals.add_(moved)
 
     def apart(self, often: Int[Tensor, "often"]) -> SharedMatrix:
         """See ``HouseholdMatrix``."""

@@ -19,7 +19,7 @@ from sparsereg.compression.units.program import Program, bound, name_of
 from sparsereg.compression.units.rules.elementwise import PRODUCTS, QUOTIENTS, ZERO_STAYS
 from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES
 from sparsereg.compression.units.rules.reductions import POOLS
-from sparsereg.compression.units.rules.table import MOVING
+from sparsereg.compression.units.rules.table import MOVING, ZEROS
 
 Edge = tuple[fx.Node, fx.Node]
 """A term and the addition that takes it."""
@@ -28,7 +28,6 @@ Ways = frozenset[frozenset[int]]
 ALWAYS: Ways = frozenset([frozenset()])
 
 _KEEPS_ZERO = {*ZERO_STAYS, *MOVING, *POOLS, "pad", "mean", "sum", "nansum", "cumsum", "glu"}
-_ZEROS = ("zeros", "zeros_like", "new_zeros")
 _NORMS = ("layer_norm", "rms_norm", "group_norm", "native_layer_norm")
 """Without weights of their own they leave a tensor of zeros as it is."""
 
@@ -161,7 +160,7 @@ class Branches:
         name = name_of(node).rstrip("_")
         if name in PRODUCTS or (name in MATRICES and name != "baddbmm"):
             return self._any(_factors(self.program, node), shared, path)
-        if name in _ZEROS:
+        if name in ZEROS:
             return set()
         needed = _needed(node, name)
         if needed is None:

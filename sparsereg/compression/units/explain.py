@@ -158,7 +158,7 @@ def explain(model: nn.Module, example: Any, inputs: bool = False) -> Explanation
     """
     args, kwargs = inputs_of(example)
     labeller = Labeller(trace(model, *args, **kwargs), inputs)
-    Sites(labeller)
+    Sites(labeller)  # the labeller learns what no gates can shut
     return explanation(type(model).__name__, solve(labeller))
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from sparsereg.compression.units.labels import FIRST, Labels, along
 from sparsereg.compression.units.program import Call, bound, name_of
 from sparsereg.compression.units.rules.moves import left_of
-from sparsereg.compression.units.rules.recurrent import BLOCKS, CANDIDATE
-from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
+from sparsereg.compression.units.rules.recurrent import BLOCKS, CANDIDATE, kept
+from sparsereg.compression.units.rules.table import STARTS, Dead, Labeller, Smaller, replaced, rule
 
 CELLS = {f"{kind}_cell": kind for kind in BLOCKS}
 """The kind of recurrent layer of each kind of cell."""
@@ -30,7 +30,7 @@ def cell(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
     able = all(x.has_units(s) and x.dead.get(s, Dead.ZERO) is Dead.ZERO for s in states)
     if not able or any(bool((x.labels(s) < FIRST).any()) for s in states):
-        return _kept(x, node)
+        return kept(x, node)
     name, rank = name_of(node), x.program.values[a["input"]].dim()
     read = x.read(a["input"], (rank - 1,), node, name, columns=((a["w_ih"], 1),))
     rows = x.weight(a["w_ih"], 0, None, node)
@@ -51,21 +51,12 @@ def cell(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     return tuple(along(units, rank - 1, part.shape) for part in value)
 
 
-def _kept(x: Labeller, node: fx.Node) -> None:
-    for source in node.all_input_nodes:
-        why = f"{name_of(node)} starts from states that are not zeros"
-        if source in x.program.weights:
-            x.keep_weight(source, why, node)
-        else:
-            x.fix(source, why, node)
-
-
 def _zeros_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     labels = cut.labels[node]
     return replaced(node, size=[left_of(cut, labels, i, size) for i, size in enumerate(a["size"])])
 
 
-@rule("zeros", "new_zeros", call=_zeros_call)
+@rule(*STARTS, call=_zeros_call)
 def zeros(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels | None:
     """A state to start from: nothing is lost where its units are gone."""
     value = x.program.values[node]

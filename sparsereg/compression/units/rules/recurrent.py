@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression.units.labels import Ints, along
 from sparsereg.compression.units.program import Call, bound, name_of
-from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
+from sparsereg.compression.units.rules.table import ZEROS, Dead, Labeller, Smaller, replaced, rule
 
 BLOCKS = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """Blocks of rows that the weights of each kind have."""
@@ -29,7 +29,6 @@ KINDS: dict[str, type[nn.RNNBase]] = {
     "rnn_tanh": nn.RNN,
     "rnn_relu": nn.RNN,
 }
-_ZEROS = ("zeros", "zeros_like", "new_zeros")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def starts_at_zero(node: fx.Node) -> bool:
     if "batch_sizes" in a or "hx" not in a:
         return False
     states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
-    return all(isinstance(s, fx.Node) and name_of(s) in _ZEROS for s in states)
+    return all(isinstance(s, fx.Node) and name_of(s) in ZEROS for s in states)
 
 
 def last_states(node: fx.Node) -> list[fx.Node]:
@@ -149,7 +148,7 @@ def run_layers(
 def recurrent(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Each hidden unit with its rows in all blocks and with what reads it."""
     if not starts_at_zero(node):
-        return _kept(x, node)
+        return kept(x, node)
     columns = tuple((one.rows[0], 1) for one in passes(node) if one.layer == 0)
     read = x.read(node.args[0], (2,), node, name_of(node), columns=columns)
     states: list[Ints] = []
@@ -192,7 +191,8 @@ def _one_pass(x: Labeller, node: fx.Node, one: Pass, source: Ints) -> tuple[Ints
     return units, state
 
 
-def _kept(x: Labeller, node: fx.Node) -> None:
+def kept(x: Labeller, node: fx.Node) -> None:
+    """All that a recurrent operation touches stays."""
     why = f"{name_of(node)} starts from states that are not zeros"
     for source in node.all_input_nodes:
         if source in x.program.weights:

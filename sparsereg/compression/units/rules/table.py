@@ -72,6 +72,9 @@ TURNS = ("t", "transpose", "permute", "numpy_T", "mT", "swapaxes", "swapdims")
 """Operations that turn a matrix around."""
 PICKS = ("select", "index", "index_select", *TURNS)
 """Operations that pick matrices from a stack of them, or turn all of these around."""
+STARTS = ("zeros", "new_zeros")
+"""Operations that make zeros of a size of their own, from which states start."""
+ZEROS = (*STARTS, "zeros_like")
 SPLITS = ("split", "chunk", "split_with_sizes", "unsafe_split", "tensor_split")
 _READ_AS_WEIGHT = ("linear", "matmul", "bmm", "einsum")
 MOVING: set[str] = set()
@@ -181,7 +184,7 @@ class Labeller:
             self._keep_inputs(node)
             return
         labelled = any(self.has_units(n) for n in node.all_input_nodes) or _weighs(self.program, node)
-        labelled = labelled or name_of(node) in ("zeros", "new_zeros")
+        labelled = labelled or name_of(node) in STARTS
         if not labelled:
             self.axes.of[node] = None
             return
