@@ -14,8 +14,8 @@ MODULES = {
         *("sklearn", "pandas", "matplotlib", "jinja2", "PIL", "tqdm"),
     ),
     "calibrate": (
-        *("numba", "pandas", "pyarrow", "hydra", "omegaconf", "matplotlib", "tensorboard", "tqdm"),
-        "jinja2",
+        *("numba", "threadpoolctl", "pandas", "pyarrow", "hydra", "omegaconf", "matplotlib"),
+        *("tensorboard", "tqdm", "jinja2"),
     ),
     "formats": ("pyreadstat", "openpyxl", "duckdb"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
