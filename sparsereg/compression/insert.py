@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from sparsereg.compression.units.explain import FAMILIES, explanation, inputs_of
 from sparsereg.compression.units.explain import families as kinds
 from sparsereg.compression.units.gating import GATED, gate_layer_, put_gate, shared_gate
+from sparsereg.compression.units.made import gate_names
 from sparsereg.compression.units.sites import WHOLE, Norm
 from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, traced_for
 from sparsereg.compression.units.together import draw_anew
@@ -304,10 +305,13 @@ class _Inserter:
 
     def _holders(self, site: fx.Node) -> list[tuple[str, str]]:
         """The modules that hold a weight, and what they call it."""
-        path, _, name = self.analysis.program.names[site].rpartition(".")
-        module = self.network.get_submodule(path)
-        value = module._parameters.get(name) if name in module._parameters else module._buffers.get(name)
-        return list(dict.fromkeys(self.holders.get(id(value), [(path, name)])))
+        found: list[tuple[str, str]] = []
+        for full in gate_names(self.analysis.program, site):
+            path, _, name = full.rpartition(".")
+            module = self.network.get_submodule(path)
+            value = module._parameters.get(name) if name in module._parameters else module._buffers.get(name)
+            found += self.holders.get(id(value), [(path, name)])
+        return list(dict.fromkeys(found))
 
     def _simple(self) -> dict[str, Vector]:
         """Layers of PyTorch with one gate for each of their outputs, in order."""
@@ -343,7 +347,8 @@ class _Inserter:
         for columns, vector in itertools.product(self.analysis.sides(site), vectors):
             index = _places(self.analysis.choices_along(site, columns), vector.choices)
             if bool((index < len(vector.choices)).any()):
-                index = index.view(self.analysis.shape_along(site, columns))
+                full = f"{path}.{name}" if path else name
+                index = index.view(self.analysis.shape_along(site, columns, full))
                 put_gate(module, name, self._on(module, vector), index, _label(vector))
 
     def _on(self, module: nn.Module, vector: Vector) -> L0Gate:

@@ -151,6 +151,8 @@ class Branches:
             return set() if node is None or node == 0 else None
         if node in self.program.weights:
             learnt = node in self.program.parameters  # a table that is none, as of angles, makes no branch
+            if node in self.program.made and not self.program.made[node].gates:
+                return None
             return {node} if learnt and self.program.weights[node].is_floating_point() else None
         if node in path:
             return set()

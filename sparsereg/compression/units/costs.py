@@ -76,7 +76,10 @@ class Costs:
     def full(self) -> tuple[int, int]:
         """Parameters and multiply-accumulates of the whole network."""
         parameters, macs = self.exact(np.ones(len(self.choices), dtype=bool))
-        return int(parameters.sum()), int(macs.sum())
+        computed = sum(
+            made.parameters - self.program.values[node].numel() for node, made in self.program.made.items()
+        )
+        return int(parameters.sum()) + computed, int(macs.sum())
 
     @property
     def choices(self) -> list[int]:

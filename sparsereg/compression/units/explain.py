@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression.units.branches import Branch
 from sparsereg.compression.units.labels import FIRST, Ints
+from sparsereg.compression.units.made import with_made_weights
 from sparsereg.compression.units.program import module_of, name_of, place_of, trace
 from sparsereg.compression.units.rules import RULES
 from sparsereg.compression.units.rules.table import PICKS, Labeller
@@ -157,7 +158,7 @@ def explain(model: nn.Module, example: Any, inputs: bool = False) -> Explanation
         True
     """
     args, kwargs = inputs_of(example)
-    labeller = Labeller(trace(model, *args, **kwargs), inputs)
+    labeller = Labeller(with_made_weights(trace(model, *args, **kwargs), model), inputs)
     Sites(labeller)  # the labeller learns what no gates can shut
     return explanation(type(model).__name__, solve(labeller))
 

@@ -7,6 +7,7 @@ the cost of one product of the size of the weights.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -207,10 +208,17 @@ class GatedModule(nn.Module):
 
     def _gated_value(self, name: str) -> Any:
         """A parameter (or buffer) times its gates."""
-        raw: Any = self._parameters[name] if name in self._parameters else self._buffers[name]
+        raw: Any = self._gated_raw(name)
         for factor in () if raw is None else self._gated_factors(name):
             raw = raw * factor.to(raw.dtype)
         return raw
+
+    def _gated_raw(self, name: str) -> Any:
+        """A parameter or buffer without gates, or what parametrisations compute in its place."""
+        for own in (self._parameters, self._buffers):
+            if name in own:
+                return own[name]
+        return getattr(type(self)._made_of[0], name).fget(self)  # type: ignore[attr-defined]
 
     def _gated_spread(self) -> Spread:
         """What a normalisation has to know of the places of its input that are open."""
@@ -296,6 +304,13 @@ _RECURRENT = {
 }
 
 
+def _copied(self: Any, memo: dict[int, Any]) -> nn.Module:
+    base, names = type(self)._made_of
+    made = memo[id(self)] = _blank(base, names)
+    made.__dict__ = copy.deepcopy({**self.__dict__, "_gated_given": None}, memo)
+    return made
+
+
 def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def reader(name: str) -> property:
         return property(lambda self: self._gated_value(name))
@@ -304,6 +319,8 @@ def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     body["_made_of"] = (base, names)
     if issubclass(base, nn.RNNBase):
         body |= _RECURRENT
+    if hasattr(base, "__deepcopy__"):  # of a class with parametrisations, which would copy draws, too
+        body["__deepcopy__"] = _copied
     body["__doc__"] = f"{base.__name__} whose weights are read through gates."
     return type(f"Gated{base.__name__}", (GatedModule, base), body)
 

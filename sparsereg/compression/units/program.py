@@ -50,6 +50,7 @@ class Program:
         inputs: the placeholders of the user's inputs, in order.
         example: what they were.
         returns: how the flat results are put together, as torch.utils._pytree says it.
+        made: how those of the weights are computed that are none of the network's own.
     """
 
     graph: fx.Graph
@@ -60,6 +61,7 @@ class Program:
     inputs: list[fx.Node]
     example: tuple[Any, ...] = field(default=(), repr=False)
     returns: Any = None
+    made: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
 
     @property
     def calls(self) -> Iterator[fx.Node]:

@@ -131,6 +131,9 @@ class Sites:
             made = [scaled(bound(node).get(key), out) for key in MAKERS[name]]
             found = [w for w in made if w in self.program.weights]
             for weight in found:
+                if weight in self.program.made and not self.program.made[weight].gates:
+                    self.labeller.fix_along(weight, out, "the weight is computed", node)
+                    continue
                 self.axis[weight] = out if self.program.values[weight].dim() > 1 else 0
             return [] if found else [node.args[0]]
         if name in BLOCKS:

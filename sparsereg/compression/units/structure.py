@@ -22,6 +22,7 @@ from sparsereg.compression.units.gating import (
 )
 from sparsereg.compression.units.labels import Ints
 from sparsereg.compression.units.lines import Bools
+from sparsereg.compression.units.made import gate_names, with_made_weights
 from sparsereg.compression.units.program import Program, module_of, trace
 from sparsereg.compression.units.rules.table import Labeller
 from sparsereg.compression.units.sites import WHOLE, Sites
@@ -97,9 +98,18 @@ class Analysis:
             return [False]  # a table of embeddings that is that of the last layer, too
         return [side for side in (False, True) if (reads if side else makes)]
 
-    def shape_along(self, weight: fx.Node, columns: bool = False) -> tuple[int, ...]:
-        """The shape in which what ``choices_along`` holds multiplies the weight."""
+    def shape_along(self, weight: fx.Node, columns: bool = False, name: str = "") -> tuple[int, ...]:
+        """The shape in which what ``choices_along`` holds multiplies the weight.
+
+        Args:
+            weight: one that takes gates.
+            columns: along the axis of the columns that it reads with instead.
+            name: the parameter that takes them, where the weight is computed.
+        """
         sets = self.choices_along(weight, columns)
+        own = gate_names(self.program, weight).get(name)
+        if own is not None:
+            return tuple(sets.size if d == own[0] else 1 for d in range(own[1]))
         rank = self.program.values[weight].dim()
         if sets.ndim == rank:
             return tuple(sets.shape)
@@ -156,7 +166,7 @@ def analyse(
     Raises:
         InputError: the network cannot be traced.
     """
-    labeller = Labeller(trace(model, *args, **kwargs), inputs)
+    labeller = Labeller(with_made_weights(trace(model, *args, **kwargs), model), inputs)
     sites = Sites(labeller)
     units = solve(labeller)
     for branch in units.branches.found:
@@ -269,18 +279,34 @@ class Structure:
         tensors |= {name: value for name, value in constants_of(program).items() if name not in tensors}
         open_ = self._open(model)
         for node, name in program.names.items():
-            value = tensors[name].detach()
-            value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+            if node in program.made:
+                yield node, self._made(open_, node, {n: _in(t.detach(), dtype) for n, t in tensors.items()})
+                continue
+            value = _in(tensors[name].detach(), dtype)
             for columns in self.analysis.sides(node):
                 value = value * self._factor(open_, node, value, columns)
             yield node, value
 
-    def _factor(self, open_: Mapping[int, float], node: fx.Node, value: Tensor, columns: bool) -> Tensor:
+    def _made(self, open_: Mapping[int, float], node: fx.Node, tensors: dict[str, Tensor]) -> Tensor:
+        """What a weight comes to that is computed from others, some of which take its gates."""
+        made = self.analysis.program.made[node]
+        for columns in self.analysis.sides(node):
+            for name in made.sources_of_gates:
+                tensors[name] = tensors[name] * self._factor(open_, node, tensors[name], columns, name)
+        found: Tensor = made.value(tensors)
+        for columns in [] if made.sources_of_gates else self.analysis.sides(node):
+            for name in made.gates:
+                found = found * self._factor(open_, node, found, columns, name)
+        return found
+
+    def _factor(
+        self, open_: Mapping[int, float], node: fx.Node, value: Tensor, columns: bool, name: str = ""
+    ) -> Tensor:
         """What the gates multiply a weight by, of a shape that is broadcast to it."""
         sets = self.analysis.choices_along(node, columns)
         products = {s: math.prod(open_.get(choice, 1.0) for choice in s) for s in set(sets.flat)}
         factor = torch.tensor([products[s] for s in sets.flat], dtype=torch.float64)
-        return factor.to(value).view(self.analysis.shape_along(node, columns))
+        return factor.to(value).view(self.analysis.shape_along(node, columns, name))
 
     @torch.no_grad()
     def _open(self, model: nn.Module) -> dict[int, float]:
@@ -300,6 +326,10 @@ def _nothing() -> None:
 def constants_of(program: Program) -> dict[str, Tensor]:
     """The weights of a program by their names."""
     return {name: program.weights[node] for node, name in program.names.items()}
+
+
+def _in(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
 def structure_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Structure | None:
@@ -392,14 +422,15 @@ def _matched(
     matched: dict[int, Place] = {}
     branches = {branch.choice for branch in analysis.units.branches.found}
     features = analysis.units.features
-    names = {name: node for node, name in analysis.program.names.items()}
+    program = analysis.program
+    names = {name: node for node in program.names for name in gate_names(program, node)}
     for name, sites in found.items():
         node = names.get(name)
         if node is None or node not in analysis.sites.axis | analysis.sites.columns:
             continue
         for columns in analysis.sides(node):
             by_elements = _by_elements(analysis, node, columns)
-            shape = analysis.shape_along(node, columns)
+            shape = analysis.shape_along(node, columns, name)
             for path, index in sites:
                 if index.dim() == len(shape) and tuple(index.shape) != shape:
                     continue  # gates along another axis

@@ -356,6 +356,10 @@ class Labeller:
             self.axes.weight_axes[source] = [None] * value.dim()
             self.axes.whole[source] = (why, node)
 
+    def fix_along(self, weight: fx.Node, axis: int, why: str, node: fx.Node) -> None:
+        """The units of a weight along one of its axes stay."""
+        self.axes.fix(self.axes.weight_axes[weight][axis], why, node)
+
     def fix(self, source: Any, why: str, node: fx.Node) -> None:
         """All units of a tensor stay."""
         labels = self.axes.of.get(source) if isinstance(source, fx.Node) else None
@@ -397,7 +401,7 @@ class Labeller:
     def _take_columns(self, columns: tuple[tuple[Any, int], ...]) -> bool:
         """Let columns of weights take gates; False if there are none, or one has its columns elsewhere."""
         own = [behind(self.program, scaled(weight, axis), axis) for weight, axis in columns]
-        known = [self.columns.get(weight, axis) == axis for weight, axis in own]
+        known = [self.columns.get(w, axis) == axis and w not in self.program.made for w, axis in own]
         if not own or not all(known) or any(weight not in self.program.weights for weight, _ in own):
             return False
         self.columns |= dict(own)

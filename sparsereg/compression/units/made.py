@@ -1,0 +1,294 @@
+"""Weights that are computed from others, as by a spectral norm, a standardisation or a low-rank update.
+
+What they come to is a weight like any other, which is cut and written in their place; gates sit on the
+parameters that are zero where it is to be zero.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from sparsereg.compression.running import evaluating
+from sparsereg.compression.units.program import Program, bound, called, name_of
+from sparsereg.compression.units.rules.table import MOVING
+
+_READS = {
+    "linear": ("weight", 0),
+    "addmm": ("mat2", 1),
+    "mm": ("mat2", 1),
+    "matmul": ("other", 1),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), ("weight", 0)),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ("weight", 1)),
+}
+"""Operations that read a weight: what they call it, and its axis of units that they make."""
+_MATRICES = ("mat2", "other")
+_NORM = "_weight_norm"
+"""Has a rule of its own, which keeps what is normed and its size apart."""
+_JOINS = ("cat", "concat", "concatenate", "stack")
+_SAME = ("flatten", "view", "reshape", "expand", "clone", "alias", "contiguous", "detach")
+"""Operations that leave all elements where they are if the shape stays."""
+_ALIKE = 1e-9
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a weight is computed.
+
+    Attributes:
+        graph: of the operations.
+        sources: the name in the network of each of its placeholders.
+        fixed: the values of those that the network knows by no name.
+        gates: parameters that take the gates of its units, each with its axis of them and its number of axes;
+            or the weight itself, which its module reads from parametrisations.
+        parameters: numbers of the parameters behind it.
+    """
+
+    graph: fx.Graph
+    sources: dict[fx.Node, str]
+    fixed: dict[str, Tensor]
+    gates: dict[str, tuple[int, int]]
+    parameters: int
+
+    @property
+    def sources_of_gates(self) -> list[str]:
+        """The parameters behind the weight that take its gates; none if it takes them itself."""
+        return [name for name in self.gates if name in self.sources.values()]
+
+    def value(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What the weight comes to.
+
+        Args:
+            tensors: parameters and buffers of the network by their names.
+        """
+        found: dict[fx.Node, Tensor] = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                name = self.sources[node]
+                found[node] = tensors[name] if name in tensors else self.fixed[name]
+            elif node.op == "call_function":
+                args, kwargs = (fx.node.map_arg(part, found.__getitem__) for part in (node.args, node.kwargs))
+                found[node] = called(node.target, args, kwargs)
+        return found[node.args[0]]
+
+
+def with_made_weights(program: Program, model: nn.Module) -> Program:
+    """Put weights in the places of those that layers read and that are computed from weights alone.
+
+    Args:
+        program: changed in place, and returned.
+        model: the network that it is of.
+    """
+    axes: dict[fx.Node, int] = {}
+    for node in program.calls:
+        if name_of(node) in _READS:
+            source, axis = _read(program, node)
+            if source is not None:
+                axes.setdefault(source, axis)
+    inner = {n for source in axes for n in _behind(program, source) if n is not source}
+    alike: dict[object, list[fx.Node]] = {}
+    for source in axes:
+        if source not in inner:
+            alike.setdefault(_number(program, source), []).append(source)
+    for sources in alike.values():
+        behind = dict.fromkeys(n for source in sources for n in _behind(program, source))
+        made = _made(program, model, sources, list(behind), axes[sources[0]])
+        if made is not None:
+            _enter(program, sources, list(behind), made)
+    return program
+
+
+def _read(program: Program, node: fx.Node) -> tuple[fx.Node | None, int]:
+    """The weight that a layer reads, if it is computed, and its axis of the units that the layer makes."""
+    key, axis = _READS[name_of(node)]
+    source = bound(node)[key]
+    value = program.values[source] if isinstance(source, fx.Node) else None
+    if not isinstance(value, Tensor) or value.dim() < 2 or not value.is_floating_point():
+        return None, axis
+    if value.dim() > 2 and key in _MATRICES:
+        return None, axis
+    if source.op != "call_function":
+        return None, axis
+    behind = _behind(program, source)
+    names = {name_of(n).rstrip("_") for n in behind}
+    known = not names - (MOVING - set(_JOINS)) - {_NORM}
+    return (None if known or not behind else source), axis
+
+
+def _behind(program: Program, source: fx.Node) -> list[fx.Node]:
+    """The operations that compute a tensor from weights alone, in order; none if something else is read."""
+    found: set[fx.Node] = set()
+    waiting = [source]
+    while waiting:
+        node = waiting.pop()
+        if node.op == "call_function" and node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+        elif node.op != "call_function" and node not in program.weights:
+            return []
+    return [n for n in program.calls if n in found]
+
+
+def _number(program: Program, node: fx.Node) -> object:
+    """The same for two nodes that compute the same from the same weights."""
+    if node in program.weights:
+        return node
+    first = node.args[0] if node.args else None
+    if (
+        name_of(node) in _SAME
+        and isinstance(first, fx.Node)
+        and program.values[first].shape == program.values[node].shape
+    ):
+        return _number(program, first)
+    parts = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _Key(_number(program, n)))  # type: ignore[arg-type, return-value]
+    return repr((node.target, parts))
+
+
+@dataclass(frozen=True)
+class _Key:
+    """Stands for a node in what is compared."""
+
+    number: object
+
+
+def _made(
+    program: Program, model: nn.Module, alike: list[fx.Node], behind: list[fx.Node], axis: int
+) -> Made | None:
+    """How weights are computed; None if something else reads their sources, or these are fewer than they."""
+    source = alike[0]
+    own = {n for node in behind for n in node.all_input_nodes if n in program.weights}
+    parameters = {n for n in own if n in program.parameters}
+    number = sum(program.weights[n].numel() for n in parameters)
+    inside = {*parameters, *behind} - set(alike)
+    if number < program.values[source].numel() or any(set(n.users) - set(behind) for n in inside):
+        return None
+    graph, env = fx.Graph(), {}
+    sources = {}
+    for weight in sorted(own, key=lambda n: n.name):
+        env[weight] = graph.placeholder(weight.name)
+        sources[env[weight]] = program.names[weight]
+    for node in _behind(program, source):
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(env[source])
+    fixed = {program.names[n]: program.weights[n] for n in own - parameters}
+    made = Made(graph, sources, fixed, {}, number)
+    own_name = _name(program, made)
+    if _is_read_from(model, own_name, program.values[source]):
+        made.gates[own_name] = axis, program.values[source].dim()
+        return made
+    named = {program.names[n]: program.weights[n] for n in own}
+    able = {program.names[n] for n in parameters if program.weights[n].is_floating_point()}
+    made.gates.update(_gates(made, named, able, axis))
+    return made
+
+
+def _is_read_from(model: nn.Module, name: str, value: Tensor) -> bool:
+    """Whether a module reads a weight as an attribute that parametrisations compute."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    if not parametrize.is_parametrized(module, own):
+        return False
+    with evaluating(model):  # in which no norm takes a step
+        found = getattr(module, own)
+    return found.shape == value.shape and _close(found.detach().to(value), value)
+
+
+def _gates(
+    made: Made, tensors: Mapping[str, Tensor], able: set[str], axis: int
+) -> Mapping[str, tuple[int, int]]:
+    """The fewest parameters with which the units of a weight are zero, at best in proportion to it."""
+    whole = made.value(tensors)
+    size = whole.shape[axis]
+    ways = [
+        [(name, d) for d in range(tensors[name].dim()) if tensors[name].shape[d] == size]
+        for name in sorted(able, key=lambda n: (tensors[n].numel(), n))
+    ]
+    ways = [w for w in ways if w]
+    trials = [[one] for way in ways for one in way]
+    trials += [list(several) for several in itertools.islice(itertools.product(*ways), 16)]
+    for test in (_in_proportion, _zero_with):
+        for trial in trials:
+            if test(made, tensors, dict(trial), whole, axis):
+                return {name: (d, tensors[name].dim()) for name, d in trial}
+    return {}
+
+
+def _halved(
+    made: Made, tensors: Mapping[str, Tensor], trial: Mapping[str, int], size: int, factor: float
+) -> tuple[Tensor, Tensor]:
+    """The weight with every second position of some parameters multiplied, and which these are."""
+    chosen = torch.arange(size) % 2 == 0
+    z = torch.where(chosen, factor, 1.0)
+    changed = {}
+    for name, d in trial.items():
+        view = [-1 if i == d else 1 for i in range(tensors[name].dim())]
+        changed[name] = tensors[name] * z.to(tensors[name]).view(view)
+    return made.value({**tensors, **changed}), chosen
+
+
+def _in_proportion(
+    made: Made, tensors: Mapping[str, Tensor], trial: Mapping[str, int], whole: Tensor, axis: int
+) -> bool:
+    found, chosen = _halved(made, tensors, trial, whole.shape[axis], 0.5)
+    found, whole = found.movedim(axis, 0), whole.movedim(axis, 0)
+    wanted = torch.where(chosen.to(whole.device).view(-1, *[1] * (whole.dim() - 1)), whole / 2, whole)
+    return _close(found, wanted) and _zero_with(made, tensors, trial, whole.movedim(0, axis), axis)
+
+
+def _zero_with(
+    made: Made, tensors: Mapping[str, Tensor], trial: Mapping[str, int], whole: Tensor, axis: int
+) -> bool:
+    found, chosen = _halved(made, tensors, trial, whole.shape[axis], 0.0)
+    nothing = made.value({**tensors, **{name: torch.zeros_like(tensors[name]) for name in trial}})
+    gone = found.movedim(axis, 0)[chosen.to(found.device)]
+    return bool((gone == 0).all() and (nothing == 0).all() and found.isfinite().all())
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    limit = math.sqrt(torch.finfo(a.dtype).eps) if a.dtype is not torch.float64 else _ALIKE
+    return bool(((a - b).abs() <= limit * (b.abs() + b.abs().mean())).all())
+
+
+def _enter(program: Program, alike: list[fx.Node], behind: list[fx.Node], made: Made) -> None:
+    """Let a placeholder for what weights come to take the place of all that computes them."""
+    name = _name(program, made)
+    with program.graph.inserting_before(next(iter(program.graph.nodes))):
+        node = program.graph.placeholder(f"made_{name.replace('.', '_')}")
+    node.meta.update(alike[0].meta)
+    program.values[node] = program.weights[node] = program.values[alike[0]]
+    program.names[node] = name
+    sources = {n for one in behind for n in one.all_input_nodes if n in program.weights}
+    for one in alike:
+        one.replace_all_uses_with(node)
+    for one in reversed(behind):
+        program.graph.erase_node(one)
+        del program.values[one]
+    for one in sources:
+        if not one.users:
+            program.graph.erase_node(one)
+            del program.weights[one], program.names[one], program.values[one]
+            program.parameters.discard(one)
+    program.parameters.add(node)
+    program.made[node] = made
+
+
+def _name(program: Program, made: Made) -> str:
+    """What a weight is called: as the largest parameter behind it, without what a parametrisation adds."""
+    size = {program.names[n]: program.weights[n].numel() for n in program.parameters}
+    path = max(made.sources.values(), key=lambda n: (size.get(n, 0), n)).split(".")
+    if "parametrizations" in path:
+        at = path.index("parametrizations")
+        path = [*path[:at], path[at + 1]]
+    return ".".join(path)
+
+
+def gate_names(program: Program, node: fx.Node) -> dict[str, tuple[int, int] | None]:
+    """The parameters on which the gates of a weight sit; for one that is computed with axis and rank."""
+    made = program.made.get(node)
+    return {program.names[node]: None} if made is None else dict(made.gates)
