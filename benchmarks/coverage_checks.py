@@ -96,6 +96,7 @@ def in_float64(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def operations(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Multiply-accumulates for one example as torch.utils.flop_counter sees them."""
     batch = tree_leaves((args, kwargs))[0].shape[0]
+    network.requires_grad_(False)  # the counter puts hooks on what does, also on views, which take none
     with counting() as counter:
         network(*args, **kwargs)
     return int(counter.get_total_flops()) // (2 * batch)

@@ -286,9 +286,13 @@ class _Inserter:
             for site in vector.sites:
                 self.of_site.setdefault(site, []).append(vector)
         self.holders: dict[int, list[tuple[str, str]]] = {}
+        self.first: dict[str, str] = {}
+        """For each path of a module the first one that leads to it."""
+        of: dict[int, str] = {}
         for path, module in network.named_modules(remove_duplicate=False):
+            self.first[path] = of.setdefault(id(module), path)
             for name, value in {**module._parameters, **module._buffers}.items():
-                if value is not None:
+                if value is not None and self.first[path] == path:
                     self.holders.setdefault(id(value), []).append((path, name))
 
     def insert(self) -> None:
@@ -310,7 +314,7 @@ class _Inserter:
             path, _, name = full.rpartition(".")
             module = self.network.get_submodule(path)
             value = module._parameters.get(name) if name in module._parameters else module._buffers.get(name)
-            found += self.holders.get(id(value), [(path, name)])
+            found += self.holders.get(id(value), [(self.first[path], name)])
         return list(dict.fromkeys(found))
 
     def _simple(self) -> dict[str, Vector]:
@@ -319,7 +323,7 @@ class _Inserter:
         for site, vectors in self.of_site.items():
             for path, _ in self._holders(site):
                 per_module.setdefault(path, []).append((site, vectors))
-        normed = {norm.module for norm in self.analysis.sites.norms}
+        normed = {self.first[norm.module] for norm in self.analysis.sites.norms}
         fused = self._fused()
         found = {}
         for path, sites in per_module.items():
@@ -334,7 +338,8 @@ class _Inserter:
         """Layers inside of modules that read their weights in place of calling them."""
         outer = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
         modules = self.network.named_modules(remove_duplicate=False)
-        return {f"{p}.{q}" for p, m in modules if isinstance(m, outer) for q, _ in m.named_modules() if q}
+        inside = [(p, q) for p, m in modules if isinstance(m, outer) for q, _ in m.named_modules() if q]
+        return {self.first[f"{p}.{q}"] for p, q in inside}
 
     def _in_order(self, site: fx.Node, vector: Vector) -> bool:
         if self.analysis.sites.axis.get(site, WHOLE) not in (0, -1) or site in self.analysis.sites.columns:

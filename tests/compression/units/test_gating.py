@@ -361,3 +361,26 @@ def test_windows_that_are_moved_before_they_are_flattened():
             gates.log_alpha[::2] = -10.0 if gates.log_alpha.numel() > 1 else 10.0
     small = compact(gated, x)
     assert sum(p.numel() for p in small.parameters()) < 0.5 * sum(p.numel() for p in network.parameters())
+
+
+class Known(nn.Module):
+    """One layer and one block that the network knows by two names each, as CoaT's blocks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave, self.one = nn.Linear(5, 16), nn.Linear(16, 3), nn.Linear(16, 16)
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)] * 2)
+        self.two = self.one
+
+    def forward(self, x):
+        x = self.enter(x)
+        x = self.two(self.one(x).relu()).relu()
+        return self.leave(self.blocks[1](self.blocks[0](x)))
+
+
+def test_modules_that_are_known_by_two_names_get_their_gates_once():
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    network = gate(Known().double().eval(), x).double()
+    shuffle_(network)
+    assert difference(compact(network, x)(x), network(x)) < 1e-12
