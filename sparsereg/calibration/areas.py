@@ -101,6 +101,19 @@ class Placement:
         order = np.argsort(self.shares.indices[row], kind="stable")
         return self.shares.indices[row][order], self.shares.data[row][order]
 
+    def shared_out(self, number: int) -> list[range]:
+        """So many runs of neighbouring areas for which about equally many households may stand.
+
+        Args:
+            number: How many; some are empty where there are fewer areas.
+        """
+        shares = self.shares
+        places = np.ones(len(shares)) if isinstance(shares, np.ndarray) else np.diff(shares.indptr)
+        ends = np.cumsum(places)
+        owner = np.minimum(((ends - places / 2) * number / ends[-1]).astype(int), number - 1)
+        starts = [*np.searchsorted(owner, np.arange(number)).tolist(), len(places)]
+        return [range(first, last) for first, last in itertools.pairwise(starts)]
+
 
 @dataclass(frozen=True)
 class Sum:

@@ -228,19 +228,7 @@ class CalibrationProblem:
         """The same problem with totals only: a ratio a / b = t becomes the total a - t b with target 0."""
         if self.denominators is None:
             return self
-        ratio, unit = self.is_ratio, self._unit
-        factor = sp.diags_array(np.where(ratio, self.targets, 0.0))
-        rows = sp.csr_array(self.matrix.astype(np.float64) - factor @ self.denominators.astype(np.float64))
-        unscaled = replace(
-            self,
-            matrix=rows,
-            targets=np.where(ratio, 0.0, self.targets),
-            target_tolerances=self.tolerance * unit,
-            denominators=None,
-        )
-        own = np.zeros(self.num_targets) if self.target_scales is None else self.target_scales
-        own = np.where(ratio, np.maximum(np.abs(self.targets), own), own)
-        return replace(unscaled, target_scales=own * unit)
+        return as_totals(self, self.denominators, self.is_ratio, self._unit)
 
     @cached_property
     def matrix_t(self) -> sp.csr_array:
@@ -326,6 +314,34 @@ class CalibrationProblem:
             parent=parent,
             **{name: None if values is None else values[rows] for name, values in some.items()},
         )
+
+
+def as_totals(
+    problem: CalibrationProblem,
+    denominators: sp.csr_array,
+    ratio: Bool[np.ndarray, "targets={problem.num_targets}"],
+    unit: Float[np.ndarray, "targets={problem.num_targets}"],
+) -> CalibrationProblem:
+    """A problem in which each ratio a / b = t is the total a - t b with target 0.
+
+    Args:
+        problem: Its matrix holds what is above the line.
+        denominators: What is below, of the same shape.
+        ratio: Which targets are ratios.
+        unit: One unit of each target in units of its row there: the initial denominator of a ratio, else 1.
+    """
+    factor = sp.diags_array(np.where(ratio, problem.targets, 0.0))
+    rows = sp.csr_array(problem.matrix.astype(np.float64) - factor @ denominators.astype(np.float64))
+    own = np.zeros(problem.num_targets) if problem.target_scales is None else problem.target_scales
+    own = np.where(ratio, np.maximum(np.abs(problem.targets), own), own)
+    return replace(
+        problem,
+        matrix=rows,
+        targets=np.where(ratio, 0.0, problem.targets),
+        target_tolerances=problem.tolerance * unit,
+        target_scales=own * unit,
+        denominators=None,
+    )
 
 
 def exact_totals(

@@ -21,10 +21,12 @@ def run(composed: DictConfig) -> Path:
 
         return compare(*map(Path, settings.compare))
     # slow to load: NumPy, pandas, PyTorch
-    from sparsereg.calibration.command import areas, run, shared, years
+    from sparsereg.calibration.command import areas, processes, run, shared, years
 
-    if shared.in_processes():
-        return shared.run(settings, OUTPUTS)
+    if processes.in_processes():
+        with processes.group():
+            job = areas.run if settings.area.is_given else shared.run
+            return job(settings, OUTPUTS)
     if settings.area.is_given:
         return areas.run(settings, OUTPUTS)
     if len(settings.targets.years) > 1:

@@ -267,3 +267,25 @@ def split_pages(indptr, indices, order, key, up_ptr, up_of, num_sums, page):  # 
                 stamp[up_of[a]], part[up_of[a]] = current, k
         page[j] = current
     return current + 1
+
+
+@_compile
+def expand(stored, sums, indptr, parts, totals, out):  # type: ignore[no-untyped-def]
+    """Totals of all rows from those of the stored ones."""
+    for k in range(stored.shape[0]):
+        out[stored[k]] = totals[k]
+    for i in range(sums.shape[0]):
+        total = 0.0
+        for p in range(indptr[i], indptr[i + 1]):
+            total += totals[parts[p]]
+        out[sums[i]] = total
+
+
+@_compile
+def collapse(stored, sums, indptr, wholes, values, out):  # type: ignore[no-untyped-def]
+    """For each stored row a value of its own and those of the sums it is part of."""
+    for k in range(stored.shape[0]):
+        total = values[stored[k]]
+        for p in range(indptr[k], indptr[k + 1]):
+            total += values[sums[wholes[p]]]
+        out[k] = total

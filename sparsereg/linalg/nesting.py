@@ -44,15 +44,20 @@ class Nesting:
 
     def expand(self, totals: np.ndarray) -> np.ndarray:
         """Totals of all rows from those of the stored ones."""
+        from sparsereg.linalg import kernels
+
         out = np.empty(self.num_rows)
-        out[self.stored] = totals
-        out[self.sums] = self.parts @ totals
+        kernels.expand(self.stored, self.sums, self.parts.indptr, self.parts.indices, totals, out)
         return out
 
     def collapse(self, values: np.ndarray) -> np.ndarray:
         """Return for each stored row the sum of a value of its own and those of the sums it is part of."""
-        collapsed: np.ndarray = values[self.stored] + self.wholes @ values[self.sums]
-        return collapsed
+        from sparsereg.linalg import kernels
+
+        out = np.empty(len(self.stored))
+        wholes = self.wholes
+        kernels.collapse(self.stored, self.sums, wholes.indptr, wholes.indices, values, out)
+        return out
 
     @cached_property
     def wholes(self) -> sp.csr_array:

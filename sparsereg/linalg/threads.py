@@ -67,6 +67,8 @@ def in_turns(work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list
         Exception: what a call raised.
     """
     numbered = list(enumerate(calls))
+    if len(numbered) == 1:
+        return [work(*numbered[0][1])]
     results: list[Any] = [None] * len(numbered)
     todo = iter(numbered)
 

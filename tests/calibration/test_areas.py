@@ -226,3 +226,25 @@ def test_the_same_total_of_an_area_twice_is_refused():
             p.measures, p.initial_weights, p.placement, p.targets, p.measure * (p.measure != 1), p.area,
             p.names, p.measure_names, p.ids,
         )  # fmt: skip
+
+
+def test_one_target_out_of_reach_leaves_the_others_of_its_area_met():
+    p = problem(placements()["at home"], spread=0.05)
+    impossible = int(np.flatnonzero((p.area == 1) & (p.measure == 2))[0])
+    p = replace(p, targets=p.targets * np.where(np.arange(len(p.targets)) == impossible, 40.0, 1.0))
+    ours = list(calibrate_areas(p, bounds=(0.5, 2.0)))
+    assert [a.gave_way.tolist() for a in ours] == [[], [impossible], [], []]
+    assert max(np.delete(a.errors, a.targets == impossible).max() for a in ours) < 1e-6
+
+
+def test_areas_are_shared_out_once_each_and_evenly():
+    shares = sp.csr_array(np.repeat(np.eye(5), [1, 1, 6, 1, 1], axis=1))
+    for placement in (Placement(tuple("abcde"), shares), Placement(tuple("abcde"), np.full(5, 0.2))):
+        for number in (1, 2, 3, 8):
+            runs = placement.shared_out(number)
+            assert len(runs) == number
+            assert [a for run in runs for a in run] == list(range(5))
+    assert Placement(tuple("abcde"), shares).shared_out(2) in (
+        [range(3), range(3, 5)],
+        [range(2), range(2, 5)],
+    )

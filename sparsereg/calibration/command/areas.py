@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import re
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from sparsereg.calibration.areas import AreaProblem, Sum
+from sparsereg.calibration.command.processes import new_folder, place, together
 from sparsereg.calibration.command.provenance import provenance_of
 from sparsereg.calibration.command.requirements import judged
 from sparsereg.calibration.config import CalibrationRun
@@ -23,8 +26,10 @@ from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.solver.areas import AreaWeights, calibrate_areas, of_all
 from sparsereg.calibration.solver.clones import prune_clones
 from sparsereg.calibration.solver.joint import calibrate_together
-from sparsereg.errors import FellShort, InputError, wrong_input
-from sparsereg.files import new_version, write_atomically, write_json, write_table, write_text
+from sparsereg.calibration.solver.shared import summed
+from sparsereg.device import several_processes
+from sparsereg.errors import FellShort, InputError
+from sparsereg.files import write_atomically, write_json, write_table, write_text
 from sparsereg.settings import plain
 
 if TYPE_CHECKING:
@@ -44,24 +49,20 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
         InputError: Something that the user gave cannot be used; nothing has been written then.
         FellShort: All is written, but it is not what was required.
     """
-    start = time.perf_counter()
-    with wrong_input():
-        problem = read_areas(
-            plain(cfg.problem), cfg.area, Missing(cfg.missing, dict(cfg.missing_in)), cfg.seed, cfg.targets
-        )
-        found = problem.disagreements()
-        _announce(problem, found, cfg)
-        if cfg.area.reconcile != "none":
-            problem = problem.reconciled(cfg.area.reconcile)
-        provenance = provenance_of(cfg)
-        made = _made(problem, cfg)
-        folder = new_version(outputs)
-    if found:
-        write_table(folder / "disagreements.csv", _disagreements(problem, found))
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
+    start, (rank, size) = time.perf_counter(), place()
+    problem, found = together(lambda: _read(cfg))
+    own = problem.placement.shared_out(size)[rank]
+    made = together(lambda: _made(problem, cfg, own))
+    folder = new_folder(outputs)
+    if rank == 0:
+        if found:
+            write_table(folder / "disagreements.csv", _disagreements(problem, found))
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
     books = _Books(problem, cfg.area.mode == "independent")
-    with wrong_input():
-        _write_weights(folder, problem, books.entered(made), cfg)
+    together(lambda: _write_weights(folder, problem, books.entered(made), cfg))
+    books.gather()
+    if rank > 0:
+        return folder / "results.json"
     tables = books.tables()
     for name, table in tables.items():
         write_table(folder / f"{name}.csv", table)
@@ -70,9 +71,10 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
         "method": "calibrate",
         "mode": cfg.area.mode,
         "seed": cfg.seed,
+        "processes": size,
     }
     results["required"] = required = judged(cfg.require, results)
-    results["provenance"] = provenance.to_dict()
+    results["provenance"] = provenance_of(cfg).to_dict()
     write_json(folder / "results.json", results)
     for line in _told(results, folder):
         print(line)
@@ -81,14 +83,28 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
     return folder / "results.json"
 
 
-def _made(problem: AreaProblem, cfg: CalibrationRun) -> Iterator[AreaWeights]:
-    """The weights of one area after the other, in the way that is asked for."""
+def _read(cfg: CalibrationRun) -> tuple[AreaProblem, list[Sum]]:
+    """What is calibrated, reconciled, and which targets did not add up before."""
+    if cfg.area.mode == "prune" and place()[1] > 1:
+        raise InputError("area.mode=prune is not known with several processes: start one process")
+    missing = Missing(cfg.missing, dict(cfg.missing_in))
+    problem = read_areas(plain(cfg.problem), cfg.area, missing, cfg.seed, cfg.targets)
+    found = problem.disagreements()
+    if place()[0] == 0:
+        _announce(problem, found, cfg)
+    if cfg.area.reconcile != "none":
+        problem = problem.reconciled(cfg.area.reconcile)
+    return problem, found
+
+
+def _made(problem: AreaProblem, cfg: CalibrationRun, own: range) -> Iterator[AreaWeights]:
+    """The weights of one area of this process after the other, in the way that is asked for."""
     area = cfg.area
     if area.keep is not None:
         return prune_clones(problem, area.keep, area.most, cfg.distance, area.price, cfg.seed)
     if area.mode == "joint":
-        return calibrate_together(problem, cfg.distance, _numbers(cfg.bounds), area.price)
-    return calibrate_areas(problem, cfg.distance, _numbers(cfg.bounds))
+        return calibrate_together(problem, cfg.distance, _numbers(cfg.bounds), area.price, own)
+    return calibrate_areas(problem, cfg.distance, _numbers(cfg.bounds), own)
 
 
 def _numbers(
@@ -170,6 +186,18 @@ class _Books:
             self._places[area.households] += area.weights > 0
             self._note(area)
             yield area
+
+    def gather(self) -> None:
+        """Bring what all processes have noted to the first one."""
+        if not several_processes():
+            return
+        self._sum, self._group_sums = summed(self._sum), summed(self._group_sums)
+        self._places = summed(self._places).astype(np.int64)
+        noted: list[Any] | None = [None] * place()[1] if place()[0] == 0 else None
+        dist.gather_object((self._areas, self._targets), noted, 0)
+        for own, targets in (noted or [])[1:]:
+            self._areas += own
+            self._targets += targets
 
     def _note(self, a: AreaWeights) -> None:
         p = self._problem
@@ -311,10 +339,18 @@ def _levels(targets: pd.DataFrame) -> pd.DataFrame:
 def _write_weights(
     folder: Path, problem: AreaProblem, made: Iterator[AreaWeights], cfg: CalibrationRun
 ) -> None:
-    """Write the long table, area by area as they come; and each area's own, if asked for."""
+    """Write the long table, area by area as they come; and each area's own, if asked for.
+
+    Each of several processes writes its part of the table.
+    """
+    rank, size = place()
     files = _names(problem.placement.areas) if cfg.area.files else ()
     if files:
-        (folder / "areas").mkdir()
+        (folder / "areas").mkdir(exist_ok=True)
+    name = "weights"
+    if size > 1:
+        (folder / "weights").mkdir(exist_ok=True)
+        name = f"weights/part-{rank:05d}"
 
     def tables() -> Iterator[pd.DataFrame]:
         for area in made:
@@ -328,7 +364,7 @@ def _write_weights(
         "parquet": _to_parquet,
     }
     write_atomically(
-        folder / f"weights.{cfg.weights_format}", lambda path: streams[cfg.weights_format](path, tables())
+        folder / f"{name}.{cfg.weights_format}", lambda path: streams[cfg.weights_format](path, tables())
     )
 
 
@@ -366,8 +402,8 @@ def _to_parquet(path: Path, tables: Iterator[pd.DataFrame]) -> None:
 
 
 def _names(areas: tuple[str, ...]) -> list[str]:
-    """Names of files: the areas' own where those serve and differ, else with a number."""
-    safe = [re.sub(r"[^A-Za-z0-9_-]", "_", area)[:80] for area in areas]
+    """Names of files: the areas' own where those serve and differ, else with a number; 60 letters at most."""
+    safe = [re.sub(r"[^\w-]", "_", unicodedata.normalize("NFC", area))[:60] for area in areas]
     lower = [name.lower() for name in safe]
     return [name if lower.count(name.lower()) == 1 else f"{name}_{i}" for i, name in enumerate(safe)]
 

@@ -146,7 +146,7 @@ def prepared(
         ahead: Weights to start from, instead of those that ``start`` names.
     """
     folds, now = _folds(task.problem, cfg), time.perf_counter()
-    solver = _with_columns(replace(cfg.solver(), device=device_of(cfg.device)), task.columns)
+    solver = with_columns(replace(cfg.solver(), device=device_of(cfg.device)), task.columns)
     fitted = pseudo.with_own_columns(task.problem, task.own, solver, cfg.num_households)
     if ahead is None and cfg.start is not None:
         ahead = read_start(cfg.start, fitted.problem)
@@ -274,7 +274,7 @@ def read_tasks(cfg: CalibrationRun) -> dict[int | None, Task]:
     began = time.perf_counter()
     missing = Missing(cfg.missing, dict(cfg.missing_in))
     choice = plain(cfg.problem)
-    found = read_years(choice, _columns_named(cfg), missing, _columns_kept(cfg), cfg.targets)
+    found = read_years(choice, columns_named(cfg), missing, _columns_kept(cfg), cfg.targets)
     return {year: _task(built, cfg, began) for year, built in found.items()}
 
 
@@ -308,7 +308,7 @@ def _columns_kept(cfg: CalibrationRun) -> list[str] | None:
     return [name for name in (cfg.strata, cfg.psu, cfg.fpc) if name is not None]
 
 
-def _columns_named(cfg: CalibrationRun) -> list[str]:
+def columns_named(cfg: CalibrationRun) -> list[str]:
     """Return the columns of the household table that settings name."""
     named: list[Any] = [cfg.unit_factor]
     for bounds in (cfg.bounds, cfg.weight_bounds):
@@ -316,7 +316,7 @@ def _columns_named(cfg: CalibrationRun) -> list[str]:
     return list(dict.fromkeys(name for name in named if isinstance(name, str)))
 
 
-def _with_columns(solver: Settings, columns: dict[str, np.ndarray]) -> Settings:
+def with_columns(solver: Settings, columns: dict[str, np.ndarray]) -> Settings:
     """Put the columns themselves in the place of their names."""
 
     def values(given: Any) -> Any:
@@ -416,7 +416,7 @@ def _rounding_told(result: CalibrationResult) -> dict[str, Any] | None:
 def _hold_out(task: Task, folds: list[tuple[str, ...]], cfg: CalibrationRun, folder: Path) -> pd.DataFrame:
     def settings(part: CalibrationProblem) -> Settings:
         groups = None if part.target_groups is None else set(part.target_groups)
-        return _with_columns(replace(cfg.solver(groups), device=device_of(cfg.device)), task.columns)
+        return with_columns(replace(cfg.solver(groups), device=device_of(cfg.device)), task.columns)
 
     def solve(part: CalibrationProblem) -> np.ndarray:
         fitted = pseudo.with_own_columns(part, task.own, settings(part), cfg.num_households)

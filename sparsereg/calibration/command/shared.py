@@ -6,47 +6,75 @@ are shared out in the order of their names. Weights are written as a part by eac
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from sparsereg.calibration.command.processes import new_folder, place, together, wait
 from sparsereg.calibration.command.provenance import provenance_of
 from sparsereg.calibration.command.requirements import judged
+from sparsereg.calibration.command.run import columns_named, with_columns
 from sparsereg.calibration.config import CalibrationRun, HouseholdsProblem
 from sparsereg.calibration.measures import error_summary, relative_errors
-from sparsereg.calibration.problem import CalibrationProblem
+from sparsereg.calibration.problem import CalibrationProblem, exact_totals
 from sparsereg.calibration.reading.book import Book
-from sparsereg.calibration.reading.households import TARGET_TEXTS, build, names_used, target_table
+from sparsereg.calibration.reading.households import (
+    TARGET_TEXTS,
+    BuiltProblem,
+    TargetTable,
+    build,
+    denominator_table,
+    names_used,
+    target_table,
+)
+from sparsereg.calibration.reading.levels import in_households, members
 from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.reading.parquet_file import share_of
-from sparsereg.calibration.reading.tables import read_table
+from sparsereg.calibration.reading.tables import open_table, read_table
 from sparsereg.calibration.reporting.tables import weight_frame
 from sparsereg.calibration.solver.selection import method_of
-from sparsereg.calibration.solver.shared import SharedWeights, calibrate_shared, largest, summed
+from sparsereg.calibration.solver.shared import (
+    SharedRatios,
+    SharedWeights,
+    calibrate_shared,
+    largest,
+    summed,
+)
 from sparsereg.calibration.solver.shared_selection import METHODS, select_shared
-from sparsereg.errors import FellShort, InputError, wrong_input
-from sparsereg.files import new_version, write_json, write_table, write_text
+from sparsereg.errors import FellShort, InputError
+from sparsereg.files import write_json, write_table, write_text
 from sparsereg.settings import plain
 
 if TYPE_CHECKING:
     import pandas as pd
 
-T = TypeVar("T")
-
+_KNOWN = ("problem.persons", "unit_factor")
+"""What only runs of all households know elsewhere, and these do, too."""
 _OF_SELECTIONS = ("max_weight_ratio", "normalize_groups", "group_multipliers")
 """Settings that are known but for method=calibrate."""
 
 
-def in_processes() -> bool:
-    """Whether this process was started as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The households of this process.
+
+    Args:
+        problem: Totals only: of a ratio what is above the line less target times what is below, at 0.
+        columns: Those that settings name.
+        ratios: How to come back from these to ratios; None: there are none.
+    """
+
+    problem: CalibrationProblem
+    columns: dict[str, np.ndarray]
+    ratios: SharedRatios | None = None
+
+    def told(self, found: SharedWeights) -> tuple[CalibrationProblem, SharedWeights]:
+        """The targets as they were given, and what the weights come to in their units."""
+        return (self.problem, found) if self.ratios is None else (self.ratios.given, self.ratios.of(found))
 
 
 def run(cfg: CalibrationRun, outputs: Path) -> Path:
@@ -60,41 +88,25 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
         InputError: Something that the user gave cannot be used; in the first process only, the others leave.
         FellShort: All is written, but it is not what was required; likewise.
     """
-    from lightning_fabric import Fabric
-
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    fabric = Fabric(
-        accelerator="cpu", strategy="ddp", devices=here, num_nodes=int(os.environ["WORLD_SIZE"]) // here
-    )
-    fabric.launch()
-    try:
-        return _run(cfg, outputs, fabric.global_rank, fabric.world_size)
-    finally:
-        dist.destroy_process_group()
-
-
-def _run(cfg: CalibrationRun, outputs: Path, rank: int, size: int) -> Path:
-    start = time.perf_counter()
-    together(lambda: _check(cfg), rank)
-    part = together(lambda: _read(cfg, rank, size), rank)
-    together(lambda: _refuse_empty(part), rank, alone=False)
-    read = time.perf_counter()
-    found = together(lambda: _solved(part, cfg), rank, alone=False)
+    start, (rank, size) = time.perf_counter(), place()
+    together(lambda: _check(cfg))
+    read = together(lambda: _read(cfg, rank, size))
+    part = together(lambda: _whole(read), alone=False)
+    began = time.perf_counter()
+    given, found = part.told(together(lambda: _solved(part, cfg), alone=False))
     solved = time.perf_counter()
-    paths: list[Any] = [new_version(outputs) if rank == 0 else None]
-    dist.broadcast_object_list(paths, 0)
-    folder = Path(paths[0])
+    folder = new_folder(outputs)
     if rank == 0:
         (folder / "weights").mkdir()
         write_text(folder / "config.yaml", OmegaConf.to_yaml(plain(cfg)))
-        write_table(folder / "targets.csv", _targets(part, found))
-    dist.barrier()
-    write_table(folder / "weights" / f"part-{rank:05d}.parquet", weight_frame(part, found.weights))
-    results = _results(part, found)
-    results |= {"seconds": solved - read, "processes": size, "method": _method(cfg)}
+        write_table(folder / "targets.csv", _targets(given, found))
+    wait()
+    write_table(folder / "weights" / f"part-{rank:05d}.parquet", weight_frame(given, found.weights))
+    results = _results(given, found)
+    results |= {"seconds": solved - began, "processes": size, "method": _method(cfg)}
     results["required"] = judged(cfg.require, results)
     results["total_seconds"] = time.perf_counter() - start
-    dist.barrier()
+    wait()
     if rank > 0:
         return folder / "results.json"
     results["provenance"] = provenance_of(cfg).to_dict()
@@ -107,45 +119,18 @@ def _run(cfg: CalibrationRun, outputs: Path, rank: int, size: int) -> Path:
     return folder / "results.json"
 
 
-def together(work: Callable[[], T], rank: int, alone: bool = True) -> T:
-    """Do something in every process; if it is wrong input in one of them, the first process says so.
-
-    Args:
-        work: What is done.
-        rank: Of this process.
-        alone: Whether one process may fail while others do not.
-
-    Raises:
-        InputError: in the first process; the others leave with its exit code.
-    """
-    error: str | None = None
-    try:
-        with wrong_input():
-            return_value = work()
-    except InputError as wrong:
-        error = str(wrong)
-    said: list[Any] = [error]
-    if alone:
-        said = [None] * dist.get_world_size()
-        dist.all_gather_object(said, error)
-    first = next((text for text in said if text is not None), None)
-    if first is None:
-        return return_value
-    if rank == 0:
-        raise InputError(first)
-    raise SystemExit(2)
-
-
 def _method(cfg: CalibrationRun) -> str:
     return method_of(cfg.method, cfg.num_households, cfg.lambda_l0)
 
 
-def _solved(part: CalibrationProblem, cfg: CalibrationRun) -> SharedWeights:
+def _solved(part: _Part, cfg: CalibrationRun) -> SharedWeights:
     """The weights of this process's households."""
+    solver = with_columns(replace(cfg.solver(), device="cpu"), part.columns)
     if _method(cfg) == "calibrate":
-        bounds = {name: getattr(cfg, name) for name in ("bounds", "weight_bounds")}
-        return calibrate_shared(part, cfg.distance, **bounds)
-    return select_shared(part, replace(cfg.solver(), device="cpu"), _method(cfg), cfg.num_households)
+        return calibrate_shared(
+            part.problem, solver.distance, solver.bounds, solver.weight_bounds, solver.unit_factor
+        )
+    return select_shared(part.problem, solver, _method(cfg), cfg.num_households)
 
 
 def _check(cfg: CalibrationRun) -> None:
@@ -156,7 +141,7 @@ def _check(cfg: CalibrationRun) -> None:
             "several processes need problem=households and method=calibrate, all, pruning with"
             " num_households, or hard_concrete with lambda_l0: give these, or start one"
         )
-    strange = [*cfg.of_whole_runs, *(["areas"] if cfg.area.is_given else [])]
+    strange = [name for name in cfg.of_whole_runs if name not in _KNOWN]
     if method != "calibrate":
         strange = [name for name in strange if name not in _OF_SELECTIONS]
         strange += [name for name in ("hold_total", "consistency") if getattr(cfg, name)]
@@ -168,40 +153,80 @@ def _check(cfg: CalibrationRun) -> None:
     strange += ["missing=drop"] if "drop" in (cfg.missing, *cfg.missing_in.values()) else []
     if strange:
         raise InputError(f"{strange[0]} is not known with several processes: start one process")
-    for name in ("bounds", "weight_bounds"):
-        if any(isinstance(side, str) for side in getattr(cfg, name) or ()):
-            raise InputError(f"{name}: with several processes they are numbers, such as [0.3,3]")
 
 
-def _read(cfg: CalibrationRun, rank: int, size: int) -> CalibrationProblem:
-    """All targets, and the households of this process."""
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """What this process has read.
+
+    Args:
+        targets: All of them.
+        built: Totals, of ratios those above the line, of its own households.
+        persons: Of those in its households, how many, and of how many in the file.
+    """
+
+    targets: TargetTable
+    built: BuiltProblem
+    persons: tuple[int, int] = (0, 0)
+
+
+def _read(cfg: CalibrationRun, rank: int, size: int) -> _Read:
+    """All targets, the households of this process, and the persons in them."""
     choice = plain(cfg.problem)
-    file = str(choice["targets"])
+    file, id, key = str(choice["targets"]), choice["id"], choice["household_id"] or choice["id"]
     written = {"decimal": choice["decimal"], "encoding": choice["encoding"]}
     page = Book(read_table(file, TARGET_TEXTS, **written), file, **cfg.targets.rules).page(
         next(iter(cfg.targets.years), None)
     )
     targets = target_table(page.table, file, rows=page.rows, known=page.known)
-    if targets.is_ratio.any():
-        at = int(np.flatnonzero(targets.is_ratio)[0])
-        raise InputError(f"{targets.place(at)}: ratios (of, of_where) are not known with several processes")
-    wanted = {*names_used(targets), choice["weight"], choice["id"]} - {None}
-    households, first = share_of(Path(choice["households"]), wanted, choice["id"], rank, size)
+    columns = columns_named(cfg)
+    named = names_used(targets) | names_used(denominator_table(targets))
+    upper, wanted = Path(choice["households"]), {*named, *columns, choice["weight"], id, key} - {None}
+    households, first = share_of(upper, wanted, id or key, rank, size)
+    persons, counts, units = None, (0, 0), (str(choice["unit_names"][0]), str(choice["unit_names"][1]))
+    if choice["persons"] is not None:
+        lower = open_table(choice["persons"], id=key, **written)
+        below, whole = members(lower, {*named, choice["person_id"]} - {None}, key, households, id)
+        counts, files = (len(below), whole), (str(upper), str(choice["persons"]))
+        persons = in_households(below, households, key, id, choice["person_id"], files, units)
+        id = id or key
+    if id is None:
+        id, households = "id", households.assign(id=np.arange(first, first + len(households)))
     missing = Missing(cfg.missing, dict(cfg.missing_in))
-    if choice["id"] is None:
-        households = households.assign(id=np.arange(first, first + len(households)))
-    return build(
-        households, targets, choice["weight"], choice["id"] or "id", str(choice["households"]),
-        missing=missing,
-    ).problem  # fmt: skip
+    built = build(
+        households, targets, choice["weight"], id, str(upper), columns, missing, persons, units,
+        with_denominators=False,
+    )  # fmt: skip
+    return _Read(targets, built, counts)
 
 
-def _refuse_empty(part: CalibrationProblem) -> None:
-    """Refuse a target that is not 0 and that no household of any process touches."""
+def _whole(read: _Read) -> _Part:
+    """What all processes have read together: refuse what fits nowhere, and turn ratios into totals."""
+    part, targets, source = read.built.problem, read.targets, read.built.source
+    assert source is not None
+    found, there = summed([read.persons[0], read.persons[1] / place()[1]]).round().astype(int).tolist()
+    if found < there:
+        assert source.persons is not None
+        raise InputError(
+            f"{source.persons.file}: {there - found:,} of {there:,} {source.units[1]}s are in no"
+            f" {source.units[0]} of {source.file}"
+        )
     entries = summed(np.diff(part.matrix.indptr).astype(np.float64))
     empty = np.flatnonzero((entries == 0) & (part.targets != 0))
     if len(empty):
         raise InputError(f"no household touches {len(empty)} targets, {part.names[empty[0]]!r} for one")
+    if not targets.is_ratio.any():
+        return _Part(part, read.built.columns)
+    below, _ = source.totals(denominator_table(targets), targets.is_ratio)
+    totals = summed(exact_totals(below, part.starting_weights))
+    zero = np.flatnonzero(targets.is_ratio & (totals == 0))
+    if len(zero):
+        raise InputError(
+            f"{targets.place(int(zero[0]))}: its denominator (of, of_where) adds up to 0 with the initial"
+            " weights"
+        )
+    ratios = SharedRatios(part, below, targets.is_ratio, np.abs(totals))
+    return _Part(ratios.linear, read.built.columns, ratios)
 
 
 def _targets(part: CalibrationProblem, found: SharedWeights) -> pd.DataFrame:

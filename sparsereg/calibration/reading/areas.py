@@ -101,7 +101,7 @@ def _with_areas(page: Page, file: str, soft: bool) -> tuple[TargetTable, list[st
     if not any(names):
         raise InputError(f"{file}: no target has an area: leave area.* out, or fill the column 'area'")
     plain = table.drop(columns=["area", *(c for c in table.columns if c == "standard_error")])
-    return target_table(plain, file, rows=page.rows, known=page.known), names
+    return target_table(plain, file, rows=page.rows, known=page.known, areas=names), names
 
 
 def _standard_errors(page: Page, file: str) -> np.ndarray | None:

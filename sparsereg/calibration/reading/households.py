@@ -61,7 +61,7 @@ class TargetTable:
     """A table of targets, read and checked.
 
     Args:
-        names: One unique name per target.
+        names: One name per target, unique, or unique within an area.
         values: What each total should be, float64.
         groups: The family of each target, or None.
         weights: How much each counts, or None.
@@ -356,6 +356,7 @@ def target_table(
     with_values: bool = True,
     rows: np.ndarray | None = None,
     known: Collection[str] = (),
+    areas: Sequence[str] | None = None,
 ) -> TargetTable:
     """Check a table of targets.
 
@@ -367,6 +368,7 @@ def target_table(
         with_values: False for a table of totals that are only estimated: they need no value.
         rows: Where each target stands in the file, from 0; None: one after the other.
         known: Names of targets that are not in the table and may be parents all the same.
+        areas: What each is of, where a name may be there once for each area.
 
     Raises:
         InputError: A column is missing or misspelt, a cell is wrong, or a name is there twice.
@@ -383,7 +385,7 @@ def target_table(
     _tell_others(table, file)
     at = np.arange(len(table)) if rows is None else rows
     names = _texts(table, "name")
-    _refuse_bad_names(names, file, at)
+    _refuse_bad_names(names, file, at, areas)
     groups = np.array(_texts(table, "group")) if "group" in table.columns else None
     if groups is not None and not groups.astype(bool).any():
         groups = None
@@ -486,6 +488,7 @@ def build(
     persons: Persons | None = None,
     units: tuple[str, str] = UNITS,
     rest: Table | None = None,
+    with_denominators: bool = True,
 ) -> BuiltProblem:
     """Build the problem: one row per target, one column per household, never dense.
 
@@ -500,6 +503,7 @@ def build(
         persons: Those in the households, of whom targets with a ``unit`` speak; see ``in_households``.
         units: What a row of the households and of the persons is called.
         rest: Where columns of the households are read from, part by part, that are not in memory.
+        with_denominators: False leaves ratios as the totals above the line.
 
     Raises:
         InputError: An unknown column, a condition that is none, a measure that is not numeric, a missing
@@ -527,7 +531,7 @@ def build(
         matrix=matrix,
         initial_weights=weights,
         ids=unique_ids(households, id, file),
-        denominators=_denominators(source, targets, weights),
+        denominators=_denominators(source, targets, weights) if with_denominators else None,
         **targets.numbers(),
     )
     return BuiltProblem(problem, hints, _columns_and_factors(source, columns), source)
@@ -796,14 +800,19 @@ def _hard(table: pd.DataFrame, weights: np.ndarray | None, file: str, rows: np.n
     return np.array([text in _YES if text else bool(free[i]) for i, text in enumerate(texts)])
 
 
-def _refuse_bad_names(names: tuple[str, ...], file: str, rows: np.ndarray) -> None:
-    first: dict[str, int] = {}
-    for i, name in zip(rows.tolist(), names, strict=True):
+def _refuse_bad_names(
+    names: tuple[str, ...], file: str, rows: np.ndarray, areas: Sequence[str] | None
+) -> None:
+    first: dict[tuple[str, str], int] = {}
+    whole = [""] * len(names) if areas is None else areas
+    for i, name, area in zip(rows.tolist(), names, whole, strict=True):
         if not name:
             raise InputError(f"{file} row {row(i)}: the name is empty")
-        if name in first:
-            raise InputError(f"{file}: the target name {name!r} is in rows {row(first[name])} and {row(i)}")
-        first[name] = i
+        if (area, name) in first:
+            of = f" of the area {area!r}" if area else ""
+            both = f"{row(first[area, name])} and {row(i)}"
+            raise InputError(f"{file}: the target name {name!r}{of} is in rows {both}")
+        first[area, name] = i
 
 
 def _parents(

@@ -152,6 +152,40 @@ def in_households(
     return Persons(persons, lower, at, len(households), units, used, rest)
 
 
+def members(
+    table: Table, columns: Collection[str], household_id: str, households: pd.DataFrame, id: str | None = None
+) -> tuple[pd.DataFrame, int]:
+    """Read the persons in some of the households, part by part.
+
+    Args:
+        table: One row per person of all households.
+        columns: What is wanted of them, as far as it is there.
+        household_id: The column of both tables that says which household it is.
+        households: These.
+        id: The column of the households, where that is named differently there.
+
+    Returns:
+        These persons, and how many there are in all.
+
+    Raises:
+        InputError: a column is missing, or somebody's household.
+    """
+    import pandas as pd
+
+    key = household_id if household_id in households.columns or id is None else id
+    found, number = [], 0
+    for part in table.parts({*columns, household_id}):
+        require_column(part, household_id, table.place, "it says which household a person is in")
+        absent = part[household_id].isna().to_numpy(dtype=bool)
+        if absent.any():
+            at = row(number + int(absent.argmax()))
+            raise InputError(f"{table.place}: {household_id} is missing in row {at}")
+        known = key in households.columns
+        found.append(part[positions(part[household_id], households[key]) >= 0] if known else part[:0])
+        number += len(part)
+    return pd.concat(found, ignore_index=True), number
+
+
 def _refuse_strangers(at: np.ndarray, ids: pd.Series, files: Sequence[str], units: tuple[str, str]) -> None:
     """Refuse persons whose household is not there."""
     lost = np.flatnonzero(at < 0)

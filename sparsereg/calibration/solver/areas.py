@@ -17,10 +17,20 @@ from sparsereg.calibration.areas import AreaProblem
 from sparsereg.calibration.solver.bounds import Bounds, at_bounds, ratio_bounds
 from sparsereg.calibration.solver.distances import distance_of
 from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, Solution, independent, solve
-from sparsereg.calibration.solver.exact import GAVE_WAY, Domain, over_scales, soften
+from sparsereg.calibration.solver.exact import (
+    GAVE_WAY,
+    Certificate,
+    Domain,
+    certify,
+    give_way,
+    over_scales,
+)
 from sparsereg.calibration.target_scale import target_scale
 from sparsereg.linalg.threads import in_turn_by_turn
 from sparsereg.shapes import Float, Int
+
+_MOST_PROGRAMMED = 300_000
+"""Entries of an area up to which a linear programme says which targets give way, in seconds for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +67,10 @@ class AreaWeights:
 
 
 def calibrate_areas(
-    problem: AreaProblem, distance: str = "linear", bounds: Bounds | None = None
+    problem: AreaProblem,
+    distance: str = "linear",
+    bounds: Bounds | None = None,
+    areas: range | None = None,
 ) -> Iterator[AreaWeights]:
     """Find for every area the weights closest to its initial ones that meet its targets, one after the other.
 
@@ -67,20 +80,23 @@ def calibrate_areas(
         problem: Measures, targets, and who may stand for which area. Targets of the nation are not used.
         distance: "linear", "raking" or "logit".
         bounds: Smallest and largest weight over initial weight; None: 0 and infinity.
+        areas: Which ones; None: all.
 
     Raises:
         ValueError: bounds or distance are wrong, or an area has targets and no household.
     """
     low, high = ratio_bounds(problem.initial_weights, distance, bounds, None)
-    yield from in_turn_by_turn(_solve, _prepared(problem, distance, (low, high)))
+    chosen = range(problem.num_areas) if areas is None else areas
+    return in_turn_by_turn(_solve, _prepared(problem, distance, (low, high), chosen))
 
 
 def _prepared(
-    problem: AreaProblem, distance: str, bounds: tuple[np.ndarray, np.ndarray]
+    problem: AreaProblem, distance: str, bounds: tuple[np.ndarray, np.ndarray], areas: range
 ) -> Iterator[tuple[AreaProblem, _Template, int]]:
     """What each area is solved with."""
     template: _Template | None = None
-    for area, targets in enumerate(problem.by_area):
+    for area in areas:
+        targets = problem.by_area[area]
         households, shares = problem.placement.of(area, problem.num_households)
         if len(households) == 0:
             raise ValueError(f"area {problem.placement.areas[area]!r} has targets and no household")
@@ -152,12 +168,19 @@ class _Template:
         dual = replace(self.dual, targets=(targets / self.sizes)[self.chosen])
         found = solve(dual, self.start, chosen=np.arange(len(self.chosen)))
         if not found.converged:
-            everything = np.ones(len(self.chosen), dtype=bool)
-            domain = Domain(self.chosen, self.households, dual, 1.0 * everything, float(dual.weights.sum()))
-            found, _ = soften(domain, dual, everything, found)
+            natural = np.ones(len(self.chosen))
+            domain = Domain(self.chosen, self.households, dual, natural, float(dual.weights.sum()))
+            found, _, _ = give_way(domain, found, _certified)
         multipliers = np.zeros(len(targets))
         multipliers[self.chosen] = found.multipliers
         return replace(found, multipliers=multipliers)
+
+
+def _certified(domain: Domain, end: Solution) -> Certificate:
+    """Which targets of an area give way: of one with few entries as few as possible, else all."""
+    if domain.dual.rows.by_target.nnz <= _MOST_PROGRAMMED:
+        return certify(domain, end)
+    return {"feasible": None, "targets": [], "violation": None}, np.zeros(len(domain.targets), dtype=bool)
 
 
 def _mean_targets(problem: AreaProblem, measures: np.ndarray) -> np.ndarray:

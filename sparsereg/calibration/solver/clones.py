@@ -149,7 +149,8 @@ def _problem_of(problem: AreaProblem, pairs: Pairs) -> CalibrationProblem:
     entries = (np.concatenate(data), (np.concatenate(targets), np.concatenate(places)))
     return CalibrationProblem(
         sp.csr_array(sp.coo_array(entries, shape=shape).tocsr()), problem.targets, pairs.weights,
-        target_names=problem.names, target_weights=problem.prices,
+        target_names=tuple(f"{name!r} of {problem.place_name(i)!r}" for i, name in enumerate(problem.names)),
+        target_weights=problem.prices,
         target_groups=np.where(problem.is_of_area, "areas", problem.depth[problem.area].astype(str)),
     )  # fmt: skip
 

@@ -122,7 +122,7 @@ def calibrate_exactly(
     parts = list(domains(linear, distance, low, high, factors, prices))
     if start is not None:
         parts = [replace(domain, start=start[domain.households]) for domain in parts]
-    ends = in_turns(_solve, [(domain,) for domain in parts])
+    ends = in_turns(solve_domain, [(domain,) for domain in parts])
     certificates, steps = [], 0
     for domain, (end, slack, certificate) in zip(parts, ends, strict=True):
         weights[domain.households] = end.weights
@@ -153,16 +153,31 @@ def _described(
     gave_way = np.flatnonzero(is_hard_here & (beyond > GAVE_WAY))
     empty = np.flatnonzero(is_hard_here & (np.diff(linear.matrix.indptr) == 0) & (beyond > GAVE_WAY))
     certificates += [{"feasible": False, "targets": [int(i)], "violation": 1.0} for i in empty]
-    asked = np.zeros(len(given), dtype=bool) if problem.target_hard is None else problem.target_hard
-    refused = gave_way[asked[gave_way]]
-    if len(refused) and any(c["feasible"] is False for c in certificates):
-        raise ValueError(_contradiction(problem, refused, certificates))
+    refuse_contradiction(problem, gave_way, certificates)
     initial = linear.starting_weights
     low, high = limits
     at_bound = at_bounds(weights, low, high)
     worst = float(beyond[is_hard_here].max()) if is_hard_here.any() else 0.0
     hit = int((at_bound & (initial > 0)).sum())
     return Exact(weights, multipliers, worst, gave_way, certificates, hit, steps, final, totals)
+
+
+def refuse_contradiction(
+    problem: CalibrationProblem, gave_way: Int[np.ndarray, "gave_way"], certificates: list[dict[str, Any]]
+) -> None:
+    """Refuse that targets marked hard give way where it is proven that they contradict each other.
+
+    Args:
+        problem: With the marks.
+        gave_way: Hard targets that are not met.
+        certificates: What is known, see ``Exact``.
+
+    Raises:
+        ValueError: they do.
+    """
+    refused = gave_way[:0] if problem.target_hard is None else gave_way[problem.target_hard[gave_way]]
+    if len(refused) and any(c["feasible"] is False for c in certificates):
+        raise ValueError(_contradiction(problem, refused, certificates))
 
 
 def _contradiction(
@@ -343,12 +358,36 @@ def with_data(rows: sp.csr_array, data: Float[np.ndarray, "entries"]) -> sp.csr_
     return sp.csr_array((data, rows.indices, rows.indptr), shape=rows.shape)
 
 
-def _solve(domain: Domain) -> tuple[Solution, Slack, dict[str, Any] | None]:
-    """Solve one domain; where hard targets cannot be met, let as few as possible give way."""
+Certificate = tuple[dict[str, Any], Bool[np.ndarray, "targets"]]
+"""What is known about a domain whose hard targets are not met, and which of them give way."""
+
+
+def solve_domain(
+    domain: Domain, certified: Callable[[Domain, Solution], Certificate] | None = None
+) -> tuple[Solution, Slack, dict[str, Any] | None]:
+    """Solve one domain; where hard targets cannot be met, let as few as possible give way.
+
+    Args:
+        domain: What is solved.
+        certified: What finds out whether they can be met; None: ``certify``.
+    """
     end = solve(domain.dual, weights=domain.start)
     if end.converged:
         return end, domain.dual.slack, None
-    certificate, gives_way = certify(domain, end)
+    return give_way(domain, end, certified or certify)
+
+
+def give_way(
+    domain: Domain, end: Solution, certified: Callable[[Domain, Solution], Certificate]
+) -> tuple[Solution, Slack, dict[str, Any] | None]:
+    """Solve with prices for the targets that give way: those that a certificate names, else all.
+
+    Args:
+        domain: What is solved.
+        end: Where the iteration ended without.
+        certified: What finds out which do.
+    """
+    certificate, gives_way = certified(domain, end)
     hard = domain.dual.hard
     found, slack = end, domain.dual.slack
     for softened in (gives_way, hard) if gives_way.any() else (hard,):
@@ -383,7 +422,7 @@ def soften(
     return found, slack
 
 
-def certify(domain: Domain, end: Solution) -> tuple[dict[str, Any], Bool[np.ndarray, "targets"]]:
+def certify(domain: Domain, end: Solution) -> Certificate:
     """Find out whether the hard targets of a domain can be met together, and which give way if not.
 
     Of up to a few thousand targets a linear programme tells, which minimises the sum of what is missing, over
@@ -403,10 +442,10 @@ def certify(domain: Domain, end: Solution) -> tuple[dict[str, Any], Bool[np.ndar
         proof = solve(domain.dual, chosen=np.arange(len(domain.targets)), most_steps=_PROOF_STEPS).proof
     if proof is None:
         return {"feasible": None, "targets": [], "violation": None}, nobody
-    return _proven(domain, proof), nobody
+    return proven(domain, proof), nobody
 
 
-def _proven(domain: Domain, proof: Float[np.ndarray, "targets"]) -> dict[str, Any]:
+def proven(domain: Domain, proof: Float[np.ndarray, "targets"]) -> dict[str, Any]:
     """The certificate that multipliers are."""
     share = np.where(domain.dual.hard, np.abs(proof), 0.0)
     size = float((share / domain.natural).max())
@@ -415,7 +454,7 @@ def _proven(domain: Domain, proof: Float[np.ndarray, "targets"]) -> dict[str, An
     return {"feasible": False, "targets": sorted(int(i) for i in conflict), "violation": missing}
 
 
-def _programme(domain: Domain) -> tuple[dict[str, Any], Bool[np.ndarray, "targets"]] | None:
+def _programme(domain: Domain) -> Certificate | None:
     """Ask a linear programme; None where it takes too long."""
     dual, names = domain.dual, domain.targets
     hard = np.flatnonzero(dual.hard)

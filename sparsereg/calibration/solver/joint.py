@@ -4,7 +4,8 @@ A weight is d F(x' q) with the household's measures x and the sum q of the multi
 groups that the area is in, and of the nation. So each area's part of Newton's equations is made from the one
 table of measures, and what areas have to do with each other goes through the levels: an area is eliminated
 into its group, groups into theirs and the nation, and solved on the way back. Nothing of the size of areas x
-households, or of all targets squared, is ever held.
+households, or of all targets squared, is ever held. Measures that are exact sums of others are not stored:
+products of rows, which cost most, are made of the others and added up.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from sparsereg.calibration.solver.bounds import Bounds, at_bounds, ratio_bounds
 from sparsereg.calibration.solver.distances import distance_of
 from sparsereg.calibration.solver.dual_newton import Rows, gram
 from sparsereg.calibration.solver.exact import over_scales
+from sparsereg.calibration.solver.shared import largest, summed
 from sparsereg.calibration.target_scale import target_scale
+from sparsereg.device import several_processes
+from sparsereg.linalg.nesting import Nesting, find_nesting
 from sparsereg.linalg.threads import in_turn_by_turn
 from sparsereg.shapes import Float, Int
 
@@ -118,6 +122,7 @@ class Joint:
         bounds: Smallest and largest weight over initial weight; None: 0 and infinity.
         price: Of a target: missing it by 1 % of its scale costs as much as changing by 1 % as many times the
             weights of its place. Times the target's own.
+        areas: Those that this process computes; in a group each area is one process's. None: all.
 
     Raises:
         ValueError: bounds or distance are wrong.
@@ -129,14 +134,20 @@ class Joint:
         distance: str = "linear",
         bounds: Bounds | None = None,
         price: float = 100.0,
+        areas: range | None = None,
     ) -> None:
         self.problem, self.price = problem, price
+        self.areas = range(problem.num_areas) if areas is None else areas
         self._low, self._high = ratio_bounds(problem.initial_weights, distance, bounds, None)
         self._distance = distance
         rows = sp.csr_array(problem.measures.astype(np.float64))
         sizes = np.asarray(abs(rows) @ problem.initial_weights)
         self.sizes = np.where(sizes > 0, sizes, 1.0)
-        self._rows = Rows(over_scales(rows, self.sizes))
+        self._num = rows.shape[0]
+        nesting = find_nesting(rows, sp.csr_array(rows.T.tocsr()))
+        stored = np.arange(self._num) if nesting is None else nesting.stored
+        self._made_of = None if nesting is None else _made_of(nesting, self.sizes)
+        self._rows = Rows(over_scales(rows if nesting is None else rows[stored], self.sizes[stored]))
         _ = self._rows.by_household  # threads share it
         self._levels = [self._level(place) for place in range(len(problem.places) + 1)]
         self.multipliers = [np.zeros(len(level.rows)) for level in self._levels]
@@ -149,7 +160,7 @@ class Joint:
         gross = np.zeros((len(p.places) + 1, p.measures.shape[0]))
         weight, absolute = np.zeros(len(p.places) + 1), abs(self._rows.by_target)
         if p.placement.is_uniform:
-            whole = np.asarray(absolute @ p.initial_weights)
+            whole = self._expanded(absolute @ p.initial_weights)
         for area in range(p.num_areas):
             households, shares = p.placement.of(area, p.num_households)
             if p.placement.is_uniform:
@@ -157,7 +168,7 @@ class Joint:
             else:
                 initial = np.zeros(p.num_households)
                 initial[households] = p.initial_weights[households] * shares
-                own, total = np.asarray(absolute @ initial), float(initial.sum())
+                own, total = self._expanded(absolute @ initial), float(initial.sum())
             for place in p.chain(area):
                 gross[place] += own
                 weight[place] += total
@@ -202,7 +213,7 @@ class Joint:
 
     def _look(self, multipliers: list[np.ndarray]) -> _Pass:
         """Look at every area once, eliminate from the areas up to the nation, and solve on the way back."""
-        p, num = self.problem, self._rows.by_target.shape[0]
+        p, num = self.problem, self._num
         together = self._summed(multipliers)
         square: dict[int, np.ndarray] = {}
         fixed: dict[int, np.ndarray] = {}
@@ -227,21 +238,40 @@ class Joint:
                     square[above], fixed[above] = up.square, up.fixed
                 totals[above] += at
 
-        of_areas = in_turn_by_turn(self._area, enumerate(together[: p.num_areas]))
-        for area, (own, at, products) in enumerate(of_areas):
+        of_areas = in_turn_by_turn(self._area, ((area, together[area]) for area in self.areas))
+        for area, (own, at, products) in zip(self.areas, of_areas, strict=True):
             value += own
             place_done(area, at, _Response(products, np.zeros(num)))
+        value, error = self._of_all_processes(value, error, square, fixed, totals)
         inner = np.arange(p.num_areas, len(p.places))
         for place in [*inner[np.argsort(-p.depth[inner], kind="stable")].tolist(), len(p.places)]:
             if place in square:
                 place_done(place, totals[place], _Response(square.pop(place), fixed.pop(place)))
         step = self._downwards(solved)
-        slope = sum(float(e @ s) for e, s in zip(errors, step, strict=True) if len(e) == len(s))
+        slopes = [float(e @ s) if len(e) == len(s) else 0.0 for e, s in zip(errors, step, strict=True)]
+        slope = float(summed(sum(slopes[: p.num_areas]))) + sum(slopes[p.num_areas :])
         return _Pass(value, error, slope, step)
+
+    def _of_all_processes(
+        self,
+        value: float,
+        error: float,
+        square: dict[int, np.ndarray],
+        fixed: dict[int, np.ndarray],
+        totals: dict[int, np.ndarray],
+    ) -> tuple[float, float]:
+        """Add up what the areas of all processes bring to what they are in; return value and error of all."""
+        if not several_processes():
+            return value, error
+        num = self._num
+        for place in sorted({_above(self.problem, area) for area in range(self.problem.num_areas)}):
+            square[place] = summed(square.get(place, np.zeros((num, num))))
+            fixed[place], totals[place] = summed([fixed.get(place, np.zeros(num)), totals[place]])
+        return float(summed(value)), largest(error)
 
     def _downwards(self, solved: list[_Solved | None]) -> list[np.ndarray]:
         """Steps of all places, from the nation down."""
-        p, num = self.problem, self._rows.by_target.shape[0]
+        p, num = self.problem, self._num
         steps: list[np.ndarray] = [np.zeros(len(level.rows)) for level in self._levels]
         from_above = {len(p.places): np.zeros(num)}
         order = np.argsort(p.depth, kind="stable")  # the nation, last of the places, has depth 0
@@ -256,7 +286,7 @@ class Joint:
 
     def _summed(self, multipliers: list[np.ndarray]) -> list[np.ndarray]:
         """Multipliers of all measures that each area's households feel."""
-        p, num = self.problem, self._rows.by_target.shape[0]
+        p, num = self.problem, self._num
         felt: list[np.ndarray] = [np.zeros(num)] * (len(p.places) + 1)
         for place in np.argsort(p.depth, kind="stable").tolist():
             own = np.zeros(num) if place == len(p.places) else felt[_above(p, place)].copy()
@@ -273,34 +303,57 @@ class Joint:
             rows = _Some(sp.csr_array(self._rows.by_household[households]))
         return rows, households, p.initial_weights[households] * shares
 
+    def _expanded(self, totals: np.ndarray) -> np.ndarray:
+        """Totals of all measures from those of the stored ones."""
+        return np.asarray(totals if self._made_of is None else self._made_of @ totals)
+
+    def _reach(self, rows: Rows | _Some, felt: np.ndarray) -> np.ndarray:
+        """What multipliers of all measures come to for each household."""
+        return rows.reach(felt if self._made_of is None else self._made_of.T @ felt)
+
+    def _square(self, rows: Rows | _Some, weights: np.ndarray) -> np.ndarray:
+        """Products of all measures with each other."""
+        square = rows.gram(weights)
+        square = np.tril(square) + np.tril(square, -1).T
+        return square if self._made_of is None else np.asarray(self._made_of @ (self._made_of @ square).T)
+
     def _area(self, area: int, felt: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """Value, totals and products of the measures of one area."""
         rows, households, initial = self._part(area)
         distance = distance_of(self._distance, self._low[households], self._high[households])
-        reach = rows.reach(felt)
+        reach = self._reach(rows, felt)
         ratio, slope = distance.respond(reach)
         value = float(initial @ (ratio * reach - distance.value(ratio)))
-        square = rows.gram(initial * slope)
-        return value, rows.totals(initial * ratio), np.tril(square) + np.tril(square, -1).T
+        totals = self._expanded(rows.totals(initial * ratio))
+        return value, totals, self._square(rows, initial * slope)
 
     def weights(self) -> Iterator[AreaWeights]:
         """The weights of one area after the other, as they are made."""
         together = self._summed(self.multipliers)
-        yield from in_turn_by_turn(self._weighed, enumerate(together[: self.problem.num_areas]))
+        yield from in_turn_by_turn(self._weighed, ((area, together[area]) for area in self.areas))
 
     def _weighed(self, area: int, felt: np.ndarray) -> AreaWeights:
         begin, p = time.perf_counter(), self.problem
         rows, households, initial = self._part(area)
         low, high = self._low[households], self._high[households]
-        ratio, _ = distance_of(self._distance, low, high).respond(rows.reach(felt))
+        ratio, _ = distance_of(self._distance, low, high).respond(self._reach(rows, felt))
         weights, level = initial * ratio, self._levels[area]
         at = at_bounds(ratio, low, high)
-        totals, sizes = rows.totals(weights)[level.rows], self.sizes[level.rows]
+        totals, sizes = self._expanded(rows.totals(weights))[level.rows], self.sizes[level.rows]
         return AreaWeights(
             area, households, initial, weights, p.by_place[area], totals * sizes,
             np.abs(totals - level.targets) / level.scale, self.multipliers[area] / sizes,
             np.empty(0, dtype=np.int64), int(at.sum()), self.steps, time.perf_counter() - begin,
         )  # fmt: skip
+
+
+def _made_of(nesting: Nesting, sizes: Float[np.ndarray, "measures"]) -> sp.csr_array:
+    """What measures over their sizes are in stored measures over theirs, shape (measures, stored)."""
+    own = sp.eye_array(len(nesting.stored), format="csr")
+    both = sp.vstack([own, nesting.parts], format="csr")
+    place = np.argsort(np.concatenate([nesting.stored, nesting.sums]))
+    scaled = sp.diags_array(1.0 / sizes) @ both[place] @ sp.diags_array(sizes[nesting.stored])
+    return sp.csr_array(scaled)
 
 
 def _above(problem: AreaProblem, place: int) -> int:
@@ -332,7 +385,11 @@ def _eliminated(
 
 
 def calibrate_together(
-    problem: AreaProblem, distance: str = "linear", bounds: Bounds | None = None, price: float = 100.0
+    problem: AreaProblem,
+    distance: str = "linear",
+    bounds: Bounds | None = None,
+    price: float = 100.0,
+    areas: range | None = None,
 ) -> Iterator[AreaWeights]:
     """Find weights of all areas at once, near their initial ones and near the targets of every level.
 
@@ -341,11 +398,12 @@ def calibrate_together(
         distance: "linear", "raking" or "logit".
         bounds: Smallest and largest weight over initial weight; None: 0 and infinity.
         price: See ``Joint``.
+        areas: Those whose weights this process finds, in a group of processes; None: all.
 
     Raises:
         ValueError: bounds or distance are wrong.
     """
-    joint = Joint(problem, distance, bounds, price)
+    joint = Joint(problem, distance, bounds, price, areas)
 
     def made() -> Iterator[AreaWeights]:
         joint.solve()

@@ -79,6 +79,7 @@ class System:
         households: Int[Tensor, "selected"],
         weights: Float[Tensor, "selected"],
         lower: Float[Tensor, "selected"] | None = None,
+        by_totals: Float[Tensor, "targets"] | None = None,
     ) -> LeastSquares:
         """Return the problem of some households, starting from these weights of theirs.
 
@@ -86,6 +87,7 @@ class System:
             households: Indices.
             weights: Starting weights, one for each of them.
             lower: Smallest weight of each of them, >= 0; None: 0.
+            by_totals: Half of the quadratic's gradient with respect to the totals there, where it is known.
         """
         everyone = len(households) == self.matrix.num_households
         matrix = self.matrix if everyone else self.matrix.take(households)
@@ -98,7 +100,7 @@ class System:
         known = self.__dict__.get("curvature")
         return LeastSquares(
             matrix, self.quadratic, weights, lower, self.upper[households], pull, center, self.total,
-            None if known is None else known[households],
+            None if known is None else known[households], by_totals,
         )  # fmt: skip
 
     @cached_property
@@ -148,6 +150,7 @@ class LeastSquares:
         center: Where the pull goes.
         total: What the weights must add up to, or None.
         norms: Half the second derivative of the quadratic along each household, where it is known.
+        by_totals: Half of the quadratic's gradient with respect to the totals, where it is known.
     """
 
     def __init__(
@@ -161,6 +164,7 @@ class LeastSquares:
         center: Float[Tensor, "households"],
         total: float | None = None,
         norms: Float[Tensor, "households"] | None = None,
+        by_totals: Float[Tensor, "targets"] | None = None,
     ) -> None:
         self.matrix, self.quadratic = matrix, quadratic
         self.lower, self.upper, self.pull, self.center = lower, upper, pull, center
@@ -170,7 +174,10 @@ class LeastSquares:
         self._held = torch.tensor([0.0, total or 0.0, self._held_weight, 0.0], dtype=torch.float64)
         norms = matrix.squared_norms(quadratic.weight) if norms is None else norms
         self.curvature = norms + pull + self._held_weight
-        self.refresh()
+        if by_totals is None:
+            self.refresh()
+        else:
+            self._held[0], self._by_totals = self.weights.sum(), by_totals.clone()
 
     def _weight_of_sum(self, total: float) -> float:
         return _HELD_SHARE * self.size**2 / max(total, 1e-300) ** 2

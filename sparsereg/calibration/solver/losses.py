@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,7 @@ class Quadratic:
     weight: Float[Tensor, "targets"]
     scales: Float[Tensor, "targets"] | None = None
 
-    @property
+    @cached_property
     def size(self) -> float:
         """Root of what the quadratic is when every error is as large as its scale; > 0."""
         scales = self.targets.abs() if self.scales is None else self.scales

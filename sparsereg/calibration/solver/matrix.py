@@ -255,7 +255,7 @@ class CompiledMatrix:
 
         chosen = households.numpy()
         indptr = np.zeros(len(chosen) + 1, dtype=np.int64)
-        np.cumsum(np.diff(self._indptr)[chosen], out=indptr[1:])
+        np.cumsum(self._indptr[chosen + 1] - self._indptr[chosen], out=indptr[1:])
         indices, data = np.empty(indptr[-1], self._indices.dtype), np.empty(indptr[-1], np.float32)
         kernels.copy_households(self._indptr, self._indices, self._data, chosen, indptr, indices, data)
         part = CompiledMatrix.__new__(CompiledMatrix)

@@ -117,7 +117,7 @@ class NestedMatrix(NestedProducts):
     def descend(self, at: Descent, sweeps: int) -> None:
         """See ``Descending``: page after page, large matrices in lanes."""
         lanes, curvature = self._lanes or self._cut(), at.curvature
-        moves = self._moves(at.row_weights.numpy(), len(lanes))
+        moves = self._moves(at.row_weights, len(lanes))
         if len(lanes) > 1:
             more = torch.from_numpy(moves.whole - self._nesting.collapse(at.row_weights.numpy()))
             curvature = curvature + self._inner.squared_norms(more) + (len(lanes) - 1) * float(at.held[2])
@@ -146,16 +146,25 @@ class NestedMatrix(NestedProducts):
         blocks = PageBlocks(rows, self._page[chosen], self._nesting, row_weights.numpy())
         return blocks if blocks.pays else None
 
-    def _moves(self, row_weights: np.ndarray, num_lanes: int) -> _Moves:
-        """How targets answer to steps, where so many lanes work beside each other."""
-        n = self._nesting
+    def _moves(self, given: Tensor, num_lanes: int) -> _Moves:
+        """How targets answer to steps, where so many lanes work beside each other.
+
+        Matrices of some of the households share what is known for the weights of targets that came last.
+        """
+        known = self._layout.moves
+        if num_lanes == 1 and known and known[0] is given and known[1] == given._version:
+            return known[2]
+        n, row_weights = self._nesting, given.numpy()
         own = row_weights[n.stored]
         if num_lanes > 1:
             own = own * np.where(self._is_shared, float(num_lanes), 1.0)
         above = num_lanes * row_weights[n.sums]
         whole = own + n.wholes @ above
         per_whole = np.divide(1.0, whole, out=np.zeros_like(whole), where=whole > 0)
-        return _Moves(own, np.append(above, 0.0), whole, per_whole)
+        moves = _Moves(own, np.append(above, 0.0), whole, per_whole)
+        if num_lanes == 1:
+            self._layout.moves = (given, given._version, moves)
+        return moves
 
     def _round(
         self,
@@ -200,7 +209,7 @@ class NestedMatrix(NestedProducts):
             else [slice(0, self.num_households)]
         )
         seen = np.zeros((2, len(self._nesting.stored)), dtype=np.uint8)
-        for lane, mine in zip(lanes, seen, strict=False):
+        for lane, mine in zip(lanes, seen, strict=True) if middle else ():
             kernels.touched(indices, indptr[lane.start], indptr[lane.stop], mine)
         self._is_shared, self._lanes = seen.all(axis=0), lanes
         return lanes
@@ -223,7 +232,7 @@ class _Moves:
     per_whole: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Layout:
     """Which stored targets lie on which page, and in which sums.
 
@@ -231,10 +240,12 @@ class _Layout:
         lists: Pointers by page into rows, the parts of sums that households of the page touch; these rows;
             their sums, equally many for each, filled up with the number of sums; how many these are.
         alone: Stored targets that are part of no sum.
+        moves: Weights of targets, their version, and how targets answer with them, in one lane.
     """
 
     lists: tuple[np.ndarray, np.ndarray, np.ndarray, int]
     alone: np.ndarray
+    moves: tuple[Tensor, int, _Moves] | None = None
 
     @classmethod
     def of(cls, by_household: sp.csr_array, nesting: Nesting, page: np.ndarray) -> _Layout:

@@ -213,7 +213,7 @@ def add(
     weights = torch.zeros_like(gains)
     weights[kept] = fit.weights
     kept = torch.cat([kept, largest(gains, count)]).sort().values
-    fit = system.of(kept, weights[kept])
+    fit = system.of(kept, weights[kept], by_totals=fit.by_totals)  # they come with a weight of zero
     fit.sweep(sweeps)
     return kept, fit
 

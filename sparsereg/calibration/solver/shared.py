@@ -10,6 +10,8 @@ The group is that of ``torch.distributed``: of Lightning's Fabric or Trainer, or
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,23 +19,30 @@ import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike
 
-from sparsereg.calibration.problem import CalibrationProblem, gross_totals
+from sparsereg.calibration.problem import CalibrationProblem, as_totals, gross_totals
 from sparsereg.calibration.solver.bounds import Bounds, at_bounds, bounded_weights, ratio_bounds
 from sparsereg.calibration.solver.distances import distance_of
-from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, solve
+from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, Solution
 from sparsereg.calibration.solver.exact import (
     BAND_STIFFNESS,
     GAVE_WAY,
     SMALL_BESIDE_GROSS,
+    Certificate,
     Domain,
+    certify,
     is_hard,
     over_scales,
-    soften,
+    proven,
+    refuse_contradiction,
+    solve_domain,
     unit_factors,
 )
 from sparsereg.calibration.target_scale import target_scale
 from sparsereg.device import several_processes
 from sparsereg.shapes import Bool, Float, Int
+
+_MOST_GATHERED = 50_000_000
+"""Entries up to which one process looks for contradictions among the targets of all: 0.6 GB."""
 
 
 def summed(values: ArrayLike) -> np.ndarray:
@@ -115,6 +124,47 @@ class SharedWeights:
     steps: int
 
 
+@dataclass(frozen=True, eq=False)
+class SharedRatios:
+    """Targets that are ratios of totals, where each process has some of the households.
+
+    Args:
+        given: The targets as they are, the rows of ratios what is above the line; no denominators.
+        denominators: What is below, targets x households of this process.
+        is_ratio: Which targets are ratios.
+        initial: Denominators with the initial weights, over all processes, without sign, > 0 for ratios.
+    """
+
+    given: CalibrationProblem
+    denominators: sp.csr_array
+    is_ratio: Bool[np.ndarray, "targets"]
+    initial: Float[np.ndarray, "targets"]
+
+    @property
+    def unit(self) -> Float[np.ndarray, "targets"]:
+        """One unit of each target in units of its row in ``linear``."""
+        return np.where(self.is_ratio, self.initial, 1.0)
+
+    @cached_property
+    def linear(self) -> CalibrationProblem:
+        """The problem with totals only, for ``calibrate_shared`` and ``select_shared``."""
+        return as_totals(self.given, self.denominators, self.is_ratio, self.unit)
+
+    def of(self, found: SharedWeights) -> SharedWeights:
+        """What was found with ``linear``, in the targets' own units; every process calls it."""
+        scale = found.scale / self.unit
+        initial, estimates = (self._estimates(w) for w in (self.given.starting_weights, found.weights))
+        missed = replace(self.given, target_scales=scale).scaled_errors(estimates)
+        return replace(found, initial=initial, estimates=estimates, scale=scale, scaled_errors=missed)
+
+    def _estimates(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets"]:
+        above, below = (
+            summed(rows.astype(np.float64) @ weights) for rows in (self.given.matrix, self.denominators)
+        )
+        below = np.where(self.is_ratio, below, 1.0)
+        return np.asarray(np.divide(above, below, out=np.full(len(above), np.nan), where=below != 0))
+
+
 def calibrate_shared(
     part: CalibrationProblem,
     distance: str = "linear",
@@ -125,26 +175,26 @@ def calibrate_shared(
     """Find the weights of this process's households; every process of the group calls it at the same time.
 
     Args:
-        part: All targets, and the households of this process. Totals only, no ratios.
+        part: All targets, and the households of this process. Totals only; of ratios ``SharedRatios.linear``.
         distance: As for ``calibrate_exactly``, as what follows.
         bounds: Smallest and largest weight over initial weight.
         weight_bounds: Smallest and largest weight.
         unit_factor: q per household of this process.
 
     Raises:
-        ValueError: an argument is wrong, or a target is a ratio.
+        ValueError: an argument is wrong, a target is a ratio, or targets marked hard contradict each other.
     """
     if part.denominators is not None:
-        raise ValueError("targets that are ratios are not calibrated in a group of processes: only totals")
+        raise ValueError(
+            "a group of processes calibrates totals only: make ratios totals, SharedRatios.linear"
+        )
     initial = part.starting_weights
     low, high = ratio_bounds(initial, distance, bounds, weight_bounds)
     factors = unit_factors(unit_factor, part.num_households)
     there = np.flatnonzero(initial > 0)
     domain, scale = _domain(part, there, (low[there], high[there]), factors[there], distance)
     part = replace(part, target_scales=scale)
-    found, slack = solve(domain.dual), domain.dual.slack
-    if not found.converged:
-        found, slack = soften(domain, domain.dual, np.isinf(slack.price), found)
+    found, _, certificate = solve_domain(domain, _certified)
     weights, multipliers = np.zeros(part.num_households), np.zeros(part.num_targets)
     weights[there] = found.weights
     least, most = bounded_weights(initial, (low, high))
@@ -152,11 +202,46 @@ def calibrate_shared(
     multipliers[domain.targets] = found.multipliers / scale[domain.targets]
     before, after = (summed(part.matrix.astype(np.float64) @ w) for w in (initial, weights))
     missed = part.scaled_errors(after)
+    gave_way = np.flatnonzero(is_hard(part) & (np.abs(missed) > GAVE_WAY))
+    refuse_contradiction(part, gave_way, [] if certificate is None else [certificate])
     at = at_bounds(weights, least, most) & (initial > 0)
     return SharedWeights(
-        weights, after, before, scale, missed, multipliers,
-        np.flatnonzero(is_hard(part) & (np.abs(missed) > GAVE_WAY)),
+        weights, after, before, scale, missed, multipliers, gave_way,
         int(summed(float(at.sum()))), found.steps,
+    )  # fmt: skip
+
+
+def _certified(domain: Domain, end: Solution) -> Certificate:
+    """What ``certify`` finds with the households of all processes, which the first one gets for it.
+
+    Where these are too many for one, multipliers alone can prove that there are no weights.
+    """
+    dual, nobody = domain.dual, np.zeros(len(domain.targets), dtype=bool)
+    if not several_processes():
+        return certify(domain, end)
+    said: list[Any] = [({"feasible": None, "targets": [], "violation": None}, nobody)]
+    if summed(float(dual.rows.by_target.nnz)) <= _MOST_GATHERED:
+        own = dual.rows.by_target, dual.weights, dual.factors, dual.distance
+        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(own, parts, 0)
+        if parts is not None:
+            everybody = np.arange(sum(len(weights) for _, weights, _, _ in parts))
+            said = [certify(replace(domain, households=everybody, dual=_joined(dual, parts)), end)]
+    elif end.proof is not None:
+        said = [(proven(domain, end.proof), nobody)]
+    dist.broadcast_object_list(said, 0)
+    found: Certificate = said[0]
+    return found
+
+
+def _joined(dual: Dual, parts: list[Any]) -> Dual:
+    """The dual of all households, whose parts follow each other."""
+    rows, weights, factors, distances = zip(*parts, strict=True)
+    low, high = (np.concatenate([getattr(d, side) for d in distances]) for side in ("low", "high"))
+    kind: Any = type(dual.distance)
+    return Dual(
+        Rows(sp.csr_array(sp.hstack(rows, format="csr"))), dual.targets, np.concatenate(weights),
+        np.concatenate(factors), kind(low, high), dual.slack,
     )  # fmt: skip
 
 

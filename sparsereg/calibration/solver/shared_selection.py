@@ -187,7 +187,9 @@ def _check(part: CalibrationProblem, settings: Settings, method: str, num_kept: 
             f"method={method!r}: num_households belongs to method='pruning' in a group of processes"
         )
     if part.denominators is not None:
-        raise ValueError("targets that are ratios are not calibrated in a group of processes: only totals")
+        raise ValueError(
+            "a group of processes calibrates totals only: make ratios totals, SharedRatios.linear"
+        )
     if settings.loss not in ("relative", "mse"):
         raise ValueError(f"loss must be relative or mse in a group of processes, got {settings.loss!r}")
     if settings.hold_total or settings.consistency:

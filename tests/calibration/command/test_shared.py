@@ -97,6 +97,140 @@ def test_two_processes_write_the_weights_of_one(tmp_path, place):
         assert told[key] == pytest.approx(alone_told[key], rel=1e-6), key
 
 
+def weights_of(tmp_path, done):
+    """The weights that a run wrote, in one file or in parts, and its folder."""
+    assert done.returncode == 0, done.stderr
+    folder = (tmp_path / done.stdout.rsplit("results: ")[1].strip()).parent
+    parts = sorted((folder / "weights").iterdir()) if (folder / "weights").is_dir() else []
+    read = [pd.read_parquet(p) if p.suffix == ".parquet" else pd.read_csv(p) for p in parts]
+    return (pd.concat(read, ignore_index=True) if read else pd.read_csv(folder / "weights.csv")), folder
+
+
+def with_persons(tmp_path):
+    """Households in the order of states, persons in any order; totals, ratios, and both of persons."""
+    rng = np.random.default_rng(3)
+    h = tables(tmp_path).assign(low=rng.uniform(0.2, 0.5, 900), tenant=rng.integers(0, 2, 900))
+    h.to_parquet(tmp_path / "H.parquet", row_group_size=150)
+    p = h.loc[h.index.repeat(rng.integers(1, 5, 900)), ["id"]].assign(
+        years=lambda p: rng.integers(0, 95, len(p)), wage=lambda p: rng.lognormal(7, 1, len(p)).round()
+    )
+    p = p.sample(frac=1, random_state=0)
+    p.to_csv(tmp_path / "P.csv", index=False)
+    both = p.merge(h, on="id")
+    w, wy = both.w, both.state == "WY"
+    rows = [
+        ("all", "", "", "", "", "", 1.01 * h.w.sum()),
+        ("persons", "", "", "person", "", "", 1.02 * w.sum()),
+        ("wages in WY", "wage", "state == 'WY'", "person", "", "", 0.98 * (w * both.wage)[wy].sum()),
+        ("income of tenants", "income", "tenant == 1", "", "income", "",
+         1.03 * (h.w * h.income * h.tenant).sum() / (h.w * h.income).sum()),
+        ("old in WY", "", "years >= 65 and state == 'WY'", "person", "1", "state == 'WY'",
+         0.97 * w[wy & (both.years >= 65)].sum() / w[wy].sum()),
+    ]  # fmt: skip
+    columns = ["name", "measure", "where", "unit", "of", "of_where", "value"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "T.csv", index=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("method=calibrate", "distance=raking", "bounds=[low,3]", "unit_factor=1/size"),
+        ("method=all",),
+        ("lambda_l0=0.0003", "epochs=100"),
+    ],
+)
+def test_persons_and_ratios_in_two_processes_weigh_as_in_one(tmp_path, more):
+    with_persons(tmp_path)
+    given = ("problem.households=H.parquet", "problem.persons=P.csv", *more)
+    (ours, folder), (theirs, other) = (
+        weights_of(tmp_path, started(tmp_path, *given, *more, processes=n))
+        for n, more in ((2, ()), (1, ("plots=false",)))
+    )
+    ours, theirs = (table[table.weight > 0].reset_index(drop=True) for table in (ours, theirs))
+    assert ours.id.tolist() == theirs.id.tolist()
+    np.testing.assert_allclose(ours.weight, theirs.weight, rtol=1e-9, atol=1e-9 * theirs.weight.max())
+    targets = [pd.read_csv(f / "targets.csv").set_index("name") for f in (folder, other)]
+    for column in ("target", "initial", "estimate", "scale"):
+        np.testing.assert_allclose(targets[0][column], targets[1][column], rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_somebody_in_no_household_of_any_process_is_refused(tmp_path):
+    with_persons(tmp_path)
+    with (tmp_path / "P.csv").open("a") as file:
+        file.write("stranger,30,0\n")
+    done = started(tmp_path, "problem.households=H.parquet", "problem.persons=P.csv", "method=calibrate")
+    assert done.returncode != 0
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error:"))
+    assert re.search(r"P.csv: 1 of 2,\d+ persons are in no household of H.parquet", line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_same_targets_give_way_in_two_processes(tmp_path, hard):
+    tables(tmp_path)
+    t = pd.read_csv(tmp_path / "T.csv")
+    t.loc[t.name == "income2", "value"] *= 40
+    if hard:
+        t["hard"] = True
+    t.to_csv(tmp_path / "T.csv", index=False)
+    given = ("problem.households=H.parquet", "method=calibrate", "bounds=[0.5,2]")
+    two = started(tmp_path, *given)
+    one = started(tmp_path, *given, "plots=false", processes=1)
+    if hard:
+        said = [next(e for e in r.stderr.splitlines() if e.startswith("error:")) for r in (two, one)]
+        assert "hard targets contradict each other, 'income2' for one" in said[0]
+        assert said[0].split("they stay")[0] == said[1].split("they stay")[0]
+        return
+    (ours, folder), (theirs, other) = weights_of(tmp_path, two), weights_of(tmp_path, one)
+    np.testing.assert_allclose(ours.weight, theirs.weight, rtol=1e-9)
+    told = [json.loads((f / "results.json").read_text()) for f in (folder, other)]
+    assert told[0]["gave_way"] == told[1]["gave_way"] == 1
+
+
+def with_areas(tmp_path):
+    """Areas of three states, and who may stand for them: everybody, or whom a crosswalk names."""
+    rng = np.random.default_rng(4)
+    h, areas = tables(tmp_path), [f"Bezirk {c}" for c in "ÄÖÜßéñ漢"]
+    share = rng.dirichlet(np.full(7, 4.0))
+    pd.DataFrame({"area": areas, "share": share}).to_csv(tmp_path / "X.csv", index=False)
+    chosen = [rng.choice(7, 3, replace=False) for _ in range(900)]
+    pd.DataFrame({
+        "id": h.id.repeat(3), "area": np.array(areas)[np.concatenate(chosen)], "share": 1 / 3,
+    }).to_csv(tmp_path / "Y.csv", index=False)  # fmt: skip
+    parents = [f"Land {k % 2}" for k in range(7)]
+    pd.DataFrame({"area": areas, "parent": parents}).to_csv(tmp_path / "G.csv", index=False)
+    sums = {"": h.w.sum(), "income": (h.w * h.income).sum()}
+    rows = [
+        (f"{a}/{m}", a, m, s * sums[m] * rng.normal(1, 0.03)) for a, s in zip(areas, share, strict=True)
+        for m in sums
+    ]  # fmt: skip
+    rows += [(f"{g}/n", g, "", share[k::2].sum() * sums[""]) for k, g in enumerate(("Land 0", "Land 1"))]
+    rows.append(("nation", "", "income", 1.01 * sums["income"]))
+    table = pd.DataFrame(rows, columns=["name", "area", "measure", "value"])
+    table.to_csv(tmp_path / "T.csv", index=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["X.csv", "Y.csv"])
+@pytest.mark.parametrize("mode", ["independent", "joint"])
+def test_areas_shared_out_to_two_processes_weigh_as_in_one(tmp_path, who, mode):
+    with_areas(tmp_path)
+    given = ("problem.households=H.parquet", "method=calibrate", f"area.crosswalk={who}", "area.files=true")
+    given = (*given, f"area.mode={mode}", "area.groups=G.csv", "bounds=[0.2,5]")
+    ours, folder = weights_of(tmp_path, started(tmp_path, *given))
+    theirs, other = weights_of(tmp_path, started(tmp_path, *given, processes=1))
+    assert ours[["area", "id"]].equals(theirs[["area", "id"]])
+    np.testing.assert_allclose(ours.weight, theirs.weight, rtol=1e-9, atol=1e-9 * theirs.weight.max())
+    for name in ("targets", "areas", "levels", "nation", "exhaustion"):
+        tables = [pd.read_csv(f / f"{name}.csv") for f in (folder, other)]
+        pd.testing.assert_frame_equal(*tables, rtol=1e-7, atol=1e-7)
+    files = [sorted(p.name for p in (f / "areas").iterdir()) for f in (folder, other)]
+    assert files[0] == files[1]
+    assert len(files[0]) == 7
+
+
 @pytest.mark.slow
 def test_gates_in_two_processes_keep_whom_one_process_keeps(tmp_path):
     tables(tmp_path)
@@ -180,7 +314,6 @@ def test_what_several_processes_know_is_taken():
         ("report.variables=[w]", "report.variables"),
         ("weights_format=dta", "weights_format=dta"),
         ("targets.year=[2025,2026]", "a list of years"),
-        ("area.column=region", "areas"),
     ],
 )
 def test_what_several_processes_would_leave_out_is_refused(given, name):

@@ -54,6 +54,29 @@ def test_weights_are_those_of_all_pairs_at_once(kind, distance, bounds):
     assert hit > 0 or bounds is None or distance == "logit"
 
 
+@pytest.mark.parametrize("kind", placements())
+def test_measures_that_are_sums_of_others_are_not_stored(kind, monkeypatch):
+    p = nested(kind, 1.03)
+    rows = p.measures.toarray()
+    share = np.random.default_rng(3).integers(0, 2, N)
+    rows[3], rows[4] = np.where(share, rows[0], 0), np.where(share, 0, rows[0])
+    rows[1] = np.where(rows[0] == 0, rows[1], 0)
+    rows[5] = rows[0] + rows[1]
+    p = replace(p, measures=sp.csr_array(rows))
+    ours = Joint(p, "raking", None, 50.0)
+    ours.solve()
+    stored = ours._rows.by_target
+    assert stored.shape[0] == MEASURES - 2
+    assert stored.nnz == p.measures.nnz - np.count_nonzero(rows[[0, 5]])
+    monkeypatch.setattr(joint, "find_nesting", lambda *_: None)
+    theirs = Joint(p, "raking", None, 50.0)
+    theirs.solve()
+    assert theirs._rows.by_target.shape[0] == MEASURES
+    for one, other in zip(ours.weights(), theirs.weights(), strict=True):
+        np.testing.assert_allclose(one.weights, other.weights, rtol=1e-9, atol=1e-9 * other.weights.max())
+        np.testing.assert_allclose(one.estimates, other.estimates, rtol=1e-9)
+
+
 def test_levels_meet_in_the_middle():
     p = nested("clones", 1.1)
     alone = nested("clones", 1.0)

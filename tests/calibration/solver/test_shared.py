@@ -85,7 +85,7 @@ def test_what_cannot_be_met_gives_way():
 
 def test_ratios_are_refused():
     p = survey()
-    with pytest.raises(ValueError, match="only totals"):
+    with pytest.raises(ValueError, match="totals only"):
         calibrate_shared(replace(p, denominators=p.matrix))
 
 
