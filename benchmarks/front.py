@@ -2,8 +2,10 @@
 
     python -m benchmarks.front --networks lenet300 lenet5 googlenet vit --seeds 0 1 2 --mnist FILE.npz
 
-For each network and seed: a run with ``front=[0.5,0.7,0.8,0.9,0.95]``, and one run to each of these sizes
-with fine-tuning of as many epochs as a size of the front gets. Costs are seconds of the processor of the
+For each network and seed: a run with ``front=[0.5,0.7,0.8,0.9,0.95]``, and single runs to these sizes in both
+ways, each of as many epochs in all as the run under gates: ``gates`` trains under gates and fine-tunes for
+three epochs, ``one_shot`` starts in one shot (``target.one_shot=true``) from a network that was trained for
+two thirds of the epochs without gates, and trains for the rest. Costs are seconds of the processor of the
 whole command, start and test included. The table grows row by row; a call that is repeated goes on where it
 stopped.
 """
@@ -22,14 +24,15 @@ from benchmarks.rows import append, done
 
 SIZES = (0.5, 0.7, 0.8, 0.9, 0.95)
 TUNING = 3
-"""Epochs of fine-tuning of each size."""
-COMMON = ("lambda_l0=null", "trainer=cpu", "logger=none", "trainer.enable_progress_bar=false")
+"""Epochs of fine-tuning of a single run under gates."""
+EPOCHS = {"lenet300": 20, "lenet5": 20, "googlenet": 18, "vit": 40}
+"""Of a run, before fine-tuning."""
+COMMON = ("trainer=cpu", "logger=none", "trainer.enable_progress_bar=false")
 
 
-def settings(name: str, mnist: Path) -> list[str]:
+def settings(name: str, mnist: Path, epochs: int) -> list[str]:
     """What ``train.py`` is told about a network, its data and its epochs."""
     handwritten = ["data=npz", f"data.path={mnist}", "data.val_size=0", "data.batch_size=128"]
-    epochs = 18 if name == "googlenet" else 40 if name == "vit" else 20
     length = [f"trainer.max_epochs={epochs}", f"optimizer.schedule_epochs={epochs}"]
     own = {
         "lenet300": ["model=lenet300", *handwritten],
@@ -56,17 +59,34 @@ def run(arguments: list[str], folder: Path) -> tuple[dict[str, object], float]:
     return results, seconds
 
 
-def rows(name: str, seed: int, kind: str, mnist: Path) -> list[dict[str, object]]:
-    """One run: the front, or to one size."""
-    told = [*settings(name, mnist), f"seed={seed}"]
-    front = kind == "front"
-    if front:
-        told += [f"front=[{','.join(map(str, SIZES))}]", f"front_epochs={TUNING}"]
-    else:
-        told += [f"target_sparsity={kind}", f"finetune.epochs={TUNING}"]
+def single(way: str, size: float, name: str, seed: int, mnist: Path) -> tuple[dict[str, object], float]:
+    """A run to one size, by gates or from a start in one shot."""
+    target = [f"seed={seed}", f"target_sparsity={size}", "lambda_l0=null"]
     with tempfile.TemporaryDirectory() as folder:
-        results, seconds = run(told, Path(folder))
-    made = results["front"] if front else [{"size": float(kind), "test_acc": results["test_acc"]}]
+        if way == "gates":
+            told = [*settings(name, mnist, EPOCHS[name]), *target, f"finetune.epochs={TUNING}"]
+            return run(told, Path(folder))
+        whole = EPOCHS[name] + TUNING
+        first, second = 2 * whole // 3, whole - 2 * whole // 3
+        plain = [*settings(name, mnist, first), f"seed={seed}", "without_using_gate=true"]
+        results, seconds = run(plain, Path(folder))
+        told = [*settings(name, mnist, second), *target, f"ckpt_path={results['checkpoint']}"]
+        results, more = run([*told, "target.one_shot=true"], Path(folder))
+        return results, seconds + more
+
+
+def rows(name: str, seed: int, kind: str, mnist: Path) -> list[dict[str, object]]:
+    """One run: the front, or to one size in one way."""
+    if kind == "front":
+        front = f"front=[{','.join(map(str, SIZES))}]"
+        told = [*settings(name, mnist, EPOCHS[name]), f"seed={seed}", "lambda_l0=null", front]
+        with tempfile.TemporaryDirectory() as folder:
+            results, seconds = run(told, Path(folder))
+        made = results["front"]
+    else:
+        way, _, size = kind.partition(" ")
+        results, seconds = single(way, float(size), name, seed, mnist)
+        made = [{"size": float(size), "test_acc": results["test_acc"]}]
     assert isinstance(made, list)
     return [
         {
@@ -88,14 +108,17 @@ def main() -> None:
     )
     names = ["lenet300", "lenet5", "googlenet", "vit"]
     parser.add_argument("--networks", nargs="+", choices=names, default=names)
+    ways = ["front", "gates", "one_shot"]
+    parser.add_argument("--kinds", nargs="+", choices=ways, default=ways)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--mnist", type=Path, default=Path("mnist.npz"))
     parser.add_argument("--out", type=Path, default=Path("front.csv"))
     given = parser.parse_args()
     have = {(r["network"], r["seed"], r["kind"]) for r in done(given.out)}
     # The two that are compared in cost come first.
-    kinds = ["front", *(str(size) for size in reversed(SIZES))]
-    for name, seed, kind in itertools.product(given.networks, given.seeds, kinds):
+    kinds = ["front", *(f"{way} {size}" for way in ("gates", "one_shot") for size in reversed(SIZES))]
+    chosen = [kind for kind in kinds if kind.partition(" ")[0] in given.kinds]
+    for name, seed, kind in itertools.product(given.networks, given.seeds, chosen):
         if (name, str(seed), kind) in have:
             continue
         made = rows(name, seed, kind, given.mnist.resolve())

@@ -1,7 +1,6 @@
 """Train or fine-tune a network with L0 gates: `python train.py --help`."""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,6 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.training.config import Training
 
     given = settings_of(Training, composed)
-    if given.front and given.target_key is None:
-        given = replace(given, target_sparsity=given.front[-1])
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -88,7 +85,7 @@ def report(stage: "Stage", cfg: "Training", results: dict[str, Any]) -> None:
     made = artefacts.of_run(results, task)
     described = artefacts.examples_in_words(stage.data.describe(), cfg.trainer.limit_test_batches)
     results["artefacts"] = [a.to_dict() for a in made]
-    results |= {"measured_on": described, "ship": artefacts.to_ship(made)}
+    results |= {"measured_on": described, "ship": artefacts.to_ship(made, results)}
     write_page(folder / "report.html", "Training report", results, made, plain(cfg), task)
     write_json(folder / "results.json", results)
     print(headline(results, task))

@@ -19,6 +19,7 @@ NAMES = {
     "compacted": "what the gates leave, without gates",
     "shrunk": "made smaller in one shot, without training",
     "tuned": "what the gates leave, trained further",
+    "size": "a size of the front: made smaller in one shot, repaired and trained further",
     "exported": "the same for other runtimes, BatchNorm folded",
     "int8": "the same in 8-bit integers",
 }
@@ -81,8 +82,10 @@ def file_megabytes(*files: Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def to_ship(artefacts: Sequence[Artefact]) -> str | None:
-    """Return the one file to ship: that of the last artefact that has one."""
+def to_ship(artefacts: Sequence[Artefact], results: Mapping[str, Any] | None = None) -> str | None:
+    """Return the one file to ship, that of the last artefact that has one; a front needs a pick for that."""
+    if results is not None and results.get("front") and not results.get("picked"):
+        return None
     return next((a.file for a in reversed(artefacts) if a.file is not None), None)
 
 
@@ -107,11 +110,35 @@ def of_run(results: Mapping[str, Any], task: Task) -> list[Artefact]:
         return Artefact(name, given.get("checkpoint"), figures, *sizes, megabytes(sizes[0]))
 
     if not gates:
+        if results.get("front"):
+            return [row("dense", whole, results.get("dense", results)), *of_front(results, names)]
         first = [row("dense", whole)] if "original_parameters" in results else []
         return [*first, row("compacted" if first else "dense", left, results)]
     under_gates = row("gated", whole, results if tuned is None else tuned)
     last = row("compacted", left) if tuned is None else row("tuned", left, results)
     return [row("dense", whole), under_gates, last]
+
+
+def of_front(results: Mapping[str, Any], figures: Sequence[str]) -> list[Artefact]:
+    """Return the sizes of a front, the one that was picked last.
+
+    Args:
+        results: as results.json has them.
+        figures: names of the test's.
+    """
+    rows, picked = results.get("front", ()), results.get("picked")
+    last = [] if picked is None else [picked]
+    return [
+        Artefact(
+            f"size {row['size']:g}",
+            row["file"],
+            {name: row[name] for name in figures},
+            row["parameters"],
+            row["macs"],
+            megabytes(row["parameters"]),
+        )
+        for row in [*(r for r in rows if picked is None or r["size"] != picked["size"]), *last]
+    ]
 
 
 def columns(artefacts: Sequence[Artefact]) -> list[tuple[str, str]]:

@@ -34,7 +34,7 @@ from sparsereg.files import new_version
 from sparsereg.model.basic_l0_blocks import synchronise_batch_norm
 from sparsereg.model.batch_norm_statistics import estimate_batch_norm_
 from sparsereg.penalties import hard_concretes
-from sparsereg.settings import declared, flat, plain, read, value_at, with_value
+from sparsereg.settings import declared, flat, plain, read, shown, value_at, with_value
 from sparsereg.temperature import update_temperatures
 from sparsereg.training import callbacks as ours
 from sparsereg.training import checkpoint as checkpoints
@@ -47,7 +47,6 @@ from sparsereg.training.compaction import Compaction
 from sparsereg.training.config import TIMING, Callbacks, Evaluation, Training, check_pair, two_ways
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.ending import EndsTogether
-from sparsereg.training.front import Front
 from sparsereg.training.module import Learner, RunNotes
 from sparsereg.training.progress_bar import ProgressBar
 from sparsereg.training.results import measured, names
@@ -178,6 +177,11 @@ def start_from(cfg: Training, named: Set[str]) -> tuple[Training, Checkpoint | N
     """
     if cfg.has_target and cfg.lambda_l0 is not None and "lambda_l0" in named:
         raise two_ways(cfg)
+    if cfg.front and cfg.lambda_l0 is not None and "lambda_l0" in named:
+        raise InputError(
+            f"front={shown(cfg.front)} takes units out of a trained network, lambda_l0={cfg.lambda_l0:g}"
+            " while it trains: give one of them"
+        )
     if cfg.ckpt_path is None:
         return cfg, None
     checkpoint = checkpoints.read(cfg.ckpt_path, resume=cfg.resume_training)
@@ -246,15 +250,24 @@ def check_stored(checkpoint: Checkpoint) -> None:
 
 def _check_usable(cfg: Training, checkpoint: Checkpoint) -> None:
     """Raise an InputError unless a new run can start from the checkpoint."""
-    if checkpoint.gated and cfg.without_using_gate:
+    if checkpoint.gated and not cfg.gated:
         raise InputError(
-            f"{checkpoint.named} has gates, but without_using_gate=true: leave that out, or start from a "
+            f"{checkpoint.named} has gates, but {_without_gates(cfg)}: leave that out, or start from a "
             "checkpoint without gates"
+        )
+    if checkpoint.structure is not None and cfg.front:
+        raise InputError(
+            f"{checkpoint.named} is a compacted network: front={shown(cfg.front)} starts from a whole one"
         )
     if checkpoint.structure is not None and not cfg.without_using_gate:
         raise InputError(
             f"{checkpoint.named} is a compacted network without gates: give without_using_gate=true"
         )
+
+
+def _without_gates(cfg: Training) -> str:
+    """Say which setting lets a run train without gates."""
+    return f"front={shown(cfg.front)}" if cfg.front else "without_using_gate=true"
 
 
 def _check_resumable(cfg: Training, checkpoint: Checkpoint) -> None:
@@ -264,12 +277,12 @@ def _check_resumable(cfg: Training, checkpoint: Checkpoint) -> None:
             f"{checkpoint.named} is a compacted network, which has no run to resume; to train it further "
             "give resume_training=false"
         )
-    if checkpoint.run_gated and cfg.without_using_gate:
+    if checkpoint.run_gated and not cfg.gated:
         raise InputError(
-            f"{checkpoint.named} is of a run with gates, but without_using_gate=true: leave that out, or "
+            f"{checkpoint.named} is of a run with gates, but {_without_gates(cfg)}: leave that out, or "
             "start from a checkpoint without gates"
         )
-    if not checkpoint.run_gated and not cfg.without_using_gate:
+    if not checkpoint.run_gated and cfg.gated and not checkpoint.run_config.get("front"):
         raise InputError(
             f"{checkpoint.named} has no gates, so its run can only be resumed with without_using_gate=true; "
             "to fine-tune it with gates give resume_training=false"
@@ -367,7 +380,7 @@ def build_network(cfg: Training, data: RunData, checkpoint: Checkpoint | None = 
         net = networks.build(
             cfg.model,
             form_of(cfg, data),
-            gated=not cfg.without_using_gate,
+            gated=cfg.gated,
             pretrained=checkpoint is None,
             shape=cfg.shape,
             droprate_init=cfg.droprate_init,
@@ -695,10 +708,7 @@ def build_callbacks(
         assert traced is not None
         callbacks.append(_target(cfg, traced, data, average))
     callbacks.append(batch_norm_estimation(cfg, average))
-    if cfg.front:
-        assert traced is not None
-        callbacks.append(_front(cfg, data, task, traced, folder, average))
-    if not cfg.without_using_gate:
+    if cfg.gated:
         assert traced is not None
         callbacks += [
             ours.TemperatureSchedule(cfg.temperature.scheduler()),
@@ -728,31 +738,6 @@ def _target(
     budget = measured_budget(cfg, accountant, example_input(data, accountant.model))
     assert budget is not None
     return SparsityTarget(accountant, target_settings(cfg, budget.cost, budget.kept), average, budget)
-
-
-def _front(
-    cfg: Training,
-    data: RunData,
-    task: Task,
-    accountant: Accountant,
-    folder: Path,
-    average: WeightAverage | None,
-) -> Front:
-    asked = asked_for(cfg)
-    assert asked is not None
-    epochs = cfg.front_epochs
-    if epochs is None:
-        epochs = max(1, round((cfg.trainer.max_epochs or 1) / 10))
-    notes = {
-        "config": plain(cfg),
-        **form_of(cfg, data).taken_by(accountant.model).described(),
-        "data": data.describe(),
-        "checkpoint": str(folder / "checkpoints" / "last.ckpt"),
-    }
-    example = example_input(data, accountant.model)
-    settings = target_settings(cfg, *asked)
-    lr = cfg.finetune.lr
-    return Front(accountant, settings, cfg.front, epochs, lr, data, example, task, folder, notes, average)
 
 
 def own(settings: Callbacks) -> list[pl.Callback]:

@@ -390,13 +390,15 @@ class Training(Settings):
     target: Target = setting(Target, "how target_sparsity or target_macs is reached; docs/choosing-lambda.md")
     front: tuple[float, ...] = setting(
         (),
-        "shares to remove, rising, e.g. [0.5,0.7,0.9]: on the way to the last one, the target, a copy is met,"
-        " repaired and fine-tuned at each; docs/one-shot.md",
+        "shares to remove, rising, e.g. [0.5,0.7,0.9]: trains without gates, then makes each size from the"
+        " one before in one shot, repaired and fine-tuned; docs/one-shot.md",
         within("(0, 1)", "a share"),
         empty=True,
     )
     front_epochs: int | None = setting(
-        None, "of fine-tuning at each size of the front; null: a tenth of the epochs", count(0)
+        None,
+        "of fine-tuning at each size of the front; null: finetune.epochs, or a quarter of the epochs",
+        count(0),
     )
     pick: str | None = setting(
         None, "a bound on a column of front.csv, such as 'latency_ms<=3': the best that fits is handed over"
@@ -434,13 +436,29 @@ class Training(Settings):
 
     @property
     def has_target(self) -> bool:
-        """Whether the network, or a part of it, has a target."""
-        return self.target_key is not None or bool(self.target.parts)
+        """Whether gates are trained to a target of the network, or of a part of it."""
+        return not self.front and (self.target_key is not None or bool(self.target.parts))
+
+    @property
+    def gated(self) -> bool:
+        """Whether the network has gates while it trains."""
+        return not self.without_using_gate and not self.front
+
+    @property
+    def front_cost(self) -> str:
+        """What the sizes of a front are shares of."""
+        return "parameters" if self.target_macs is None else "macs"
+
+    @property
+    def epochs_of_a_size(self) -> int:
+        """Of fine-tuning at each size of a front."""
+        quarter = max(1, round((self.trainer.max_epochs or 0) / 4))
+        return self.finetune.epochs or quarter if self.front_epochs is None else self.front_epochs
 
     @property
     def compacts(self) -> bool:
         """Whether channels leave while the network is trained."""
-        return self.callbacks.compact_every_n_epochs > 0 and not self.without_using_gate
+        return self.callbacks.compact_every_n_epochs > 0 and self.gated
 
     def check(self) -> None:
         """Settings that stand in each other's way."""
@@ -457,7 +475,7 @@ class Training(Settings):
                 f"penalty=weights does not know which weights the gates of a {whose} stand for: "
                 "give penalty=gates, or a target"
             )
-        if self.finetune.epochs and self.without_using_gate:
+        if self.finetune.epochs and self.without_using_gate and not self.front:
             raise InputError(
                 "finetune.epochs trains what gates have left, but without_using_gate=true: leave one of them"
                 " out"
@@ -496,7 +514,7 @@ class Training(Settings):
             removed is not None and abs(removed - self.front[-1]) > 1e-9
         ):
             raise InputError(
-                f"{said} is the way to target_sparsity={self.front[-1]:g}: leave the target out, or give"
+                f"{said} ends at target_sparsity={self.front[-1]:g}: leave the target out, or give"
                 f" that, or target_macs={1 - self.front[-1]:g} for a front of multiply-accumulates"
             )
         if self.target.parts:
@@ -509,6 +527,9 @@ class Training(Settings):
     def _check_target(self) -> None:
         key = self.target_key
         self._check_one_shot()
+        both = [k for k in TARGETS if getattr(self, k) is not None]
+        if len(both) > 1:
+            raise InputError(f"{both[0]} and {both[1]} exclude each other: give one of them")
         if not self.has_target:
             if self.lambda_l0 is None and not self.front:
                 raise InputError(
@@ -516,9 +537,6 @@ class Training(Settings):
                 )
             return
         given = self.target_said
-        both = [k for k in TARGETS if getattr(self, k) is not None]
-        if len(both) > 1:
-            raise InputError(f"{both[0]} and {both[1]} exclude each other: give one of them")
         if key in MEASURED and (
             self.trainer.strategy != "auto" or self.trainer.devices not in (1, "1", "auto")
         ):
@@ -537,13 +555,17 @@ class Training(Settings):
             )
 
     def _check_one_shot(self) -> None:
-        """Before training no clock is asked and no front is passed by."""
+        """Before training no clock is asked; a front starts so by itself."""
         if not self.target.one_shot:
             return
-        if self.target_key in MEASURED or self.front:
-            said = f"front={shown(self.front)}" if self.front else self.target_said
+        if self.front:
             raise InputError(
-                f"target.one_shot=true and {said} exclude each other: give target_sparsity or target_macs"
+                f"front={shown(self.front)} makes each size in one shot by itself: leave target.one_shot out"
+            )
+        if self.target_key in MEASURED:
+            raise InputError(
+                f"target.one_shot=true and {self.target_said} exclude each other: give target_sparsity or"
+                " target_macs"
             )
         if not self.has_target:
             raise InputError("target.one_shot=true needs a target: give target_sparsity or target_macs")

@@ -1,156 +1,70 @@
-"""The front from one run: on its way to the target a copy is met, repaired and fine-tuned at each size.
+"""What a front leaves behind: a folder for each size, front.csv, front.png, the network that is handed over.
 
-While the target falls, the gates of the network pass through every size. At the end of the epoch in which
-a size is due, a copy is brought to it exactly, compacted, repaired in closed form
-(``sparsereg.compression.oneshot.repair``) and trained further for a short while; the run itself goes on as
-if nothing had happened. Each size is a folder with its network and its figures, so that a run that was cut
-off goes on with those that are missing.
+A run with a front trains the network without gates and then makes one size after the other, each from the one
+before in one shot (``sparsereg.compression.oneshot.ranked``), repaired and fine-tuned; that is done in
+``sparsereg.training.stages``.
+A size is there when its figures are, so that a run that was cut off goes on with those that are missing.
 """
 
-import copy
 import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-import torch
-from lightning_fabric.utilities.apply_func import move_data_to_device
-from pytorch_lightning.callbacks import Callback
 from torch import fx
 
-from sparsereg.compression import Accountant, benchmark, fuse, save_compacted
-from sparsereg.compression.budget import meet_
-from sparsereg.compression.oneshot.origins import Origins
-from sparsereg.compression.oneshot.repair import repaired
-from sparsereg.data.batches import call, only
-from sparsereg.data.own import RunData
+from sparsereg.compression import benchmark, fuse, save_compacted
 from sparsereg.files import write_atomically, write_json, write_text
-from sparsereg.training.accounting import PlainAccountant
-from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.pick import Pick
-from sparsereg.training.target import TargetSettings
-from sparsereg.training.tasks.measure import measure
 from sparsereg.training.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
 FOLDER = "front"
-NUM_INPUTS, BATCH = 2048, 64
-"""Training inputs, without augmentation and labels, that a repair looks at."""
-TIMING = 1.0
+TIMING = 0.5
 """Seconds for which each network is timed."""
-
-
-@dataclass(eq=False)
-class Front(Callback):
-    """Makes the networks of the front while a run trains.
-
-    Attributes:
-        accountant: of the network that is trained.
-        settings: how its target falls.
-        sizes: shares of the cost to remove, rising; the last one is the target.
-        epochs: of fine-tuning at each size.
-        lr: of that, at its peak.
-        data: of the run.
-        example: one example.
-        task: what is learnt.
-        folder: of the run.
-        notes: kept with the networks.
-        average: holds the averaged weights that are measured, if there are any.
-    """
-
-    accountant: Accountant
-    settings: TargetSettings
-    sizes: Sequence[float]
-    epochs: int
-    lr: float
-    data: RunData
-    example: Any
-    task: Task
-    folder: Path
-    notes: Mapping[str, Any]
-    average: WeightAverage | None = None
-    _origins: Origins | None = field(default=None, init=False)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the networks of all sizes that are due."""
-        done = trainer.current_epoch + 1
-        allowed = self.settings.share_at(done)
-        due = [s for s in self.sizes if 1 - s >= allowed - 1e-9 or done == trainer.max_epochs]
-        due = [s for s in due if not (place_of(self.folder, s) / "figures.json").is_file()]
-        if not due or not trainer.is_global_zero:
-            return
-        devices = list(range(torch.cuda.device_count()))
-        with torch.random.fork_rng(devices):
-            for size in due:
-                torch.manual_seed(0)
-                if self.average is None:
-                    self._make(size, pl_module)
-                else:
-                    with self.average.in_place(pl_module):
-                        self._make(size, pl_module)
-
-    def _make(self, size: float, module: pl.LightningModule) -> None:
-        net = self.accountant.model
-        before = copy.deepcopy(net).eval()
-        after = copy.deepcopy(before)
-        assert self.settings.cost is not None  # a front has the target of the whole network
-        meet_(Accountant(after, self.example), self.settings.cost, 1 - size, self.settings.round_to)
-        batches = [only(x, self.example) for x in self.data.estimation_batches(NUM_INPUTS, BATCH)]
-        if self._origins is None:
-            self._origins = Origins(before, self.example)
-        small = repaired(before, after, self.example, batches, progress=False, origins=self._origins)
-        self._tune(small, module.device)
-        place = place_of(self.folder, size)
-        place.mkdir(parents=True, exist_ok=True)
-        notes = {**self.notes, "size": size}
-        small.cpu().eval()
-        write_atomically(place / "compacted.pt", lambda p: save_compacted(small, p, notes))
-        row = {"size": size, **self._figures(small, module.device)}
-        write_json(place / "figures.json", row)  # last: a size without it is made again
-        log.info("front: %s", ", ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None))
-
-    def _tune(self, small: fx.GraphModule, device: torch.device) -> None:
-        """Train a network further, as fine-tuning at the end of a run does."""
-        loader = self.data.train_dataloader()
-        if not self.epochs:
-            return
-        small.to(device).train()
-        optimizer = torch.optim.AdamW(small.parameters(), self.lr, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(loader))
-        for _ in range(self.epochs):
-            for batch in loader:
-                inputs, labels = self.task.split(move_data_to_device(batch, device))
-                predictions, labels = self.task.predictions(call(small, only(inputs, self.example)), labels)
-                optimizer.zero_grad()
-                self.task.loss(predictions, labels).backward()
-                optimizer.step()
-                schedule.step()
-
-    def _figures(self, small: fx.GraphModule, device: torch.device) -> dict[str, Any]:
-        costs = PlainAccountant(small, self.example)
-        timed = benchmark({"small": fuse(small)}, self.example, batch_sizes=(1,), seconds=TIMING)
-        found: dict[str, Any] = {
-            "sparsity": 1 - costs.parameters / self.accountant.parameters,
-            "parameters": costs.parameters,
-            "macs": costs.macs,
-            "latency_ms": 1e3 * min(row.seconds for row in timed.rows),
-        }
-        small.to(device)
-        for part in ("val", "test"):
-            loader = getattr(self.data, f"{part}_dataloader")() if part == "test" or self.data.num_val else ()
-            figures = measure(lambda x: call(small, only(x, self.example)), self.task, loader, device)
-            found |= {f"{part}_{name}": figures.get(name) for name in self.task.figures}
-        return found
 
 
 def place_of(folder: Path, size: float) -> Path:
     """The folder of one size of a run's front."""
     return folder / FOLDER / f"{size:.6g}"
+
+
+def missing(folder: Path, sizes: Sequence[float]) -> list[float]:
+    """The sizes that have not been made yet."""
+    return [size for size in sizes if not (place_of(folder, size) / "figures.json").is_file()]
+
+
+def keep(
+    folder: Path,
+    size: float,
+    network: fx.GraphModule,
+    example: Any,
+    figures: Mapping[str, Any],
+    notes: Mapping[str, Any],
+) -> None:
+    """Time the network of a size, and write it and its figures.
+
+    Args:
+        folder: of the run.
+        size: share of the cost that is gone.
+        network: in eval mode, on the CPU.
+        example: one example as it takes it.
+        figures: of the network, without its latency.
+        notes: kept with it.
+    """
+    timed = benchmark({"network": fuse(network)}, example, batch_sizes=(1,), seconds=TIMING)
+    costs = {"parameters", "macs", "sparsity"}
+    first, rest = ({k: v for k, v in figures.items() if (k in costs) is here} for here in (True, False))
+    latency = 1e3 * min(row.seconds for row in timed.rows)
+    row = {"size": size, **first, "latency_ms": latency, **rest}
+    place = place_of(folder, size)
+    place.mkdir(parents=True, exist_ok=True)
+    write_atomically(place / "compacted.pt", lambda p: save_compacted(network, p, {**notes, "size": size}))
+    write_json(place / "figures.json", row)  # last: a size without it is made again
+    log.info("front: %s", ", ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None))
 
 
 def take_over(folder: Path, before: Path) -> None:
@@ -160,16 +74,17 @@ def take_over(folder: Path, before: Path) -> None:
         shutil.copytree(place.parent, target, dirs_exist_ok=True)
 
 
-def finished(folder: Path, task: Task, pick: Pick | None) -> dict[str, Any]:
+def finished(folder: Path, task: Task, pick: Pick | None, dense: Mapping[str, Any]) -> dict[str, Any]:
     """Write front.csv and front.png, and hand over the network that was asked for.
 
     Args:
         folder: of the run.
         task: what was learnt.
         pick: what the network has to keep to; None hands none over.
+        dense: results of the network that was trained.
 
     Returns:
-        What to add to results.json.
+        What to change in results.json: a network that is handed over is the run's, with its figures.
     """
     files = sorted((folder / FOLDER).glob("*/figures.json"), key=lambda p: float(p.parent.name))
     rows = [json.loads(path.read_text()) for path in files]
@@ -181,7 +96,8 @@ def finished(folder: Path, task: Task, pick: Pick | None) -> dict[str, Any]:
     write_text(folder / "front.csv", "\n".join(lines) + "\n")
     figure = f"test_{task.figure}"
     _draw(folder / "front.png", rows, figure)
-    found: dict[str, Any] = {"front": rows}
+    shown = [{**row, "file": str(place_of(folder, row["size"]) / "compacted.pt")} for row in rows]
+    found: dict[str, Any] = {"front": shown}
     if pick is None:
         return found
     fitting = [row for row in rows if pick.fits(row)]
@@ -196,7 +112,17 @@ def finished(folder: Path, task: Task, pick: Pick | None) -> dict[str, Any]:
     best = max(fitting, key=lambda row: row[key] if task.larger_is_better else -row[key])
     target = folder / "checkpoints" / "compacted.pt"
     write_atomically(target, lambda p: shutil.copyfile(place_of(folder, best["size"]) / "compacted.pt", p))
-    return {**found, "picked": {**best, "file": str(target)}}
+    own = {key: best[key] for key in best if key.startswith(("val_", "test_"))}
+    return {
+        **found,
+        "dense": {key: dense.get(key) for key in (*own, "checkpoint")},
+        "picked": {**best, "file": str(target)},
+        **own,
+        "checkpoint": str(target),
+        "exact_sparsity": best["sparsity"],
+        "compacted_parameters": best["parameters"],
+        "compacted_macs": best["macs"],
+    }
 
 
 def _draw(path: Path, rows: Sequence[Mapping[str, Any]], figure: str) -> None:

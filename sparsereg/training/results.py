@@ -67,7 +67,7 @@ def target_summary(
         trainer: after training.
         accountant: with the gates as they are tested.
     """
-    if cfg.without_using_gate:
+    if not cfg.gated:
         return {"lambda_l0": None}
     key, asked = cfg.target_key, asked_for(cfg)
     if not cfg.has_target:

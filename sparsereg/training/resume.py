@@ -91,7 +91,7 @@ CHANGES: dict[str, Rule] = {
     "target_memory_mb": MODE,
     "target.params": MODE,
     "target.macs": MODE,
-    "front": Rule(False, "its sizes are those that the run passes on the way to its target"),
+    "front": Rule(False, "its run trains without gates, or with a target"),
     "pick": FREE,
     "ema_decay": MODE,
     "model.dropout": TOLD,

@@ -1,4 +1,4 @@
-"""The stages of a run: training, and fine-tuning of what the gates have left.
+"""The stages of a run: training, and fine-tuning of what the gates have left, or of each size of a front.
 
 The second is what ``train.py ckpt_path=.../compacted.pt without_using_gate=true`` would do: the gates are
 folded into the weights, closed channels leave, and the small network is trained on.
@@ -10,18 +10,23 @@ the run and what the gated network reached, so that a run that was cut off anywh
 """
 
 import contextlib
+import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.apply_func import move_data_to_device
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
-from torch import nn
+from torch import fx, nn
 
-from sparsereg.compression import Accountant, compact, storage
+from sparsereg.compression import Accountant, compact, load_compacted, storage
+from sparsereg.compression.compact import ORIGINAL, original_size
+from sparsereg.compression.oneshot.ranked import Ranked, opened_
 from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS, start_in_one_shot_
+from sparsereg.data.batches import only
 from sparsereg.data.own import RunData
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
@@ -30,6 +35,7 @@ from sparsereg.training import build, front, resume
 from sparsereg.training import callbacks as ours
 from sparsereg.training.accounting import PlainAccountant, accountant_of
 from sparsereg.training.checkpoint import Checkpoint, FirstStage, load_all_weights_
+from sparsereg.training.config import Logger as NoLogger
 from sparsereg.training.config import Training
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.loggers import build_loggers
@@ -39,8 +45,11 @@ from sparsereg.training.pick import Pick
 from sparsereg.training.results import count_summary, gate_summary, measured, names, target_summary
 from sparsereg.training.target import asked_for
 from sparsereg.training.tensorboard import METRICS, in_order
+from sparsereg.zoo.gated import with_gates
 from sparsereg.zoo.kinds.compacted import CompactedModel
 from sparsereg.zoo.kinds.own import OwnNetwork
+
+log = logging.getLogger(__name__)
 
 UNDER_GATES = {"last.ckpt": "gated.ckpt", "best.ckpt": "gated_best.ckpt"}
 """Names that the checkpoints of the gated stage get when fine-tuning takes theirs."""
@@ -131,14 +140,18 @@ def begin(cfg: Training, data: RunData, checkpoint: Checkpoint | None, outputs: 
         load_all_weights_(net, resumed)
     if resumed is None:
         _one_shot_(cfg, net, data, checkpoint)
+    accountant = None
+    if cfg.front:
+        _gated(cfg, data, net)  # so that it is said before anything is trained if nothing can go
+        accountant = PlainAccountant(net, build.example_input(data, net))
     structure = None if checkpoint is None else checkpoint.structure
     teacher = build.build_teacher(cfg, data)
-    stage_cfg = cfg if before is None else finetuning_config(cfg)
+    stage_cfg = cfg if before is None else finetuning_config(cfg, cfg.finetune.epochs)
     folder = lambda: build.claim_run_folder(outputs)  # noqa: E731
-    stage = _assemble(stage_cfg, data, net, structure, teacher, folder, before, resumed)
+    stage = _assemble(stage_cfg, data, net, structure, teacher, folder, before, resumed, accountant)
     stage.module.batch_norm_is_current = build.statistics_fit(cfg, net, checkpoint)
-    if resumed is not None and cfg.front and stage.trainer.is_global_zero:
-        front.take_over(stage.folder, resumed.path.parent.parent)
+    if resumed is not None and cfg.front and resumed.epoch == cfg.trainer.max_epochs:
+        front.take_over(stage.folder, resumed.path.parent.parent)  # of the same weights
     if resumed is not None and before is not None:
         for name in UNDER_GATES.values():
             if (beside := resumed.path.with_name(name)).is_file():
@@ -174,10 +187,9 @@ def carry_out(cfg: Training, stage: Stage, named: Sequence[str] = ()) -> dict[st
     stage.fit()
     if stage.before is None:
         results = _first_results(stage)
-        if cfg.front and stage.trainer.is_global_zero:
-            pick = None if cfg.pick is None else Pick.read(cfg.pick, stage.module.task.figures)
-            results |= front.finished(stage.folder, stage.module.task, pick)
-        if cfg.finetune.epochs:
+        if cfg.front:
+            results |= _front(stage, results)
+        elif cfg.finetune.epochs:
             stage = finetuning(stage, results)
             stage.fit()
             results = _second_results(stage)
@@ -236,10 +248,89 @@ def finetuning(first: Stage, results: dict[str, Any]) -> Stage:
     small = compact(gated, build.example_input(first.data, gated))
     net = build.in_memory_format(first.cfg, small).to(device).train()
     before = FirstStage(plain(first.cfg), results)
-    cfg, structure = finetuning_config(first.cfg), storage.describe(small)
+    cfg, structure = finetuning_config(first.cfg, first.cfg.finetune.epochs), storage.describe(small)
     stage = _assemble(cfg, first.data, net, structure, first.teacher, lambda: first.folder, before)
     stage.module.batch_norm_is_current = first.module.batch_norm_is_current
     return stage
+
+
+def _front(first: Stage, dense: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the sizes of the front that are missing, each from the one before; return what they are.
+
+    Args:
+        first: trained, with the tested weights in place.
+        dense: results of it.
+    """
+    cfg, task = first.cfg, first.module.task
+    net: nn.Module = first.net
+    left = front.missing(first.folder, cfg.front)
+    for size in cfg.front:
+        if size in left:
+            log.info("front: size %g", size)
+            net = _size(first, size, _smaller(first, net.eval(), size))
+        elif left:
+            net = load_compacted(front.place_of(first.folder, size) / "compacted.pt")
+    pick = None if cfg.pick is None else Pick.read(cfg.pick, task.figures)
+    return front.finished(first.folder, task, pick, dense)
+
+
+def _gated(cfg: Training, data: RunData, net: nn.Module) -> nn.Module:
+    """Return a copy of a network with gates on what may go.
+
+    Raises:
+        InputError: nothing of it can.
+    """
+    form = build.form_of(cfg, data)
+    return with_gates(net, form, cfg.model.said, {"shape": cfg.shape, **cfg.model.limits})
+
+
+def _smaller(first: Stage, net: nn.Module, size: float) -> fx.GraphModule:
+    """Take units out of a network in one shot, until a share of what the first one cost is gone.
+
+    Args:
+        first: of the run.
+        net: in eval mode, without gates.
+        size: the share.
+    """
+    cfg, device = first.cfg, first.module.device
+    whole = opened_(_gated(cfg, first.data, net.cpu()).eval()).to(device)
+    example = build.example_input(first.data, whole)
+    inputs = first.data.estimation_batches(NUM_INPUTS, BATCH)
+    batches = [only(move_data_to_device(x, device), example) for x in inputs]
+    ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed)
+    original = original_size(net) or ranked.sizes
+    left = (1 - size) * original[cfg.front_cost] / ranked.sizes[cfg.front_cost]
+    small = ranked.repaired(ranked.met(left, cfg.target.round_to))
+    small.meta[ORIGINAL] = original
+    return small
+
+
+def _size(first: Stage, size: float, small: fx.GraphModule) -> fx.GraphModule:
+    """Fine-tune, test and keep the network of one size; return it."""
+    cfg = finetuning_config(first.cfg, first.cfg.epochs_of_a_size)
+    cfg = replace(cfg, trainer=replace(cfg.trainer, enable_checkpointing=False), logger=NoLogger())
+    net, place = build.in_memory_format(cfg, small).train(), front.place_of(first.folder, size)
+    accountant = PlainAccountant(net, build.example_input(first.data, net))
+    structure = storage.describe(small)
+    stage = _assemble(cfg, first.data, net, structure, first.teacher, lambda: place, accountant=accountant)
+    stage.fit()
+    figures = stage.test()
+    small.cpu().eval()
+    costs = {
+        "sparsity": 1 - accountant.parameters / original_size(small)["parameters"],
+        "parameters": accountant.parameters,
+        "macs": accountant.macs,
+    }
+    own = (*names("val", stage.module.task), *names("test", stage.module.task))
+    row = {**costs, **{key: figures.get(key) for key in own}}
+    notes = {
+        "config": plain(first.cfg),
+        **stage.module.notes.form.taken_by(small).described(),
+        "data": first.data.describe(),
+        "checkpoint": str(first.checkpoints / "last.ckpt"),
+    }
+    front.keep(first.folder, size, small, build.example_input(first.data, small), row, notes)
+    return small
 
 
 def _copy(trainer: pl.Trainer, source: Path, target: Path) -> None:
@@ -248,9 +339,13 @@ def _copy(trainer: pl.Trainer, source: Path, target: Path) -> None:
         write_atomically(target, lambda beside: shutil.copyfile(source, beside))
 
 
-def finetuning_config(cfg: Training) -> Training:
-    """Return the settings of the second stage: those of a plain run on a compacted network."""
-    epochs = cfg.finetune.epochs
+def finetuning_config(cfg: Training, epochs: int) -> Training:
+    """Return the settings of fine-tuning: those of a plain run on a compacted network.
+
+    Args:
+        cfg: of the run.
+        epochs: of fine-tuning.
+    """
     return replace(
         cfg,
         model=CompactedModel(),
@@ -273,7 +368,7 @@ def finetuning_config(cfg: Training) -> Training:
             cfg.optimizer,
             lr=cfg.finetune.lr,
             schedule="cosine",
-            schedule_epochs=epochs,
+            schedule_epochs=max(1, epochs),
             warmup_epochs=0.0,
             final_lr_ratio=0.0,
         ),
@@ -305,9 +400,10 @@ def _assemble(
     make_folder: Callable[[], Path],
     before: FirstStage | None = None,
     resumed: Checkpoint | None = None,
+    accountant: Accountant | PlainAccountant | None = None,
 ) -> Stage:
     net = build.synchronise(cfg, net)
-    accountant = accountant_of(net, build.example_input(data, net))
+    accountant = accountant or accountant_of(net, build.example_input(data, net))
     module = build.build_module(cfg, net, data, structure, teacher, before)
     path = None if resumed is None else resumed.path
     if resumed is not None:

@@ -51,6 +51,11 @@ class Network(Settings):
         return group_of(vars(self))
 
     @property
+    def limits(self) -> dict[str, Any]:
+        """What ``sparsereg.gate`` is told about which units may go; {} for all that can."""
+        return {}
+
+    @property
     def said(self) -> str:
         """As the user gives it."""
         return f"model={self.group}"

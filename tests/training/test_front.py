@@ -1,4 +1,4 @@
-"""The front from one run: every size is met, the run is the one that it would have been, and it goes on."""
+"""The front from one run: every size is met, from the network that a plain run trains, and it goes on."""
 
 import csv
 
@@ -41,19 +41,42 @@ def test_every_size_is_met_and_the_run_is_the_same(run, tiny):
     assert sum(p.numel() for p in small.parameters()) == picked["parameters"]
     assert (made.folder / "front.png").stat().st_size > 1000
     plain = [a for a in FRONT if not a.startswith("front")]
-    bare = run("train", *tiny, *plain, "target_sparsity=0.8")
+    bare = run("train", *tiny, *plain, "without_using_gate=true")
     assert_same_weights(made.weights(), bare.weights())
-    again = run("test", f"ckpt_path={picked['file']}", "trainer.enable_progress_bar=false")
-    assert again.results["test_acc"] == picked["test_acc"]
+    assert made.results["dense"]["test_acc"] == bare.results["test_acc"]
+    again = run("test", f"ckpt_path={made.folder}", "trainer.enable_progress_bar=false")
+    assert again.results["test_acc"] == picked["test_acc"] == made.results["test_acc"]
+    assert [a["name"] for a in made.results["artefacts"]][0] == "dense"
+    assert made.results["ship"] == picked["file"].replace("front/0.8", "checkpoints")
 
 
 def test_a_run_that_was_cut_off_makes_what_is_missing(run, tiny):
     part = run("train", *tiny, *FRONT)
+    assert part.results["ship"] is None  # nobody has picked
     (part.folder / "front" / "0.8" / "figures.json").unlink()  # as if it was cut off just before
-    more = run("train", f"ckpt_path={part.last}", "resume_training=true", "trainer.max_epochs=5")
+    (part.folder / "results.json").unlink()
+    more = run("train", f"ckpt_path={part.last}", "resume_training=true")
     assert more.code == 0, more.err
     assert [row["size"] for row in rows(more)] == [0.3, 0.6, 0.8]
     assert rows(more)[:2] == rows(part)[:2]
+    same = [{k: v for k, v in rows(r)[2].items() if k != "latency_ms"} for r in (more, part)]
+    assert same[0] == same[1]
+
+
+def test_a_run_that_trains_on_makes_all_sizes_anew(run, tiny):
+    part = run("train", *tiny, *FRONT)
+    more = run("train", f"ckpt_path={part.last}", "resume_training=true", "trainer.max_epochs=5")
+    assert more.code == 0, more.err
+    assert all(a["latency_ms"] != b["latency_ms"] for a, b in zip(rows(more), rows(part), strict=True))
+
+
+def test_a_trained_network_gets_a_front_without_training(run, tiny):
+    trained = run("train", *tiny, *(a for a in FRONT if "front" not in a), "without_using_gate=true")
+    made = run("train", f"ckpt_path={trained.folder}", *tiny, "front=[0.5]", "trainer.max_epochs=0",
+               "front_epochs=1", "pick=size>=0.5")  # fmt: skip
+    assert made.code == 0, made.err
+    assert made.results["dense"]["test_acc"] == trained.results["test_acc"]
+    assert rows(made)[0]["size"] <= rows(made)[0]["sparsity"] <= 0.52
 
 
 def test_nothing_that_fits_is_said_and_all_is_written(run, tiny):
@@ -67,7 +90,10 @@ def test_nothing_that_fits_is_said_and_all_is_written(run, tiny):
     [
         (["front=[0.5,1.5]"], "front="),
         (["front=[0.7,0.5]"], "expected shares to remove that rise"),
-        (["front=[0.5,0.7]", "target_sparsity=0.9"], "is the way to target_sparsity=0.7"),
+        (["front=[0.5,0.7]", "target_sparsity=0.9"], "ends at target_sparsity=0.7"),
+        (["front=[0.5]", "target_sparsity=0.5", "target_macs=0.5"], "exclude each other"),
+        (["front=[0.5]", "target.one_shot=true"], "leave target.one_shot out"),
+        (["front=[0.5]", "lambda_l0=3"], "give one of them"),
         (["front=[0.5]", "pick=milliseconds<=3"], "front.csv has no column 'milliseconds'"),
         (["front=[0.5]", "pick=macs=3"], "such as pick='macs<=1e6'"),
         (["pick=macs<=3"], "needs a front"),

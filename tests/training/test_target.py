@@ -279,7 +279,10 @@ def test_one_shot_takes_units_out_before_the_first_epoch(run, tiny, model):
         (["target.one_shot=true"], "target.one_shot=true needs a target"),
         (["target.one_shot=true", "target_sparsity=0.5"], "of a trained network: give ckpt_path=RUN"),
         (["target.one_shot=true", "target_latency_ms=3"], "one_shot=true and target_latency_ms=3 exclude"),
-        (["target.one_shot=true", "front=[0.5,0.7]"], "one_shot=true and front=[0.5, 0.7] exclude"),
+        (
+            ["target.one_shot=true", "front=[0.5,0.7]"],
+            "makes each size in one shot by itself",
+        ),
         (["target_sparsity=1.2"], "target_sparsity"),
         (["target_sparsity=0.5", "target_macs=0.5"], "exclude each other"),
         (["target_sparsity=0.5", "lambda_l0=1.0"], "lambda_l0"),

@@ -1,6 +1,5 @@
 """A gated network that starts where one shot leaves it: units shut, what reads them repaired, in place."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +8,9 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression.budget import SURE
 from sparsereg.compression.compact import compact
-from sparsereg.compression.oneshot.origins import OPEN, Origins, Places
-from sparsereg.compression.oneshot.pruning import LEFTOVER, meet_by_importance_
+from sparsereg.compression.oneshot.origins import Places
+from sparsereg.compression.oneshot.ranked import Ranked, opened_
 from sparsereg.compression.oneshot.readers import readers
-from sparsereg.compression.oneshot.repair import repaired
-from sparsereg.compression.running import evaluating
-from sparsereg.compression.units.explain import inputs_of
-from sparsereg.compression.units.structure import structure_of
 from sparsereg.distributions import HardConcrete
 from sparsereg.goal import Share
 from sparsereg.penalties import hard_concretes
@@ -49,16 +44,11 @@ def start_in_one_shot_(
         round_to: widths are multiples of it, see ``meet_``.
         seed: of what is drawn.
     """
-    _set_(network, {path: torch.full_like(g.log_alpha, OPEN) for path, g in hard_concretes(network).items()})
-    with evaluating(network):
-        before, after = copy.deepcopy(network), copy.deepcopy(network)
-    by = LEFTOVER if structure_of(before, *inputs_of(example)) is not None else "gradient"
-    draws = torch.Generator().manual_seed(seed)
-    meet_by_importance_(after, example, cost, kept, batches, by, draws, shares, round_to)
-    origins = Origins(before, example)
+    ranked = Ranked(opened_(network), example, cost, batches, seed=seed, shares=shares)
+    after = ranked.met(kept, round_to)
     cut = compact(after, example, check=False)
-    small = repaired(before, after, example, batches, seed=seed, progress=False, origins=origins)
-    _put_back_(network, cut, small, origins.of(after))
+    small = ranked.repaired(after)
+    _put_back_(network, cut, small, ranked.origins.of(after))
     left = {path: SURE * (2 * g.median().sign() - 1) for path, g in hard_concretes(after).items()}
     _set_(network, left)
 

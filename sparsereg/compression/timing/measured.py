@@ -325,6 +325,7 @@ class MeasuredBudget(Budget):
     ) -> None:
         self.measured, self.target, self.example_input = cost, target, example_input
         self.reached: float | None = None
+        self._smallest = "with all gates shut"
         super().__init__(accountant, cost.key, 1.0, proportional_gain, integral_gain, shares, round_to)
         with _plain_tensors():
             self._fit()
@@ -350,7 +351,7 @@ class MeasuredBudget(Budget):
         said = f"{cost.key}={self.target:g}"
         if self.target < cost.floor * (1 + TOLERANCE):
             raise InputError(
-                f"{said}: with all gates shut the network still takes {cost.floor:.3g} {cost.unit}"
+                f"{said}: {self._smallest} the network still takes {cost.floor:.3g} {cost.unit}"
                 f" ({cost.what}): ask for more"
             )
         if self.target >= cost.full:
@@ -369,13 +370,12 @@ class MeasuredBudget(Budget):
         """Fit the model between the whole network and the one with all gates shut."""
         for gate in self.accountant.gates:
             gate.log_alpha.fill_(-_WIDE_OPEN)
-        try:
-            self.measured.fit(whole, self._compacted())
-        except Exception as error:  # all kinds, of exporters that know no network of nothing but constants
-            log.debug("the network with all gates shut cannot be run: %s", error)
+        smallest = self._compacted()
+        if not _answers(smallest):
             for gate in self.accountant.gates:
                 gate.log_alpha.view(-1)[0] = _WIDE_OPEN
-            self.measured.fit(whole, self._compacted())
+            smallest, self._smallest = self._compacted(), "with one unit left in each place"
+        self.measured.fit(whole, smallest)
 
     def _compacted(self) -> fx.GraphModule:
         model = self.accountant.model
@@ -419,6 +419,15 @@ class MeasuredBudget(Budget):
                 self.reached,
                 cost.unit,
             )
+
+
+def _answers(network: fx.GraphModule) -> bool:
+    """Whether a network's answer depends on what it is given: without units it may be a constant."""
+    reached = {node for node in network.graph.nodes if node.op == "placeholder"}
+    for node in network.graph.nodes:
+        if reached & set(node.all_input_nodes):
+            reached.add(node)
+    return any(node.op == "output" for node in reached)
 
 
 @contextmanager

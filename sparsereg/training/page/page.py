@@ -55,6 +55,7 @@ def write_page(
 
 def _values(results: Mapping[str, Any], artefacts: Sequence[Artefact], task: Task) -> dict[str, Any]:
     timed = columns(artefacts)
+    kinds = {a.name.partition(" ")[0] for a in artefacts}
     figures = [
         (key, value)
         for key, value in results.items()
@@ -71,7 +72,7 @@ def _values(results: Mapping[str, Any], artefacts: Sequence[Artefact], task: Tas
         "timed": timed,
         "timed_how": results.get("latency_settings", ""),
         "artefacts": [_row(a, task, timed) for a in artefacts],
-        "meanings": [(name, what) for name, what in NAMES.items() if name in {a.name for a in artefacts}],
+        "meanings": [(name, what) for name, what in NAMES.items() if name in kinds],
         "picture": _picture(artefacts, timed) if timed else "",
         "figures": figures,
         "sections": [s for s in sections if timed or s[0] != "speed"],

@@ -30,6 +30,11 @@ class TorchvisionModel(Network):
     residual: bool = setting(True, "gates on channels that residual additions tie together, too")
     sampling: str = sampling()
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Whether channels that residual additions tie together may go."""
+        return {"residual": self.residual}
+
 
 def build(
     form: "Form", gated: bool, gates: dict[str, Any], *, name: str, weights: str | None, **settings: Any

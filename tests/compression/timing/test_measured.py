@@ -90,6 +90,38 @@ def test_a_model_that_is_wrong_is_corrected_by_what_is_measured(accountant, shar
     assert cost.measure(compact(counted.model, x)) == pytest.approx(budget.reached)
 
 
+def test_the_smallest_network_still_reads_its_input(accountant):
+    counted, x = accountant
+    cost = Megabytes(counted, x, batch=1)
+    with pytest.raises(InputError, match="with one unit left in each place the network still takes"):
+        MeasuredBudget(counted, cost, 1e-9, x)
+    # A constant answer takes less: weights of 5 outputs, and what is alive beside them.
+    for g in counted.gates:
+        with torch.no_grad():
+            g.log_alpha.fill_(-20.0)
+    constant = cost.measure(compact(counted.model, x))
+    assert constant < cost.floor
+    for g in counted.gates:
+        with torch.no_grad():
+            g.log_alpha.view(-1)[0] = 20.0
+    assert cost.measure(compact(counted.model, x)) == pytest.approx(cost.floor)
+
+
+def test_branches_that_may_all_go_leave_the_smallest_network():
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch, self.last = nn.Linear(6, 30), nn.Linear(30, 6)
+
+        def forward(self, x):
+            return x + self.last(self.branch(x).relu())
+
+    x = torch.ones(1, 6)
+    counted = Accountant(gate(Skip().eval(), x, families=["units"]), x)
+    with pytest.raises(InputError, match="with all gates shut the network still takes"):
+        MeasuredBudget(counted, Megabytes(counted, x, batch=1), 1e-9, x)
+
+
 def test_what_cannot_be_met_is_said(accountant, caplog):
     counted, x = accountant
     cost = Megabytes(counted, x, batch=1)
