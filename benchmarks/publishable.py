@@ -3,6 +3,7 @@
     python -m benchmarks.publishable --data FOLDER
     python -m benchmarks.publishable --data FOLDER --python balance=ENV/bin/python --blas libblas.so.3
     python -m benchmarks.publishable --only apiclus1 --only eusilc --peers sparsereg,survey
+    python -m benchmarks.publishable --data FOLDER --only Oregon    a row that cannot be met, and what it does
 
 FOLDER holds cps_households.csv.gz (w, fips, agi, XTOT) and cps_targets.csv.gz: 280,005 US tax units and
 published totals by state. What is not installed is left out and named: R with survey (``apt-get install
@@ -373,6 +374,48 @@ def standard_errors(args: argparse.Namespace) -> None:
         print(f"survey         {one:.6f} {two:.6f} {spent:.3f}")
 
 
+def a_row_that_cannot_be_met(folder: Path) -> None:
+    """What a target of zero for Oregon's income does to its other totals, and how good they can be at all."""
+    import pandas as pd
+
+    from sparsereg.calibration import calibrate, problem_from_frames
+
+    h, t = pd.read_csv(folder / "cps_households.csv.gz"), pd.read_csv(folder / "cps_targets.csv.gz")
+    zero = pd.DataFrame([{"name": "zero OR", "value": 0.0, "measure": "agi", "where": "fips == 41"}])
+    own = t["where"].str.contains("fips == 41").to_numpy()
+    print("\nmean error of Oregon's totals: all 23, the 22 above zero")
+    for label, table in (("without", t), ("with", pd.concat([t, zero.assign(group="agi amount")]))):
+        problem = problem_from_frames(h, table.reset_index(drop=True), weight="w", id="RECID")
+        problem = problem.subset(np.diff(problem.matrix.indptr) > 0)
+        place = {name: i for i, name in enumerate(problem.names)}
+        rows = np.array([place[name] for name in t.name[own]])
+        for method in ("all", "calibrate"):
+            found = calibrate(problem, method=method).estimates[rows]
+            told = _mean_errors(found / problem.targets[rows] - 1, problem.targets[rows] > 0)
+            print(f"{method:10} {label:8} the row of zero: {told}")
+    oregon = problem.matrix[rows].astype(float)
+    print(f"least of any weights >= 0:            {_least_errors(oregon, problem.targets[rows])}")
+
+
+def _mean_errors(errors: np.ndarray, counts: np.ndarray) -> str:
+    return f"{100 * np.abs(errors).mean():.2f} %, {100 * np.abs(errors[counts]).mean():.2f} %"
+
+
+def _least_errors(rows: sp.csr_array, targets: np.ndarray) -> str:
+    """The least mean error by a linear programme, of all of them and of those above zero."""
+    from scipy.optimize import linprog
+
+    told = []
+    for some in (np.ones(len(targets), dtype=bool), targets > 0):
+        part = sp.diags_array(1 / np.abs(targets[some])) @ rows[np.flatnonzero(some)]
+        part = part[:, np.flatnonzero(np.diff(sp.csc_array(part).indptr))]
+        eye = sp.eye_array(int(some.sum()))
+        cost = np.concatenate([np.zeros(part.shape[1]), np.full(2 * eye.shape[0], 1 / eye.shape[0])])
+        best = linprog(cost, A_eq=sp.hstack([part, eye, -eye]), b_eq=np.sign(targets[some]), method="highs")
+        told.append(f"{100 * best.fun:.2f} %")
+    return ", ".join(told)
+
+
 def versions(args: argparse.Namespace) -> str:
     """Of everything that takes part."""
     told = [f"Python {sys.version.split()[0]}", f"numpy {np.__version__}"]
@@ -423,6 +466,8 @@ def main() -> None:
                 print(line(row), flush=True)
     if any("apiclus1".startswith(o) for o in args.only or [""]):
         standard_errors(args)
+    if args.data and any("Oregon".startswith(o) for o in args.only or [""]):
+        a_row_that_cannot_be_met(args.data)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

@@ -85,6 +85,37 @@ def opened(arguments: Sequence[str]) -> list[str]:
     ]
 
 
+BY_NAME = ("missing_in", "group_multipliers")
+"""Mappings whose keys are names of the user's tables, in letters of any language."""
+_SPELLED = re.compile(r"__u([0-9a-f]+)__")
+_KEY = re.compile(r"""([{,]\s*)([^{}\[\],:'"]+?)(\s*:)""")
+"""A key inside of a mapping."""
+
+
+def spelled(name: str) -> str:
+    """Return a name with what Hydra takes for no letter of a key spelled out in ASCII: ``g__uf6__`` is "gö".
+
+    Example:
+        >>> named(spelled("größe")), spelled("age")
+        ('größe', 'age')
+    """
+    return "".join(c if c.isascii() else f"__u{ord(c):x}__" for c in name)
+
+
+def named(spelling: str) -> str:
+    """Return the name that was spelled out."""
+    return _SPELLED.sub(lambda letter: chr(int(letter[1], 16)), spelling)
+
+
+def with_names(composed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration whose mappings by name have the names themselves as keys again."""
+    found = dict(composed)
+    for group in BY_NAME:
+        if isinstance(found.get(group), Mapping):
+            found[group] = {named(str(key)): value for key, value in found[group].items()}
+    return found
+
+
 BOUNDS = ("pick",)
 """Keys whose values hold signs that Hydra reads only in quotes."""
 
@@ -106,6 +137,9 @@ def quoted(arguments: Sequence[str]) -> list[str]:
 
 def _in_quotes(argument: str) -> str:
     key, _, value = argument.partition("=")
+    if key.lstrip("+").partition(".")[0] in BY_NAME and not argument.isascii():
+        key, value = spelled(key), _KEY.sub(lambda k: k[1] + spelled(k[2]) + k[3], value)
+        argument = f"{key}={value}"
     if key in BOUNDS and any(sign in value for sign in "<>=") and "'" not in value:
         return f"{key}='{value}'"
     if value.isascii() or "${" in value:

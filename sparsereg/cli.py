@@ -30,7 +30,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from sparsereg import interruption
-from sparsereg.arguments import OWN_GROUPS, check, named_keys, opened, own_choices, quoted, swept_keys
+from sparsereg.arguments import (
+    OWN_GROUPS,
+    check,
+    named_keys,
+    opened,
+    own_choices,
+    quoted,
+    swept_keys,
+    with_names,
+)
 from sparsereg.choices import store_tables
 from sparsereg.errors import SAID, FellShort, InputError, OutputError, interpolation_error, nearest, one_line
 from sparsereg.extras import advice, plugin_advice
@@ -295,7 +304,8 @@ def settings_of(cls: type[S], composed: DictConfig) -> S:
         given = OmegaConf.to_container(whole, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise InputError(_config_message(error)) from error
-    return read(cls, given)
+    assert isinstance(given, dict)
+    return read(cls, with_names({str(key): value for key, value in given.items()}))
 
 
 def _own_alone(composed: DictConfig) -> DictConfig:

@@ -8,7 +8,6 @@ and the help texts. A new setting is its field and the place that uses it.
 Nothing here imports PyTorch or Hydra: a command line is checked before anything slow is loaded.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -109,14 +108,22 @@ class Declared:
         return self.field.default
 
     @functools.cached_property
-    def default_fits(self) -> bool:
-        """Whether its default is just what it takes, so that nothing is to be checked again."""
-        return fitted(self.field.default, self, self.name) is self.field.default
+    def unchecked(self) -> Any:
+        """The one value that need not be checked: its default, if that is just what it takes."""
+        default = self.default
+        if default is dataclasses.MISSING or fitted(default, self, self.name) is not default:
+            return dataclasses.MISSING
+        return default
 
-    @property
+    @functools.cached_property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types it may be of."""
+        return _members(self.kind)
+
+    @functools.cached_property
     def group(self) -> "type[Settings] | None":
         """The class of the settings below this key, if there are any."""
-        return next((k for k in _members(self.kind) if _is_group(k)), None)
+        return next((k for k in self.kinds if _is_group(k)), None)
 
     @property
     def expected(self) -> str:
@@ -155,7 +162,8 @@ def setting(
     """
     metadata = {"help": help, "rule": rule, "choices": tuple(choices), "empty": empty, "key": key}
     if callable(default) and default is not dataclasses.MISSING:
-        return field(default_factory=default, metadata=metadata)
+        once = functools.cache(default) if _is_group(default) else default  # a group is frozen: one for all
+        return field(default_factory=once, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -192,10 +200,10 @@ class Settings:
     """The field, a mapping, that takes keys which are not declared."""
 
     def __post_init__(self) -> None:
-        for name, d in declared(type(self)).items():
-            value = getattr(self, name)
-            if value is not d.field.default or not d.default_fits:
-                object.__setattr__(self, name, fitted(value, d, name))
+        values = self.__dict__
+        for name, unchecked, d in _unchecked(typing.cast(Any, type(self))):
+            if values[name] is not unchecked:
+                values[name] = fitted(values[name], d, name)
         self.check()
 
     def check(self) -> None:
@@ -237,6 +245,11 @@ def _declared(cls: Any) -> dict[str, Declared]:
     hints = typing.get_type_hints(cls)
     fields = [f for f in dataclasses.fields(cls) if "help" in f.metadata]
     return {f.name: Declared(name=f.name, kind=hints[f.name], field=f, **f.metadata) for f in fields}
+
+
+@functools.cache
+def _unchecked(cls: Any) -> tuple[tuple[str, Any, Declared], ...]:
+    return tuple((name, d.unchecked, d) for name, d in declared(cls).items())
 
 
 def keys(cls: type[Settings]) -> dict[str, Declared]:
@@ -379,7 +392,7 @@ def fitted(value: Any, d: Declared, key: str) -> Any:
     if group is not None and not isinstance(value, group) and (isinstance(value, Mapping) or d.kind is group):
         return read(group, value, key, d.default)
     try:
-        fit = _cast_first(value, _members(d.kind))
+        fit = _cast_first(value, d.kinds)
     except TypeError:
         raise refused(key, value, d.expected) from None
     return _checked(fit, d, key, value)
@@ -418,6 +431,8 @@ def _is_group(kind: Any) -> bool:
 
 def _cast(value: Any, kind: Any) -> Any:
     """Return a value as one type, or raise a TypeError or ValueError. Numbers are no switches nor texts."""
+    if kind is Any:
+        return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if len(_members(kind)) > 1:
         return _cast_first(value, _members(kind))
@@ -433,7 +448,7 @@ def _cast(value: Any, kind: Any) -> Any:
         return int(value)
     if kind is str and (isinstance(value, str) or (_is_number(value) and math.isfinite(value))):
         return _text(value)
-    if kind is Any or (isinstance(kind, type) and kind not in (int, float, str) and isinstance(value, kind)):
+    if isinstance(kind, type) and kind not in (int, float, str) and isinstance(value, kind):
         return value
     raise TypeError
 
@@ -441,8 +456,10 @@ def _cast(value: Any, kind: Any) -> Any:
 def _cast_first(value: Any, kinds: tuple[Any, ...]) -> Any:
     """Return a value as the first of several types that it can be."""
     for kind in kinds:
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
+        try:  # contextlib.suppress takes longer than the cast
             return _cast(value, kind)
+        except (TypeError, ValueError, OverflowError):
+            continue
     raise TypeError
 
 

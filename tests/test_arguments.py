@@ -4,14 +4,18 @@ import errno
 import sys
 from pathlib import Path
 
+import hydra
 import numpy as np
 import pytest
 
 from sparsereg import cli
-from sparsereg.arguments import quoted, swept_keys
+from sparsereg.arguments import named, quoted, spelled, swept_keys
+from sparsereg.calibration.config import CalibrationRun
+from sparsereg.cli import settings_of
 from sparsereg.commands import calibrate, test, train
 from sparsereg.errors import wrong_input
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = {"train": train.run, "test": test.run, "calibrate": calibrate.run}
 
 
@@ -300,8 +304,29 @@ def test_letters_of_any_language_need_no_quotes(said, meant):
     assert quoted([said, "--größe", said]) == [meant, "--größe", meant]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["+missing_in.größe=zero", "+missing_in.año=drop"],
+        ["+missing_in={größe: zero, año: drop}"],
+        ["+missing_in={ größe : zero,año:drop}"],
+    ],
+)
+def test_keys_that_are_names_of_columns_have_any_letters(said):
+    data = ["problem=households", "problem.households=H.csv", "problem.targets=T.csv"]
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = hydra.compose("calibrate", overrides=quoted([*data, *said]))
+    assert settings_of(CalibrationRun, composed).missing_in == {"größe": "zero", "año": "drop"}
+
+
+def test_names_are_spelled_in_ascii_and_back():
+    assert spelled("größe 日") == "gr__uf6____udf__e __u65e5__"
+    assert named(spelled("größe 日")) == "größe 日"
+    assert quoted(["+group_multipliers.Süd=2"]) == ["+group_multipliers.S__ufc__d=2"]
+
+
 def test_a_key_with_other_letters_is_one_line(run):
-    code, err = run("calibrate", "+missing_in.größe=zero")
+    code, err = run("calibrate", "+größe.x=zero")
     assert (code, len(err)) == (2, 1)
     assert err[0].endswith("a key has the letters a to z, digits, _ and - only")
 

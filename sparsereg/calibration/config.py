@@ -393,6 +393,11 @@ class Problem(Group):
 
     kind: str = setting("", "")
 
+    @property
+    def unit(self) -> str:
+        """What one of those that get a weight is called."""
+        return "household"
+
     @classmethod
     def kind_of(cls, given: Mapping[str, Any], where: str) -> type[Group]:
         """The kind that ``kind`` names."""
@@ -473,6 +478,11 @@ class HouseholdsProblem(Problem):
     id: str | None = setting(None, "column that names the households; null: numbered from 0")
     decimal: str = setting("point", "the sign in numbers of CSV files, point or comma", choices=DECIMALS)
     encoding: str | None = setting(None, "of CSV files, e.g. cp1252; null: UTF-8, or UTF-16 if they say so")
+
+    @property
+    def unit(self) -> str:
+        """See ``Problem``."""
+        return self.unit_names[0]
 
     def check(self) -> None:
         """Persons are in households."""
@@ -672,6 +682,14 @@ class CalibrationRun(Settings):
         if method == "replicates" and design:
             raise Contradiction(
                 f"{{}}variance=replicates knows the design from its columns: leave {{}}{design[0]} out"
+            )
+        if (
+            method != "bootstrap"
+            and self.num_replicates != declared(CalibrationRun)["num_replicates"].default
+        ):
+            raise Contradiction(
+                f"{{}}num_replicates is how many {{}}variance=bootstrap draws: leave it out with"
+                f" {{}}variance={method}"
             )
         if method == "replicates" and (pattern is None) == (self.replicates.columns is None):
             raise Contradiction(

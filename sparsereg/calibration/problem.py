@@ -203,11 +203,17 @@ class CalibrationProblem:
         t x denominator|, over the denominator.
         """
         linear = self.linear
-        size = gross_totals(linear.matrix, self.starting_weights)
+        signed = bool((linear.matrix.data < 0).any())
+        size = gross_totals(linear.matrix, self.starting_weights) if signed else linear.initial_totals
         if (size > 0).all():
             return np.asarray(size / self._unit)
         everybody = gross_totals(linear.matrix, np.full(self.num_households, self.starting_weights.mean()))
         return np.asarray(np.where(size > 0, size, everybody) / self._unit)
+
+    @cached_property
+    def initial_totals(self) -> Float[np.ndarray, "targets={self.num_targets}"]:
+        """What the initial weights add up to, float64, shape (targets,); of a ratio its numerator."""
+        return exact_totals(self.matrix, self.starting_weights)
 
     @cached_property
     def scale(self) -> Float[np.ndarray, "targets={self.num_targets}"]:

@@ -26,6 +26,7 @@ from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.pseudo_targets import OwnColumns
 from sparsereg.calibration.reading.design import Variable, read_design, read_variables
 from sparsereg.calibration.reading.households import BuiltProblem, Source
+from sparsereg.calibration.reading.levels import plural
 from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.reading.sources import read_years, touchable
 from sparsereg.calibration.reading.start import read_start
@@ -232,7 +233,7 @@ def carry_out(ready: Prepared, folder: Path) -> Ended:
     write_page(folder / "report.html", contents)
     write_json(folder / "results.json", results)
     (folder / "checkpoint.pt").unlink(missing_ok=True)  # there is nothing left to continue
-    for line in _told(results, folder):
+    for line in _told(results, folder, cfg.problem.unit):
         print(line)
     return Ended(result, results, targets)
 
@@ -362,15 +363,20 @@ def _announce(task: Task, cfg: CalibrationRun, folder: Path) -> None:
     left = "all" if cfg.method in ("all", "calibrate") else "as many as lambda_l0 leaves"
     kept = left if cfg.num_households is None else f"{cfg.num_households:,}"
     log.info(
-        "%s targets, %s households, %s non-zeros; keep %s by %s; on %s; files in %s",
-        *(f"{n:,}" for n in (p.num_targets, p.num_households, p.matrix.nnz)),
+        "%s targets, %s %s, %s non-zeros; keep %s by %s; on %s; files in %s",
+        f"{p.num_targets:,}",
+        f"{p.num_households:,}",
+        plural(cfg.problem.unit),
+        f"{p.matrix.nnz:,}",
         kept,
         cfg.method,
         device_of(cfg.device),
         folder,
     )
     if task.dropped:
-        log.warning("left out, because no household touches them: %s", ", ".join(task.dropped[:10]))
+        log.warning(
+            "left out, because no %s touches them: %s", cfg.problem.unit, ", ".join(task.dropped[:10])
+        )
     for line in summary(task.findings, most=3):
         log.warning("%s", line)
 
@@ -462,14 +468,14 @@ def _with_prices(targets: pd.DataFrame) -> pd.DataFrame:
     return targets.assign(price=targets.multiplier * targets.scale / 100)
 
 
-def _told(r: dict[str, Any], folder: Path) -> list[str]:
+def _told(r: dict[str, Any], folder: Path, unit: str) -> list[str]:
     """Return what the user reads at the end of a run."""
 
     def share(value: float | None) -> str:
         return "-" if value is None else f"{value:.4%}" if value < 0.01 else f"{value:.2%}"
 
     lines = [
-        f"kept            {r['kept']:,} of {r['households']:,} households, in {r['seconds']:.1f} s",
+        f"kept            {r['kept']:,} of {r['households']:,} {plural(unit)}, in {r['seconds']:.1f} s",
         f"error           mean {share(r['mean_are'])}, median {share(r['median_are'])},"
         f" largest {share(r['max_are'])}",
         f"targets         {share(r['within_1pct'])} within 1 %, {share(r['within_10pct'])} within 10 %",
@@ -478,7 +484,7 @@ def _told(r: dict[str, Any], folder: Path) -> list[str]:
         f" sum {r['total_weight']:,.6g} (initially {r['initial_total_weight']:,.6g})",
     ]
     if r["untouched_targets"]:
-        lines.append(f"untouched       {r['untouched_targets']} targets that no kept household touches")
+        lines.append(f"untouched       {r['untouched_targets']} targets that no kept {unit} touches")
     if r.get("gave_way"):
         lines.append(
             f"gave way        {r['gave_way']} targets that cannot be met with the others: findings.csv"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 import numbers as abstract
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,25 @@ _ABSENT = (".", "-", "na", "n/a", "nan", "null", "none", "#n/a")
 """What programs write for a missing value; here it is a text."""
 _TRUTHS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _LAST_EXACT = 2**53
+
+
+_SIGN = "sparsereg decimal sign"
+
+
+def with_sign(table: pd.DataFrame, decimal: str) -> pd.DataFrame:
+    """Let a table know that its texts have a decimal comma; return it."""
+    if decimal == "comma":
+        table.attrs[_SIGN] = decimal
+    return table
+
+
+def reader_of(table: pd.DataFrame) -> Callable[[object], float]:
+    """Return ``number``, or what reads texts with a decimal comma, in which a point is no sign of numbers."""
+    return _number_with_comma if _SIGN in table.attrs else number
+
+
+def _number_with_comma(cell: object) -> float:
+    return number(cell.replace(".", "_").replace(",", ".") if isinstance(cell, str) else cell)
 
 
 def number(cell: object) -> float:
@@ -61,8 +81,8 @@ def numbers(
         first: How many rows stand before the table in its file.
         rows: Instead: where each row stands in its file, from 0.
     """
-    series = table[column]
-    values = _as_float64(series)
+    series, read = table[column], reader_of(table)
+    values = _as_float64(series, read)
     if (np.abs(values) <= LARGEST).all():
         return values
     missing = (series.isna() | series.astype(str).str.strip().eq("")).to_numpy(dtype=bool)
@@ -77,7 +97,7 @@ def numbers(
         limit = f" of at most {LARGEST:g} in size" if np.isfinite(values[at]) else ""
         raise InputError(
             f"{file}: {column} must be a finite number{limit}, but it {cell} in row {place}{more}"
-            f"{advice(series.iloc[at])}"
+            f"{advice(series.iloc[at], read)}"
         )
     return values
 
@@ -103,7 +123,7 @@ def exact_numbers(series: pd.Series, missing: np.ndarray) -> np.ndarray:
     return _as_float64(series)
 
 
-def _as_float64(series: pd.Series) -> np.ndarray:
+def _as_float64(series: pd.Series, read: Callable[[object], float] = number) -> np.ndarray:
     """NaN where a cell is missing or no number, infinity where it is beyond all numbers."""
     import pandas as pd
 
@@ -111,7 +131,7 @@ def _as_float64(series: pd.Series) -> np.ndarray:
     plain = pd.api.types.is_numeric_dtype(kind) and not isinstance(kind, pd.CategoricalDtype)
     if plain and not pd.api.types.is_bool_dtype(kind) and not pd.api.types.is_complex_dtype(kind):
         return np.asarray(series.to_numpy(dtype=np.float64, na_value=np.nan))
-    return np.fromiter(map(number, series.astype(object)), dtype=np.float64, count=len(series))
+    return np.fromiter(map(read, series.astype(object)), dtype=np.float64, count=len(series))
 
 
 def row(position: int) -> int:
@@ -125,8 +145,15 @@ def shown(cell: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def advice(cell: object) -> str:
-    """Return what to do about a cell that is a number in another country, or nothing."""
+def advice(cell: object, read: Callable[[object], float] = number) -> str:
+    """Return what to do about a cell that is a number in another country, or nothing.
+
+    Args:
+        cell: The cell.
+        read: What it could not be read by, see ``reader_of``.
+    """
+    if read is not number and isinstance(cell, str) and np.isfinite(read(cell.replace(".", ""))):
+        return "; with problem.decimal=comma a point is no decimal sign, and thousands are not separated"
     if isinstance(cell, str) and len(cell) <= _MOST_CHARACTERS and _COMMA.fullmatch(cell.strip()):
         return "; if the comma is the decimal sign, say problem.decimal=comma; thousands are not separated"
     if isinstance(cell, str) and cell.strip().lower() in _ABSENT:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparsereg.calibration.reading.cells import advice, exact_numbers, number, numbers, shown
+from sparsereg.calibration.reading.cells import advice, exact_numbers, numbers, reader_of, shown
 from sparsereg.calibration.reading.conditions import (
     COMPARISONS,
     OPPOSITE,
@@ -193,8 +193,13 @@ class Columns:
                 raise InputError(f"unknown column {shown(name)} as measure{self._hint(name)}")
             table = self.table[[name]]
             if self.values(name).kind == "text":
-                wrong = next(v for v in table[name].dropna() if not np.isfinite(number(v)))
-                said = f"{self.file} holds {shown(wrong)} there{advice(wrong)}"
+                read = reader_of(self.table)
+                cells = table[name].dropna()
+                wrong = next((v for v in cells if not np.isfinite(read(v))), None)
+                told = "texts" if wrong is None else f"{shown(wrong)} there{advice(wrong, read)}"
+                said = f"{self.file} holds {told}" + (
+                    f" such as {shown(cells.iloc[0])}" if wrong is None else ""
+                )
                 raise InputError(f"the measure {name!r} is not numeric: {said}")
             if self.values(name).kind == "boolean":  # its sum is a count
                 table = table[name].map({True: 1, False: 0}).to_frame()

@@ -21,7 +21,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from sparsereg.calibration.reading.cells import SIGNS, as_kind, kind_of, same_text, to_series, typed, wider
+from sparsereg.calibration.reading.cells import (
+    SIGNS,
+    as_kind,
+    kind_of,
+    same_text,
+    to_series,
+    typed,
+    wider,
+    with_sign,
+)
 from sparsereg.errors import InputError
 from sparsereg.files import texts_as_they_were
 
@@ -90,7 +99,7 @@ class CsvFile:
         names = _checked_header(self.file, header)
         named = list(_named(self.file, names, columns))
         table = pd.DataFrame({name: to_series(self._converted(name, texts)) for name, texts in named})
-        return texts_as_they_were(table) if b"'" in raw else table
+        return with_sign(texts_as_they_were(table) if b"'" in raw else table, self.decimal)
 
     def _converted(self, name: str, texts: pa.ChunkedArray) -> Any:
         if name == self.id:
@@ -127,7 +136,8 @@ class CsvFile:
         for some in self._in_parts.texts(chosen, rows):
             cells = {name: as_kind(kinds[name], c, SIGNS[self.decimal]) for name, c in some.items()}
             table = pd.DataFrame({name: to_series(values) for name, values in cells.items()})
-            yield texts_as_they_were(table) if self._in_parts.apostrophes else table
+            table = texts_as_they_were(table) if self._in_parts.apostrophes else table
+            yield with_sign(table, self.decimal)
 
     def is_longer(self, rows: int) -> bool:
         """See ``tables.Rows``."""

@@ -97,6 +97,12 @@ def _replicate_columns(cfg: CalibrationRun, source: Source) -> list[str]:
             names = [c for c in known if fnmatch.fnmatchcase(c, pattern)]
         else:
             names = [c for c in known if re.fullmatch(re.escape(pattern) + r"[_.]?\d+", c)]
+            if pattern in known and names:
+                raise InputError(
+                    f"variance=replicates:{pattern}: {pattern} is a column of {source.file} and the beginning"
+                    f" of {names[0]}: give a pattern such as {pattern.rstrip('0123456789')}*, or"
+                    " replicates.columns=[...]"
+                )
         where = f"variance=replicates:{pattern}"
     if len(names) < 2:
         found = f"only {names[0]!r}" if names else "no column"

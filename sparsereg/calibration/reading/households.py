@@ -24,7 +24,7 @@ from sparsereg.calibration.reading.cells import numbers, row
 from sparsereg.calibration.reading.columns import Columns, why_empty
 from sparsereg.calibration.reading.conditions import Condition, conjuncts, equality, parse
 from sparsereg.calibration.reading.conditions import columns_of as names_in
-from sparsereg.calibration.reading.levels import UNITS, Persons
+from sparsereg.calibration.reading.levels import UNITS, Persons, plural
 from sparsereg.calibration.reading.missing import REFUSED, Missing
 from sparsereg.calibration.reading.tables import require_column, unique_ids
 from sparsereg.errors import InputError, did_you_mean
@@ -584,11 +584,28 @@ def denominator_table(targets: TargetTable) -> TargetTable:
     return replace(targets, measures=measures, wheres=targets.of_wheres or none, units=units)
 
 
+def _refuse_silent_levels(source: Source, targets: TargetTable) -> None:
+    """Refuse a denominator that sums a column of households under persons and does not say how often."""
+    if source.persons is None:
+        return
+    below = source.of_persons(targets)
+    own, none = set(source.persons.names), ("",) * len(targets.names)
+    for i, (of, unit) in enumerate(zip(targets.of or none, targets.of_units or none, strict=True)):
+        if below[i] and not unit and of not in ("", _COUNT) and of not in own and of in source.names:
+            upper, lower = source.units
+            raise InputError(
+                f"{targets.place(i)}: of={of} is a column of {source.file}, and the target is of"
+                f" {plural(lower)}: say of_unit={upper} to add it once for each {upper}, or of_unit={lower}"
+                f" for each {lower}"
+            )
+
+
 def _denominators(source: Source, targets: TargetTable, weights: np.ndarray) -> sp.csr_array | None:
     """Build the denominators of the ratios, targets x households; None without ratios."""
     ratio = targets.is_ratio
     if not ratio.any():
         return None
+    _refuse_silent_levels(source, targets)
     matrix, hints = source.totals(denominator_table(targets), ratio)
     totals = exact_totals(matrix, weights)
     for i in np.flatnonzero(ratio & (totals == 0)):

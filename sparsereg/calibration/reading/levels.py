@@ -29,6 +29,18 @@ _NAMED = 5
 """Ids that a message names."""
 
 
+def plural(unit: str) -> str:
+    """Several of a unit, in English.
+
+    Example:
+        >>> [plural(unit) for unit in ("household", "company", "business", "survey")]
+        ['households', 'companies', 'businesses', 'surveys']
+    """
+    if unit.endswith("y") and unit[-2:-1] not in "aeiou":
+        return f"{unit[:-1]}ies"
+    return f"{unit}es" if unit.endswith(("s", "x", "z", "ch", "sh")) else f"{unit}s"
+
+
 @dataclass(frozen=True, eq=False)
 class Persons:
     """The lower of two levels.
@@ -145,8 +157,8 @@ def in_households(
     empty = np.flatnonzero(np.bincount(at, minlength=len(households)) == 0)
     if len(empty):
         raise InputError(
-            f"{upper}: {len(empty):,} of {len(households):,} {units[0]}s have no {units[1]} in {lower}:"
-            f" {key} {_listed(households[key].iloc[empty])}"
+            f"{upper}: {len(empty):,} of {len(households):,} {plural(units[0])} have no {units[1]} in"
+            f" {lower}: {key} {_listed(households[key].iloc[empty])}"
         )
     used = tuple(dict.fromkeys(c for c in (household_id, person_id) if c is not None))
     return Persons(persons, lower, at, len(households), units, used, rest)
@@ -191,7 +203,7 @@ def _refuse_strangers(at: np.ndarray, ids: pd.Series, files: Sequence[str], unit
     lost = np.flatnonzero(at < 0)
     if len(lost):
         raise InputError(
-            f"{files[1]}: {len(lost):,} of {len(at):,} {units[1]}s are in no {units[0]} of {files[0]}:"
+            f"{files[1]}: {len(lost):,} of {len(at):,} {plural(units[1])} are in no {units[0]} of {files[0]}:"
             f" {ids.name} {_listed(ids.iloc[lost])}; the first is in row {row(int(lost[0]))}"
         )
 

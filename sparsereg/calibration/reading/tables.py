@@ -257,7 +257,7 @@ def unique_ids(households: pd.DataFrame, column: str | None, file: str) -> np.nd
     """Return a column as ids, None for None; refuse missing and repeated ones."""
     if column is None:
         return None
-    require_column(households, column, file, "the ids of the households")
+    require_column(households, column, file, "the ids of its rows")
     series = households[column]
     if series.isna().any():
         raise InputError(f"{file}: {column} is missing in row {row(int(np.flatnonzero(series.isna())[0]))}")

@@ -23,7 +23,6 @@ from sparsereg.calibration.solver.exact import (
     Domain,
     certify,
     give_way,
-    over_scales,
 )
 from sparsereg.calibration.target_scale import target_scale
 from sparsereg.linalg.threads import in_turn_by_turn
@@ -145,11 +144,10 @@ class _Template:
         rows = rows if len(households) == problem.num_households else sp.csr_array(rows[:, households])
         sizes = np.asarray(abs(rows) @ weights)
         sizes = np.where(sizes > 0, sizes, 1.0)
-        rows = over_scales(rows, sizes)
         none = np.zeros(len(measures))
         own = distance_of(distance, *(bound[households] for bound in bounds))
         slack = Slack(np.full(len(measures), np.inf), none, none)
-        dual = Dual(Rows(rows), none, weights, np.ones(len(weights)), own, slack)
+        dual = Dual(Rows(rows, sizes), none, weights, np.ones(len(weights)), own, slack)
         chosen = independent(dual)
         part = dual if len(chosen) == len(measures) else dual.take(chosen)
         start = np.zeros(len(chosen))
@@ -178,7 +176,7 @@ class _Template:
 
 def _certified(domain: Domain, end: Solution) -> Certificate:
     """Which targets of an area give way: of one with few entries as few as possible, else all."""
-    if domain.dual.rows.by_target.nnz <= _MOST_PROGRAMMED:
+    if domain.dual.rows.given.nnz <= _MOST_PROGRAMMED:
         return certify(domain, end)
     return {"feasible": None, "targets": [], "violation": None}, np.zeros(len(domain.targets), dtype=bool)
 

@@ -18,15 +18,15 @@ def ratio_bounds(
     Raises:
         ValueError: they cross, exclude 1, or do not suit the distance.
     """
-    low, high = (np.zeros(len(initial)), np.full(len(initial), np.inf))
+    low: np.ndarray = np.zeros(())
+    high: np.ndarray = np.full((), np.inf)
     if bounds is not None:
         low, high = _pair("bounds", bounds, len(initial))
         wrong = np.flatnonzero(~((low <= 1) & (high >= 1)))
         if len(wrong):
-            j = wrong[0]
             raise ValueError(
-                f"bounds are of weight over initial weight and must lie on either side of 1:"
-                f" got [{low[j]:g}, {high[j]:g}]{_place(j, bounds)}"
+                "bounds are of weight over initial weight and must lie on either side of 1:"
+                f" got {_told(wrong[0], low, high)}"
             )
     if weight_bounds is not None:
         least, most = _pair("weight_bounds", weight_bounds, len(initial))
@@ -44,6 +44,7 @@ def ratio_bounds(
             )
     if distance != "linear" and (low < 0).any():
         raise ValueError(f"distance={distance!r} needs bounds >= 0, got {low.min():g}")
+    low, high = (side if side.ndim else np.full(len(initial), side) for side in (low, high))
     return low, high
 
 
@@ -54,7 +55,7 @@ def _pair(name: str, bounds: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
     for side, open_end in zip(bounds, (0.0, np.inf), strict=True):
         try:
             values = np.asarray(open_end if side is None else side, dtype=np.float64)
-            sides.append(np.broadcast_to(values, (length,)))
+            sides.append(np.broadcast_to(values, (length,)) if values.ndim else values)
         except (TypeError, ValueError):
             raise ValueError(
                 f"{name} must be two numbers, or two arrays of one number per household, got {side!r}"
@@ -64,13 +65,13 @@ def _pair(name: str, bounds: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{name} must be numbers, got NaN")
     crossed = np.flatnonzero(low >= high)
     if len(crossed):
-        j = crossed[0]
-        raise ValueError(f"{name} must have low < high, got [{low[j]:g}, {high[j]:g}]{_place(j, bounds)}")
+        raise ValueError(f"{name} must have low < high, got {_told(crossed[0], low, high)}")
     return low, high
 
 
-def _place(household: int, bounds: Any) -> str:
-    return f" for household {household}" if any(np.ndim(side) for side in bounds) else ""
+def _told(household: int, low: np.ndarray, high: np.ndarray) -> str:
+    one, other = (side[household] if side.ndim else side for side in (low, high))
+    return f"[{one:g}, {other:g}]" + (f" for household {household}" if low.ndim or high.ndim else "")
 
 
 def bounded_weights(initial: np.ndarray, ratios: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ from sparsereg.calibration.variance import (
 from sparsereg.checks import check_probability
 from sparsereg.linalg.nesting import Nesting, find_nesting
 from sparsereg.linalg.threads import quiet_threads
-from sparsereg.shapes import Int
+from sparsereg.shapes import Float, Int
 from sparsereg.summary import in_html, in_lines
 
 if TYPE_CHECKING:
@@ -327,7 +328,7 @@ class Calibration:
         self.set_aside = np.empty(0, dtype=np.int64)
         self.history: list[dict[str, float]] = []
         if self.is_exact:  # everybody at once, and nothing to choose
-            self._loss = _target_loss(problem, self.settings, torch.device("cpu"))
+            self._shares = _target_shares(problem, self.settings)
             self.selection: Selection = Fixed(torch.from_numpy(problem.starting_weights))
             return
         rows = with_aggregates(problem.linear, self.settings.consistency)
@@ -362,7 +363,7 @@ class Calibration:
                 low, high = self._bounds_of_weights()
                 check_whole(self.problem, low, high, self.problem.starting_weights > 0)
             self._exact = calibrate_exactly(
-                self.problem, shares=self._loss.shares.numpy(), start=self._given, **_exact_settings(s)
+                self.problem, shares=self._shares, start=self._given, **_exact_settings(s)
             )
             self._steps = self._exact.steps
         return self._exact
@@ -400,18 +401,17 @@ class Calibration:
 
     def step(self) -> None:
         """Work on the selection for a short while."""
-        with quiet_threads():
+        with nullcontext() if self.is_exact else quiet_threads():
             self.selection.step()
 
     def report(self, callback: Callback | None = None) -> dict[str, float]:
         """Note loss, error and count of the current weights; tell a callback."""
         weights = self.selection.weights()
         if self.is_exact:
-            totals = torch.from_numpy(exact_totals(self.problem.linear.matrix, weights.numpy()))
+            estimates = self.problem.linear.initial_totals
         else:
-            totals = self.goal.system.matrix.totals(weights)[: self.problem.num_targets]
-        loss = float(self._mean_loss().value(totals))
-        estimates = totals.cpu().numpy()
+            estimates = self.goal.system.matrix.totals(weights)[: self.problem.num_targets].cpu().numpy()
+        loss = self._loss_of(estimates)
         if self.problem.denominators is not None:
             estimates = self.problem.estimates(self._in_order_of_the_problem(weights))
         errors = np.abs(relative_errors(estimates, self.problem.targets))
@@ -432,9 +432,15 @@ class Calibration:
         full[self._order] = weights.cpu().numpy()
         return full
 
+    def _loss_of(self, totals: np.ndarray) -> float:
+        """The loss of linear totals over the problem's own targets, as a weighted mean."""
+        if self.is_exact:  # it knows the relative one only
+            return float(self._shares @ self.problem.linear.scaled_errors(totals) ** 2 / self._shares.sum())
+        return float(self._mean_loss.value(torch.from_numpy(totals).to(self._mean_loss.targets.device)))
+
+    @cached_property
     def _mean_loss(self) -> TargetLoss:
-        """The loss over the problem's own targets, as a weighted mean."""
-        loss = self._loss if self.is_exact else self.goal.loss.first(self.problem.num_targets)
+        loss = self.goal.loss.first(self.problem.num_targets)
         return replace(loss, shares=loss.shares / loss.shares.sum())
 
     def result(self) -> CalibrationResult:
@@ -490,8 +496,7 @@ class Calibration:
             totals = self._exact.totals
         else:
             totals = exact_totals(self.problem.linear.matrix, final)
-        mean_loss = self._mean_loss()
-        loss = float(mean_loss.value(torch.from_numpy(totals).to(mean_loss.targets.device)))
+        loss = self._loss_of(totals)
         estimates = totals if self.problem.denominators is None else self.problem.estimates(final)
         return CalibrationResult(
             self.problem, final, final != 0, estimates, loss, violation, self.method,
@@ -766,13 +771,8 @@ def _indices(selected: np.ndarray, households: int) -> Tensor:
     return torch.from_numpy(indices.astype(np.int64))
 
 
-def _target_loss(
-    problem: CalibrationProblem,
-    settings: Settings,
-    device: torch.device,
-    again: Int[np.ndarray, "again"] | None = None,
-) -> TargetLoss:
-    """The loss of the totals that targets are about, and of those that are asked for again."""
+def _target_shares(problem: CalibrationProblem, settings: Settings) -> Float[np.ndarray, "targets"]:
+    """Weight of every target in the loss, not normalised."""
     shares = group_shares(
         problem.num_targets,
         problem.target_groups,
@@ -782,6 +782,17 @@ def _target_loss(
     )
     if not shares.any():
         raise ValueError("every target has weight zero")
+    return shares
+
+
+def _target_loss(
+    problem: CalibrationProblem,
+    settings: Settings,
+    device: torch.device,
+    again: Int[np.ndarray, "again"] | None = None,
+) -> TargetLoss:
+    """The loss of the totals that targets are about, and of those that are asked for again."""
+    shares = _target_shares(problem, settings)
     linear = problem.linear
     targets, scales, tolerance = linear.targets, linear.scale, linear.tolerance
     if again is not None and len(again):

@@ -70,6 +70,11 @@ class Slack:
         """By how much the bound may be off because lines within tolerances are steep, but not upright."""
         return float((0.5 * np.square(self.band) / self.stiffness)[self.stiffness > 0].sum())
 
+    @cached_property
+    def is_nothing(self) -> bool:
+        """Whether nothing may be missing from any total."""
+        return bool(np.isinf(self.price).all() and not self.band.any())
+
     def value(self, multipliers: Float[np.ndarray, "targets"]) -> float:
         """Integral of what is added, from 0 to these multipliers."""
         size = np.abs(multipliers)
@@ -81,6 +86,8 @@ class Slack:
         self, multipliers: Float[np.ndarray, "targets"]
     ) -> tuple[Float[np.ndarray, "targets"], Float[np.ndarray, "targets"]]:
         """What is added to each total, and its slope."""
+        if self.is_nothing:
+            return np.zeros_like(multipliers), np.zeros_like(multipliers)
         within = self.stiffness * multipliers
         free = (np.abs(within) < self.band).astype(np.float64)
         value = multipliers / self.price + np.clip(within, -self.band, self.band)
@@ -92,33 +99,42 @@ class Rows:
     """A matrix of targets x households in the forms that products need, each made once, on first use.
 
     Args:
-        by_target: Canonical, float64.
-        turned: The same by household, where it is known.
+        given: As they were given, canonical.
+        scales: What each row is over, > 0.
+        turned: As they were given, by household, where that is known.
     """
 
-    by_target: sp.csr_array
+    given: sp.csr_array
+    scales: Float[np.ndarray, "targets"]
     turned: sp.csr_array | None = None
 
     @cached_property
+    def by_target(self) -> sp.csr_array:
+        """The rows over their scales, canonical, float64."""
+        return with_data(self.given, self.given.data / np.repeat(self.scales, np.diff(self.given.indptr)))
+
+    @cached_property
     def by_household(self) -> sp.csr_array:
-        """The rows by household, canonical."""
-        return sp.csr_array(self.by_target.T.tocsr()) if self.turned is None else self.turned
+        """The same by household, canonical."""
+        if self.turned is None:
+            return sp.csr_array(self.by_target.T.tocsr())
+        return with_data(self.turned, self.turned.data / self.scales[self.turned.indices])
 
     @cached_property
     def dense(self) -> np.ndarray | None:
-        """All entries, where ``are_full``; else None."""
-        return self.by_target.toarray() if self.are_full else None
+        """All entries over their scales, where ``are_full``; else None."""
+        return self.given.toarray() / self.scales[:, None] if self.are_full else None
 
     @property
     def are_full(self) -> bool:
         """Whether so many entries are there, of not too many targets, that a dense matrix is quicker."""
-        num_targets, num_households = self.by_target.shape
+        num_targets, num_households = self.given.shape
         most = _DENSE_SHARE * num_targets * num_households
-        return bool(self.by_target.nnz > most and num_targets <= _MOST_DENSE)
+        return bool(self.given.nnz > most and num_targets <= _MOST_DENSE)
 
     def take(self, targets: Int[np.ndarray, "some"]) -> Rows:
         """The rows of some targets only."""
-        return Rows(sp.csr_array(self.by_target[targets]))
+        return Rows(sp.csr_array(self.given[targets]), self.scales[targets])
 
     def totals(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets"]:
         """Weighted totals, shape (targets,)."""
@@ -132,11 +148,11 @@ class Rows:
 
     def lengths(self) -> Int[np.ndarray, "targets"]:
         """How many households each target touches."""
-        return np.diff(self.by_target.indptr)
+        return np.diff(self.given.indptr)
 
     def negative(self) -> Bool[np.ndarray, "targets"]:
         """Which targets have an entry below zero."""
-        rows = self.by_target
+        rows = self.given
         target = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
         return np.asarray(np.bincount(target, rows.data < 0, minlength=rows.shape[0]) > 0)
 
@@ -147,8 +163,7 @@ class Rows:
     def squares(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets"]:
         """Sum of the squared entries of each target, households weighted."""
         rows = self.by_target
-        squared = sp.csr_array((np.square(rows.data), rows.indices, rows.indptr), shape=rows.shape)
-        return np.asarray(squared @ weights)
+        return np.asarray(with_data(rows, np.square(rows.data)) @ weights)
 
     def gram(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets targets"]:
         """Products of the rows with each other, households weighted; at least the lower triangle."""
@@ -422,13 +437,18 @@ def independent(dual: Dual) -> Int[np.ndarray, "some"]:
     hard = np.flatnonzero(dual.hard & (dual.slack.band == 0))
     if dual.square is None or len(hard) < 2:
         return np.arange(num_targets)
-    square = dual.square[np.ix_(hard, hard)]
+    square = dual.square if len(hard) == num_targets else dual.square[np.ix_(hard, hard)]
     root = np.sqrt(np.maximum(square.diagonal(), np.finfo(np.float64).tiny))
     place = np.empty(len(hard))
     place[np.argsort(dual.rows.lengths()[hard], kind="stable")] = np.arange(len(hard))
     root *= 1.0 + place / len(hard)  # what is long comes later, unless it is needed
     tolerance = _DEPENDENT / 4  # of lengths that are halved at most
-    _, order, rank, _ = sl.lapack.dpstrf(square / root[:, None] / root, tol=tolerance, lower=1)
+    scaled = square / root[:, None] / root
+    _, order, rank, _ = sl.lapack.dpstrf(
+        scaled.T, tol=tolerance, lower=0, overwrite_a=1
+    )  # the lower triangle
+    if rank == len(hard):
+        return np.arange(num_targets)
     left_out = hard[order[rank:] - 1]
     return np.setdiff1d(np.arange(num_targets), left_out)
 
@@ -483,16 +503,17 @@ def _iterate(
 def _along(dual: Dual, state: _State, direction: Float[np.ndarray, "targets"]) -> tuple[_State, float]:
     """The state where the dual is about smallest along a direction, and how far away that is.
 
-    The slope along the line costs no product with the matrix. It is used instead of the value, which
-    rounding makes useless near the minimum.
+    Most steps are whole ones. Beyond, the slope along the line costs no product with the matrix. It is used
+    instead of the value, which rounding makes useless near the minimum.
     """
     line = _Line(dual, state, direction)
-    length = _length(line.slope, float(state.gradient @ direction))
+    whole = _State(dual, state.multipliers + direction, *line.at(1.0))
+    length = _length(line.slope, float(state.gradient @ direction), float(whole.gradient @ direction))
     moved = state.multipliers + length * direction
     step, size = (float(np.abs(v).max()) for v in (length * direction, moved))
     if step > _DRIFT * size:  # what they come to would keep the rounding of far larger ones
         return _State(dual, moved, dual.rows.reach(moved)), length
-    return _State(dual, moved, *line.at(length)), length
+    return (whole if length == 1.0 else _State(dual, moved, *line.at(length))), length
 
 
 class _Line:
@@ -518,10 +539,10 @@ class _Line:
         return totals + float((slack - dual.targets) @ direction)
 
 
-def _length(slope: Callable[[float], float], first: float) -> float:
+def _length(slope: Callable[[float], float], first: float, whole: float) -> float:
     """Where a slope that grows, and is the first, < 0, at 0, is near 0: at 1, if it is small enough there."""
     short, long = 0.0, 1.0
-    at_short, at_long = first, slope(1.0)
+    at_short, at_long = first, whole
     while at_long < 0.5 * first and long < _LONGEST:
         short, at_short, long = long, at_long, 4.0 * long
         at_long = slope(long)
@@ -555,20 +576,18 @@ class _Newton:
         square = self._first_square(state)
         if square is None:
             square = self._rows.gram(state.slope)
-        places = np.diag_indices(len(square))
-        square[places] += state.slack_slope
+        on_diagonal = np.einsum("ii->i", square)
+        on_diagonal += state.slack_slope
         while True:
             # Rows that no free household touches have nothing on the diagonal: they get a share of old.
-            diagonal = square[places] + damping * self._diagonal
-            root = 1.0 / np.sqrt(diagonal)
+            root = 1.0 / np.sqrt(on_diagonal + damping * self._diagonal)
             scaled = square * root[:, None] * root
-            scaled[places] = 1.0 + damping
-            try:
-                factor = sl.cho_factor(scaled, lower=True, overwrite_a=True, check_finite=False)
-            except np.linalg.LinAlgError:
+            np.einsum("ii->i", scaled)[:] = 1.0 + damping
+            factor, failed = sl.lapack.dpotrf(scaled.T, lower=0, clean=0, overwrite_a=1)  # the lower triangle
+            if failed:
                 damping = max(damping, 1e-16) * 100
                 continue
-            return -root * sl.cho_solve(factor, root * state.gradient, check_finite=False), damping
+            return -root * sl.lapack.dpotrs(factor, root * state.gradient, lower=0)[0], damping
 
     def _first_square(self, state: _State | _Equations) -> np.ndarray | None:
         """The products at the initial weights, if they are known and the state is there."""
@@ -599,6 +618,11 @@ class _Newton:
         return solution
 
 
+def with_data(rows: sp.csr_array, data: Float[np.ndarray, "entries"]) -> sp.csr_array:
+    """Return a canonical matrix with other entries at the same places."""
+    return sp.csr_array((data, rows.indices, rows.indptr), shape=rows.shape)
+
+
 def gram(
     columns: sp.csr_array, weights: Float[np.ndarray, "households"]
 ) -> Float[np.ndarray, "targets targets"]:
@@ -615,5 +639,4 @@ def gram(
         kernels.gram(columns.indptr, columns.indices, columns.data, weights, out)
         return out
     weighted = columns.data * np.repeat(weights, np.diff(columns.indptr))
-    scaled = sp.csr_array((weighted, columns.indices, columns.indptr), shape=columns.shape)
-    return np.asarray((columns.T @ scaled).toarray())
+    return np.asarray((columns.T @ with_data(columns, weighted)).toarray())

@@ -243,23 +243,19 @@ def domains(
     total = float(initial.sum())
     natural = np.where(near_zero(linear), scale / np.maximum(scale, linear.gross), 1.0)
     for targets, households, part in blocks(linear.matrix, initial > 0, lambda: linear.matrix_t):
-        rows = Rows(over_scales(part, scale[targets]))
+        rows = Rows(part, scale[targets])
         if part is linear.matrix and not rows.are_full:
-            by_household = linear.matrix_t
-            rows = replace(
-                rows, turned=with_data(by_household, by_household.data / scale[by_household.indices])
-            )
+            rows = replace(rows, turned=linear.matrix_t)
         own = distance_of(distance, low[households], high[households])
+        price = np.maximum(prices[targets] * total, np.finfo(np.float64).tiny)
+        slack = Slack(price, linear.tolerance[targets] / scale[targets], np.zeros(len(targets)))
         dual = Dual(
-            rows, linear.targets[targets] / scale[targets], initial[households], factors[households], own,
-            Slack(*(np.zeros(len(targets)) for _ in range(3))),
+            rows, linear.targets[targets] / scale[targets], initial[households],
+            factors[households], own, slack,
         )  # fmt: skip
-        price = prices[targets] * total
-        price = np.maximum(price, np.finfo(np.float64).tiny)
-        band = linear.tolerance[targets] / scale[targets]
-        stiffness = BAND_STIFFNESS * dual.diagonal if band.any() else np.zeros(len(targets))
-        slack = Slack(price, band, stiffness)
-        yield Domain(targets, households, replace(dual, slack=slack), natural[targets], total)
+        if slack.band.any():
+            dual = replace(dual, slack=replace(slack, stiffness=BAND_STIFFNESS * dual.diagonal))
+        yield Domain(targets, households, dual, natural[targets], total)
 
 
 def blocks(
@@ -346,16 +342,6 @@ def _labels(
         least = least[least]
         if np.array_equal(least, before):
             return np.asarray(np.unique(least, return_inverse=True)[1])
-
-
-def over_scales(rows: sp.csr_array, scales: Float[np.ndarray, "targets"]) -> sp.csr_array:
-    """Rows divided by their scales, float64."""
-    return with_data(rows, rows.data / np.repeat(scales, np.diff(rows.indptr)))
-
-
-def with_data(rows: sp.csr_array, data: Float[np.ndarray, "entries"]) -> sp.csr_array:
-    """Return a canonical matrix with other entries at the same places."""
-    return sp.csr_array((data, rows.indices, rows.indptr), shape=rows.shape)
 
 
 Certificate = tuple[dict[str, Any], Bool[np.ndarray, "targets"]]

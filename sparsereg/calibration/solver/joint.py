@@ -25,7 +25,6 @@ from sparsereg.calibration.solver.areas import AreaWeights
 from sparsereg.calibration.solver.bounds import Bounds, at_bounds, ratio_bounds
 from sparsereg.calibration.solver.distances import distance_of
 from sparsereg.calibration.solver.dual_newton import Rows, gram
-from sparsereg.calibration.solver.exact import over_scales
 from sparsereg.calibration.solver.shared import largest, summed
 from sparsereg.calibration.target_scale import target_scale
 from sparsereg.device import several_processes
@@ -147,7 +146,7 @@ class Joint:
         nesting = find_nesting(rows, sp.csr_array(rows.T.tocsr()))
         stored = np.arange(self._num) if nesting is None else nesting.stored
         self._made_of = None if nesting is None else _made_of(nesting, self.sizes)
-        self._rows = Rows(over_scales(rows if nesting is None else rows[stored], self.sizes[stored]))
+        self._rows = Rows(rows if nesting is None else sp.csr_array(rows[stored]), self.sizes[stored])
         _ = self._rows.by_household  # threads share it
         self._levels = [self._level(place) for place in range(len(problem.places) + 1)]
         self.multipliers = [np.zeros(len(level.rows)) for level in self._levels]

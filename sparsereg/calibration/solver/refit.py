@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsereg.calibration.solver.distances.linear import Linear
 from sparsereg.calibration.solver.dual_newton import Dual, Rows, Slack, solve
-from sparsereg.calibration.solver.exact import BAND_STIFFNESS, blocks, over_scales
+from sparsereg.calibration.solver.exact import BAND_STIFFNESS, blocks
 from sparsereg.calibration.solver.least_squares import LeastSquares, System
 from sparsereg.calibration.solver.losses import TargetLoss
 from sparsereg.shapes import Bool, Float, Int
@@ -145,7 +145,7 @@ def by_dual(
     given, steps = fit.weights.cpu().numpy(), 0
     for members, households, part in parts:
         own = Dual(
-            Rows(over_scales(part, scales[members])),
+            Rows(part, scales[members]),
             targets[members] / scales[members],
             center[households],
             np.ones(len(households)),

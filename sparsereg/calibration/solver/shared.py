@@ -31,7 +31,6 @@ from sparsereg.calibration.solver.exact import (
     Domain,
     certify,
     is_hard,
-    over_scales,
     proven,
     refuse_contradiction,
     solve_domain,
@@ -67,7 +66,7 @@ class SharedRows(Rows):
 
     def take(self, targets: Int[np.ndarray, "some"]) -> SharedRows:
         """See ``Rows``."""
-        return SharedRows(sp.csr_array(self.by_target[targets]))
+        return SharedRows(sp.csr_array(self.given[targets]), self.scales[targets])
 
     def totals(self, weights: Float[np.ndarray, "households"]) -> Float[np.ndarray, "targets"]:
         """See ``Rows``."""
@@ -220,8 +219,8 @@ def _certified(domain: Domain, end: Solution) -> Certificate:
     if not several_processes():
         return certify(domain, end)
     said: list[Any] = [({"feasible": None, "targets": [], "violation": None}, nobody)]
-    if summed(float(dual.rows.by_target.nnz)) <= _MOST_GATHERED:
-        own = dual.rows.by_target, dual.weights, dual.factors, dual.distance
+    if summed(float(dual.rows.given.nnz)) <= _MOST_GATHERED:
+        own = dual.rows.given, dual.weights, dual.factors, dual.distance
         parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(own, parts, 0)
         if parts is not None:
@@ -240,8 +239,8 @@ def _joined(dual: Dual, parts: list[Any]) -> Dual:
     low, high = (np.concatenate([getattr(d, side) for d in distances]) for side in ("low", "high"))
     kind: Any = type(dual.distance)
     return Dual(
-        Rows(sp.csr_array(sp.hstack(rows, format="csr"))), dual.targets, np.concatenate(weights),
-        np.concatenate(factors), kind(low, high), dual.slack,
+        Rows(sp.csr_array(sp.hstack(rows, format="csr")), dual.rows.scales), dual.targets,
+        np.concatenate(weights), np.concatenate(factors), kind(low, high), dual.slack,
     )  # fmt: skip
 
 
@@ -272,7 +271,7 @@ def _domain(
     rows = sp.csr_array(part.matrix[targets][:, there].astype(np.float64))
     none = np.zeros(len(targets))
     dual = Dual(
-        SharedRows(over_scales(rows, scale[targets])), part.targets[targets] / scale[targets], initial[there],
+        SharedRows(rows, scale[targets]), part.targets[targets] / scale[targets], initial[there],
         factors, distance_of(distance, *bounds), Slack(none, none, none),
     )  # fmt: skip
     prices = np.where(is_hard(part), np.inf, part.target_shares)[targets] * total

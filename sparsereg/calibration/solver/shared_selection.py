@@ -26,7 +26,7 @@ from sparsereg.calibration.solver.calibration import (
 )
 from sparsereg.calibration.solver.distances.linear import Linear
 from sparsereg.calibration.solver.dual_newton import Dual, Slack, solve
-from sparsereg.calibration.solver.exact import BAND_STIFFNESS, over_scales
+from sparsereg.calibration.solver.exact import BAND_STIFFNESS
 from sparsereg.calibration.solver.losses import Quadratic
 from sparsereg.calibration.solver.matrix import Descending, Descent, HouseholdMatrix
 from sparsereg.calibration.solver.refit import SMALLEST_OF_ALL
@@ -222,7 +222,7 @@ def _refitted(
     low, high = (bound[kept] / center for bound in bounds)
     none = np.zeros(len(counts))
     dual = Dual(
-        SharedRows(over_scales(sp.csr_array(matrix[counts]), scales[counts])),
+        SharedRows(sp.csr_array(matrix[counts]), scales[counts]),
         part.targets[counts] / scales[counts], center, np.ones(len(center)), Linear(low, high),
         Slack(price[counts], part.tolerance[counts] / scales[counts], none),
     )  # fmt: skip

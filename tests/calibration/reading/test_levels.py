@@ -82,6 +82,12 @@ def test_ratios_may_be_of_two_levels():
     assert problem.denominators.toarray().tolist() == [[1, 2, 1], [1, 2, 3]]
 
 
+@pytest.mark.parametrize(("unit", "wanted"), [("household", [5, 6, 7]), ("person", [5, 12, 21])])
+def test_a_denominator_of_households_under_persons_says_how_often(unit, wanted):
+    row = {"unit": "person", "measure": "wage", "of": "rent", "of_unit": unit}
+    assert built([row]).problem.denominators.toarray()[0].tolist() == wanted
+
+
 def test_the_matrix_is_that_of_a_join_and_a_sum():
     rng = np.random.default_rng(5)
     h = pd.DataFrame({"hid": rng.permutation(300), "size": rng.integers(1, 6, 300)})
@@ -133,6 +139,11 @@ def test_a_household_leaves_with_a_missing_value_of_a_person():
         ({"unit": "person", "where": "age >"}, r"T.csv row 2 \(target 't0'\): where"),
         ({"unit": "person", "measure": "sex"}, "'sex' is not numeric"),
         ({"unit": "person", "of": "1", "of_where": "age > 99"}, "denominator .* is zero: no person fulfils"),
+        (
+            {"unit": "person", "measure": "wage", "of": "rent"},
+            "of=rent is a column of H.csv, and the target is of persons: say of_unit=household to add it once"
+            " for each household, or of_unit=person for each person",
+        ),
     ],
 )
 def test_wrong_targets_are_named(row, said):

@@ -102,6 +102,19 @@ def test_a_decimal_comma_is_asked_for_and_then_read(tmp_path):
     assert table.n.tolist() == [1, 2]
 
 
+def test_a_point_is_no_sign_where_the_comma_is_one(tmp_path):
+    """1.234 would be a thousandth of what a German table means by it."""
+    file = write(tmp_path, "id;w;n\na;1.234;1,5\nb;5.678;2.5\nc;9.012;3,5\n")
+    table = read_table(file, decimal="comma")
+    with pytest.raises(InputError, match=r"w must be .* '1.234' in row 2 \(3 such rows\); with"):
+        initial_weights(table, "w", "H.csv")
+    with pytest.raises(InputError, match=r"n must be .* '2.5' in row 3; with problem.decimal=comma a point"):
+        initial_weights(table, "n", "H.csv")
+    targets = target_table(pd.DataFrame({"name": ["t"], "value": [1.0], "measure": ["n"]}), "T.csv")
+    with pytest.raises(InputError, match=r"'n' is not numeric: H.csv holds '2.5' there; .* no decimal sign"):
+        build(table, targets, file="H.csv")
+
+
 NOT_NUMBERS = (
     *(
         "1,234",

@@ -100,6 +100,18 @@ def test_nothing_from_data_becomes_markup():
     assert shown.count(EVIL) >= 10  # as text, whole
 
 
+def test_the_page_speaks_of_the_units_of_the_survey():
+    c = contents()
+    problem = {"targets": "T.csv", "unit_names": ("company", "$employee")}
+    text = render(Contents(**{**vars(c), "settings": {"method": "all", "problem": problem}}))
+    shown = " ".join(Page(text).texts)
+    assert "Companies kept" in shown
+    assert "all companies stay" in shown
+    assert "household" not in shown.lower().replace("num_households", "").replace("problem=households", "")
+    strange = {**problem, "unit_names": ("$<b>\\frac", "p")}
+    assert Page(render(Contents(**{**vars(c), "settings": {"problem": strange}}))).open == []
+
+
 def test_the_page_refers_to_nothing_outside_and_allows_nothing():
     page = Page(render(evil()))
     for tag, attributes in page.elements:

@@ -456,7 +456,14 @@ def test_of_targets_that_are_sums_of_others_the_parts_are_kept():
     none = np.zeros(11)
     slack = Slack(np.full(11, np.inf), none, none)
     ones = np.ones(400)
-    dual = Dual(Rows(sp.csr_array(rows)), none, ones, ones, distance_of("linear", 0 * ones, 9 * ones), slack)
+    dual = Dual(
+        Rows(sp.csr_array(rows), np.ones(11)),
+        none,
+        ones,
+        ones,
+        distance_of("linear", 0 * ones, 9 * ones),
+        slack,
+    )
     chosen = independent(dual)
     assert len(chosen) == 8
     assert ((rows[chosen] > 0).sum(axis=1) < 100).all()

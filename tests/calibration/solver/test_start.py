@@ -61,7 +61,7 @@ def test_multipliers_are_found_again_from_their_weights(name):
     rows = sp.csr_array(rng.random((4, 60)) * (rng.random((4, 60)) < 0.6))
     distance = distance_of(name, np.full(60, 0.3), np.full(60, 3.0))
     dual = Dual(
-        Rows(rows),
+        Rows(rows, np.ones(4)),
         np.ones(4),
         rng.random(60) + 1,
         rng.random(60) + 0.5,

@@ -11,6 +11,7 @@ import numpy as np
 
 from sparsereg.calibration.findings import Finding
 from sparsereg.calibration.measures import error_summary
+from sparsereg.calibration.reading.levels import UNITS, plural
 from sparsereg.calibration.reporting.page import pictures
 from sparsereg.files import write_text
 from sparsereg.page import page
@@ -104,12 +105,15 @@ def _values(c: Contents) -> dict[str, Any]:
     findings = [vars(f) for f in c.findings[:_MOST_FINDINGS]]
     holdout = None if c.holdout is None else _held_out(c.holdout)
     bystanders = None if c.bystanders is None else _bystanders(c.bystanders)
+    unit, units = _unit(c), plural(_unit(c))
     groups = _records(c.groups.sort_values("mean_are", ascending=False, na_position="last"))
     values = {
         "r": r,
         "kind": "Calibration report",
         "provenance": r["provenance"],
-        "title": f"{r['kept']:,} of {r['households']:,} households, method {r['method']}",
+        "title": f"{r['kept']:,} of {r['households']:,} {units}, method {r['method']}",
+        "unit": unit,
+        "units": units,
         "required": required,
         "missed": sum(not row["met"] for row in required),
         "tiles": _tiles(c),
@@ -118,8 +122,8 @@ def _values(c: Contents) -> dict[str, Any]:
         "settings": [(key, setting(value)) for key, value in flat(c.settings).items()],
         "pictures": {
             "errors": pictures.errors(c.targets),
-            "sizes": pictures.sizes(c.weights),
-            "ratios": pictures.ratios(c.weights),
+            "sizes": pictures.sizes(c.weights, units),
+            "ratios": pictures.ratios(c.weights, units),
         },
         "errors": _errors(c),
         "groups": groups,
@@ -142,6 +146,11 @@ def _values(c: Contents) -> dict[str, Any]:
     return {**values, "sections": _sections(values)}
 
 
+def _unit(c: Contents) -> str:
+    """What one of those that have a weight is called."""
+    return str((c.settings.get("problem") or {}).get("unit_names", UNITS)[0])
+
+
 def _sections(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the sections that are there, in order: anchor and name."""
     optional = {
@@ -162,7 +171,7 @@ def _sections(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _tiles(c: Contents) -> list[dict[str, str]]:
     r = c.results
     tiles = [
-        ("Households kept", number(r["kept"]), f"of {number(r['households'])}"),
+        (f"{plural(_unit(c)).capitalize()} kept", number(r["kept"]), f"of {number(r['households'])}"),
         ("Mean error", percent(r["mean_are"]), f"median {percent(r['median_are'])}"),
         ("Largest error", percent(r["max_abs_scaled_error"]), "over its scale"),
         ("Within 10 %", percent(r["within_10pct"]), f"{percent(r['within_1pct'])} within 1 %"),
@@ -182,13 +191,14 @@ def _notes(c: Contents) -> list[str]:
             f"{number(r['gave_way'])} targets cannot be met with the others and gave way: see Findings."
         )
     if r.get("untouched_targets"):
-        notes.append(f"{number(r['untouched_targets'])} targets are touched by no kept household.")
+        notes.append(f"{number(r['untouched_targets'])} targets are touched by no kept {_unit(c)}.")
     if r.get("dropped_targets"):
         notes.append(
-            f"{number(r['dropped_targets'])} targets were left out because no household touches them."
+            f"{number(r['dropped_targets'])} targets were left out because no {_unit(c)} touches them."
         )
     if r.get("missing_households"):
-        notes.append(f"{number(r['missing_households'])} fewer households are kept than were asked for.")
+        fewer = f"{number(r['missing_households'])} fewer {plural(_unit(c))}"
+        notes.append(f"{fewer} are kept than were asked for.")
     if whole := r.get("integer_weights"):
         zero = f"; {number(whole['left_with_zero'])} became 0" if whole["left_with_zero"] else ""
         notes.append(
@@ -216,17 +226,15 @@ def _notes(c: Contents) -> list[str]:
 
 
 def _asked(c: Contents) -> str:
-    r, s = c.results, c.settings
+    r, s, units = c.results, c.settings, plural(_unit(c))
     wanted = s.get("num_households")
-    kept = (
-        "all households stay" if r["method"] in ("all", "calibrate") else "as many stay as lambda_l0 leaves"
-    )
+    kept = f"all {units} stay" if r["method"] in ("all", "calibrate") else "as many stay as lambda_l0 leaves"
     if wanted:
         kept = f"keep {number(wanted)} of them"
     how = f"method {r['method']}"
     if r["method"] == "calibrate":
         how += f", distance {s.get('distance')}"
-    text = f"{number(r['targets'])} targets over {number(r['households'])} households; {kept}, by {how}"
+    text = f"{number(r['targets'])} targets over {number(r['households'])} {units}; {kept}, by {how}"
     for key in ("bounds", "weight_bounds", "max_weight_ratio", "unit_factor"):
         if s.get(key) is not None:
             text += f", {key} {setting(s[key])}"

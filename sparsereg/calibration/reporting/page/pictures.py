@@ -45,32 +45,34 @@ def errors(targets: pd.DataFrame) -> str:
     return drawn(draw)
 
 
-def sizes(weights: pd.DataFrame) -> str:
+def sizes(weights: pd.DataFrame, units: str) -> str:
     """Return the picture of the weights of the kept households, before and after.
 
     Args:
         weights: As ``tables.weight_frame`` returns it.
+        units: What households are called.
     """
     pairs = ((weights.initial_weight, BEFORE, "before"), (weights.weight, AFTER, "after"))
-    return drawn(lambda axes: _histogram(axes, pairs, "weight"))
+    return drawn(lambda axes: _histogram(axes, pairs, "weight", units))
 
 
-def ratios(weights: pd.DataFrame) -> str:
+def ratios(weights: pd.DataFrame, units: str) -> str:
     """Return the picture of weights over initial weights.
 
     Args:
         weights: As ``tables.weight_frame`` returns it.
+        units: What households are called.
     """
     ratio = weights.weight / weights.initial_weight.where(weights.initial_weight > 0)
 
     def draw(axes: Axes) -> None:
-        _histogram(axes, ((ratio, AFTER, "after over before"),), "weight over initial weight")
+        _histogram(axes, ((ratio, AFTER, "after over before"),), "weight over initial weight", units)
         axes.axvline(1, color=INK, lw=0.8, ls=":")
 
     return drawn(draw)
 
 
-def _histogram(axes: Axes, parts: tuple[tuple[pd.Series, str, str], ...], label: str) -> None:
+def _histogram(axes: Axes, parts: tuple[tuple[pd.Series, str, str], ...], label: str, units: str) -> None:
     known = [(part.dropna().to_numpy(dtype=np.float64), colour, name) for part, colour, name in parts]
     everything = np.concatenate([values for values, _, _ in known])
     if len(everything) == 0:
@@ -82,6 +84,8 @@ def _histogram(axes: Axes, parts: tuple[tuple[pd.Series, str, str], ...], label:
     bins = np.geomspace(low, high, _BINS + 1) if logarithmic else np.linspace(low, high, _BINS + 1)
     for values, colour, name in known:
         axes.hist(values, bins.tolist(), color=colour, alpha=0.75, label=name)
-    axes.set(xscale="log" if logarithmic else "linear", xlabel=label, ylabel="kept households")
+    axes.set(
+        xscale="log" if logarithmic else "linear", xlabel=label, ylabel="kept " + units.replace("$", r"\$")
+    )
     if len(known) > 1:
         axes.legend(frameon=False, loc="upper right")
