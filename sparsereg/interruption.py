@@ -7,6 +7,7 @@ a command can be ended from its first moment on.
 """
 
 import contextlib
+import ctypes
 import os
 import shlex
 import shutil
@@ -19,6 +20,8 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
 _AGAIN_S = 5.0
 """An exception that a library swallowed is raised again after so many seconds."""
 
@@ -59,6 +62,12 @@ class _Guard:
 _guard: _Guard | None = None
 
 
+def _end_with_torchrun() -> None:
+    """On Linux: a process of torchrun's ends when that does, also by kill -9, and waits for it no longer."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def guard(given: list[str] | None = None) -> Iterator[None]:
     """Within this context signals end the process as this module says; one within another changes nothing.
@@ -73,6 +82,7 @@ def guard(given: list[str] | None = None) -> Iterator[None]:
     if _guard is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
+    _end_with_torchrun()
     mine = _guard = _Guard(os.getpid(), _command(sys.argv[1:] if given is None else given))
     before = {number: signal.getsignal(number) for number in SIGNALS}
     unraisable, sys.unraisablehook = sys.unraisablehook, _on_unraisable

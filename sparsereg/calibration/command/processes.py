@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +15,6 @@ from sparsereg.errors import InputError, wrong_input
 from sparsereg.files import new_version
 
 T = TypeVar("T")
-_PARENT_DEATH_SIGNAL = 1
-"""PR_SET_PDEATHSIG of prctl(2)."""
 
 
 def in_processes() -> bool:
@@ -27,18 +22,11 @@ def in_processes() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _end_with_torchrun() -> None:
-    """On Linux: end when torchrun does, also by kill -9, instead of waiting half an hour for it."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-
-
 @contextmanager
 def group() -> Iterator[None]:
     """Join the others, and leave them at the end."""
     from lightning_fabric import Fabric
 
-    _end_with_torchrun()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     fabric = Fabric(
         accelerator="cpu", strategy="ddp", devices=here, num_nodes=int(os.environ["WORLD_SIZE"]) // here

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hydra
@@ -252,6 +253,42 @@ def test_gates_in_two_processes_keep_whom_one_process_keeps(tmp_path):
     assert 20 < len(ours) < 850
     assert ours.id.tolist() == theirs.id.tolist()
     np.testing.assert_allclose(ours.weight, theirs.weight, rtol=1e-9, atol=1e-9 * theirs.weight.max())
+
+
+def children(pid):
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    )
+    return [int(line) for line in found.stdout.split()]
+
+
+def is_alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_processes_end_with_a_torchrun_that_is_killed(tmp_path):
+    tables(tmp_path)
+    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "calibrate.py")]
+    given = ["problem=households", "problem.targets=T.csv", "problem.households=H.parquet", "epochs=1000000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with (tmp_path / "err").open("w") as err:
+        launcher = subprocess.Popen(
+            [sys.executable, *how, *given, "lambda_l0=0.0003"], cwd=tmp_path, env=environment, stderr=err
+        )
+    while "All distributed processes registered" not in (tmp_path / "err").read_text():
+        assert launcher.poll() is None, (tmp_path / "err").read_text()
+        time.sleep(0.1)
+    below = children(launcher.pid)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, below)):
+        assert time.monotonic() < deadline, "processes outlive their launcher"
+        time.sleep(0.1)
+    assert len(below) == 2
 
 
 @pytest.mark.slow
