@@ -369,7 +369,7 @@ class _Inserter:
         for vector in self.vectors:
             if here & set(vector.choices):
                 index = _places(sets, vector.choices)
-                kind = norm.axis, norm.centred, norm.factors
+                kind = norm.axis, norm.centred, norm.factor
                 put_gate(module, "", self._on(module, vector), index, _label(vector), kind)
 
 

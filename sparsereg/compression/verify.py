@@ -38,7 +38,8 @@ def verify(
     """
     own = (args, dict(kwargs))
     _widen(wide, _precision(model))
-    tolerance = TOLERANCE.get(_precision(model), 1e-3)
+    tolerance_64 = ROUNDED_TOLERANCE if _rounds(smaller) else FLOAT64_TOLERANCE
+    tolerance = max(TOLERANCE.get(_precision(model), 1e-3), tolerance_64)
     with evaluating(model):
         batches = [own, *_noise_for(model, own)]
         for given, named in batches:
@@ -49,7 +50,6 @@ def verify(
             given, named = doubled((given, named))
             with _in_float64(model):
                 answers = model(*given, **named)
-            tolerance_64 = ROUNDED_TOLERANCE if _rounds(smaller) else FLOAT64_TOLERANCE
             _compare(answers, wide(*given, **named), type(model).__name__, tolerance_64)
 
 

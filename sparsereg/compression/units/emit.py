@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression.sizes import ANY, of_size
 from sparsereg.compression.units.cut import Cut
-from sparsereg.compression.units.program import Call, Ready, Scaled, bound, module_of, op_name
+from sparsereg.compression.units.program import Call, Ready, Scaled, Selected, bound, module_of, op_name
 from sparsereg.compression.units.rules.recurrent import BLOCKS, KINDS, Pass, passes, starts_at_zero
 from sparsereg.compression.vocabulary import reserved
 
@@ -158,6 +158,9 @@ class Emitter:
             return self.graph.call_function(operator.floordiv, (whole, leaf.whole))
         if isinstance(leaf, Ready):
             return leaf.node
+        if isinstance(leaf, Selected):
+            index = self._buffer("heads", leaf.index)
+            return self._call(torch.ops.aten.index_select.default, self.made[leaf.node], leaf.axis, index)
         if isinstance(leaf, fx.Node):
             return self._weight(leaf) if leaf in self.program.weights else self.made[leaf]
         if isinstance(leaf, Tensor):

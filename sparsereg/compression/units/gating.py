@@ -173,12 +173,12 @@ class GatedModule(nn.Module):
 
     Attributes:
         _gated_sites: for each parameter, the names of its gates, each with that of its index.
-        _gated_norm: what a normalisation needs to know: the axis, whether it subtracts a mean, and
-            whether its weight can undo what its input is enlarged by.
+        _gated_norm: what a normalisation needs to know: the axis, whether it subtracts a mean, and the name
+            of the weight that undoes what its input is enlarged by, if one does.
     """
 
     _gated_sites: dict[str, list[tuple[str, str]]]
-    _gated_norm: tuple[int, bool, bool] | None
+    _gated_norm: tuple[int, bool, str] | None
     _gated_given: Given | None = None
 
     def _gated_drawn(self) -> Given | None:
@@ -204,7 +204,7 @@ class GatedModule(nn.Module):
 
     def _gated_undoes(self, name: str) -> bool:
         """Whether a parameter takes back what the input of a normalisation is enlarged by."""
-        return self._gated_norm is not None and self._gated_norm[2] and name != "bias"
+        return self._gated_norm is not None and bool(name) and name == self._gated_norm[2]
 
     def _gated_value(self, name: str) -> Any:
         """A parameter (or buffer) times its gates."""
@@ -331,7 +331,7 @@ def put_gate(
     gate: L0Gate,
     index: Tensor,
     label: str,
-    norm: tuple[int, bool, bool] | None = None,
+    norm: tuple[int, bool, str] | None = None,
 ) -> None:
     """Let a module read one of its parameters through a gate.
 
@@ -341,7 +341,8 @@ def put_gate(
         gate: may be shared with other modules.
         index: for each element of the parameter (or a shape that is broadcast to it) its place in the gate.
         label: a name for the gate in the module, if it has not got it yet.
-        norm: axis of a normalisation's input, whether it subtracts a mean, and whether its weight multiplies.
+        norm: axis of a normalisation's input, whether it subtracts a mean, and the name of the weight that undoes
+            what the input is enlarged by; empty if none does.
     """
     if not isinstance(module, GatedModule):
         module._gated_sites, module._gated_norm = {}, None  # type: ignore[assignment]

@@ -38,6 +38,21 @@ class Grid:
 
 
 @dataclass
+class Nested:
+    """Units that lie within others: units[i, j] stays iff within[i, j] and row i's own unit stay.
+
+    Attributes:
+        units: labels, (rows, columns).
+        within: labels, (rows, columns), the same in rows that share them.
+        own: labels, (rows,).
+    """
+
+    units: Ints
+    within: Ints
+    own: Ints
+
+
+@dataclass
 class Unions:
     """Disjoint sets of units, as an array of representatives that is brought up to date in bulk."""
 
@@ -86,6 +101,7 @@ class Axes:
         means_of_all: means over units that are zeros where these are gone, not over those that stay.
         averaged: units over which a normalisation takes means: these are over the units that stay.
         grids: units that have to stay as grids.
+        nested: units that lie within others.
         heads: units that stand for attention heads, and whether some of them share their keys.
         inputs: for inputs whose features are units: the tensor, the axis and the units.
         shapes: results of operations that give a tensor another shape, which has to stay rectangular.
@@ -101,6 +117,7 @@ class Axes:
         self.averaged: list[Ints] = []
         self.means_of_all: set[fx.Node] = set()
         self.grids: list[Grid] = []
+        self.nested: list[Nested] = []
         self.heads: list[tuple[Ints, bool]] = []
         self.inputs: list[tuple[fx.Node, int, Ints]] = []
         self.shapes: list[tuple[fx.Node, Labels]] = []

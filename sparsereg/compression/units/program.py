@@ -106,6 +106,8 @@ class Program:
         def value(leaf: Any) -> Any:
             if isinstance(leaf, Scaled):
                 return env[leaf.node] * leaf.left // leaf.whole
+            if isinstance(leaf, Selected):
+                return env[leaf.node].index_select(leaf.axis, leaf.index.to(env[leaf.node].device))
             return env[leaf] if isinstance(leaf, fx.Node) else leaf
 
         for node in self.graph.nodes:
@@ -160,6 +162,21 @@ class Scaled:
     node: fx.Node
     left: int
     whole: int
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What is left of a tensor, at some of its positions alone.
+
+    Attributes:
+        node: the tensor.
+        axis: of it.
+        index: positions along the axis, among those that are left.
+    """
+
+    node: fx.Node
+    axis: int
+    index: Tensor
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Norm:
         units: along it.
         centred: whether a mean is subtracted.
         weights: the weights behind it.
-        factors: whether they can undo what the input is enlarged by; 1 + weight cannot.
+        factor: name of the one that can undo what the input is enlarged by; empty if none can, as 1 + weight.
     """
 
     node: fx.Node
@@ -49,7 +49,7 @@ class Norm:
     units: Ints
     centred: bool
     weights: tuple[fx.Node, ...]
-    factors: bool
+    factor: str
 
 
 class Sites:
@@ -239,18 +239,22 @@ class Sites:
         if any(not np.array_equal(p[1], first[1]) for p in places if p is not None):
             return None
         axis, units = first
-        kinds = {name_of(n) for n in inside if averages(n)}
-        if len(kinds) != 1:
+        means = [n for n in inside if averages(n)]
+        kinds = {name_of(n) for n in means}
+        by_hand = _centred_by_hand(means)
+        if len(kinds) != 1 and not by_hand:
             return None
-        centred = kinds <= {"layer_norm", "group_norm", "native_layer_norm"}
+        centred = by_hand or kinds <= {"layer_norm", "group_norm", "native_layer_norm"}
         if not centred and kinds != {"rms_norm"} and not _mean_of_squares(node):
             return None
         if name_of(node) == "group_norm":
             axis = axis + self.program.values[next(iter(sources))].dim()
-        factors = all(_factor(weight, inside) for weight in weights)
-        if not factors and len(weights) > 1:
+        able = all(_factor(weight, inside) for weight in weights)
+        multiply = [weight for weight in weights if not _adds(weight, inside)]
+        if not (able and multiply) and weights != tuple(multiply[:1]):
             return None
-        return Norm(node, path, axis, units, centred, weights, factors)
+        factor = self.program.names[multiply[0]].rpartition(".")[2] if able else ""
+        return Norm(node, path, axis, units, centred, weights, factor)
 
     def _place(self, source: fx.Node) -> tuple[int, Ints] | None:
         """The axis along which units lie, from the end, and the units; None if it is not one axis."""
@@ -263,6 +267,21 @@ class Sites:
         return along[0] - labels.dim(), units
 
 
+def _centred_by_hand(means: list[fx.Node]) -> bool:
+    """Whether means are those of a layer norm that is written out: a mean, and a variance over all."""
+    spreads = [n for n in means if _mean_of_squares(n) or _variance(n)]
+    others = [n for n in means if n not in spreads]
+    return bool(spreads and others) and all(name_of(n) == "mean" for n in others)
+
+
+def _variance(node: fx.Node) -> bool:
+    """Whether an operation is a variance that divides by all that there are, not by one less."""
+    if name_of(node) != "var":
+        return False
+    a = bound(node)
+    return a.get("correction", a.get("unbiased", True)) in (0, False)
+
+
 def _mean_of_squares(node: fx.Node) -> bool:
     """Whether a mean is one of squares."""
     source = node.args[0]
@@ -273,6 +292,21 @@ def _mean_of_squares(node: fx.Node) -> bool:
     if name_of(source) == "pow":
         return bool(source.args[1] == 2)
     return name_of(source) == "mul" and source.args[0] is source.args[1]
+
+
+def _adds(weight: fx.Node, inside: list[fx.Node]) -> bool:
+    """Whether a module adds a weight to what it has normalised."""
+    for user in weight.users:
+        if user not in inside:
+            continue
+        name = name_of(user)
+        if name.rstrip("_") in ("add", "sub") and user.all_input_nodes != [weight]:
+            return True
+        if name.endswith("_norm") and bound(user).get("bias") is weight:
+            return True
+        if name in MOVING and _adds(user, inside):
+            return True
+    return False
 
 
 def _factor(weight: fx.Node, inside: list[fx.Node]) -> bool:

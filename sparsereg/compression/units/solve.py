@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from sparsereg.compression.units.branches import Branches
-from sparsereg.compression.units.labels import FIRST, Axes, Ints, Labels, Unions, varying
+from sparsereg.compression.units.labels import FIRST, Axes, Ints, Labels, Nested, Unions, varying
 from sparsereg.compression.units.rules.table import Labeller
 
 Choices = frozenset[int]
@@ -31,6 +31,10 @@ class Solver:
         self.axes = axes
         self.choices = Unions(axes.sets.parent.copy())
         self.split: dict[int, Choices] = {}
+        for nested in axes.nested:
+            self.grid(nested.within)
+        for nested in axes.nested:
+            self._nest(nested)
         for _, labels in axes.shapes:
             if len(varying(labels)) > 1:
                 self.grid(_corner(labels))
@@ -64,6 +68,14 @@ class Solver:
             self.unite((a - b) | (b - a))
         else:  # one needs what the other does not: that must go with what they share
             self.unite(((a - b) | (b - a)) | {min(a & b)})
+
+    def _nest(self, nested: Nested) -> None:
+        """Let units depend on those that they lie within, and on their row's own."""
+        within = self.choices.find(nested.within)
+        own = np.broadcast_to(nested.own[:, None], within.shape)
+        for unit, outer, row in zip(nested.units.flat, within.flat, own.flat, strict=True):
+            root = int(self.choices.find(np.array([unit]))[0])
+            self.split.setdefault(root, frozenset([int(outer), int(row)]))
 
     def grid(self, units: Ints) -> None:
         """Let the units that stay form a grid along the axes of an array of them."""

@@ -385,3 +385,66 @@ def test_gates_of_terms_are_found_again_without_what_gate_knew():
     assert any("gate_experts" in name for name in hard_concretes(network))
     del network.__dict__["_units"]
     assert (sparsereg.compact(network, example)(example) - network(example)).abs().max() < 1e-12
+
+
+class WrittenOut(nn.Module):
+    """A layer norm without an operation of its own."""
+
+    def __init__(self, variance):
+        super().__init__()
+        self.g, self.b, self.variance = nn.Parameter(torch.ones(12)), nn.Parameter(torch.zeros(12)), variance
+
+    def forward(self, x):
+        mean = x.mean(-1, keepdim=True)
+        return self.g * (x - mean) / torch.sqrt(self.variance(x, mean) + 1e-5) + self.b
+
+
+class OfWidth(nn.Module):
+    """A residual stream with norms of any kind."""
+
+    def __init__(self, variance):
+        super().__init__()
+        self.enter, self.up, self.down, self.leave = (
+            nn.Linear(*n) for n in ((5, 12), (12, 16), (16, 12), (12, 3))
+        )
+        self.one, self.two = WrittenOut(variance), WrittenOut(variance)
+
+    def forward(self, x):
+        x = self.enter(x)
+        return self.leave(self.two(x + self.down(F.relu(self.up(self.one(x))))))
+
+
+VARIANCES = {
+    "deviations": lambda x, mean: ((x - mean) ** 2).mean(-1, keepdim=True),
+    "squares": lambda x, mean: (x * x).mean(-1, keepdim=True) - mean * mean,
+    "var": lambda x, mean: x.var(-1, unbiased=False, keepdim=True),
+    "correction": lambda x, mean: torch.var(x, -1, correction=0, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("variance", VARIANCES.values(), ids=list(VARIANCES))
+def test_a_layer_norm_that_is_written_out_is_over_the_width_that_stays(variance):
+    assert exact(OfWidth(variance), x(4, 5)) == [1, 12, 16]
+
+
+def test_a_variance_over_one_less_keeps_the_width():
+    assert exact(OfWidth(lambda x, mean: x.var(-1, keepdim=True)), x(4, 5)) == [1, 16]
+
+
+class AlongTokens(nn.Module):
+    """Attention to a few mixtures of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.mix = nn.Linear(12, 36), nn.Parameter(torch.randn(7, 3))
+        self.o = nn.Linear(12, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 3, 4).permute(2, 0, 3, 1, 4)
+        k, v = (torch.einsum("bhtd,tk->bhkd", part, self.mix) for part in (k, v))
+        made = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
+        return self.o(made.transpose(1, 2).flatten(2))
+
+
+def test_what_is_mixed_along_tokens_leaves_heads_free():
+    assert exact(AlongTokens(), x(2, 7, 12)) == [3, 4]

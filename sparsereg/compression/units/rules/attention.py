@@ -11,6 +11,7 @@ from torch import fx
 
 from sparsereg.compression.units.labels import FIRST, Grid, Ints, Labels, live, varying
 from sparsereg.compression.units.program import Call, name_of
+from sparsereg.compression.units.rules.grouped import of_scores, scores_of, selected, share, shares, values_of
 from sparsereg.compression.units.rules.mixing import dense, weight_behind
 from sparsereg.compression.units.rules.stacked import stack_of, stacked
 from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
@@ -18,7 +19,21 @@ from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, rep
 BATCH = "ABCDEFGH"
 
 
-@rule("matmul", "bmm", "mm", "mv", "dot")
+def _matmul_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    """Of keys and values that heads share, what the heads that are left read."""
+    left, right = node.args[:2]
+    ranks = [cut.program.values[n].dim() for n in (left, right)]  # type: ignore[index]
+    if min(ranks) < 3 or left not in cut.labels or right not in cut.labels:
+        return replaced(node)
+    wanted = [cut.alive_along(cut.labels[n], r - 3) for n, r in zip((left, right), ranks, strict=True)]
+    if len(wanted[0]) != len(wanted[1]) or torch.equal(*wanted):
+        return replaced(node)
+    both = wanted[0] & wanted[1]
+    left, right = (selected(cut, n, rank - 3, both) for n, rank in zip((left, right), ranks, strict=True))
+    return Call(node.target, (left, right, *node.args[2:]), node.kwargs)
+
+
+@rule("matmul", "bmm", "mm", "mv", "dot", call=_matmul_call)
 def matmul(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """(..., m, k) times (..., k, n)."""
     left, right = node.args[0], node.args[1]
@@ -78,7 +93,8 @@ def contract(x: Labeller, node: fx.Node, left: Operand, right: Operand, out: str
     """
     shape = x.program.values[node].shape
     sides = [_side(x, source, letters, node) for source, letters in (left, right)]
-    varied = [{letters[i] for i in varying(labels)} for labels, letters in sides]
+    sides = _only_together(x, node, sides, set(out))
+    varied = _varied(sides)
     summed = (varied[0] | varied[1]) - set(out)
     if summed:
         return _summed(x, node, (left, right), sides, varied, summed, out, shape)
@@ -94,6 +110,25 @@ def _side(x: Labeller, source: Any, letters: str, node: fx.Node) -> tuple[Labels
             x.keep_weight(source, f"{name_of(node)} reads it", node)
             return x.labels(None, tuple(value.shape)), letters
     return x.labels(source), letters
+
+
+def _varied(sides: list[tuple[Labels, str]]) -> list[set[str]]:
+    """The letters of the axes along which the units of each factor lie."""
+    return [{letters[i] for i in varying(labels)} for labels, letters in sides]
+
+
+def _only_together(
+    x: Labeller, node: fx.Node, sides: list[tuple[Labels, str]], out: set[str]
+) -> list[tuple[Labels, str]]:
+    """A factor with units along the sum, where the other's lie elsewhere, stays; it does not tie these."""
+    varied = _varied(sides)
+    kept = list(sides)
+    for i, (labels, letters) in enumerate(sides):
+        other = varied[1 - i]
+        if varied[i] - out and other and other <= out:
+            x.axes.fix(labels, f"{name_of(node)} sums over it with what has units elsewhere", node)
+            kept[i] = (live(labels.shape), letters)
+    return kept
 
 
 def _as(x: Labeller, node: fx.Node, side: tuple[Labels, str], order: str) -> Ints:
@@ -124,6 +159,9 @@ def _summed(
     inner = "".join(sorted(summed))
     arrays = [_as(x, node, side, batch + inner) for side in sides]
     one, two = np.broadcast_arrays(*arrays)
+    scores = scores_of(x, one, two) if len(batch) == len(inner) == 1 else None
+    if scores is not None:
+        return _spread(scores, batch, out, shape, scores.shape)
     x.axes.equal(one, two, f"{name_of(node)} sums over it with what cannot go", node)
     x.dead[node] = Dead.ZERO if not batch else x.dead[node]
     if not batch:
@@ -171,7 +209,10 @@ def _passed(
         small, large = (0, 1) if varied[0] <= varied[1] else (1, 0)
         if not varied[small] <= varied[large]:
             return _whole(x, node, sides, shape)
-        _tie_rows(x, node, sides, varied, small, large)
+        made = _tie_rows(x, node, sides, varied, small, large)
+        if made is not None:
+            letters = "".join(sorted(varied[small])) + "".join(sorted(varied[large] - varied[small]))
+            return _spread(np.ravel(made), letters, out, shape, made.shape)
     else:
         large = 0 if varied[0] else 1
     if not varied[large]:
@@ -188,23 +229,35 @@ def _tie_rows(
     varied: list[set[str]],
     small: int,
     large: int,
-) -> None:
-    """The scores of a head go with the values of that head."""
+) -> Ints | None:
+    """The scores of a head go with the values of that head; labels of what it makes of shared ones."""
     batch = "".join(sorted(varied[small]))
     inner = "".join(sorted(varied[large] - varied[small]))
     rows = np.ravel(_as(x, node, sides[small], batch))
     units = _as(x, node, sides[large], batch + inner).reshape(len(rows), -1)
+    pair = of_scores(x, rows) if len(batch) == len(inner) == 1 else None
+    if pair is not None and shares(x, units):
+        return values_of(x, node, units, *pair)
     x.axes.fix(units[rows < FIRST], f"{name_of(node)} with what cannot go", node)
     units, rows = units[rows >= FIRST], rows[rows >= FIRST]
     if inner and len(rows):
         x.axes.grids.append(Grid(units, rows))
     else:
         x.axes.equal(rows, np.ravel(units), name_of(node), node)
+    return None
 
 
 def _attention_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
-    """The scale is that of the original size of a head."""
-    return replaced(node, scale=a["scale"] or 1 / math.sqrt(cut.program.values[a["query"]].shape[-1]))
+    """The scale is that of the original size of a head; keys and values are those of heads that are left."""
+    scale = a["scale"] or 1 / math.sqrt(cut.program.values[a["query"]].shape[-1])
+    query, key, value = (a[name] for name in ("query", "key", "value"))
+    rank = cut.program.values[query].dim()
+    if rank < 4 or query not in cut.labels:
+        return replaced(node, scale=scale)
+    heads = cut.alive_along(cut.labels[query], rank - 3)
+    times = len(heads) // cut.program.values[key].shape[-3] if a.get("enable_gqa") else 1
+    key, value = (selected(cut, n, rank - 3, heads, times) for n in (key, value))
+    return replaced(node, scale=scale, key=key, value=value)
 
 
 @rule("scaled_dot_product_attention", call=_attention_call)
@@ -215,25 +268,46 @@ def attention(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     if times > 1:
         key, value = key.repeat(times, 0), value.repeat(times, 0)
     one, two = np.broadcast_arrays(query, key)
-    x.axes.equal(one, two, "queries meet keys that cannot go", node)
+    made = _in_groups(x, node, a, one, two, value)
+    if made is None:
+        made = value
+        x.axes.equal(one, two, "queries meet keys that cannot go", node)
+        _by_heads(x, node, a, one, key, value)
     for name in ("query", "key"):
         if x.dead.get(a[name], Dead.ZERO) is not Dead.ZERO:
             x.axes.fix(one, "attention sums over values that are not zero when it is gone", node)
     x.reads.append((a["query"], a["key"]))
-    rows = x.axes.sets.new(len(one))
-    for units in (one, np.broadcast_to(value, (len(one), value.shape[1]))):
+    shape = x.program.values[node].shape
+    view = [1] * len(shape)
+    view[-1] = made.shape[1]
+    if len(shape) > 2:
+        view[-3] = made.shape[0]
+    return torch.from_numpy(np.ascontiguousarray(made)).int().view(view).expand(shape)
+
+
+def _in_groups(
+    x: Labeller, node: fx.Node, a: dict[str, Any], queries: Ints, keys: Ints, values: Ints
+) -> Ints | None:
+    """Labels of what heads make that share keys and values, (heads, size); None if they share none."""
+    mask = a.get("attn_mask")
+    if isinstance(mask, fx.Node) and x.labels(mask).dim() > 2 and x.labels(mask).shape[-3] > 1:
+        return None
+    if not shares(x, values):
+        return None
+    found = share(x, queries, keys)
+    return None if found is None else values_of(x, node, values, *found)
+
+
+def _by_heads(x: Labeller, node: fx.Node, a: dict[str, Any], queries: Ints, keys: Ints, values: Ints) -> None:
+    """Queries, keys and values go by heads."""
+    rows = x.axes.sets.new(len(queries))
+    for units in (queries, np.broadcast_to(values, (len(queries), values.shape[1]))):
         if (units >= FIRST).any():
             x.axes.grids.append(Grid(np.array(units), rows))
     if len(rows) > 1:
-        x.axes.heads.append((rows, len(np.unique(key[:, 0])) < len(key)))
+        x.axes.heads.append((rows, len(np.unique(keys[:, 0])) < len(keys)))
     _mask(x, node, a, rows)
     x.dead[node] = x.dead.get(a["value"], Dead.ZERO)
-    shape = x.program.values[node].shape
-    view = [1] * len(shape)
-    view[-1] = value.shape[1]
-    if len(shape) > 2:
-        view[-3] = value.shape[0]
-    return torch.from_numpy(np.ascontiguousarray(value)).int().view(view).expand(shape)
 
 
 def _heads(x: Labeller, node: fx.Node, source: fx.Node) -> Ints:

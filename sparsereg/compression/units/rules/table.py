@@ -107,6 +107,7 @@ class Labeller:
         reads: tensors that are summed over units; of several in one product, one that is zero is enough.
         columns: for weights that read features of inputs, or units that are not zero when they are gone, the
             axis of their columns, which take the gates.
+        shared: for labels of scores of heads that share keys, those of the head and of its group.
 
     Args:
         program: the network.
@@ -121,6 +122,7 @@ class Labeller:
         self.unknown: dict[str, fx.Node] = {}
         self.reads: list[tuple[Any, ...]] = []
         self.columns: dict[fx.Node, int] = {}
+        self.shared: dict[int, tuple[int, int]] = {}
         self.depends = self._depends()
         for node in program.inputs:
             self._enter(node)
