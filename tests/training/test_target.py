@@ -413,6 +413,6 @@ def test_milliseconds_that_no_network_takes(run, tiny, tmp_path, monkeypatch):
     settings = ["model=lenet300", "trainer.max_epochs=2", "runtime=eager"]
     done = run("train", *tiny, *settings, "target_latency_ms=1e-6")
     assert done.code == 2
-    assert "target_latency_ms=1e-06: with all gates shut the network still takes" in done.err
+    assert "target_latency_ms=1e-06: with one unit left in each place the network still takes" in done.err
     assert "(eager, 1 thread, batch 1): ask for more" in done.err
     assert not list(tmp_path.glob("outputs/train/tblog/lightning_logs/version_0/*"))

@@ -425,7 +425,8 @@ def _answers(network: fx.GraphModule) -> bool:
     """Whether a network's answer depends on what it is given: without units it may be a constant."""
     reached = {node for node in network.graph.nodes if node.op == "placeholder"}
     for node in network.graph.nodes:
-        if reached & set(node.all_input_nodes):
+        sizes_only = node.target == "size" or "sym_size" in str(node.target)
+        if not sizes_only and reached & set(node.all_input_nodes):
             reached.add(node)
     return any(node.op == "output" for node in reached)
 
