@@ -341,8 +341,8 @@ def put_gate(
         gate: may be shared with other modules.
         index: for each element of the parameter (or a shape that is broadcast to it) its place in the gate.
         label: a name for the gate in the module, if it has not got it yet.
-        norm: axis of a normalisation's input, whether it subtracts a mean, and the name of the weight that undoes
-            what the input is enlarged by; empty if none does.
+        norm: axis of a normalisation's input, whether it subtracts a mean, and the name of the weight that
+            undoes what the input is enlarged by; empty if none does.
     """
     if not isinstance(module, GatedModule):
         module._gated_sites, module._gated_norm = {}, None  # type: ignore[assignment]
