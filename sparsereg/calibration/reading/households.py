@@ -585,14 +585,20 @@ def denominator_table(targets: TargetTable) -> TargetTable:
 
 
 def _refuse_silent_levels(source: Source, targets: TargetTable) -> None:
-    """Refuse a denominator that sums a column of households under persons and does not say how often."""
+    """Refuse a denominator that sums a column of the other level and does not say how often."""
     if source.persons is None:
         return
     below = source.of_persons(targets)
-    own, none = set(source.persons.names), ("",) * len(targets.names)
+    own, none, (upper, lower) = set(source.persons.names), ("",) * len(targets.names), source.units
     for i, (of, unit) in enumerate(zip(targets.of or none, targets.of_units or none, strict=True)):
-        if below[i] and not unit and of not in ("", _COUNT) and of not in own and of in source.names:
-            upper, lower = source.units
+        if unit or of in ("", _COUNT):
+            continue
+        if not below[i] and of in own and of not in source.names:
+            raise InputError(
+                f"{targets.place(i)}: of={of} is a column of {source.persons.file}, and the target is of"
+                f" {plural(upper)}: say of_unit={lower}"
+            )
+        if below[i] and of not in own and of in source.names:
             raise InputError(
                 f"{targets.place(i)}: of={of} is a column of {source.file}, and the target is of"
                 f" {plural(lower)}: say of_unit={upper} to add it once for each {upper}, or of_unit={lower}"

@@ -246,7 +246,7 @@ def touchable(built: BuiltProblem, policy: str) -> tuple[CalibrationProblem, dic
     Raises:
         InputError: There are some that are not 0, and the policy is "error".
     """
-    problem = built.problem
+    problem, unit = built.problem, "household" if built.source is None else built.source.units[0]
     empty = empty_rows(problem.matrix)
     if policy == "error":
         wrong = empty[problem.targets[empty] != 0]
@@ -256,12 +256,12 @@ def touchable(built: BuiltProblem, policy: str) -> tuple[CalibrationProblem, dic
             )
             more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise InputError(
-                f"no household touches {len(wrong)} of {problem.num_targets} targets: {named}{more};"
+                f"no {unit} touches {len(wrong)} of {problem.num_targets} targets: {named}{more};"
                 " correct them, or calibrate without them: untouchable=drop"
             )
     if policy != "drop" or len(empty) == 0:
         return problem, dict(built.hints), []
     if len(empty) == problem.num_targets:
-        raise InputError("no household touches any target")
+        raise InputError(f"no {unit} touches any target")
     kept = np.setdiff1d(np.arange(problem.num_targets), empty)
     return problem.subset(kept), {}, [problem.names[i] for i in empty]

@@ -140,6 +140,10 @@ def test_a_household_leaves_with_a_missing_value_of_a_person():
         ({"unit": "person", "measure": "sex"}, "'sex' is not numeric"),
         ({"unit": "person", "of": "1", "of_where": "age > 99"}, "denominator .* is zero: no person fulfils"),
         (
+            {"unit": "", "measure": "rent", "of": "wage"},
+            "of=wage is a column of P.csv, and the target is of households: say of_unit=person",
+        ),
+        (
             {"unit": "person", "measure": "wage", "of": "rent"},
             "of=rent is a column of H.csv, and the target is of persons: say of_unit=household to add it once"
             " for each household, or of_unit=person for each person",

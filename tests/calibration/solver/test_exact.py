@@ -371,7 +371,7 @@ def test_what_multipliers_prove_is_true_and_what_can_be_met_is_never_excluded(se
 
 def test_domains_are_solved_at_the_same_time(monkeypatch):
     """The first two wait for each other: one after the other, they would wait in vain."""
-    both, solve, num_threads = threading.Barrier(2), exact_module._solve, torch.get_num_threads()
+    both, solve, num_threads = threading.Barrier(2), exact_module.solve_domain, torch.get_num_threads()
     started = []
 
     def together(domain):
@@ -380,7 +380,7 @@ def test_domains_are_solved_at_the_same_time(monkeypatch):
             both.wait(timeout=60)
         return solve(domain)
 
-    monkeypatch.setattr(exact_module, "_solve", together)
+    monkeypatch.setattr(exact_module, "solve_domain", together)
     parts = [survey(seed, targets=3, households=40) for seed in range(6)]
     rows = sp.block_diag([p.matrix for p in parts])
     whole = CalibrationProblem(
