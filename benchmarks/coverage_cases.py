@@ -193,11 +193,8 @@ SEVERAL = {
 """Variants of families that are made of several kinds, or whose smallest is not found by its name."""
 
 
-SMALLER: dict[str, dict[str, Any]] = {
-    **{name: {"depth": 3} for name in ("deepseek_vit_412m", "gemma4_vit_167m", "qwen3_vit_88m")},
-    "mobilenetv5_300m": {"channel_multiplier": 0.25},
-}
-"""Families whose smallest variant is large: fewer of its blocks, which are all alike, or of its channels."""
+SHALLOW = {"deepseek_vit_412m": {"depth": 3}, "gemma4_vit_167m": {"depth": 3}, "qwen3_vit_88m": {"depth": 3}}
+"""Families whose smallest variant is large: fewer of its blocks, which are all alike."""
 
 
 def timm_cases() -> list[Case]:
@@ -234,7 +231,7 @@ def _timm(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     for size in dict.fromkeys((*SIZES[:8], *default, *SIZES[8:])):
         for settings in ({"img_size": size}, {}):
             try:
-                network = timm.create_model(name, **SMALLER.get(name, {}), **settings).eval()
+                network = timm.create_model(name, **SHALLOW.get(name, {}), **settings).eval()
                 example = torch.randn(2, channels, size, size)
                 with torch.no_grad():
                     network(example[:1])

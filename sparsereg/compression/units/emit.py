@@ -6,6 +6,7 @@ import operator
 import sys
 from collections.abc import Mapping
 from dataclasses import is_dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -141,8 +142,17 @@ class Emitter:
         if layer is not None:
             return layer
         args, kwargs = self._arguments(call)
+        if isinstance(call.target, FunctionType):
+            return self._inlined(call.target, args)
         target = torch.ops.aten.reshape.default if name in _VIEWS else call.target
         return self.graph.call_function(target, args, kwargs)
+
+    def _inlined(self, function: FunctionType, args: tuple[Any, ...]) -> Any:
+        """The operations of a function of the rules."""
+        tracer = fx.proxy.GraphAppendingTracer(self.graph)
+        proxies: Any = fx.node.map_arg(args, lambda node: fx.Proxy(node, tracer))  # type: ignore[arg-type, return-value]
+        found = function(*proxies)
+        return [part.node for part in found] if isinstance(found, tuple) else found.node
 
     def _arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args = tuple(fx.node.map_aggregate(tuple(call.args), self._value))

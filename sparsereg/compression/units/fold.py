@@ -499,6 +499,7 @@ def _public(call: Call) -> Call:
         return call
     if name in _ENLARGED and call.target._overloadname == "vec":
         given = dict(zip((a.name for a in call.target._schema.arguments), call.args, strict=False))
+        given |= call.kwargs
         settings = {
             "size": given.get("output_size"),
             "scale_factor": given.get("scale_factors"),

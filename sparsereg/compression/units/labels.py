@@ -105,6 +105,7 @@ class Axes:
         heads: units that stand for attention heads, and whether some of them share their keys.
         inputs: for inputs whose features are units: the tensor, the axis and the units.
         shapes: results of operations that give a tensor another shape, which has to stay rectangular.
+        products: runs of units that stay while both of two others do: the first, and the two of each.
     """
 
     def __init__(self) -> None:
@@ -121,12 +122,29 @@ class Axes:
         self.heads: list[tuple[Ints, bool]] = []
         self.inputs: list[tuple[fx.Node, int, Ints]] = []
         self.shapes: list[tuple[fx.Node, Labels]] = []
+        self.products: list[tuple[int, Ints, Ints]] = []
 
     def fresh(self, size: int, node: fx.Node, axis: int) -> Ints:
         """New units made by a weight (or input) along one of its axes."""
         units = self.sets.new(size)
         self.owner.append((int(units[0]) if size else -1, node, axis))
         return units
+
+    def both(self, a: Ints, b: Ints) -> Ints:
+        """New units of which each stays while a[i] and b[i] do; ``LIVE`` where one of these is."""
+        units = self.sets.new(len(a))
+        self.products.append((int(units[0]) if len(units) else -1, a, b))
+        return np.where((a < FIRST) | (b < FIRST), LIVE, units)
+
+    def parts_of(self, units: Ints) -> tuple[Ints, Ints] | None:
+        """The two units of which each of some units is made; None if one is not made of two."""
+        starts = np.array([first for first, _, _ in self.products], dtype=np.int64)
+        run = np.searchsorted(starts, units.ravel(), "right") - 1
+        if not len(starts) or (run < 0).any() or len(np.unique(run)) > 1:
+            return None
+        first, a, b = self.products[run[0]]
+        place = units - first
+        return (a[place], b[place]) if (place < len(a)).all() else None
 
     def equal(self, a: Ints, b: Ints, why: str, node: fx.Node) -> None:
         """Units a[i] and b[i] go together; what meets ``LIVE`` stays."""

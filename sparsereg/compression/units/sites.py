@@ -135,7 +135,7 @@ class Sites:
                     self.labeller.fix_along(weight, out, "the weight is computed", node)
                     continue
                 self.axis[weight] = out if self.program.values[weight].dim() > 1 else 0
-            return [] if found else [node.args[0]]
+            return self._computed(made) if found else [node.args[0]]
         if name in BLOCKS:
             self._recurrent(node)
             return []
@@ -144,11 +144,18 @@ class Sites:
                 self.axis[weight] = 0
                 self.part[weight] = candidate_rows(CELLS[name], self.program.values[weight].shape[0])
             return []
+        if node in self.labeller.through:
+            return list(self.labeller.through[node])
         if name in (*PRODUCTS, *MATRICES):
             return [self._one_of(node)]
         if name in QUOTIENTS:
             return [node.args[0]]
         return list(node.all_input_nodes)
+
+    def _computed(self, made: list[Any]) -> list[fx.Node]:
+        """Of what makes units, vectors that are put together from others, as a bias of three parts."""
+        nodes = [m for m in made if isinstance(m, fx.Node) and m not in self.program.weights]
+        return [m for m in nodes if self.program.values[m].dim() == 1]
 
     def _one_of(self, node: fx.Node) -> Any:
         """The factor of a product that is to be zero: a weight if there is one, else the largest tensor."""

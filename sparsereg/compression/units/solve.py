@@ -31,6 +31,8 @@ class Solver:
         self.axes = axes
         self.choices = Unions(axes.sets.parent.copy())
         self.split: dict[int, Choices] = {}
+        for first, one, two in axes.products:
+            self._pair(np.arange(first, first + len(one)), one, two)
         for nested in axes.nested:
             self.grid(nested.within)
         for nested in axes.nested:
@@ -42,6 +44,13 @@ class Solver:
             self.grid(grid.units)
             if grid.rows is not None:
                 self._rows(grid.units, grid.rows)
+
+    def _pair(self, units: Ints, one: Ints, two: Ints) -> None:
+        """Units that stay while both of two others do."""
+        roots = [self.choices.find(u).tolist() for u in (units, one, two)]
+        for unit, a, b in zip(*roots, strict=True):
+            if unit not in (a, b):
+                self.split.setdefault(unit, frozenset(p for p in (a, b) if p >= FIRST))
 
     def of(self, unit: int) -> Choices:
         """The choices on which a unit depends."""

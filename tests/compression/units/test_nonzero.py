@@ -1,11 +1,15 @@
 """Units that are not zero where they are summed, and units met in ways that are not those of a layer."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import sparsereg
+from sparsereg.compression import load_compacted, save_compacted
 from sparsereg.compression.macs import counting
 from sparsereg.penalties import hard_concretes
 
@@ -25,12 +29,20 @@ def gated(network, example):
     return found
 
 
+def loaded(smaller):
+    """What a file keeps of a smaller network."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "compacted.pt"
+        save_compacted(smaller, path)
+        return load_compacted(path)
+
+
 @torch.no_grad()
 def exact(network, example):
     """Assert that what is left of a network gives the same; return the sizes of its gates, sorted."""
     torch.manual_seed(0)
     found = gated(network, example)
-    smaller = sparsereg.compact(found, example)
+    smaller = loaded(sparsereg.compact(found, example))
     example = example if isinstance(example, tuple) else (example,)
     before, after = found(*example), smaller(*example)
     before, after = (x if isinstance(x, tuple) else (x,) for x in (before, after))
@@ -448,3 +460,94 @@ class AlongTokens(nn.Module):
 
 def test_what_is_mixed_along_tokens_leaves_heads_free():
     assert exact(AlongTokens(), x(2, 7, 12)) == [3, 4]
+
+
+class Masked(nn.Module):
+    """Attention whose mask has a place for each head, as T5's from a decoder to its encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 24) for _ in range(3))
+        self.out, self.leave = nn.Linear(24, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, 4, 6).transpose(1, 2) for f in (self.q, self.k, self.v))
+        slopes = torch.arange(4, dtype=x.dtype)[:, None, None]
+        mask = torch.zeros(1, 4, n, n, dtype=x.dtype) + x.mean(-1)[:, None, None] * slopes
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        return self.leave(x + self.out(y.transpose(1, 2).reshape(b, n, 24)))
+
+
+def test_heads_go_from_under_a_mask_of_their_own():
+    assert exact(Masked(), x(2, 5, 12)) == [1, 4, 6, 6]
+
+
+class Linear(nn.Module):
+    """Attention without a softmax, q (k^T v), by matrix products or by sums over named axes."""
+
+    def __init__(self, function, named=False, normed=False):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.q, self.k, self.v, self.out = (nn.Linear(*s) for s in ((12, 12), (12, 12), (12, 24), (24, 12)))
+        self.function, self.named, self.normed = function, named, normed
+
+    def forward(self, x):
+        x = self.enter(x)
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, 3, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k = self.function(q), self.function(k)
+        if self.named:
+            y = torch.einsum("bhnd,bhde->bhne", q, torch.einsum("bhnd,bhne->bhde", k, v))
+        else:
+            y = q @ (k.transpose(-1, -2) @ v)
+        y = y / (1 + q @ k.sum(2).unsqueeze(-1)) if self.normed else y
+        return self.leave(x + self.out(y.transpose(1, 2).reshape(b, n, 24)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"named": True}, {"normed": True}])
+def test_products_with_units_along_axes_of_both_factors(settings):
+    assert exact(Linear(F.relu, **settings), x(2, 5, 5)) == [1, 3, 4, 8, 12]
+
+
+def test_where_keys_are_not_zero_linear_attention_goes_as_a_branch():
+    assert exact(Linear(lambda t: F.elu(t) + 1, normed=True), x(2, 5, 5)) == [1, 12]
+
+
+class Selective(nn.Module):
+    """Two branches that share each channel, as selective kernels do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 10, 3, padding=1), nn.Conv2d(3, 10, 5, padding=2)
+        self.squeeze, self.choose, self.leave = nn.Linear(10, 6), nn.Linear(6, 20), nn.Conv2d(10, 4, 1)
+
+    def forward(self, x):
+        parts = torch.stack([self.a(x).relu(), self.b(x).relu()], 1)
+        shares = self.choose(self.squeeze(parts.sum(1).mean((2, 3))).relu()).view(len(x), 2, -1).softmax(1)
+        return self.leave((parts * shares[..., None, None]).sum(1)).mean((2, 3))
+
+
+def test_branches_that_share_each_channel_lose_it_together():
+    assert exact(Selective(), x(2, 3, 7, 7)) == [6, 10]
+
+
+class Three(nn.Module):
+    """Queries, keys and values by one matrix, with a bias that is put together from two vectors and zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out, self.leave = nn.Linear(12, 36, bias=False), nn.Linear(12, 12), nn.Linear(12, 3)
+        self.q, self.v = nn.Parameter(torch.randn(12)), nn.Parameter(torch.randn(12))
+        self.register_buffer("k", torch.zeros(12))
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        y = F.linear(x, self.qkv.weight, torch.cat([self.q, self.k, self.v]))
+        q, k, v = y.view(b, n, 3, 3, 4).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, 12)
+        return self.leave(x + self.out(y))
+
+
+def test_biases_that_are_put_together_take_gates():
+    assert exact(Three(), x(2, 5, 12)) == [1, 3, 4]

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import FIRST, Grid, Ints, Labels, live, varying
-from sparsereg.compression.units.program import Call, name_of
+from sparsereg.compression.units.program import Call, Program, Selected, name_of
 from sparsereg.compression.units.rules.grouped import of_scores, scores_of, selected, share, shares, values_of
 from sparsereg.compression.units.rules.mixing import dense, weight_behind
 from sparsereg.compression.units.rules.stacked import stack_of, stacked
@@ -98,9 +98,41 @@ def contract(x: Labeller, node: fx.Node, left: Operand, right: Operand, out: str
     summed = (varied[0] | varied[1]) - set(out)
     if summed:
         return _summed(x, node, (left, right), sides, varied, summed, out, shape)
+    if all(varied) and not varied[0] <= varied[1] and not varied[1] <= varied[0]:
+        zero = [x.dead.get(s, Dead.ZERO) is Dead.ZERO for s, _ in (left, right)]
+        if all(zero):
+            return _outer(x, node, (left, right), sides, varied, out, shape)
+        common = varied[0] & varied[1]
+        varied = [v if is_zero else v & common for v, is_zero in zip(varied, zero, strict=True)]
     states = [x.dead.get(s, Dead.ZERO) for (s, _), v in zip((left, right), varied, strict=True) if v]
     x.dead[node] = min(states, default=Dead.ZERO)
     return _passed(x, node, sides, varied, out, shape)
+
+
+def _outer(
+    x: Labeller,
+    node: fx.Node,
+    operands: tuple[Operand, Operand],
+    sides: list[tuple[Labels, str]],
+    varied: list[set[str]],
+    out: str,
+    shape: torch.Size,
+) -> Labels:
+    """Units along an axis of each factor, as in k^T v: one of the product stays while both of its own do."""
+    common = "".join(sorted(varied[0] & varied[1]))
+    own = ["".join(sorted(v - set(common))) for v in varied]
+    one, two = (_as(x, node, side, common + own[0] + own[1]) for side in sides)
+    one, two = np.broadcast_arrays(one, two)
+    x.axes.fix(one[two < FIRST], f"{name_of(node)} with what cannot go", node)
+    x.axes.fix(two[one < FIRST], f"{name_of(node)} with what cannot go", node)
+    units = x.axes.both(np.ravel(one), np.ravel(two)).reshape(one.shape)
+    if common:  # a head of one goes with that of the other
+        rows = x.axes.sets.new(int(np.prod(one.shape[: len(common)])))
+        x.axes.grids += [Grid(line.reshape(len(rows), -1), rows) for line in (one, two)]
+        x.axes.heads += [(rows, False)] * (len(rows) > 1)
+    x.through[node] = tuple(source for source, _ in operands)
+    x.dead[node] = Dead.ZERO
+    return _spread(np.ravel(units), common + own[0] + own[1], out, shape, units.shape)
 
 
 def _side(x: Labeller, source: Any, letters: str, node: fx.Node) -> tuple[Labels, str]:
@@ -150,11 +182,19 @@ def _summed(
     shape: torch.Size,
 ) -> Labels:
     """Units lie along the sum: those of both factors go together."""
-    x.reads.append(tuple(source for source, _ in operands))
-    if all(x.dead.get(source, Dead.ZERO) is not Dead.ZERO for source, _ in operands):
+    zero = [x.dead.get(source, Dead.ZERO) is Dead.ZERO for source, _ in operands]
+    alone = [v - set(other) for v, (_, other) in zip(varied, reversed(sides), strict=True)]
+    whole = not any(zero) and not (varied[0] | varied[1]) - summed - alone[0] - alone[1]
+    if any(zero):
+        x.reads.append(tuple(source for source, _ in operands))
+    if whole:
         return _whole(x, node, sides, shape, "sums over values that are not zero when it is gone")
-    own = {c for v, (_, other) in zip(varied, reversed(sides), strict=True) for c in v - set(other)}
-    varied = [v - own for v in varied]  # what differs along axes of one factor alone is tied along these
+    side = next((i for i in (0, 1) if alone[i] and not alone[1 - i]), None)
+    if side is not None and all(zero):
+        found = _read_product(x, node, operands, sides, (varied, alone[side], summed), side, out, shape)
+        if found is not None:
+            return found
+    varied = [v - a for v, a in zip(varied, alone, strict=True)]  # tied along axes of one factor alone
     batch = "".join(sorted((varied[0] | varied[1]) - summed))
     inner = "".join(sorted(summed))
     arrays = [_as(x, node, side, batch + inner) for side in sides]
@@ -163,6 +203,10 @@ def _summed(
     if scores is not None:
         return _spread(scores, batch, out, shape, scores.shape)
     x.axes.equal(one, two, f"{name_of(node)} sums over it with what cannot go", node)
+    if not any(zero):  # what is summed goes with its row, which is anything then
+        flat = one.reshape(*one.shape[: len(batch)], -1)
+        x.axes.equal(flat, flat[..., :1], name_of(node), node)
+        x.dead[node] = Dead.ANYTHING
     x.dead[node] = Dead.ZERO if not batch else x.dead[node]
     if not batch:
         return live(shape)
@@ -171,6 +215,37 @@ def _summed(
     shared = any(len(np.unique(units.reshape(len(rows), -1)[:, 0])) < len(rows) for units in (one, two))
     x.axes.heads.append((rows, shared))
     return _spread(rows, batch, out, shape, one.shape[: len(batch)])
+
+
+def _read_product(
+    x: Labeller,
+    node: fx.Node,
+    operands: tuple[Operand, Operand],
+    sides: list[tuple[Labels, str]],
+    letters: tuple[list[set[str]], set[str], set[str]],
+    side: int,
+    out: str,
+    shape: torch.Size,
+) -> Labels | None:
+    """A sum over one of the axes along which a product of two factors has units, as q (k^T v)."""
+    varied, alone, summed = letters
+    batch = "".join(sorted((varied[0] | varied[1]) - summed - alone))
+    own, inner = "".join(sorted(alone)), "".join(sorted(summed))
+    many = _as(x, node, sides[side], batch + inner + own)
+    middle = many.shape[len(batch) : len(batch + inner)]
+    many = many.reshape(*many.shape[: len(batch)], -1, *many.shape[len(batch + inner) :])
+    parts = x.axes.parts_of(many)
+    if parts is None:
+        return None
+    read, made = sorted(parts, key=lambda part: bool((np.diff(part, axis=-1) != 0).any()))
+    few = _as(x, node, sides[1 - side], batch + inner)
+    few = np.broadcast_to(few, (*few.shape[: len(batch)], *middle)).reshape(*few.shape[: len(batch)], -1)
+    read = read.reshape(*many.shape[: len(batch) + 1], -1)[..., 0]
+    x.axes.equal(few, read, f"{name_of(node)} sums over it with what cannot go", node)
+    made = np.asarray(made.take(0, axis=len(batch)))
+    x.through[node] = (operands[side][0],)
+    x.dead[node] = Dead.ZERO
+    return _spread(np.ravel(made), batch + own, out, shape, made.shape)
 
 
 def _whole(
@@ -248,16 +323,25 @@ def _tie_rows(
 
 
 def _attention_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
-    """The scale is that of the original size of a head; keys and values are those of heads that are left."""
+    """The scale is that of the original size of a head; keys, values and masks are those of what is left."""
     scale = a["scale"] or 1 / math.sqrt(cut.program.values[a["query"]].shape[-1])
-    query, key, value = (a[name] for name in ("query", "key", "value"))
+    query, key, value, mask = (a[name] for name in ("query", "key", "value", "attn_mask"))
     rank = cut.program.values[query].dim()
     if rank < 4 or query not in cut.labels:
         return replaced(node, scale=scale)
     heads = cut.alive_along(cut.labels[query], rank - 3)
     times = len(heads) // cut.program.values[key].shape[-3] if a.get("enable_gqa") else 1
     key, value = (selected(cut, n, rank - 3, heads, times) for n in (key, value))
+    if _is_for_heads(cut.program, mask) and cut.labels.get(mask) is None and not bool(heads.all()):
+        mask = Selected(mask, cut.program.values[mask].dim() - 3, heads.nonzero().flatten())
+        return replaced(node, scale=scale, key=key, value=value, attn_mask=mask)
     return replaced(node, scale=scale, key=key, value=value)
+
+
+def _is_for_heads(program: Program, mask: Any) -> bool:
+    """Whether a mask has a place of its own for each head."""
+    value = program.values[mask] if isinstance(mask, fx.Node) else None
+    return isinstance(value, Tensor) and value.dim() > 2 and value.shape[-3] > 1
 
 
 @rule("scaled_dot_product_attention", call=_attention_call)
@@ -275,7 +359,7 @@ def attention(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
         _by_heads(x, node, a, one, key, value)
     for name in ("query", "key"):
         if x.dead.get(a[name], Dead.ZERO) is not Dead.ZERO:
-            x.axes.fix(one, "attention sums over values that are not zero when it is gone", node)
+            x.axes.equal(one, one[:, :1], "attention", node)  # its places go with the head
     x.reads.append((a["query"], a["key"]))
     shape = x.program.values[node].shape
     view = [1] * len(shape)
@@ -320,10 +404,10 @@ def _heads(x: Labeller, node: fx.Node, source: fx.Node) -> Ints:
 
 def _mask(x: Labeller, node: fx.Node, a: dict[str, Any], rows: Ints) -> None:
     mask = a.get("attn_mask")
-    if not isinstance(mask, fx.Node):
+    if not isinstance(mask, fx.Node) or not _is_for_heads(x.program, mask):
         return
     labels = x.labels(mask)
-    if labels.dim() < 3 or labels.shape[-3] == 1:
-        return
+    if mask not in x.program.weights and not x.has_units(mask):
+        return  # of one that is computed otherwise, heads that are gone are left out
     units = x.axes.reduce(labels, (labels.dim() - 3,), "the mask of attention", node)
     x.axes.equal(units, rows, "the mask of attention", node)

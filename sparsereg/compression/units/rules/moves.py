@@ -178,8 +178,8 @@ def moved(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
 def gathered(x: Tensor, dim: int, index: Tensor, left: list[tuple[int, Tensor]]) -> Tensor:
     """``torch.gather`` with what is left of an index along some of its axes."""
     for axis, positions in left:
-        index = index.index_select(axis, positions)
-    return torch.gather(x, dim, index)
+        index = torch.ops.aten.index_select.default(index, axis, positions)
+    return torch.ops.aten.gather.default(x, dim, index)  # type: ignore[no-any-return]
 
 
 def _gather_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:

@@ -64,7 +64,8 @@ def _mean_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
 
 def scaled_mean(x: Tensor, dim: list[int] | None, keepdim: bool, share: float) -> Tensor:
     """The mean of a tensor of which a share is left, the rest being zeros."""
-    return x.mean(dim, keepdim) * share
+    mean = torch.ops.aten.mean.dim(x, dim, keepdim)
+    return torch.ops.aten.mul.Scalar(mean, share)  # type: ignore[no-any-return]
 
 
 @rule("mean", call=_mean_call)
@@ -150,6 +151,7 @@ _RANKINGS = """
 """.split()  # noqa: SIM905
 
 
+_SHARES = ("softmax", "log_softmax", "_softmax", "_log_softmax")
 _EXTREMES = ("amax", "amin", "max", "min")
 _OF_ZEROS = (*_EXTREMES, "median", "sort", "topk", "cummax", "prod", "any")
 """Of nothing but zeros these are zero."""
@@ -166,16 +168,27 @@ def _extreme_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     dims = _dims(a, labels.dim()) if isinstance(labels, Tensor) and a.get("dim") is not None else []
     if not isinstance(labels, Tensor) or all(cut.left(labels, d) == labels.shape[d] for d in dims):
         return replaced(node)
-    settings = (a["dim"], bool(a.get("keepdim")), "max" in name_of(node))
+    name = name_of(node)
+    settings = (a["dim"], bool(a.get("keepdim")), "max" in name, name in ("max", "min"))
     return Call(extreme_with_zero, (node.target, node.args[0], *settings))
 
 
-def extreme_with_zero(operation: Any, x: Tensor, dim: Any, keepdim: bool, largest: bool) -> Any:
-    """The largest (or smallest) along an axis and zero."""
+def extreme_with_zero(
+    operation: Any, x: Tensor, dim: Any, keepdim: bool, largest: bool, with_places: bool
+) -> Any:
+    """The largest (or smallest) along an axis and zero; with its places where the operation gives them."""
     found = operation(x, dim, keepdim)
-    if isinstance(found, Tensor):
-        return found.clamp(min=0) if largest else found.clamp(max=0)
-    return (found[0].clamp(min=0) if largest else found[0].clamp(max=0), found[1])
+    extreme, *places = (found[0], found[1]) if with_places else (found,)
+    bounded = torch.ops.aten.clamp_min.default if largest else torch.ops.aten.clamp_max.default
+    return (bounded(extreme, 0), *places) if places else bounded(extreme, 0)
+
+
+def _shares(x: Labeller, node: fx.Node, labels: Labels, dim: int) -> Labels:
+    """Shares of one another, as those of branches channel by channel: what shares goes together."""
+    kept = tuple(sorted(varying(labels) - {dim}))
+    units = x.axes.sets.find(x.axes.reduce(labels, kept, f"{name_of(node)} with what cannot go", node))
+    view = [labels.shape[d] if d in kept else 1 for d in range(labels.dim())]
+    return torch.from_numpy(units).int().view(view).expand(labels.shape)
 
 
 @rule("amax", "amin", "max", "min", call=_extreme_call)
@@ -197,6 +210,8 @@ def rankings(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
         made = rows_of(x, node, labels, tuple(d for d in range(labels.dim()) if d not in dims), tuple(dims))
         made = reduce(lambda part, d: part.unsqueeze(d), sorted(dims) if a.get("keepdim") else (), made)
         return made if isinstance(value, Tensor) else tuple(made for _ in value)
+    if set(dims) & varying(labels) and name_of(node) in _SHARES and varying(labels) - set(dims):
+        return _shares(x, node, labels, dims[0])
     if set(dims) & varying(labels):  # what comes out is of no single unit
         x.axes.fix(labels, f"{name_of(node)} runs along it", node)
         return live(value.shape) if isinstance(value, Tensor) else tuple(live(v.shape) for v in value)

@@ -105,6 +105,7 @@ class Labeller:
         dead: what the elements of a unit that is gone are, in each tensor.
         unknown: operations without a rule, by name, with the first node of each.
         reads: tensors that are summed over units; of several in one product, one that is zero is enough.
+        through: for products with units along axes of both factors, the factors that have to be zero.
         columns: for weights that read features of inputs, or units that are not zero when they are gone, the
             axis of their columns, which take the gates.
         shared: for labels of scores of heads that share keys, those of the head and of its group.
@@ -123,6 +124,7 @@ class Labeller:
         self.reads: list[tuple[Any, ...]] = []
         self.columns: dict[fx.Node, int] = {}
         self.shared: dict[int, tuple[int, int]] = {}
+        self.through: dict[fx.Node, tuple[Any, ...]] = {}
         self.depends = self._depends()
         for node in program.inputs:
             self._enter(node)
@@ -560,6 +562,10 @@ def replaced(node: fx.Node, **values: Any) -> Call:
     """The call of a node as it stands, but for some arguments, by name."""
     schema = node.target._schema  # type: ignore[union-attr]
     args, kwargs = list(node.args), dict(node.kwargs)
+    placed = [a for a in schema.arguments if not a.kwarg_only]
+    last = max((i for i, a in enumerate(placed) if a.name in values and a.name not in kwargs), default=-1)
+    for argument in placed[len(args) : last + 1]:
+        args.append(kwargs.pop(argument.name, argument.default_value))
     for i, argument in enumerate(schema.arguments):
         if argument.name in values and i < len(args):
             args[i] = values[argument.name]
