@@ -510,8 +510,8 @@ def test_products_with_units_along_axes_of_both_factors(settings):
     assert exact(Linear(F.relu, **settings), x(2, 5, 5)) == [1, 3, 4, 8, 12]
 
 
-def test_where_keys_are_not_zero_linear_attention_goes_as_a_branch():
-    assert exact(Linear(lambda t: F.elu(t) + 1, normed=True), x(2, 5, 5)) == [1, 12]
+def test_where_keys_are_not_zero_linear_attention_goes_by_heads():
+    assert exact(Linear(lambda t: F.elu(t) + 1, normed=True), x(2, 5, 5)) == [1, 3, 8, 12]
 
 
 class Selective(nn.Module):

@@ -152,14 +152,21 @@ def _varied(sides: list[tuple[Labels, str]]) -> list[set[str]]:
 def _only_together(
     x: Labeller, node: fx.Node, sides: list[tuple[Labels, str]], out: set[str]
 ) -> list[tuple[Labels, str]]:
-    """A factor with units along the sum, where the other's lie elsewhere, stays; it does not tie these."""
+    """A factor with units along the sum, where the other's lie elsewhere, goes as both do, or stays."""
     varied = _varied(sides)
     kept = list(sides)
     for i, (labels, letters) in enumerate(sides):
         other = varied[1 - i]
-        if varied[i] - out and other and other <= out:
+        if not (varied[i] - out and other and other <= out):
+            continue
+        common = "".join(sorted(varied[i] & other))
+        if common:
+            units = _as(x, node, sides[i], common)
+            labels = _spread(np.ravel(units), common, letters, labels.shape, units.shape)
+        else:
             x.axes.fix(labels, f"{name_of(node)} sums over it with what has units elsewhere", node)
-            kept[i] = (live(labels.shape), letters)
+            labels = live(labels.shape)
+        kept[i] = labels, letters
     return kept
 
 
