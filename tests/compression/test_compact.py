@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsereg import gate
 from sparsereg.compression import Accountant, compact, count, load_compacted, save_compacted
 from sparsereg.compression.units.steps.norms import Norm
 from sparsereg.compression.units.steps.single import Single
@@ -17,6 +18,7 @@ from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
 from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.model.googlenet import GoogleNet
+from sparsereg.penalties import hard_concretes
 from tests.compression.networks import NETWORKS, PATTERNS, make, set_gates
 
 LARGE = ("resnet18", "mobilenet_v2", "mobilenet_v3")
@@ -501,3 +503,25 @@ def test_differences_are_relative():
     assert difference(torch.full((3,), 4.0), torch.full((3,), 5.0)) == pytest.approx(0.25)
     assert difference(a, torch.zeros(3)) == float("inf")
     assert np.isfinite(difference(torch.zeros(2), torch.zeros(2)))
+
+
+def test_a_compacted_network_that_enlarges_maps_is_compacted_again():
+    class Enlarged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            x = nn.functional.interpolate(
+                self.a(x).relu(), scale_factor=2, mode="bilinear", align_corners=False
+            )
+            return self.b(nn.functional.interpolate(x, size=(9, 9), mode="nearest"))
+
+    example = torch.randn(2, 3, 6, 6)
+    gated = gate(Enlarged().eval(), example)
+    ((_, gates),) = hard_concretes(gated).items()
+    gates.log_alpha.data.copy_(torch.tensor([-10.0, 3.0]).repeat(4))
+    once = compact(gated, example)
+    twice = compact(once, example)
+    assert len(twice.a.weight) == 4
+    assert (once(example) - twice(example)).abs().max() < 1e-6

@@ -142,7 +142,7 @@ class Emitter:
         if layer is not None:
             return layer
         args, kwargs = self._arguments(call)
-        if isinstance(call.target, FunctionType):
+        if isinstance(call.target, FunctionType) and call.target.__module__.startswith(__package__):
             return self._inlined(call.target, args)
         target = torch.ops.aten.reshape.default if name in _VIEWS else call.target
         return self.graph.call_function(target, args, kwargs)

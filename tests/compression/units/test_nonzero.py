@@ -49,6 +49,7 @@ def exact(network, example):
     for one, two in zip(before, after, strict=True):
         assert one.std() > 1e-6
         assert (one - two).abs().max() < 1e-12 * one.abs().max()
+    smaller.requires_grad_(False)  # PyTorch's counter fails on views of parameters
     with counting() as counter:
         smaller(*example)
     left, sizes = sum(p.numel() for p in smaller.parameters()), sparsereg.count(found, example)
@@ -551,3 +552,22 @@ class Three(nn.Module):
 
 def test_biases_that_are_put_together_take_gates():
     assert exact(Three(), x(2, 5, 12)) == [1, 3, 4]
+
+
+class HeadsInTheBatch(nn.Module):
+    """Attention whose heads are put one behind the other in the batch, from learnt queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.seeds = nn.Parameter(torch.randn(1, 2, 8))
+        self.q, self.k, self.v, self.leave = (nn.Linear(*s) for s in ((8, 8), (5, 8), (5, 8), (8, 3)))
+
+    def forward(self, x):
+        q, k, v = self.q(self.seeds.expand(len(x), -1, -1)), self.k(x), self.v(x)
+        q, k, v = (torch.cat(part.split(4, 2), 0) for part in (q, k, v))
+        made = (q @ k.transpose(1, 2) / 2).softmax(2) @ v
+        return self.leave(torch.cat(made.split(len(x), 0), 2))
+
+
+def test_heads_in_the_batch_lose_the_same_places():
+    assert exact(HeadsInTheBatch(), x(3, 6, 5)) == [4, 4, 8]

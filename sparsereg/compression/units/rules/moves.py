@@ -172,7 +172,25 @@ def resized(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
 @rule(*_MOVES)
 def moved(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Elements at other places."""
-    return None if is_turned_weight(x, node) or picked(x.program, node) else _moved(x, node)
+    if is_turned_weight(x, node) or picked(x.program, node):
+        return None
+    made = _moved(x, node)
+    if name_of(node) in ("cat", "concat", "concatenate") and _join(x, node, a):
+        made = torch.from_numpy(x.axes.sets.find(made.numpy())).int()
+    return made
+
+
+def _join(x: Labeller, node: fx.Node, a: dict[str, Any]) -> bool:
+    """What lies one behind the other has the same places left along other axes; False if there are none."""
+    parts = [x.labels(part) for part in a["tensors"] if x.program.values[part].dim() > 1]
+    dim = a["dim"] % parts[0].dim() if parts else 0
+    along = set().union(*map(varying, parts)) if parts else set()
+    if not along or dim in along:
+        return False
+    first, *others = (x.axes.reduce(part, tuple(sorted(along)), "cat", node) for part in parts)
+    for other in others:
+        x.axes.equal(first, other, "cat", node)
+    return True
 
 
 def gathered(x: Tensor, dim: int, index: Tensor, left: list[tuple[int, Tensor]]) -> Tensor:
