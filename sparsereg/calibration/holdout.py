@@ -23,8 +23,44 @@ log = logging.getLogger(__name__)
 LARGE_CELL = 100
 """Households from which the error of a target tells more about the weights than about chance."""
 
+_AUTO_SHARE = 5
+"""One of so many folds is left out where nothing is said."""
+_AUTO_NONZEROS = 3_000_000
+"""Entries of a problem above which nothing is left out then."""
+
 Solve = Callable[[CalibrationProblem], np.ndarray]
 """From a problem to weights of shape (households,)."""
+
+
+def folds_of(
+    problem: CalibrationProblem, groups: str | Sequence[str] | None, folds: int | None, seed: int
+) -> list[tuple[str, ...]]:
+    """Return which groups are left out together, one calibration each; nothing for no hold-out.
+
+    Args:
+        problem: The problem.
+        groups: Labels; "auto": a fifth of them at random, where the problem is not large; None: none.
+        folds: All groups in so many parts, in place of ``groups``.
+        seed: Of the shares.
+
+    Raises:
+        ValueError: See `named_fold` and `random_folds`.
+    """
+    if folds is not None:
+        return random_folds(problem, folds, seed)
+    if groups is None:
+        return []
+    if groups != "auto":
+        return named_fold(problem, [groups] if isinstance(groups, str) else list(groups))
+    if problem.target_groups is None or len(np.unique(problem.target_groups)) < 2:
+        log.info("no hold-out: the targets have no groups")
+        return []
+    if problem.matrix.nnz > _AUTO_NONZEROS:
+        log.info(
+            "no hold-out on a problem of this size unless asked for: holdout.folds=5 or holdout.groups=[...]"
+        )
+        return []
+    return random_folds(problem, min(_AUTO_SHARE, len(np.unique(problem.target_groups))), seed)[:1]
 
 
 def named_fold(problem: CalibrationProblem, groups: Sequence[str]) -> list[tuple[str, ...]]:

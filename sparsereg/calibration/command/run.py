@@ -47,9 +47,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_HOLDOUT_NONZEROS = 3_000_000
-_AUTO_SHARE = 5
-
 
 @dataclass(frozen=True)
 class Task:
@@ -146,7 +143,9 @@ def prepared(
         provenance: Where the results come from.
         ahead: Weights to start from, instead of those that ``start`` names.
     """
-    folds, now = _folds(task.problem, cfg), time.perf_counter()
+    asked = cfg.holdout
+    folds = holdout.folds_of(task.problem, asked.groups, asked.folds, cfg.seed)
+    now = time.perf_counter()
     solver = with_columns(replace(cfg.solver(), device=device_of(cfg.device)), task.columns)
     fitted = pseudo.with_own_columns(task.problem, task.own, solver, cfg.num_households)
     if ahead is None and cfg.start is not None:
@@ -334,27 +333,6 @@ def _check_budget(problem: CalibrationProblem, num_households: int | None) -> No
         raise InputError(
             f"num_households={num_households}: there are only {problem.num_households:,} households"
         )
-
-
-def _folds(problem: CalibrationProblem, cfg: CalibrationRun) -> list[tuple[str, ...]]:
-    """Return which groups are left out together, one calibration each; nothing for no hold-out."""
-    groups, folds = cfg.holdout.groups, cfg.holdout.folds
-    if folds is not None:
-        return holdout.random_folds(problem, folds, cfg.seed)
-    if groups is None:
-        return []
-    if groups != "auto":
-        return holdout.named_fold(problem, [groups] if isinstance(groups, str) else list(groups))
-    if problem.target_groups is None or len(np.unique(problem.target_groups)) < 2:
-        log.info("no hold-out: the targets have no groups")
-        return []
-    if problem.matrix.nnz > _HOLDOUT_NONZEROS:
-        log.info(
-            "no hold-out on a problem of this size unless asked for: holdout.folds=5 or holdout.groups=[...]"
-        )
-        return []
-    num_groups = len(np.unique(problem.target_groups))
-    return holdout.random_folds(problem, min(_AUTO_SHARE, num_groups), cfg.seed)[:1]
 
 
 def _announce(task: Task, cfg: CalibrationRun, folder: Path) -> None:
