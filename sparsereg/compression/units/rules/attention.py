@@ -98,13 +98,17 @@ def contract(x: Labeller, node: fx.Node, left: Operand, right: Operand, out: str
     summed = (varied[0] | varied[1]) - set(out)
     if summed:
         return _summed(x, node, (left, right), sides, varied, summed, out, shape)
+    states = [x.dead.get(s, Dead.ZERO) for (s, _), v in zip((left, right), varied, strict=True) if v]
+    long = [{c for i, c in enumerate(letters) if labels.shape[i] > 1} for labels, letters in sides]
+    both = (varied[0] | varied[1]) & long[0] & long[1]
+    varied = [v | both for v in varied]  # what goes along an axis of one factor goes along that of the other
     if all(varied) and not varied[0] <= varied[1] and not varied[1] <= varied[0]:
         zero = [x.dead.get(s, Dead.ZERO) is Dead.ZERO for s, _ in (left, right)]
         if all(zero):
             return _outer(x, node, (left, right), sides, varied, out, shape)
         common = varied[0] & varied[1]
         varied = [v if is_zero else v & common for v, is_zero in zip(varied, zero, strict=True)]
-    states = [x.dead.get(s, Dead.ZERO) for (s, _), v in zip((left, right), varied, strict=True) if v]
+        states = [x.dead.get(s, Dead.ZERO) for (s, _), v in zip((left, right), varied, strict=True) if v]
     x.dead[node] = min(states, default=Dead.ZERO)
     return _passed(x, node, sides, varied, out, shape)
 
@@ -284,9 +288,6 @@ def _passed(
     shape: torch.Size,
 ) -> Labels:
     """No units along the sum: the result has those of the factors."""
-    long = [{c for i, c in enumerate(letters) if labels.shape[i] > 1} for labels, letters in sides]
-    both = (varied[0] | varied[1]) & long[0] & long[1]
-    varied = [v | both for v in varied]  # what goes along an axis of one factor goes along that of the other
     if varied[0] and varied[1]:
         small, large = (0, 1) if varied[0] <= varied[1] else (1, 0)
         if not varied[small] <= varied[large]:
