@@ -147,7 +147,13 @@ STOCK = """
 """.split()  # noqa: SIM905
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in ("efficientnet_v2_s", "regnet_y_400mf") else n
+        for n in STOCK
+    ],
+)
 def test_how_a_network_of_torchvision_was_made_is_known(name):
     original = torchvision.models.get_model(name, weights=None, num_classes=7)
     recipe = _recipe(original, None)

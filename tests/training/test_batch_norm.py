@@ -88,7 +88,12 @@ def batches_of(weights: dict[str, torch.Tensor]) -> set[int]:
 
 @pytest.mark.parametrize(
     "settings",
-    [["finetune.epochs=1"], ["data.val_size=0"], ["data.val_size=0", "ema_decay=0.5"], ["ema_decay=0.5"]],
+    [
+        pytest.param(["finetune.epochs=1"], marks=pytest.mark.slow),
+        ["data.val_size=0"],
+        pytest.param(["data.val_size=0", "ema_decay=0.5"], marks=pytest.mark.slow),
+        ["ema_decay=0.5"],
+    ],
     ids=["finetuned", "no validation", "averaged without validation", "averaged"],
 )
 def test_what_is_saved_has_the_statistics_of_its_weights(run, tiny, settings):

@@ -63,6 +63,7 @@ def test_a_run_that_was_cut_off_makes_what_is_missing(run, tiny):
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_on_makes_all_sizes_anew(run, tiny):
     part = run("train", *tiny, *FRONT)
     more = run("train", f"ckpt_path={part.last}", "resume_training=true", "trainer.max_epochs=5")

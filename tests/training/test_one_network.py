@@ -41,6 +41,7 @@ def test_the_gated_network_keeps_a_name_of_its_own(run, tuned):
     assert tested.results["gates"] == tuned.results["gates"] > 0
 
 
+@pytest.mark.slow
 def test_the_best_gated_network_is_the_one_that_was_tuned_when_asked_for(run, tiny):
     best = run("train", *tiny, *STORY, "test_checkpoint=best")
     assert best.code == 0, best.err
@@ -170,6 +171,7 @@ def assert_same_run(whole, resumed) -> None:
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_target_that_was_cut_off_reports_the_multiplier_it_found(run, tiny, monkeypatch):
     story = [*tiny, "trainer.max_epochs=2", "target_sparsity=0.5", "model.gate=all"]
     whole = run("train", *story)
@@ -182,6 +184,7 @@ def test_a_target_that_was_cut_off_reports_the_multiplier_it_found(run, tiny, mo
     assert_same_weights(whole.weights(), resumed.weights())
 
 
+@pytest.mark.slow
 def test_what_has_finished_says_so_and_may_be_given_more(run, tuned):
     refused = run("train", f"ckpt_path={tuned.folder}", "resume_training=true")
     assert refused.code == 2

@@ -19,7 +19,7 @@ def assert_same_weights(one: dict, other: dict) -> None:
         assert torch.equal(value, other[key]), key
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_and_two_epochs_are_four(run, tiny, gated):
     gates = ["temperature=exponential", "model.gate=all"] if gated else ["without_using_gate=true"]
     four = run("train", *tiny, *gates, "trainer.max_epochs=4")

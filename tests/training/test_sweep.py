@@ -75,6 +75,7 @@ def test_a_sweep_sums_up_what_failed_in_one_line(run, tiny, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_of_fine_tuning_and_flags_between_overrides(run, tiny):
     """The checkpoint implies choices in front of -m, where Hydra refuses a second group of overrides."""
     plain = run("train", *tiny, "trainer.max_epochs=1", "without_using_gate=true")
@@ -87,6 +88,7 @@ def test_a_sweep_of_fine_tuning_and_flags_between_overrides(run, tiny):
     assert len(pd.read_csv(tested.path)) == 2
 
 
+@pytest.mark.slow
 def test_sweeps_that_start_together_have_folders_of_their_own(tmp_path):
     settings = ["problem.households=300", "problem.targets=60", "plots=false", "tensorboard=false",
                 "holdout.groups=null", "num_households=40", "-m", "seed=0,1"]  # fmt: skip

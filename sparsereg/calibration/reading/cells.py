@@ -21,6 +21,8 @@ SIGNS = {"point": ".", "comma": ","}
 _MOST_CHARACTERS = 400
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _COMMA = re.compile(r"[+-]?[0-9][0-9.']*,[0-9]+")
+_THOUSANDS = r"^\s*[+-]?[0-9]{1,3}(\.[0-9]{3})+(,|\s*$)"
+"""What means thousands where the comma is the decimal sign, and thousandths where the point is."""
 _ABSENT = (".", "-", "na", "n/a", "nan", "null", "none", "#n/a")
 """What programs write for a missing value; here it is a text."""
 _TRUTHS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -38,12 +40,14 @@ def with_sign(table: pd.DataFrame, decimal: str) -> pd.DataFrame:
 
 
 def reader_of(table: pd.DataFrame) -> Callable[[object], float]:
-    """Return ``number``, or what reads texts with a decimal comma, in which a point is no sign of numbers."""
+    """Return ``number``, or what reads texts with a decimal comma and no point that may be one of thousands."""
     return _number_with_comma if _SIGN in table.attrs else number
 
 
 def _number_with_comma(cell: object) -> float:
-    return number(cell.replace(".", "_").replace(",", ".") if isinstance(cell, str) else cell)
+    if not isinstance(cell, str):
+        return number(cell)
+    return np.nan if re.match(_THOUSANDS, cell) else number(cell.replace(",", "."))
 
 
 def number(cell: object) -> float:
@@ -153,7 +157,7 @@ def advice(cell: object, read: Callable[[object], float] = number) -> str:
         read: What it could not be read by, see ``reader_of``.
     """
     if read is not number and isinstance(cell, str) and np.isfinite(read(cell.replace(".", ""))):
-        return "; with problem.decimal=comma a point is no decimal sign, and thousands are not separated"
+        return "; with problem.decimal=comma this point may be one of thousands, which are not separated"
     if isinstance(cell, str) and len(cell) <= _MOST_CHARACTERS and _COMMA.fullmatch(cell.strip()):
         return "; if the comma is the decimal sign, say problem.decimal=comma; thousands are not separated"
     if isinstance(cell, str) and cell.strip().lower() in _ABSENT:
@@ -202,7 +206,9 @@ def _with_point(texts: pa.ChunkedArray, decimal_sign: str) -> pa.ChunkedArray:
 
     trimmed = pc.utf8_trim(texts, " ")
     if decimal_sign == ",":
-        trimmed = pc.replace_substring(pc.replace_substring(trimmed, ".", "_"), ",", ".")
+        thousands = pc.match_substring_regex(trimmed, _THOUSANDS)
+        trimmed = pc.if_else(thousands, pc.replace_substring(trimmed, ".", "_"), trimmed)
+        trimmed = pc.replace_substring(trimmed, ",", ".")
     return trimmed
 
 

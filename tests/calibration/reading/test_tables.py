@@ -95,23 +95,24 @@ def test_a_decimal_comma_is_asked_for_and_then_read(tmp_path):
     file = write(tmp_path, "id;w;n\na;1,5;1\nb;1.234,5;2\n")
     with pytest.raises(InputError, match=r"w must be .* '1,5' in row 2 .*say problem.decimal=comma"):
         initial_weights(read_table(file), "w", "H.csv")
-    with pytest.raises(InputError, match="thousands are not separated"):
+    with pytest.raises(InputError, match="one of thousands, which are not separated"):
         initial_weights(read_table(file, decimal="comma"), "w", "H.csv")
     table = read_table(write(tmp_path, "id;w;n\na;1,5;1\nb;-2e-1;2\n"), decimal="comma")
     assert table.w.tolist() == [1.5, -0.2]
     assert table.n.tolist() == [1, 2]
 
 
-def test_a_point_is_no_sign_where_the_comma_is_one(tmp_path):
-    """1.234 would be a thousandth of what a German table means by it."""
-    file = write(tmp_path, "id;w;n\na;1.234;1,5\nb;5.678;2.5\nc;9.012;3,5\n")
+def test_a_point_that_may_be_one_of_thousands_is_refused_where_the_comma_is_the_sign(tmp_path):
+    """1.234 would be a thousandth of what a German table means by it; 2.5 can mean nothing else."""
+    file = write(tmp_path, "id;w;n;m\na;1.234;1,5;1,5\nb;5.678;2.5;-12.345\nc;9.012;3,5;2,5\n")
     table = read_table(file, decimal="comma")
     with pytest.raises(InputError, match=r"w must be .* '1.234' in row 2 \(3 such rows\); with"):
         initial_weights(table, "w", "H.csv")
-    with pytest.raises(InputError, match=r"n must be .* '2.5' in row 3; with problem.decimal=comma a point"):
-        initial_weights(table, "n", "H.csv")
-    targets = target_table(pd.DataFrame({"name": ["t"], "value": [1.0], "measure": ["n"]}), "T.csv")
-    with pytest.raises(InputError, match=r"'n' is not numeric: H.csv holds '2.5' there; .* no decimal sign"):
+    assert initial_weights(table, "n", "H.csv").tolist() == [1.5, 2.5, 3.5]
+    with pytest.raises(InputError, match=r"m must be .* '-12.345' in row 3; with problem.decimal=comma this"):
+        initial_weights(table, "m", "H.csv")
+    targets = target_table(pd.DataFrame({"name": ["t"], "value": [1.0], "measure": ["m"]}), "T.csv")
+    with pytest.raises(InputError, match=r"'m' is not numeric: H.csv holds '-12.345' there; .* thousands"):
         build(table, targets, file="H.csv")
 
 
