@@ -40,7 +40,7 @@ def with_sign(table: pd.DataFrame, decimal: str) -> pd.DataFrame:
 
 
 def reader_of(table: pd.DataFrame) -> Callable[[object], float]:
-    """Return ``number``, or what reads texts with a decimal comma and no point that may be one of thousands."""
+    """Return ``number``, or what reads decimal commas and refuses points that may be of thousands."""
     return _number_with_comma if _SIGN in table.attrs else number
 
 
