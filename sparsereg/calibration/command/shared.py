@@ -31,7 +31,7 @@ from sparsereg.calibration.reading.households import (
     names_used,
     target_table,
 )
-from sparsereg.calibration.reading.levels import in_households, members
+from sparsereg.calibration.reading.levels import in_households, members, plural
 from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.reading.parquet_file import share_of
 from sparsereg.calibration.reading.tables import open_table, read_table
@@ -208,13 +208,15 @@ def _whole(read: _Read) -> _Part:
     if found < there:
         assert source.persons is not None
         raise InputError(
-            f"{source.persons.file}: {there - found:,} of {there:,} {source.units[1]}s are in no"
+            f"{source.persons.file}: {there - found:,} of {there:,} {plural(source.units[1])} are in no"
             f" {source.units[0]} of {source.file}"
         )
     entries = summed(np.diff(part.matrix.indptr).astype(np.float64))
     empty = np.flatnonzero((entries == 0) & (part.targets != 0))
     if len(empty):
-        raise InputError(f"no household touches {len(empty)} targets, {part.names[empty[0]]!r} for one")
+        raise InputError(
+            f"no {source.units[0]} touches {len(empty)} targets, {part.names[empty[0]]!r} for one"
+        )
     if not targets.is_ratio.any():
         return _Part(part, read.built.columns)
     below, _ = source.totals(denominator_table(targets), targets.is_ratio)

@@ -22,12 +22,10 @@ from sparsereg.compression.units.labels import FIRST, Labels
 from sparsereg.compression.units.program import Call, Ready, bound, module_of, name_of, op_name
 from sparsereg.compression.units.rules.moves import COPIES
 from sparsereg.compression.units.rules.recurrent import BLOCKS, starts_at_zero
-from sparsereg.compression.units.rules.table import rule_of
+from sparsereg.compression.units.rules.table import JOINS, rule_of
 from sparsereg.compression.units.steps.single import Gate, Take
 from sparsereg.compression.units.steps.table import Channels, Mask, Result, Step, Vector
 from sparsereg.errors import InputError
-
-_JOINS = ("cat", "concat", "concatenate", "stack")
 
 
 def folded(model: nn.Module, flow: Flow, round_to: int) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -162,7 +160,7 @@ class Folder(Emitter):
         call = Call(node.target, node.args, dict(node.kwargs))
         if rule is not None and rule.call is not None:
             call = rule.call(self.left, node, self.program.arguments(node))
-        if name_of(node) in _JOINS:
+        if name_of(node) in JOINS:
             parts = [p for p in node.args[0] if self.flow.state(p, self.channels) != DEAD]  # type: ignore[union-attr, arg-type]
             if len(parts) == 1 and name_of(node) != "stack":
                 return self._value(parts[0])
@@ -499,7 +497,6 @@ def _public(call: Call) -> Call:
         return call
     if name in _ENLARGED and call.target._overloadname == "vec":
         given = dict(zip((a.name for a in call.target._schema.arguments), call.args, strict=False))
-        given |= call.kwargs
         settings = {
             "size": given.get("output_size"),
             "scale_factor": given.get("scale_factors"),

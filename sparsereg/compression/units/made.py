@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from sparsereg.compression.running import evaluating
 from sparsereg.compression.units.program import Program, bound, called, name_of
-from sparsereg.compression.units.rules.table import MOVING
+from sparsereg.compression.units.rules.table import JOINS, MOVING
 
 _READS = {
     "linear": ("weight", 0),
@@ -31,7 +31,6 @@ _READS = {
 _MATRICES = ("mat2", "other")
 _NORM = "_weight_norm"
 """Has a rule of its own, which keeps what is normed and its size apart."""
-_JOINS = ("cat", "concat", "concatenate", "stack")
 _SAME = ("flatten", "view", "reshape", "expand", "clone", "alias", "contiguous", "detach")
 """Operations that leave all elements where they are if the shape stays."""
 _ALIKE = 1e-9
@@ -86,39 +85,40 @@ def with_made_weights(program: Program, model: nn.Module) -> Program:
         model: the network that it is of.
     """
     axes: dict[fx.Node, int] = {}
+    behind: dict[fx.Node, list[fx.Node]] = {}
     for node in program.calls:
-        if name_of(node) in _READS:
-            source, axis = _read(program, node)
-            if source is not None:
-                axes.setdefault(source, axis)
-    inner = {n for source in axes for n in _behind(program, source) if n is not source}
+        source, axis = _computed_weight(program, node)
+        if source is not None and source not in behind:
+            axes[source], behind[source] = axis, _behind(program, source)
+    own = {source: nodes for source, nodes in behind.items() if _is_computed(nodes)}
+    inner = {n for source, nodes in own.items() for n in nodes if n is not source}
     alike: dict[object, list[fx.Node]] = {}
-    for source in axes:
+    for source in own:
         if source not in inner:
             alike.setdefault(_number(program, source), []).append(source)
     for sources in alike.values():
-        behind = dict.fromkeys(n for source in sources for n in _behind(program, source))
-        made = _made(program, model, sources, list(behind), axes[sources[0]])
+        nodes = list(dict.fromkeys(n for source in sources for n in own[source]))
+        made = _made(program, model, sources, nodes, own[sources[0]], axes[sources[0]])
         if made is not None:
-            _enter(program, sources, list(behind), made)
+            _enter(program, sources, nodes, made)
     return program
 
 
-def _read(program: Program, node: fx.Node) -> tuple[fx.Node | None, int]:
-    """The weight that a layer reads, if it is computed, and its axis of the units that the layer makes."""
-    key, axis = _READS[name_of(node)]
-    source = bound(node)[key]
-    value = program.values[source] if isinstance(source, fx.Node) else None
-    if not isinstance(value, Tensor) or value.dim() < 2 or not value.is_floating_point():
+def _computed_weight(program: Program, node: fx.Node) -> tuple[fx.Node | None, int]:
+    """What a layer reads as its weight if an operation gives it; its axis of units that the layer makes."""
+    key, axis = _READS.get(name_of(node), ("", 0))
+    source = bound(node)[key] if key else None
+    if not isinstance(source, fx.Node) or source.op != "call_function":
         return None, axis
-    if value.dim() > 2 and key in _MATRICES:
-        return None, axis
-    if source.op != "call_function":
-        return None, axis
-    behind = _behind(program, source)
+    value = program.values[source]
+    matrix = isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+    return (source if matrix and not (value.dim() > 2 and key in _MATRICES) else None), axis
+
+
+def _is_computed(behind: list[fx.Node]) -> bool:
+    """Whether operations do more than rules know of weights: than move them, or norm them."""
     names = {name_of(n).rstrip("_") for n in behind}
-    known = not names - (MOVING - set(_JOINS)) - {_NORM}
-    return (None if known or not behind else source), axis
+    return bool(names - (MOVING - set(JOINS)) - {_NORM})
 
 
 def _behind(program: Program, source: fx.Node) -> list[fx.Node]:
@@ -158,9 +158,23 @@ class _Key:
 
 
 def _made(
-    program: Program, model: nn.Module, alike: list[fx.Node], behind: list[fx.Node], axis: int
+    program: Program,
+    model: nn.Module,
+    alike: list[fx.Node],
+    behind: list[fx.Node],
+    first: list[fx.Node],
+    axis: int,
 ) -> Made | None:
-    """How weights are computed; None if something else reads their sources, or these are fewer than they."""
+    """How weights are computed; None if something else reads their sources, or these are fewer than they.
+
+    Args:
+        program: the network as it was traced.
+        model: the network.
+        alike: the weights, which come to the same.
+        behind: the operations that compute them all.
+        first: those of the first one.
+        axis: of the units that a layer makes with them.
+    """
     source = alike[0]
     own = {n for node in behind for n in node.all_input_nodes if n in program.weights}
     parameters = {n for n in own if n in program.parameters}
@@ -173,7 +187,7 @@ def _made(
     for weight in sorted(own, key=lambda n: n.name):
         env[weight] = graph.placeholder(weight.name)
         sources[env[weight]] = program.names[weight]
-    for node in _behind(program, source):
+    for node in first:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(env[source])
     fixed = {program.names[n]: program.weights[n] for n in own - parameters}

@@ -258,7 +258,8 @@ class Sites:
             axis = axis + self.program.values[next(iter(sources))].dim()
         able = all(_factor(weight, inside) for weight in weights)
         multiply = [weight for weight in weights if not _adds(weight, inside)]
-        if not (able and multiply) and weights != tuple(multiply[:1]):
+        alone = len(weights) == len(multiply) == 1
+        if not (multiply and (able or alone)):
             return None
         factor = self.program.names[multiply[0]].rpartition(".")[2] if able else ""
         return Norm(node, path, axis, units, centred, weights, factor)

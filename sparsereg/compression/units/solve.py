@@ -80,11 +80,10 @@ class Solver:
 
     def _nest(self, nested: Nested) -> None:
         """Let units depend on those that they lie within, and on their row's own."""
-        within = self.choices.find(nested.within)
+        units, within = self.choices.find(nested.units), self.choices.find(nested.within)
         own = np.broadcast_to(nested.own[:, None], within.shape)
-        for unit, outer, row in zip(nested.units.flat, within.flat, own.flat, strict=True):
-            root = int(self.choices.find(np.array([unit]))[0])
-            self.split.setdefault(root, frozenset([int(outer), int(row)]))
+        for unit, outer, row in zip(*(part.ravel().tolist() for part in (units, within, own)), strict=True):
+            self.split.setdefault(unit, frozenset([outer, row]))
 
     def grid(self, units: Ints) -> None:
         """Let the units that stay form a grid along the axes of an array of them."""

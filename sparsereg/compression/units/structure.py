@@ -280,7 +280,9 @@ class Structure:
         open_ = self._open(model)
         for node, name in program.names.items():
             if node in program.made:
-                yield node, self._made(open_, node, {n: _in(t.detach(), dtype) for n, t in tensors.items()})
+                sources = {n: tensors[n] for n in program.made[node].sources.values() if n in tensors}
+                own = {n: _in(t.detach(), dtype) for n, t in sources.items()}
+                yield node, self._made(open_, node, own)
                 continue
             value = _in(tensors[name].detach(), dtype)
             for columns in self.analysis.sides(node):

@@ -7,6 +7,7 @@ from sparsereg.compression.units.rules import (  # noqa: F401  (each registers i
     mixing,
     moves,
     norms,
+    products,
     recurrent,
     reductions,
 )

@@ -22,7 +22,7 @@ def shares(x: Labeller, units: Ints) -> bool:
     return int(units.min()) >= FIRST and len(np.unique(_lines(x, units))) < len(units)
 
 
-def share(x: Labeller, queries: Ints, keys: Ints) -> tuple[Ints, Ints] | None:
+def nest(x: Labeller, queries: Ints, keys: Ints) -> tuple[Ints, Ints] | None:
     """Let query heads go within the groups that share their keys; None if they share none.
 
     Args:
@@ -38,7 +38,8 @@ def share(x: Labeller, queries: Ints, keys: Ints) -> tuple[Ints, Ints] | None:
     own, rows = x.axes.sets.new(len(keys)), x.axes.sets.new(len(keys))
     x.axes.nested.append(Nested(queries, keys, own))
     x.axes.heads.append((own, False))
-    tie_groups(x, keys, rows)
+    if tie_groups(x, keys, rows):
+        x.axes.heads.append((rows, True))
     return own, rows
 
 
@@ -51,7 +52,7 @@ def scores_of(x: Labeller, one: Ints, two: Ints) -> Ints | None:
         two: of the others.
     """
     queries, keys = (one, two) if shares(x, two) else (two, one)
-    found = share(x, queries, keys)
+    found = nest(x, queries, keys)
     if found is None:
         return None
     scores = x.axes.sets.new(len(keys))
@@ -72,13 +73,12 @@ def of_scores(x: Labeller, scores: Ints) -> tuple[Ints, Ints] | None:
     return own, rows
 
 
-def tie_groups(x: Labeller, units: Ints, rows: Ints) -> None:
-    """Let keys, or values, go with their group, if there are several."""
+def tie_groups(x: Labeller, units: Ints, rows: Ints) -> bool:
+    """Let keys, or values, go with their group; False if there is but one."""
     if len(np.unique(_lines(x, units))) == 1:
-        return
+        return False
     x.axes.grids.append(Grid(units, rows))
-    if not any(rows is known for known, _ in x.axes.heads):
-        x.axes.heads.append((rows, True))
+    return True
 
 
 def values_of(x: Labeller, node: fx.Node, values: Ints, own: Ints, rows: Ints) -> Ints:

@@ -13,6 +13,7 @@ from sparsereg.compression.units.rules.elementwise import pair
 from sparsereg.compression.units.rules.mixing import is_turned_weight
 from sparsereg.compression.units.rules.recurrent import taken
 from sparsereg.compression.units.rules.table import (
+    CATS,
     MOVING,
     SPLITS,
     Dead,
@@ -175,7 +176,7 @@ def moved(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     if is_turned_weight(x, node) or picked(x.program, node):
         return None
     made = _moved(x, node)
-    if name_of(node) in ("cat", "concat", "concatenate") and _join(x, node, a):
+    if name_of(node) in CATS and _join(x, node, a):
         made = torch.from_numpy(x.axes.sets.find(made.numpy())).int()
     return made
 

@@ -76,6 +76,8 @@ STARTS = ("zeros", "new_zeros")
 """Operations that make zeros of a size of their own, from which states start."""
 ZEROS = (*STARTS, "zeros_like")
 SPLITS = ("split", "chunk", "split_with_sizes", "unsafe_split", "tensor_split")
+CATS = ("cat", "concat", "concatenate")
+JOINS = (*CATS, "stack")
 _READ_AS_WEIGHT = ("linear", "matmul", "bmm", "einsum")
 MOVING: set[str] = set()
 """Names of operations that only move elements, or leave some out."""
