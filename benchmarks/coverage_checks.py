@@ -72,6 +72,7 @@ def set_(gated: nn.Module, seed: int | None) -> None:
         if seed is not None:
             location[torch.from_numpy(shut)] = -10.0
         gates.log_alpha.copy_(location.view_as(gates.log_alpha))
+    gated.train().eval()  # what a network keeps from one pass to the next, it forgets when it trains
 
 
 class Float64(TorchDispatchMode):
