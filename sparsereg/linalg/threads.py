@@ -26,7 +26,8 @@ def quiet_threads() -> Iterator[None]:
     """Give torch's threads to the compiled loops for a while; torch itself and BLAS compute in one.
 
     Their threads spin while they wait for each other, which costs many times what they save on vectors and
-    triangles of this size: with two threads of BLAS a calibration to K households took twice as long.
+    triangles of this size: with two threads of BLAS a calibration to K households took twice as long
+    (``python -m benchmarks.calibration calls``).
     """
     number = torch.get_num_threads()
     token = _threads.set(num_threads())
