@@ -704,7 +704,8 @@ def visiting_order(
     neighbours = np.lexsort((generator.random(num_households), last))
     blocks = np.arange(num_households) // _BLOCK
     rank = generator.permutation(int(blocks[-1]) + 1)[blocks]
-    return neighbours[np.lexsort((generator.random(num_households), rank))]
+    length = np.diff(by_household.indptr)[neighbours] if by_length else rank
+    return neighbours[np.lexsort((generator.random(num_households), length, rank))]
 
 
 def _exact_settings(s: Settings) -> dict[str, Any]:

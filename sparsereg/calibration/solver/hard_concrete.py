@@ -91,7 +91,7 @@ class GateSolver:
         steps = CompiledSteps if matrix.is_compiled else TorchSteps
         self._steps: GateSteps = steps(self.log_weight)
         self._often: Tensor | None = None
-        self._products = matrix
+        self._products: HouseholdMatrix | None = None
 
     @property
     def temperature(self) -> float:
@@ -126,9 +126,9 @@ class GateSolver:
         s = self.settings
         levels = self.matrix.noise(self._seed, self.epoch) if s.use_gates else None
         weights = self._steps.draw(self.log_weight, self.log_alpha, levels, self._shape)
-        value, by_totals = self.loss.value_and_gradient(self._products.totals(weights))
+        value, by_totals = self.loss.value_and_gradient(self.products.totals(weights))
         self.last_loss = float(value)
-        gradient = self._products.gradient(by_totals, weights if s.use_gates else None)
+        gradient = self.products.gradient(by_totals, weights if s.use_gates else None)
         pace = Pace(self.epoch + 1, s.lr, s.lambda_l2, self._price() if s.use_gates else 0.0)
         shape = self._shape if s.use_gates else None
         self._steps.move(gradient, self.log_weight, self.log_alpha, self._moments, shape, pace)
@@ -153,12 +153,21 @@ class GateSolver:
         if self.settings.use_gates:
             p = p_active(self.log_alpha, self.temperature, self.settings.gamma, self.settings.zeta)
             often = torch.nonzero(p > _OFTEN).flatten()
-            self._store_apart(often if len(often) < 0.5 * len(p) else None)
+            self._arrange(often if len(often) < 0.5 * len(p) else None)
 
-    def _store_apart(self, often: Int[Tensor, "often"] | None) -> None:
-        """Keep the entries of these households together; None: leave all where they are."""
-        self._often = often
-        self._products = self.matrix if often is None else self.matrix.apart(often)
+    @property
+    def products(self) -> HouseholdMatrix:
+        """The matrix, arranged for those that are often open."""
+        if self._products is None:
+            self._products = self.matrix.arranged(self._often)
+        return self._products
+
+    def _arrange(self, often: Int[Tensor, "often"] | None) -> None:
+        """Keep the entries of these households together; None: of all."""
+        before = self._often
+        is_same = often is before if often is None or before is None else torch.equal(often, before)
+        if not is_same:
+            self._often, self._products = often, None
 
     def _steer(self, expected: float) -> float:
         """lambda_l0 of this epoch: proportional-integral control of log(expected / wanted) on log(lambda).
@@ -205,4 +214,4 @@ class GateSolver:
         self._seed = int(state["seed"])
         # The arrangement too, so that sums round as they would have done.
         often = state["often"]
-        self._store_apart(None if often is None else often.to(self.log_weight.device))
+        self._arrange(None if often is None else often.to(self.log_weight.device))

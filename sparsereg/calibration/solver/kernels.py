@@ -49,43 +49,124 @@ def scatter(indptr, indices, data, weights, totals):  # type: ignore[no-untyped-
                 totals[indices[p]] += data[p] * weight
 
 
+_GLANCE = 64
+"""Households that are looked at together: vector registers tell whether any of them needs more."""
+
+
+@_compile
+def _any_rare(values, is_rare, first):  # type: ignore[no-untyped-def]
+    """Whether one of the rare among ``_GLANCE`` households has a value other than zero; True at the end."""
+    if first + _GLANCE > values.shape[0]:
+        return True
+    some, rare, size = values[first : first + _GLANCE], is_rare[first : first + _GLANCE], abs(values[0] * 0)
+    for j in range(_GLANCE):
+        size += abs(some[j]) * rare[j]
+    return size != 0
+
+
 @_compile
 def scatter_apart(  # type: ignore[no-untyped-def]
-    indptr, indices, data, often, is_often, near_indptr, near_indices, near_data, weights, totals
+    indptr, indices, data, often, is_rare, near_indptr, near_indices, near_data, weights, totals
 ):
     """``scatter`` where the k-th of the households ``often`` is read from row k of the second storage.
 
-    The others are passed over by a branch that the processor foresees, since hardly one has a weight.
+    ``is_rare`` is 0 for these, else 1. The rare ones are passed over many at a time, since hardly one has a
+    weight.
     """
+    own = np.empty(often.shape[0], weights.dtype)
     for k in range(often.shape[0]):
-        weight = np.float64(weights[often[k]])
-        if weight != 0:
-            for p in range(np.uint64(near_indptr[k]), np.uint64(near_indptr[k + 1])):
-                totals[near_indices[p]] += near_data[p] * weight
-    for j in range(weights.shape[0]):
-        if (weights[j] != 0) & (is_often[j] == 0):
-            weight = np.float64(weights[j])
-            for p in range(np.uint64(indptr[j]), np.uint64(indptr[j + 1])):
-                totals[indices[p]] += data[p] * weight
+        own[k] = weights[often[k]]
+    scatter(near_indptr, near_indices, near_data, own, totals)
+    for first in range(0, weights.shape[0], _GLANCE):
+        if _any_rare(weights, is_rare, first):
+            for j in range(first, min(first + _GLANCE, weights.shape[0])):
+                if is_rare[j] != 0 and weights[j] != 0:
+                    weight = np.float64(weights[j])
+                    for p in range(np.uint64(indptr[j]), np.uint64(indptr[j + 1])):
+                        totals[indices[p]] += data[p] * weight
 
 
 @_compile
 def gather_apart(  # type: ignore[no-untyped-def]
-    indptr, indices, data, often, is_often, near_indptr, near_indices, near_data, by_totals, open_, out
+    indptr, indices, data, often, is_rare, near_indptr, near_indices, near_data, by_totals, open_, out
 ):
     """``gather_where`` where the k-th household of ``often`` is read from row k of the second storage."""
-    for j in range(out.shape[0]):
-        total = 0.0
-        if (open_[j] != 0) & (is_often[j] == 0):
-            for p in range(np.uint64(indptr[j]), np.uint64(indptr[j + 1])):
-                total += data[p] * by_totals[indices[p]]
-        out[j] = total
+    own, slopes = np.empty(often.shape[0], open_.dtype), np.empty(often.shape[0])
     for k in range(often.shape[0]):
-        if open_[often[k]] != 0:
-            total = 0.0
-            for p in range(np.uint64(near_indptr[k]), np.uint64(near_indptr[k + 1])):
-                total += near_data[p] * by_totals[near_indices[p]]
-            out[often[k]] = total
+        own[k] = open_[often[k]]
+    gather_where(near_indptr, near_indices, near_data, by_totals, own, slopes)
+    out[:] = 0.0
+    for k in range(often.shape[0]):
+        out[often[k]] = slopes[k]
+    for first in range(0, out.shape[0], _GLANCE):
+        if _any_rare(open_, is_rare, first):
+            for j in range(first, min(first + _GLANCE, out.shape[0])):
+                if is_rare[j] != 0 and open_[j] != 0:
+                    total = 0.0
+                    for p in range(np.uint64(indptr[j]), np.uint64(indptr[j + 1])):
+                        total += data[p] * by_totals[indices[p]]
+                    out[j] = total
+
+
+_PIECE = 65_536
+"""Households that one piece of a target's row spans at most, so that 16 bits tell one."""
+
+
+@_compile
+def count_by_target(indptr, indices, data, start, length, pieces, is_ones):  # type: ignore[no-untyped-def]
+    """Entries and pieces of each row, the first household of its last piece, and if all entries are 1."""
+    for j in range(indptr.shape[0] - 1):
+        for p in range(indptr[j], indptr[j + 1]):
+            k = indices[p]
+            if length[k] == 0 or j - start[k] >= _PIECE:
+                pieces[k] += 1
+                start[k] = j
+            length[k] += 1
+            if data[p] != 1.0:
+                is_ones[k] = 0
+
+
+@_compile
+def store_by_target(  # type: ignore[no-untyped-def]
+    indptr, indices, data, piece_ptr, piece, place, is_ones, value_shift, start, entry, offsets, values
+):
+    """Store a matrix of households by target, in pieces.
+
+    The pieces of target k are piece_ptr[k]:piece_ptr[k + 1]; ``start`` is the household that a piece counts
+    ``offsets`` from, ``entry`` its first entry. The value of entry p is values[p + value_shift[k]], unless
+    all of the target's are 1. ``piece`` and ``place`` are where each target stands: one piece before its
+    first, and at its first entry.
+    """
+    for j in range(indptr.shape[0] - 1):
+        for p in range(indptr[j], indptr[j + 1]):
+            k = indices[p]
+            a, q = piece[k], place[k]
+            if a < piece_ptr[k] or j - start[a] >= _PIECE:
+                a += 1
+                piece[k], start[a], entry[a] = a, j, q
+            offsets[q] = j - start[a]
+            place[k] = q + 1
+            if is_ones[k] == 0:
+                values[q + value_shift[k]] = data[p]
+
+
+@_compile
+def totals_by_target(  # type: ignore[no-untyped-def]
+    piece_ptr, is_ones, value_shift, start, entry, offsets, values, weights, first, last, totals
+):
+    """totals[k] = sum of value * weight over the row of each target from ``first`` to ``last``."""
+    for k in range(first, last):
+        total, shift = 0.0, np.uint64(value_shift[k])
+        for a in range(piece_ptr[k], piece_ptr[k + 1]):
+            near = weights[start[a] :]
+            begin, end = np.uint64(entry[a]), np.uint64(entry[a + 1])
+            if is_ones[k] != 0:
+                for p in range(begin, end):
+                    total += near[offsets[p]]
+            else:
+                for p in range(begin, end):
+                    total += np.float64(near[offsets[p]]) * values[p + shift]
+        totals[k] = total
 
 
 @_compile

@@ -62,8 +62,8 @@ class HouseholdMatrix(Protocol):
     def take(self, households: Int[Tensor, "selected"]) -> HouseholdMatrix:
         """Return the matrix of these households only, in this order (a copy)."""
 
-    def apart(self, often: Int[Tensor, "often"]) -> HouseholdMatrix:
-        """Return the same matrix, quick where hardly others have a weight: see ``Apart``."""
+    def arranged(self, often: Int[Tensor, "often"] | None) -> HouseholdMatrix:
+        """Return the same matrix for many products: hardly others have a weight, or most have (None)."""
 
 
 class Descent(NamedTuple):
@@ -262,9 +262,9 @@ class CompiledMatrix:
         part._set(indptr.astype(self._indptr.dtype), indices, data, self._keys[chosen], self.num_targets)
         return part
 
-    def apart(self, often: Int[Tensor, "often"]) -> Apart:
+    def arranged(self, often: Int[Tensor, "often"] | None) -> CompiledMatrix:
         """See ``HouseholdMatrix``."""
-        return Apart(self, often)
+        return Apart(self, often) if often is not None else ByTarget(self)
 
 
 class Apart(CompiledMatrix):
@@ -280,12 +280,12 @@ class Apart(CompiledMatrix):
     def __init__(self, matrix: CompiledMatrix, often: Int[Tensor, "often"]) -> None:
         self._set(matrix._indptr, matrix._indices, matrix._data, matrix._keys, matrix.num_targets)
         part, place = matrix.take(often), often.numpy()
-        is_often = np.zeros(matrix.num_households, dtype=np.uint8)
-        is_often[place] = 1
+        is_rare = np.ones(matrix.num_households, dtype=np.uint8)
+        is_rare[place] = 0
         cuts = [0, *(int(place[lane.start]) for lane in part._lanes[1:]), matrix.num_households]
         self._lanes = [slice(a, b) for a, b in itertools.pairwise(cuts)]
         self._near = [
-            ((place[rows] - lane.start).astype(np.int32), is_often[lane], *part.entries_of(rows))
+            ((place[rows] - lane.start).astype(np.int32), is_rare[lane], *part.entries_of(rows))
             for lane, rows in zip(self._lanes, part._lanes, strict=True)
         ]
 
@@ -307,6 +307,49 @@ class Apart(CompiledMatrix):
         values, mask, out = by_totals.numpy(), where.numpy(), np.empty(self.num_households)
         lanes = zip(self._lanes, self._near, strict=True)
         self._run("gather_apart", [(*near, values, mask[lane], out[lane]) for lane, near in lanes])
+        return torch.from_numpy(out)
+
+
+class ByTarget(CompiledMatrix):
+    """A matrix with a copy by target beside it, for totals where most households have a weight.
+
+    The sum of a target stays in a register, where totals that are added to from household to household are
+    read and written each time. Targets of which all entries are 1 have no values to read.
+
+    Args:
+        matrix: All households; gradients are read from it.
+    """
+
+    def __init__(self, matrix: CompiledMatrix) -> None:
+        from sparsereg.calibration.solver import kernels
+
+        self._set(matrix._indptr, matrix._indices, matrix._data, matrix._keys, matrix.num_targets)
+        entries = self.entries_of(slice(0, self.num_households))
+        start, length, pieces = np.zeros((3, self.num_targets), dtype=np.int64)
+        is_ones = np.ones(self.num_targets, dtype=np.uint8)
+        kernels.count_by_target(*entries, start, length, pieces, is_ones)
+        piece_ptr, entry_ptr = (np.append(0, np.cumsum(n)) for n in (pieces, length))
+        value_ptr = np.append(0, np.cumsum(np.where(is_ones, 0, length)))
+        store = (
+            np.empty(piece_ptr[-1], np.int64), np.append(np.empty(piece_ptr[-1], np.int64), entry_ptr[-1]),
+            np.empty(entry_ptr[-1], np.uint16), np.empty(value_ptr[-1], np.float32),
+        )  # fmt: skip
+        shift = value_ptr[:-1] - entry_ptr[:-1]
+        kernels.store_by_target(
+            *entries, piece_ptr, piece_ptr[:-1] - 1, entry_ptr[:-1].copy(), is_ones, shift, *store
+        )
+        self._rows = piece_ptr, is_ones, shift, *store
+        cuts = np.searchsorted(entry_ptr, np.linspace(0, entry_ptr[-1], len(self._lanes) + 1)[1:-1])
+        self._ranges = list(itertools.pairwise([0, *(int(cut) for cut in cuts), self.num_targets]))
+
+    def totals(
+        self, weights: Float[Tensor, "households={self.num_households}"]
+    ) -> Float[Tensor, "targets={self.num_targets}"]:
+        """See ``HouseholdMatrix``."""
+        from sparsereg.calibration.solver import kernels
+
+        values, out = weights.numpy(), np.empty(self.num_targets)
+        in_turns(kernels.totals_by_target, [(*self._rows, values, *ends, out) for ends in self._ranges])
         return torch.from_numpy(out)
 
 
@@ -378,7 +421,7 @@ class TorchMatrix:
         chosen = _csr_tensor(new_crow, columns[entries], values[entries], shape)
         return TorchMatrix(chosen, _transposed(chosen))
 
-    def apart(self, often: Int[Tensor, "often"]) -> TorchMatrix:
+    def arranged(self, often: Int[Tensor, "often"] | None) -> TorchMatrix:
         """See ``HouseholdMatrix``: its products read everything in any case."""
         return self
 
@@ -449,9 +492,9 @@ class ShardedMatrix:
         """See ``HouseholdMatrix``."""
         return ShardedMatrix(self._local.take(households), self._rows.start, self.num_targets)
 
-    def apart(self, often: Int[Tensor, "often"]) -> ShardedMatrix:
+    def arranged(self, often: Int[Tensor, "often"] | None) -> ShardedMatrix:
         """See ``HouseholdMatrix``."""
-        return ShardedMatrix(self._local.apart(often), self._rows.start, self.num_targets)
+        return ShardedMatrix(self._local.arranged(often), self._rows.start, self.num_targets)
 
 
 def _narrow(keys: np.ndarray) -> np.ndarray:

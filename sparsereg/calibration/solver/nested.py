@@ -64,9 +64,9 @@ class NestedProducts:
         """See ``HouseholdMatrix``."""
         return NestedProducts(self._inner.take(households), self._nesting)
 
-    def apart(self, often: Int[Tensor, "often"]) -> NestedProducts:
+    def arranged(self, often: Int[Tensor, "often"] | None) -> NestedProducts:
         """See ``HouseholdMatrix``."""
-        return NestedProducts(self._inner.apart(often), self._nesting)
+        return NestedProducts(self._inner.arranged(often), self._nesting)
 
 
 class NestedMatrix(NestedProducts):

@@ -103,9 +103,9 @@ class SharedMatrix:
                 dist.all_reduce(moved)
             at.by_totals.add_(moved)
 
-    def apart(self, often: Int[Tensor, "often"]) -> SharedMatrix:
+    def arranged(self, often: Int[Tensor, "often"] | None) -> SharedMatrix:
         """See ``HouseholdMatrix``."""
-        return SharedMatrix(self._local.apart(often))
+        return SharedMatrix(self._local.arranged(often))
 
 
 def select_shared(

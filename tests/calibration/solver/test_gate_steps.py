@@ -72,8 +72,44 @@ def test_households_stored_apart_change_no_product(targets):
     matrix = household_matrix(sp.csr_array(a))
     often = torch.from_numpy(np.sort(rng.permutation(40_000)[:30_000]))
     weights = torch.rand(40_000) * (torch.rand(40_000) < 0.3)
-    apart, by_totals = matrix.apart(often), torch.randn(targets, dtype=torch.float64)
+    apart, by_totals = matrix.arranged(often), torch.randn(targets, dtype=torch.float64)
     torch.testing.assert_close(apart.totals(weights), matrix.totals(weights), rtol=1e-12, atol=1e-12)
     for where in (weights, None):
         ours, theirs = apart.gradient(by_totals, where), matrix.gradient(by_totals, where)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("households", "targets"), [(40, 12), (150_000, 9), (20_000, 70_000)])
+def test_households_stored_by_target_change_no_product(households, targets):
+    import scipy.sparse as sp
+
+    rng = np.random.default_rng(4)
+    a = sp.random_array((households, targets), density=min(0.5, 3e5 / households / targets), rng=rng)
+    a = sp.csr_array(a.astype(np.float32))
+    a.data[a.indices % 3 == 0] = 1.0
+    a.data[a.indices % 7 == 1] *= -1e4
+    matrix = household_matrix(sp.csr_array(a))
+    weights = torch.rand(households) * (torch.rand(households) < 0.8)
+    by_target = matrix.arranged(None)
+    exact = torch.from_numpy(a.T.astype(np.float64) @ weights.double().numpy())
+    torch.testing.assert_close(by_target.totals(weights), exact, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(by_target.totals(weights.double()), exact, rtol=1e-12, atol=1e-9)
+    by_totals = torch.randn(targets, dtype=torch.float64)
+    assert torch.equal(by_target.gradient(by_totals, weights), matrix.gradient(by_totals, weights))
+
+
+def test_totals_by_target_do_not_depend_on_threads():
+    import scipy.sparse as sp
+
+    rng = np.random.default_rng(5)
+    a = sp.csr_array(sp.random_array((90_000, 300), density=0.03, rng=rng, dtype=np.float32))
+    matrix, weights, number = household_matrix(a).arranged(None), torch.rand(90_000), torch.get_num_threads()
+    try:
+        totals = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            totals.append(matrix.totals(weights))
+    finally:
+        torch.set_num_threads(number)
+    assert torch.equal(totals[0], totals[1])
+    assert torch.equal(totals[0], totals[2])
