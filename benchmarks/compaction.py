@@ -157,7 +157,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
-    from sparsereg.training.build import tune_process
+    from sparsereg.training.trainers import tune_process
 
     tune_process()
     if options.threads:

@@ -130,7 +130,7 @@ def our_run(file: Path, batch_size: int, steps: int, folder: Path) -> float:
     from hydra import compose, initialize_config_dir
 
     from sparsereg.cli import CONFIGS, settings_of
-    from sparsereg.training import build
+    from sparsereg.training import build, trainers
     from sparsereg.training.config import Training
 
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -138,7 +138,7 @@ def our_run(file: Path, batch_size: int, steps: int, folder: Path) -> float:
         size = [f"data.batch_size={batch_size}", "data.val_size=0.1"]
         composed = compose("train", ["data=npz", f"data.path={file}", *size, *augment])
     cfg = settings_of(Training, composed)
-    build.tune_process()
+    trainers.tune_process()
     data = build.build_data(cfg)
     module = build.build_module(cfg, build.build_network(cfg, data), data)
     return fit(module, {"datamodule": data}, steps, folder)
@@ -171,7 +171,7 @@ def gate_overhead(batch_size: int, steps: int) -> dict[str, tuple[float, float]]
     from sparsereg.model.basic_l0_blocks import L0Gate
     from sparsereg.model.googlenet import GoogleNet
     from sparsereg.penalties import l_c0
-    from sparsereg.training.build import tune_process
+    from sparsereg.training.trainers import tune_process
 
     tune_process()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,26 +23,28 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.commands import deployment
     from sparsereg.files import new_version
     from sparsereg.provenance import Provenance
-    from sparsereg.training import build
+    from sparsereg.training import build, callback_list, inherited, trainers
     from sparsereg.training.accounting import accountant_of
     from sparsereg.training.page.page import PACKAGES
     from sparsereg.training.results import block_table, count_summary, gate_summary, measured, names
     from sparsereg.training.start_line import start_line
 
     with wrong_input():
-        build.tune_process()
-        build.quieten_lightning()
+        trainers.tune_process()
+        trainers.quieten_lightning()
         deployment.check(given)
-        cfg, checkpoint = build.rebuild(given, named())
+        cfg, checkpoint = inherited.rebuild(given, named())
         came_from = Provenance.of([("ckpt_path", checkpoint.path)], PACKAGES)
-        build.check_trainer(cfg, multirun=False)
+        trainers.check_trainer(cfg, multirun=False)
         data = build.build_data(cfg, checkpoint)
         cfg = build.resolved(cfg, data)
-        build.check_shares(cfg, data)
+        trainers.check_shares(cfg, data)
         net = build.rebuild_network(cfg, checkpoint, data)
         module = build.build_module(cfg, net, data, checkpoint.structure)
         module.batch_norm_is_current = checkpoint.batch_norm_is_current
-        trainer = build.build_trainer(cfg, [build.batch_norm_estimation(cfg), *build.own(cfg.callbacks)])
+        trainer = trainers.build_trainer(
+            cfg, [callback_list.batch_norm_estimation(cfg), *callback_list.own(cfg.callbacks)]
+        )
         folder = new_version(Path("outputs") / "test")
         log.info(start_line(cfg.model.group, net, data, trainer.strategy.root_device, folder))
 

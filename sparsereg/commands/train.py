@@ -29,7 +29,7 @@ def run(composed: DictConfig) -> Path:
     from sparsereg.provenance import Provenance
     from sparsereg.settings import plain
     from sparsereg.sweep import note_checkpoint
-    from sparsereg.training import build, stages
+    from sparsereg.training import build, inherited, stages, trainers
     from sparsereg.training.ending import continuation
     from sparsereg.training.page.page import PACKAGES
     from sparsereg.training.start_line import start_line
@@ -37,13 +37,13 @@ def run(composed: DictConfig) -> Path:
 
     hydra = HydraConfig.get()
     with wrong_input():
-        build.tune_process()
-        build.quieten_lightning()
-        cfg, checkpoint = build.start_from(given, named())
-        build.check_trainer(cfg, multirun=hydra.mode == RunMode.MULTIRUN)
+        trainers.tune_process()
+        trainers.quieten_lightning()
+        cfg, checkpoint = inherited.start_from(given, named())
+        trainers.check_trainer(cfg, multirun=hydra.mode == RunMode.MULTIRUN)
         data = build.build_data(cfg, checkpoint)
         cfg = build.resolved(cfg, data)
-        build.check_shares(cfg, data)
+        trainers.check_shares(cfg, data)
         read = [] if checkpoint is None else [("ckpt_path", checkpoint.path)]
         came_from = Provenance.of(read, PACKAGES)
         stage = stages.begin(cfg, data, checkpoint, Path("outputs"))

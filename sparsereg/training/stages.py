@@ -31,7 +31,7 @@ from sparsereg.data.own import RunData
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
 from sparsereg.settings import plain
-from sparsereg.training import build, front, resume
+from sparsereg.training import build, callback_list, front, resume, trainers
 from sparsereg.training import callbacks as ours
 from sparsereg.training.accounting import PlainAccountant, accountant_of
 from sparsereg.training.checkpoint import Checkpoint, FirstStage, load_all_weights_
@@ -106,12 +106,12 @@ class Stage:
     def test(self) -> dict[str, Any]:
         """Test the checkpoint that ``test_checkpoint`` names; return its figures and where it is."""
         task = self.module.task
-        val, tested = build.tested_checkpoint(self.cfg, self.trainer, self.folder, task)
+        val, tested = callback_list.tested_checkpoint(self.cfg, self.trainer, self.folder, task)
         self.trainer.test(
             self.module, datamodule=self.data, ckpt_path=tested, weights_only=True, verbose=False
         )
         test = measured(self.trainer, "test", task)
-        if None in val.values() and self.data.num_val and build.keeps_best(self.cfg):
+        if None in val.values() and self.data.num_val and callback_list.keeps_best(self.cfg):
             self.trainer.validate(self.module, datamodule=self.data, verbose=False)
             val = measured(self.trainer, "val", task)
         return {**val, **test, "checkpoint": tested}
@@ -147,7 +147,7 @@ def begin(cfg: Training, data: RunData, checkpoint: Checkpoint | None, outputs: 
     structure = None if checkpoint is None else checkpoint.structure
     teacher = build.build_teacher(cfg, data)
     stage_cfg = cfg if before is None else finetuning_config(cfg, cfg.finetune.epochs)
-    folder = lambda: build.claim_run_folder(outputs)  # noqa: E731
+    folder = lambda: trainers.claim_run_folder(outputs)  # noqa: E731
     stage = _assemble(stage_cfg, data, net, structure, teacher, folder, before, resumed, accountant)
     stage.module.batch_norm_is_current = build.statistics_fit(cfg, net, checkpoint)
     if resumed is not None and cfg.front and resumed.epoch == cfg.trainer.max_epochs:
@@ -402,23 +402,25 @@ def _assemble(
     resumed: Checkpoint | None = None,
     accountant: Accountant | PlainAccountant | None = None,
 ) -> Stage:
-    net = build.synchronise(cfg, net)
+    net = trainers.synchronise(cfg, net)
     accountant = accountant or accountant_of(net, build.example_input(data, net))
     module = build.build_module(cfg, net, data, structure, teacher, before)
     path = None if resumed is None else resumed.path
     if resumed is not None:
-        callbacks, _ = build.build_callbacks(cfg, data, module.task, accountant, Path("unused"), False, path)
-        resume.check_state(resumed, net, cfg.optimizer, build.build_trainer(cfg, []), callbacks)
-    num_batches = build.batches_per_epoch(cfg, data)
+        callbacks, _ = callback_list.build_callbacks(
+            cfg, data, module.task, accountant, Path("unused"), False, path
+        )
+        resume.check_state(resumed, net, cfg.optimizer, trainers.build_trainer(cfg, []), callbacks)
+    num_batches = trainers.batches_per_epoch(cfg, data)
     steps = max(num_batches / cfg.trainer.accumulate_grad_batches, 1.0)
     check_own_code(net, cfg.optimizer, cfg.trainer.max_epochs, steps)
     folder = make_folder()  # last of what can fail, so that a wrong input leaves none
     try:
         loggers = build_loggers(cfg.logger, folder if before is None else folder / "finetune")
-        callbacks, timer = build.build_callbacks(
+        callbacks, timer = callback_list.build_callbacks(
             cfg, data, module.task, accountant, folder, bool(loggers), path
         )
-        trainer = build.build_trainer(cfg, callbacks, loggers, folder, num_batches, data.num_val == 0)
+        trainer = trainers.build_trainer(cfg, callbacks, loggers, folder, num_batches, data.num_val == 0)
     except InputError:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing is in it
