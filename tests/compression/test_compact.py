@@ -20,6 +20,7 @@ from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.model.googlenet import GoogleNet
 from sparsereg.penalties import hard_concretes
 from tests.compression.networks import NETWORKS, PATTERNS, make, set_gates
+from tests.slow import slowly
 
 LARGE = ("resnet18", "mobilenet_v2", "mobilenet_v3")
 PATTERNS_OF = {
@@ -78,9 +79,7 @@ def test_same_answers_and_counted_size(name):
 SOME = set(random.Random(0).sample(sorted(NETWORKS), 4))
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", slowly(NETWORKS, NETWORKS.keys() - SOME))
 def test_nothing_goes_where_all_is_open(name):
     network, x = make(name)
     set_gates(network, "all open")

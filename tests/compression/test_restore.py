@@ -14,6 +14,7 @@ from sparsereg.compression.running import tensors_in
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
+from tests.slow import slowly
 
 IDS = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -147,13 +148,7 @@ STOCK = """
 """.split()  # noqa: SIM905
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.slow) if n in ("efficientnet_v2_s", "regnet_y_400mf") else n
-        for n in STOCK
-    ],
-)
+@pytest.mark.parametrize("name", slowly(STOCK, ("efficientnet_b0", "efficientnet_v2_s", "regnet_y_400mf")))
 def test_how_a_network_of_torchvision_was_made_is_known(name):
     original = torchvision.models.get_model(name, weights=None, num_classes=7)
     recipe = _recipe(original, None)
@@ -365,7 +360,9 @@ TYPES = {
 }
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(
+    "name", slowly(TYPES, ("RobertaForMaskedLM", "MistralForCausalLM", "Qwen2ForCausalLM"))
+)
 def test_types_of_transformers_in_one_shape_go_through_their_files(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     settings, families = TYPES[name]

@@ -15,6 +15,7 @@ from sparsereg.compression.verify import difference
 from sparsereg.distributions import HardConcrete
 from sparsereg.model.basic_l0_blocks import L0Gate
 from tests.compression.networks import make, set_gates
+from tests.slow import slowly
 
 
 class Base(nn.Module):
@@ -253,7 +254,7 @@ SEGMENTATION = {
 }
 
 
-@pytest.mark.parametrize("name", SEGMENTATION)
+@pytest.mark.parametrize("name", slowly(SEGMENTATION, ("deeplabv3_mobilenet_v3_large",)))
 def test_segmentation_networks_are_gated_compacted_and_counted(name, tmp_path):
     """Their last step brings the map to the image's size, and their answer is a dictionary."""
     torch.manual_seed(0)

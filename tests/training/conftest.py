@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +87,10 @@ def traced_once(model: nn.Module, args: Any, kwargs: Any) -> Any:
     return _placed[looks]
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return write_images(tmp_path / "images.npz")
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that tests only read."""
+    return write_images(tmp_path_factory.mktemp("images") / "images.npz")
 
 
 @pytest.fixture
@@ -109,6 +111,26 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
             code = int(stop.code or 0)
         captured = capfd.readouterr()
         return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+_trained: dict[tuple[str, ...], tuple[Outcome, Path]] = {}
+
+
+@pytest.fixture
+def trained_once(run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Train a network that several tests start from: the first time it is asked for, then it is a copy."""
+
+    def call(*arguments: str) -> Outcome:
+        if arguments not in _trained:
+            outcome, kept = run("train", *arguments), tmp_path_factory.mktemp("trained")
+            assert outcome.code == 0, outcome.err
+            _trained[arguments] = outcome, shutil.copytree("outputs", kept / "outputs")
+            return outcome
+        outcome, kept = _trained[arguments]
+        shutil.copytree(kept, tmp_path / "outputs")
+        return outcome
 
     return call
 

@@ -9,8 +9,8 @@ NETWORK = ["model=lenet300", "trainer.max_epochs=1"]
 
 
 @pytest.fixture
-def trained(run, tiny):
-    return run("train", *tiny, *NETWORK)
+def trained(trained_once, tiny):
+    return trained_once(*tiny, *NETWORK)
 
 
 def changed(path, change):

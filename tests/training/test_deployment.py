@@ -10,9 +10,8 @@ from sparsereg.layers import load_csr
 
 
 @pytest.fixture
-def trained(run, tiny):
-    outcome = run(
-        "train",
+def trained(trained_once, tiny):
+    return trained_once(
         *tiny,
         "trainer.max_epochs=2",
         "lambda_l0=30",
@@ -20,8 +19,6 @@ def trained(run, tiny):
         "optimizer.warmup_epochs=0",
         "model.gate=all",
     )
-    assert outcome.code == 0, outcome.err
-    return outcome
 
 
 def test_it_measures_the_network_that_training_measured(run, trained):
@@ -100,12 +97,10 @@ def test_prune_fine_tune_ship_in_three_commands(run, trained):
 
 
 @pytest.fixture
-def tuned(run, tiny):
+def tuned(trained_once, tiny):
     """A run of two stages, of a small network."""
     settings = ["model=lenet5", "trainer.max_epochs=2", "lambda_l0=10", "optimizer.lr=0.02"]
-    outcome = run("train", *tiny, *settings, "finetune.epochs=1", "optimizer.warmup_epochs=0")
-    assert outcome.code == 0, outcome.err
-    return outcome
+    return trained_once(*tiny, *settings, "finetune.epochs=1", "optimizer.warmup_epochs=0")
 
 
 def test_one_file_is_named_by_results_page_and_terminal(run, tuned):

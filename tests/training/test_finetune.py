@@ -7,8 +7,8 @@ from sparsereg.distributions import p_active
 
 
 @pytest.fixture
-def plain(run, tiny):
-    return run("train", *tiny, "trainer.max_epochs=1", "without_using_gate=true")
+def plain(trained_once, tiny):
+    return trained_once(*tiny, "trainer.max_epochs=1", "without_using_gate=true")
 
 
 def test_gates_open_at_droprate_init_and_are_named(run, tiny, plain):

@@ -15,8 +15,8 @@ STORY = ["trainer.max_epochs=2", "finetune.epochs=2", "model.gate=all", "droprat
 
 
 @pytest.fixture
-def tuned(run, tiny):
-    return run("train", *tiny, *STORY)
+def tuned(trained_once, tiny):
+    return trained_once(*tiny, *STORY)
 
 
 def test_a_run_is_found_by_its_folder_its_last_checkpoint_and_its_results(run, tuned):

@@ -12,10 +12,12 @@ from torch import nn
 from sparsereg.compression import Accountant, count, load_compacted
 from sparsereg.compression.budget import Constraint, Multiplier, exact_share, meet_
 from sparsereg.data.form import Form
+from sparsereg.goal import falling
 from sparsereg.penalties import expected_l0, hard_concretes
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.target import TargetSettings
 from sparsereg.zoo.networks import build
+from tests.slow import slowly
 
 LENET = {"name": "lenet300", "sampling": "batch"}
 
@@ -27,7 +29,9 @@ def settings(**changes: object) -> TargetSettings:
 
 def test_ramp_is_geometric_between_its_ends():
     s = settings()
-    assert [s.share_at(e) for e in (0, 2, 4, 6, 9)] == pytest.approx([1, 1, math.sqrt(0.1), 0.1, 0.1])
+    assert [falling(s.kept, s.progress_at(e)) for e in (0, 2, 4, 6, 9)] == pytest.approx(
+        [1, 1, math.sqrt(0.1), 0.1, 0.1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +94,7 @@ def test_exact_count_meets_the_target_from_below(model, kept, cost):
     assert is_open.sum() - first_unlike < 60
 
 
-@pytest.mark.parametrize("round_to", [8, 16])
+@pytest.mark.parametrize("round_to", slowly([8, 16], (16,)))
 def test_widths_are_multiples_where_gates_open_together(round_to):
     net = build({"name": "googlenet", "gate": "all"}, Form(10, (1, 8, 8)), gated=True).eval()
     for seed, gate in enumerate(hard_concretes(net).values()):

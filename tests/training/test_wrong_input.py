@@ -72,11 +72,11 @@ def test_ddp_below_a_sweep_is_refused(run, tiny):
         (lambda a: a.update(test_images=a["test_images"][:, :4]), "test_images"),
     ],
 )
-def test_wrong_arrays(run, tiny, images, change, message):
+def test_wrong_arrays(run, tiny, images, tmp_path, change, message):
     arrays = dict(np.load(images))
     change(arrays)
-    np.savez(images, **arrays)
-    outcome = run("train", *tiny)
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    outcome = run("train", *tiny, f"data.path={tmp_path / 'wrong.npz'}")
     assert outcome.code == 2, outcome.err
     assert message in outcome.err
 
