@@ -85,7 +85,7 @@ def bench_products(name: str, problem: CalibrationProblem, repeats: int) -> None
         flush=True,
     )
     location = open_share(problem, 1.0)
-    nested, plain = (gate_solver(p, location).matrix for p in (problem, all_stored(problem)))
+    nested, plain = (gate_solver(p, location).products for p in (problem, all_stored(problem)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = household_matrix(problem.matrix_t, backend="torch")

@@ -3,10 +3,12 @@
     python -m benchmarks.shared                            100,000 households x 500 targets, two processes
     python -m benchmarks.shared --households 300000 --targets 1000 --processes 2
     python -m benchmarks.shared --gates 200        gates and the refit of who is kept, so many epochs
+    python -m benchmarks.shared --areas 24 --cps DIR --households 50000    areas of benchmarks.areas
+    python -m benchmarks.shared --areas 24 --cps DIR --joint    all levels at once
 
-One thread each; of gates one process has as many threads as there are processes. Processor seconds of the
-solution without reading, the bytes that a process sends into sums of the group, how many of them, and the
-largest difference of weights.
+One thread each; of gates and areas one process has as many threads as there are processes. Processor seconds
+of the solution without reading, the bytes that a process sends into sums of the group, how many of them, and
+the largest difference of weights.
 """
 
 from __future__ import annotations
@@ -14,14 +16,21 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.areas import BOUNDS
+from benchmarks.areas import problem_of as areas_of
 from sparsereg.calibration import CalibrationProblem, calibrate, synthetic_problem
 from sparsereg.calibration.config import Settings
+from sparsereg.calibration.solver.areas import calibrate_areas
+from sparsereg.calibration.solver.joint import calibrate_together
 from sparsereg.calibration.solver.shared import calibrate_shared
 from sparsereg.calibration.solver.shared_selection import select_shared
 
@@ -38,14 +47,63 @@ def gates(epochs: int) -> Settings:
     return Settings(lambda_l0=0.3, lambda_scale="mean", epochs=epochs)
 
 
-def work(rank: int, size: int, households: int, targets: int, folder: str, epochs: int) -> None:
+@dataclass(frozen=True)
+class Task:
+    """What is solved, by one process and by several."""
+
+    households: int
+    targets: int
+    epochs: int
+    areas: int
+    joint: bool
+    cps: Path
+
+    def solve(self, rank: int, size: int) -> tuple[Callable[[], tuple[np.ndarray, int]], int]:
+        """Make the problem and return what finds a process's weights and how many steps it took."""
+        if self.areas:
+            return self._areas(rank, size)
+        p = problem_of(self.households, self.targets)
+        if size == 1:
+            how: dict[str, Any] = {"method": "calibrate", "distance": "raking"}
+            how = dict(vars(gates(self.epochs))) if self.epochs else how
+            return lambda: _found(calibrate(p, **how)), p.matrix.nnz
+        own = np.array_split(np.arange(self.households), size)[rank]
+        part = CalibrationProblem(p.matrix[:, own], p.targets, p.starting_weights[own])
+        if self.epochs:
+            return lambda: _found(select_shared(part, gates(self.epochs), "hard_concrete")), part.matrix.nnz
+        return lambda: _found(calibrate_shared(part, "raking")), part.matrix.nnz
+
+    def warm_up(self) -> None:
+        """Solve a small one, which compiles and loads what is needed."""
+        replace(
+            self, households=2_000, targets=50, epochs=min(self.epochs, 20), areas=min(self.areas, 2)
+        ).solve(0, 1)[0]()
+
+    def _areas(self, rank: int, size: int) -> tuple[Callable[[], tuple[np.ndarray, int]], int]:
+        p = areas_of(self.cps, self.households, self.areas)
+        own = p.placement.shared_out(size)[rank]
+
+        def found() -> tuple[np.ndarray, int]:
+            if self.joint:
+                made = list(calibrate_together(p, "linear", BOUNDS, areas=own))
+            else:
+                made = list(calibrate_areas(p, "linear", BOUNDS, own))
+            return np.concatenate([area.weights for area in made]), max(area.steps for area in made)
+
+        return found, p.measures.nnz * len(own)
+
+
+def _found(result: Any) -> tuple[np.ndarray, int]:
+    return result.weights, int(result.steps or 0)
+
+
+def work(rank: int, size: int, task: Task, folder: str) -> None:
     """What each process does."""
     torch.set_num_threads(1)
+    task.warm_up()
     place = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=size)
-    p = problem_of(households, targets)
-    own = np.array_split(np.arange(households), size)[rank]
-    part = CalibrationProblem(p.matrix[:, own], p.targets, p.starting_weights[own])
+    solve, _ = task.solve(rank, size)
     sent: list[int] = []
     reduce = dist.all_reduce
 
@@ -56,13 +114,10 @@ def work(rank: int, size: int, households: int, targets: int, folder: str, epoch
     dist.all_reduce = counted
     dist.barrier()
     begin, wall = time.process_time(), time.perf_counter()
-    if epochs:
-        found = select_shared(part, gates(epochs), "hard_concrete")
-    else:
-        found = calibrate_shared(part, "raking")
+    weights, steps = solve()
     np.savez(
-        f"{folder}/{rank}.npz", weights=found.weights, seconds=time.process_time() - begin,
-        wall=time.perf_counter() - wall, sent=np.array(sent), steps=found.steps,
+        f"{folder}/{rank}.npz", weights=weights, seconds=time.process_time() - begin,
+        wall=time.perf_counter() - wall, sent=np.array(sent), steps=steps,
     )  # fmt: skip
     dist.destroy_process_group()
 
@@ -76,37 +131,37 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=500)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--gates", type=int, default=0, help="epochs of gates instead of exact calibration")
+    parser.add_argument("--areas", type=int, default=0, help="so many areas instead")
+    parser.add_argument("--joint", action="store_true", help="areas, states and the nation at once, soft")
+    parser.add_argument("--cps", type=Path, default=Path(), help="folder of cps_households.csv.gz")
     args = parser.parse_args()
-    torch.set_num_threads(args.processes if args.gates else 1)
-    p = problem_of(args.households, args.targets)
-    calibrate(synthetic_problem(500, 50), method="calibrate")  # compile
-    calibrate(synthetic_problem(500, 50), lambda_l0=1e-3, epochs=20)
+    task = Task(args.households, args.targets, args.gates, args.areas, args.joint, args.cps)
+    torch.set_num_threads(args.processes if args.gates or args.areas else 1)
+    task.warm_up()
+    solve, entries = task.solve(0, 1)
     begin, wall = time.process_time(), time.perf_counter()
-    how = dict(vars(gates(args.gates))) if args.gates else {"method": "calibrate", "distance": "raking"}
-    alone = calibrate(p, **how)
+    alone, steps = solve()
+    one = time.process_time() - begin
     print(
-        f"{args.households:,} x {p.num_targets:,}, {p.matrix.nnz:,} entries; one process:"
-        f" {time.process_time() - begin:.2f} s processor, {time.perf_counter() - wall:.2f} s on the clock,"
-        f" {alone.steps} steps",
+        f"{entries:,} entries; one process, {torch.get_num_threads()} threads:"
+        f" {one:.2f} s processor, {time.perf_counter() - wall:.2f} s on the clock, {steps} steps",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            work, (args.processes, args.households, args.targets, folder, args.gates), nprocs=args.processes
-        )
+        torch.multiprocessing.spawn(work, (args.processes, task, folder), nprocs=args.processes)
         parts = [np.load(Path(folder) / f"{rank}.npz") for rank in range(args.processes)]
-        weights = np.concatenate([part["weights"] for part in parts])
-        kept = (weights > 0) & (alone.weights > 0)
-        off = np.abs(weights - alone.weights)[kept].max()
-        seconds = [float(part["seconds"]) for part in parts]
-        sent, steps = parts[0]["sent"] / 1e6, int(parts[0]["steps"])
-        print(
-            f"{args.processes} processes: {max(seconds):.2f} s processor in the slowest, {sum(seconds):.2f} s"
-            f" in all, {max(float(part['wall']) for part in parts):.2f} s on the clock, {steps} steps;"
-            f" {sent.sum():.1f} MB in {len(sent)} sums, {sent.sum() / max(steps, 1):.2f} MB a step;"
-            f" {np.count_nonzero((weights > 0) != (alone.weights > 0))} of {alone.num_kept:,} kept differ,"
-            f" weights by {off / alone.weights.mean():.1e} of the mean"
-        )
+    weights = np.concatenate([part["weights"] for part in parts])
+    kept = (weights > 0) & (alone > 0)
+    off = np.abs(weights - alone)[kept].max()
+    seconds = [float(part["seconds"]) for part in parts]
+    sent, steps = parts[0]["sent"] / 1e6, int(parts[0]["steps"])
+    print(
+        f"{args.processes} processes: {max(seconds):.2f} s processor in the slowest, {sum(seconds):.2f} s"
+        f" in all ({sum(seconds) / one:.2f} x), {max(float(part['wall']) for part in parts):.2f} s on the"
+        f" clock, {steps} steps; {sent.sum():.1f} MB in {len(sent)} sums, {sent.sum() / max(steps, 1):.2f} MB"
+        f" a step; {np.count_nonzero((weights > 0) != (alone > 0))} of {np.count_nonzero(alone):,} kept"
+        f" differ, weights by {off / alone.mean():.1e} of the mean"
+    )
 
 
 if __name__ == "__main__":

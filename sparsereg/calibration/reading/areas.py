@@ -57,10 +57,11 @@ def read_areas(
     targets, names = _with_areas(page, told, area.mode != "independent")
     weights = initial_weights(households, choice["weight"], file)
     there = np.ones(len(households), dtype=bool) if weights is None else weights > 0
-    households = households[there].reset_index(drop=True)
+    everybody, households = households, households[there].reset_index(drop=True)
     ids = unique_ids(households, id, file)
     ids = np.flatnonzero(there) if ids is None else ids
     tree = {} if area.groups is None else _tree(area.groups, written)
+    _refuse_weightless(area.column, everybody, there, file, targets, names)
     placement = _placement(area, households, ids, file, targets, names, set(tree.values()), seed, written)
     groups, parent = _hierarchy(tree, placement.areas, area.groups)
     measure, first = _measures(targets)
@@ -87,6 +88,28 @@ def read_areas(
     )
     _refuse_unreachable(problem, targets)
     return problem
+
+
+def _refuse_weightless(
+    column: str | None,
+    households: pd.DataFrame,
+    there: np.ndarray,
+    file: str,
+    targets: TargetTable,
+    names: list[str],
+) -> None:
+    """Refuse an area in which households live, none of them with a weight."""
+    if column is None or column not in households.columns:
+        return
+    homes = households[column].astype(str).str.strip()
+    lost = set(homes[~there]) - set(homes[there])
+    for i, name in enumerate(names):
+        if name in lost:
+            number = int((homes == name).sum())
+            raise InputError(
+                f"{targets.place(i)}: all {number:,} households of {file} with {column} == {name!r} have the"
+                " weight 0: give them one, or leave the target out"
+            )
 
 
 def _with_areas(page: Page, file: str, soft: bool) -> tuple[TargetTable, list[str]]:

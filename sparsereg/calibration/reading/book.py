@@ -80,7 +80,7 @@ class Book:
             chosen, column = self._of_year(kept, year)
         table = self.table.iloc[chosen]
         if column != "value":
-            table = table.assign(value=table[column])
+            table = table.assign(value=numbers(table, column, self.file, rows=chosen))
         known = frozenset(_texts(self.table, "name")) if "name" in self.table.columns else frozenset()
         return Page(table, chosen, known)
 

@@ -406,6 +406,17 @@ class Calibration:
 
     def report(self, callback: Callback | None = None) -> dict[str, float]:
         """Note loss, error and count of the current weights; tell a callback."""
+        with nullcontext() if self.is_exact else quiet_threads():
+            row, estimates = self._standing()
+        self.history.append(row)
+        if callback is not None:
+            callback(
+                self.selection.epoch, self.selection.num_epochs, row["loss"], int(row["kept"]), estimates
+            )
+        return row
+
+    def _standing(self) -> tuple[dict[str, float], np.ndarray]:
+        """Loss, error and count of the current weights, and what they make of the targets."""
         weights = self.selection.weights()
         if self.is_exact:
             estimates = self.problem.linear.initial_totals
@@ -418,11 +429,7 @@ class Calibration:
         known = errors[~np.isnan(errors)]
         mean_are = float(known.mean()) if len(known) else math.nan
         kept = int((weights > 0).sum())
-        row = {"epoch": self.selection.epoch, "loss": loss, "kept": kept, "mean_are": mean_are}
-        self.history.append(row)
-        if callback is not None:
-            callback(self.selection.epoch, self.selection.num_epochs, loss, kept, estimates)
-        return row
+        return {"epoch": self.selection.epoch, "loss": loss, "kept": kept, "mean_are": mean_are}, estimates
 
     def _in_order_of_the_problem(self, weights: Tensor) -> np.ndarray:
         """Weights of all households of the problem, float64, zero for those that are not in the survey."""

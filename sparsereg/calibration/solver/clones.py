@@ -59,8 +59,13 @@ def prune_clones(
         seed: Of the draw and of the pruning.
 
     Raises:
-        ValueError: there are not so many pairs to keep.
+        ValueError: there are not so many pairs to keep, or fewer than areas with targets.
     """
+    asked = int(sum(len(problem.by_area[area]) > 0 for area in range(problem.num_areas)))
+    if keep < asked:
+        raise ValueError(
+            f"keep={keep:,}: {asked:,} areas have targets, and each needs a household of its own"
+        )
     joint, there = Joint(problem, distance, None, price), _most_pairs(problem, most)
     if keep > there:
         raise ValueError(

@@ -113,17 +113,24 @@ _PIECE = 65_536
 
 
 @_compile
-def count_by_target(indptr, indices, data, start, length, pieces, is_ones):  # type: ignore[no-untyped-def]
-    """Entries and pieces of each row, the first household of its last piece, and if all entries are 1."""
+def count_by_target(indptr, indices, data, start, last, length, pieces, is_ones):  # type: ignore[no-untyped-def]
+    """Entries and pieces of each target's row, its last piece's first and last household, if all are 1.
+
+    Returns how far a target's households are from the next ones in the same piece, all added up.
+    """
+    far = 0
     for j in range(indptr.shape[0] - 1):
         for p in range(indptr[j], indptr[j + 1]):
             k = indices[p]
             if length[k] == 0 or j - start[k] >= _PIECE:
                 pieces[k] += 1
-                start[k] = j
+                start[k] = last[k] = j
+            far += j - last[k]
+            last[k] = j
             length[k] += 1
             if data[p] != 1.0:
                 is_ones[k] = 0
+    return far
 
 
 @_compile

@@ -22,6 +22,10 @@ from sparsereg.shapes import Float, Int, Shaped
 
 _ENTRIES_PER_LANE = 250_000
 """Fewer entries than this are not worth handing to a second thread (about 0.2 ms of work)."""
+_NEAR = 16
+"""From one household of a target to the next, on average: so many weights are in a line of the cache."""
+_FEW_ENTRIES = 8
+"""Entries of a household with which a loop ends more often than the processor foresees."""
 _MAX_LANES = 8
 """Private totals cost num_targets x 8 bytes per lane."""
 
@@ -264,7 +268,7 @@ class CompiledMatrix:
 
     def arranged(self, often: Int[Tensor, "often"] | None) -> CompiledMatrix:
         """See ``HouseholdMatrix``."""
-        return Apart(self, often) if often is not None else ByTarget(self)
+        return Apart(self, often) if often is not None else ByTarget.where_it_pays(self)
 
 
 class Apart(CompiledMatrix):
@@ -318,16 +322,18 @@ class ByTarget(CompiledMatrix):
 
     Args:
         matrix: All households; gradients are read from it.
+        pieces: How many pieces the row of each target has.
+        length: How many entries.
+        is_ones: Whether all of these are 1, uint8.
     """
 
-    def __init__(self, matrix: CompiledMatrix) -> None:
+    def __init__(
+        self, matrix: CompiledMatrix, pieces: np.ndarray, length: np.ndarray, is_ones: np.ndarray
+    ) -> None:
         from sparsereg.calibration.solver import kernels
 
         self._set(matrix._indptr, matrix._indices, matrix._data, matrix._keys, matrix.num_targets)
         entries = self.entries_of(slice(0, self.num_households))
-        start, length, pieces = np.zeros((3, self.num_targets), dtype=np.int64)
-        is_ones = np.ones(self.num_targets, dtype=np.uint8)
-        kernels.count_by_target(*entries, start, length, pieces, is_ones)
         piece_ptr, entry_ptr = (np.append(0, np.cumsum(n)) for n in (pieces, length))
         value_ptr = np.append(0, np.cumsum(np.where(is_ones, 0, length)))
         store = (
@@ -341,6 +347,19 @@ class ByTarget(CompiledMatrix):
         self._rows = piece_ptr, is_ones, shift, *store
         cuts = np.searchsorted(entry_ptr, np.linspace(0, entry_ptr[-1], len(self._lanes) + 1)[1:-1])
         self._ranges = list(itertools.pairwise([0, *(int(cut) for cut in cuts), self.num_targets]))
+
+    @classmethod
+    def where_it_pays(cls, matrix: CompiledMatrix) -> CompiledMatrix:
+        """With the copy, if a target's households lie near each other or have few entries; else as it is."""
+        from sparsereg.calibration.solver import kernels
+
+        start, last, length, pieces = np.zeros((4, matrix.num_targets), dtype=np.int64)
+        is_ones = np.ones(matrix.num_targets, dtype=np.uint8)
+        entries = matrix.entries_of(slice(0, matrix.num_households))
+        far = kernels.count_by_target(*entries, start, last, length, pieces, is_ones)
+        near = far <= _NEAR * matrix.num_entries
+        few = matrix.num_entries <= _FEW_ENTRIES * matrix.num_households
+        return cls(matrix, pieces, length, is_ones) if near or few else matrix
 
     def totals(
         self, weights: Float[Tensor, "households={self.num_households}"]

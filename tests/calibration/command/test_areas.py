@@ -172,6 +172,10 @@ WRONG = {
     "shares of a household": (
         walk(IDS, share=0.9), WALK, "of h000 they add up to 0.9 \\(240 such households\\)",
     ),
+    "an area of weight 0": (
+        {"households": lambda h: h.assign(w=h.w.where(h.district != "D2", 0.0))}, HOME,
+        r"T.csv row 5 \(target 'D2/'\): all \d+ households of H.csv with district == 'D2' have the weight 0",
+    ),
     "the same total twice": (
         {"targets": lambda t: pd.concat([t, t.iloc[:1].assign(name="again")])}, HOME,
         "'D1/' and 'again' ask for the same",
@@ -321,6 +325,8 @@ def test_wrong_levels_are_one_line_and_leave_nothing(case, tmp_path):
 
 def test_more_pairs_than_there_are_leave_nothing(tmp_path):
     write()
+    with pytest.raises(InputError, match="keep=2: 3 areas have targets, and each needs a household"):
+        run(*GIVEN, HOME, "area.mode=prune", "area.keep=2")
     with pytest.raises(InputError, match="keep=241: there are 240 pairs"):
         run(*GIVEN, HOME, "area.mode=prune", "area.keep=241")
     with pytest.raises(InputError, match="targets have no standard errors"):

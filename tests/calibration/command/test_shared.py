@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -267,21 +268,26 @@ def is_alive(pid):
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
-def test_processes_end_with_a_torchrun_that_is_killed(tmp_path):
-    tables(tmp_path)
+def launched(tmp_path, *given):
+    """Two processes of torchrun's that know of each other, and their launcher."""
     how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "calibrate.py")]
-    given = ["problem=households", "problem.targets=T.csv", "problem.households=H.parquet", "epochs=1000000"]
+    given = ("problem=households", "problem.targets=T.csv", "problem.households=H.parquet", *given)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (tmp_path / "err").open("w") as err:
         launcher = subprocess.Popen(
-            [sys.executable, *how, *given, "lambda_l0=0.0003"], cwd=tmp_path, env=environment, stderr=err
+            [sys.executable, *how, *given], cwd=tmp_path, env=environment, stdout=err, stderr=err
         )
     while "All distributed processes registered" not in (tmp_path / "err").read_text():
         assert launcher.poll() is None, (tmp_path / "err").read_text()
         time.sleep(0.1)
-    below = children(launcher.pid)
+    return launcher, children(launcher.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_processes_end_with_a_torchrun_that_is_killed(tmp_path):
+    tables(tmp_path)
+    launcher, below = launched(tmp_path, "epochs=1000000", "lambda_l0=0.0003")
     launcher.kill()
     launcher.wait()
     deadline = time.monotonic() + 60
@@ -289,6 +295,57 @@ def test_processes_end_with_a_torchrun_that_is_killed(tmp_path):
         assert time.monotonic() < deadline, "processes outlive their launcher"
         time.sleep(0.1)
     assert len(below) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kill -9")
+def test_gates_of_which_one_process_is_killed_begin_anew_with_the_same_bits(tmp_path):
+    tables(tmp_path)
+    given = ("lambda_l0=0.0003", "seed=5")
+    launcher, below = launched(tmp_path, "epochs=1000000", *given)
+    time.sleep(5.0)  # epochs go by, and sums are under way
+    os.kill(below[1], signal.SIGKILL)
+    assert launcher.wait(timeout=120) != 0
+    assert not any(map(is_alive, below))
+    assert not list(tmp_path.glob("outputs/calibrate/*/weights*"))
+    both = []
+    for _ in range(2):
+        done = started(tmp_path, "problem.households=H.parquet", "epochs=150", *given)
+        table, folder = weights_of(tmp_path, done)
+        both.append((table, pd.read_csv(folder / "targets.csv")))
+    for one, other in zip(*both, strict=True):
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+    assert 20 < (both[0][0].weight > 0).sum() < 850
+
+
+@pytest.mark.slow
+def test_more_targets_than_are_factored_are_met_in_two_processes_as_in_one(tmp_path):
+    rng = np.random.default_rng(8)
+    n, areas = 21_000, 700
+    h = pd.DataFrame({
+        "id": np.arange(n), "w": rng.lognormal(3, 0.3, n), "area": np.repeat(np.arange(areas), n // areas),
+        "income": rng.lognormal(10, 1, n).round(), "age": rng.integers(18, 90, n),
+        "rooms": rng.integers(1, 9, n),
+    })  # fmt: skip
+    h.to_parquet(tmp_path / "H.parquet", row_group_size=3000)
+    true = h.w * rng.lognormal(0, 0.15, n)
+    ages, rows = {"young": "age < 40", "old": "age >= 65", "": "age >= 0"}, []
+    for measure in ("", "income", "rooms"):
+        size = true * (h[measure] if measure else 1.0)
+        for name, condition in ages.items():
+            sums = size.where(h.eval(condition), 0.0).groupby(h.area).sum()
+            rows += [
+                (f"{measure} {name} {a}", measure, f"area == {a} and {condition}", v) for a, v in sums.items()
+            ]
+    table = pd.DataFrame(rows, columns=["name", "measure", "where", "value"])
+    table[table.value > 0].to_csv(tmp_path / "T.csv", index=False)
+    given = ("problem.households=H.parquet", "method=calibrate", "distance=raking")
+    ours, folder = weights_of(tmp_path, started(tmp_path, *given))
+    theirs, _ = weights_of(tmp_path, started(tmp_path, *given, "plots=false", processes=1))
+    told = json.loads((folder / "results.json").read_text())
+    assert told["targets"] > 5_000
+    assert told["max_are"] < 1e-8
+    np.testing.assert_allclose(ours.weight, theirs.weight, rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -95,6 +95,9 @@ WRONG = {
     "a value that is missing": (
         BOOK.assign(active=True), {}, 2026, r"row 6 \(target 'rich'\): there is no value for 2026, val",
     ),
+    "a value that is no number": (
+        BOOK.assign(value_2025="many"), {}, 2025, "value_2025 must be a finite number, but it is 'm",
+    ),
     "a target without the year": (
         LONG.iloc[:3], {}, 2026, r"row 3 \(target 'CA'\): there is no value for 2026, it has 2025 only",
     ),
