@@ -9,8 +9,10 @@ from torch import nn
 
 from sparsereg.data.form import Form
 from sparsereg.errors import InputError
+from sparsereg.penalties import hard_concretes
 from sparsereg.settings import keys, read
 from sparsereg.zoo import kinds
+from sparsereg.zoo.gated import with_gates
 from sparsereg.zoo.network import Network
 
 
@@ -69,4 +71,6 @@ def _built(
     chosen: Network, form: Form, gated: bool, gates: dict[str, Any], values: dict[str, Any]
 ) -> nn.Module:
     net: nn.Module = _file(chosen).build(form, gated, gates, **values)
-    return net
+    if not gated or chosen.OWN_GATES or hard_concretes(net):
+        return net
+    return with_gates(net, form, chosen.said, {**gates, **chosen.limits})

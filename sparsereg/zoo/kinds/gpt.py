@@ -30,12 +30,10 @@ def build(
     """Build it."""
     from sparsereg.model.gpt import GPT, TextClassifier
     from sparsereg.model.transformer import Shape
-    from sparsereg.zoo.gated import with_gates
 
     assert form.vocabulary is not None  # its tasks are those of texts
     read = (form.vocabulary, form.image_shape[0], Shape(**sizes), positions)
-    net = GPT(*read, tied) if form.task == "language_model" else TextClassifier(form.num_classes, *read)
-    return with_gates(net, form, "model=gpt", gates) if gated else net
+    return GPT(*read, tied) if form.task == "language_model" else TextClassifier(form.num_classes, *read)
 
 
 NETWORK = GptModel

@@ -39,15 +39,14 @@ def build(
     form: "Form", gated: bool, gates: dict[str, Any], *, name: str, pretrained: bool, **settings: Any
 ) -> "nn.Module":
     """Build it."""
-    from sparsereg.zoo.gated import check_answer, with_gates
+    from sparsereg.zoo.gated import check_answer
     from sparsereg.zoo.huggingface import huggingface_network
 
     config = settings["described"] or {"model_type": name}
     folder = settings["config"] if pretrained else None
     net = huggingface_network(form, config, settings["arguments"], folder)
-    said = f"model=huggingface (of type {config['model_type']})"
-    check_answer(net, form, said)
-    return with_gates(net, form, said, gates) if gated else net
+    check_answer(net, form, f"model=huggingface (of type {config['model_type']})")
+    return net
 
 
 def resolved(settings: HuggingFaceModel) -> HuggingFaceModel:

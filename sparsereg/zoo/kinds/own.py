@@ -35,11 +35,11 @@ class OwnNetwork(Own, Network):
 
 
 def build(form: "Form", gated: bool, gates: dict[str, Any], *, settings: OwnNetwork) -> "nn.Module":
-    """Build the network that the user named; put gates into it if it should have some and has none."""
+    """Build the network that the user named."""
     from torch import nn
 
     from sparsereg.penalties import hard_concretes
-    from sparsereg.zoo.gated import check_answer, with_gates
+    from sparsereg.zoo.gated import check_answer
 
     said = f"model._target_={settings._target_}"
     offered = {**_offered(form), "gated": gated, **{k: v for k, v in gates.items() if k != "shape"}}
@@ -57,9 +57,7 @@ def build(form: "Form", gated: bool, gates: dict[str, Any], *, settings: OwnNetw
         raise InputError(
             f"{said}: the network has gates of its own, so that shape={gates['shape']} is not to be had"
         )
-    if own_gates or not gated:
-        return net
-    return with_gates(net, form, said, gates)
+    return net
 
 
 def _offered(form: "Form") -> dict[str, Any]:

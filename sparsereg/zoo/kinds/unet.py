@@ -26,10 +26,8 @@ class UNetModel(Network):
 def build(form: "Form", gated: bool, gates: dict[str, Any], *, width: int, depth: int) -> "nn.Module":
     """Build it."""
     from sparsereg.model.unet import UNet
-    from sparsereg.zoo.gated import with_gates
 
-    net = UNet(form.num_classes, form.image_shape[0], width, depth)
-    return with_gates(net, form, "model=unet", gates) if gated else net
+    return UNet(form.num_classes, form.image_shape[0], width, depth)
 
 
 NETWORK = UNetModel

@@ -26,10 +26,8 @@ def build(form: "Form", gated: bool, gates: dict[str, Any], *, patch_size: int, 
     """Build it."""
     from sparsereg.model.transformer import Shape
     from sparsereg.model.vit import ViT
-    from sparsereg.zoo.gated import with_gates
 
-    net = ViT(form.num_classes, form.image_shape, patch_size, Shape(**sizes))
-    return with_gates(net, form, "model=vit", gates) if gated else net
+    return ViT(form.num_classes, form.image_shape, patch_size, Shape(**sizes))
 
 
 NETWORK = VitModel
