@@ -313,6 +313,14 @@ def _each_text(table: "pd.DataFrame", change: Callable[[str], str]) -> "pd.DataF
     return changed
 
 
+def is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is a folder; a link in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def new_version(parent: Path) -> Path:
     """Make and return the next free folder ``parent/version_N``; safe beside other processes."""
     with _reported(parent):

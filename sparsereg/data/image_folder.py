@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from sparsereg.data.arrays import ImageArrays
 from sparsereg.data.image_file import MODES, check_file, read_image
 from sparsereg.errors import InputError
+from sparsereg.files import is_folder
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def _class_names(part: Path, root: Path) -> tuple[str, ...]:
     _refuse_link(part)
     names = []
     for entry in _entries(part):
-        if _is_folder(entry):
+        if is_folder(entry):
             _refuse_link(Path(entry))
             names.append(entry.name)
         else:
@@ -165,7 +166,7 @@ def _files_below(folder: Path, root: Path) -> Iterator[Path]:
     """Yield every file below a folder that is not hidden, checked."""
     for entry in _entries(folder):
         path = Path(entry)
-        if _is_folder(entry):
+        if is_folder(entry):
             _refuse_link(path)
             yield from _files_below(path, root)
         else:
@@ -180,13 +181,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
         raise InputError(f"{folder}: this folder cannot be read ({error.strerror})") from error
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link in a circle
-        return False
 
 
 def _refuse_link(folder: Path) -> None:

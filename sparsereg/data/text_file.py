@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsereg.errors import InputError
+from sparsereg.files import is_folder
 
 SOURCES_OF_PYTHON = "*.py"
 """Pattern of the files of the standard library."""
@@ -78,18 +79,11 @@ def _paths(folder: Path, pattern: str, left_out: Sequence[str]) -> Iterator[Path
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if _is_folder(entry):
+        if is_folder(entry):
             if not entry.is_symlink() and entry.name not in left_out:
                 yield from _paths(Path(entry.path), pattern, left_out)
         elif fnmatch(entry.name, pattern):
             yield Path(entry.path)
-
-
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link in a circle
-        return False
 
 
 def text_file(path: Path, root: Path | None = None) -> TextFile:

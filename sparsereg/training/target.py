@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from sparsereg.compression import Accountant
 from sparsereg.compression.budget import COSTS, Budget, Constraint
 from sparsereg.compression.timing.measured import MeasuredBudget, Megabytes, latency_budget
-from sparsereg.goal import Target, falling, goal
+from sparsereg.goal import Target, goal
 from sparsereg.settings import NOT_NEGATIVE, POSITIVE, setting, within
 from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.config import MEASURED, Training
@@ -77,10 +77,6 @@ class TargetSettings(Target):
     def progress_at(self, epoch: float) -> float:
         """How far the target has fallen at an epoch, which may be a fraction: 0 not at all, 1 altogether."""
         return (epoch - self.start_epoch) / self.ramp_epochs
-
-    def share_at(self, epoch: float) -> float:
-        """Share of the cost that is allowed at an epoch, which may be a fraction."""
-        return 1.0 if self.kept is None else falling(self.kept, self.progress_at(epoch))
 
 
 class SparsityTarget(Callback):

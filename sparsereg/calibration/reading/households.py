@@ -620,28 +620,18 @@ def _denominators(source: Source, targets: TargetTable, weights: np.ndarray) -> 
     return matrix
 
 
-def target_matrix(
-    households: pd.DataFrame,
-    targets: TargetTable,
-    file: str = "the household table",
-    only: np.ndarray | None = None,
-    zero: Sequence[str] = (),
-) -> tuple[sp.csr_array, dict[int, str]]:
+def target_matrix(households: pd.DataFrame, targets: TargetTable) -> tuple[sp.csr_array, dict[int, str]]:
     """Build the matrix, targets x households, and the likely reason of each row without an entry.
 
     Args:
         households: One row per household.
         targets: Their ``measures`` and ``wheres`` are used, the values are not.
-        file: Where the households came from, for messages.
-        only: A mask of the targets whose rows are wanted, the others stay empty; None: all.
-        zero: Columns whose missing values add nothing to a total.
 
     Raises:
         InputError: As ``build``.
     """
-    everything = np.ones(len(targets.names), dtype=bool)
-    source = Source(households, file, zero=tuple(zero))
-    return source.totals(targets, everything if only is None else only)
+    source = Source(households, "the household table")
+    return source.totals(targets, np.ones(len(targets.names), dtype=bool))
 
 
 def _matrix(columns: Columns, targets: TargetTable, only: np.ndarray) -> sp.csr_array:

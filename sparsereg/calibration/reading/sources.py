@@ -41,29 +41,6 @@ ALL_TARGETS = Targets()
 """Every row of the table of targets counts."""
 
 
-def read_problem(
-    choice: Mapping[str, Any],
-    columns: Sequence[str] = (),
-    missing: Missing = REFUSED,
-    kept: Sequence[str] | None = (),
-    targets: Targets = ALL_TARGETS,
-) -> BuiltProblem:
-    """Read or make the problem that the configuration names.
-
-    Args:
-        choice: The keys of one of configs/problem/*.yaml; ``kind`` is a key of ``KINDS``.
-        columns: Columns of the household table, or of the table of weights, that settings name.
-        missing: What becomes of missing values in measured columns.
-        kept: Columns of households that stay in memory where a large table is read in parts; None: all.
-        targets: Which rows of the table of targets count, of one year at most.
-
-    Raises:
-        InputError: A file is missing or wrong; the message names the place.
-    """
-    (built,) = read_years(choice, columns, missing, kept, targets).values()
-    return built
-
-
 def read_years(
     choice: Mapping[str, Any],
     columns: Sequence[str] = (),
@@ -71,10 +48,20 @@ def read_years(
     kept: Sequence[str] | None = (),
     targets: Targets = ALL_TARGETS,
 ) -> dict[int | None, BuiltProblem]:
-    """Read a problem for each of some years, over one matrix; see ``read_problem``.
+    """Read or make the problem that the configuration names, for each of its years, over one matrix.
+
+    Args:
+        choice: The keys of one of configs/problem/*.yaml; ``kind`` is a key of ``KINDS``.
+        columns: Columns of the household table, or of the table of weights, that settings name.
+        missing: What becomes of missing values in measured columns.
+        kept: Columns of households that stay in memory where a large table is read in parts; None: all.
+        targets: Which rows of the table of targets count.
 
     Returns:
         By year; without years the key is None.
+
+    Raises:
+        InputError: A file is missing or wrong; the message names the place.
     """
     kind = str(choice["kind"])
     if kind not in KINDS:

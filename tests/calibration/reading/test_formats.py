@@ -10,7 +10,7 @@ import pytest
 from sparsereg import extras
 from sparsereg.calibration.reading.households import build, target_table
 from sparsereg.calibration.reading.labels import labels_of
-from sparsereg.calibration.reading.sources import read_problem
+from sparsereg.calibration.reading.sources import read_years
 from sparsereg.calibration.reading.tables import open_table, read_table
 from sparsereg.errors import InputError
 from sparsereg.settings import plain
@@ -189,7 +189,7 @@ def test_persons_of_every_format_meet_households_of_another(persons):
         "targets": "T.csv",
         "weight": "w",
     }
-    problem = read_problem(choice(**keys)).problem
+    problem = read_years(choice(**keys))[None].problem
     assert problem.matrix.toarray().tolist() == [[1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]]
 
 

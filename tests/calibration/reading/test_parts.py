@@ -15,7 +15,7 @@ import pytest
 from sparsereg.calibration.config import HouseholdsProblem
 from sparsereg.calibration.reading import csv_file, tables
 from sparsereg.calibration.reading.missing import Missing
-from sparsereg.calibration.reading.sources import read_problem
+from sparsereg.calibration.reading.sources import read_years
 from sparsereg.calibration.reading.tables import open_table
 from sparsereg.errors import InputError
 from sparsereg.settings import plain
@@ -80,7 +80,7 @@ FILES = ["H.csv", "H.parquet", "H.sqlite", pytest.param("H.dta", marks=needs("py
 def problem_of(households, persons="P.parquet", **keys):
     keys = {"weight": "w", "id": "name", "household_id": "hid", **keys}
     choice = plain(HouseholdsProblem(households=households, persons=persons, targets="T.csv", **keys))
-    return read_problem(choice, ["income"], Missing("error", {"late": "zero"}))
+    return read_years(choice, ["income"], Missing("error", {"late": "zero"}))[None]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -126,16 +126,16 @@ def test_places_of_mistakes_are_those_in_the_file(in_parts):
     choice = {"household_id": "hid", "id": "name", "weight": "w"}
     table = plain(HouseholdsProblem(households="B.parquet", persons="P.parquet", targets="T.csv", **choice))
     with pytest.raises(InputError, match=r"target 'income'.*income must be a .* missing in row 652"):
-        read_problem(table, (), Missing("error", {"late": "zero"}))
+        read_years(table, (), Missing("error", {"late": "zero"}))
     write("B.parquet", households.assign(w=households.w.where(np.arange(N) != 651, -1)))
     with pytest.raises(InputError, match="w must be >= 0, but it is -1 in row 653"):
-        read_problem(table, (), Missing("error", {"late": "zero"}))
+        read_years(table, (), Missing("error", {"late": "zero"}))
     pd.DataFrame({"name": ["t"], "value": [1], "where": ["state == 'CA'"]}).to_csv("T.csv", index=False)
     with pytest.raises(InputError, match="B.parquet has no column 'ww' .*did you mean 'w'"):
-        read_problem({**table, "weight": "ww"})
+        read_years({**table, "weight": "ww"})
     pd.DataFrame({"name": ["t"], "value": [1], "where": ["stat == 'CA'"]}).to_csv("T.csv", index=False)
     with pytest.raises(InputError, match="unknown column 'stat'; did you mean 'state'"):
-        read_problem(table)
+        read_years(table)
 
 
 TROUBLE = {
@@ -216,13 +216,13 @@ import json, resource, sys, time
 from pathlib import Path
 sys.argv = ["calibrate.py"]
 from sparsereg.calibration.config import HouseholdsProblem
-from sparsereg.calibration.reading.sources import read_problem
+from sparsereg.calibration.reading.sources import read_years
 from sparsereg.settings import plain
 import pandas, pyarrow.parquet, pyarrow.csv, scipy.sparse  # what reading needs
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 start = time.perf_counter()
 choice = HouseholdsProblem(households="H.{suffix}", targets="T.csv", weight="w", id="hid")
-problem = read_problem(plain(choice)).problem
+problem = read_years(plain(choice))[None].problem
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 m = problem.matrix
 matrix = m.data.nbytes + m.indices.nbytes + m.indptr.nbytes
