@@ -77,17 +77,22 @@ class SharedGates(HardConcrete):
     """Gates that several layers share: in training all of them get one draw in each pass of the network."""
 
     _held: Tensor | None = None
+    _hand_out: Callable[[], None] | None = None
+    """Sets ``_held`` of all gates that were drawn together."""
 
     def forward(self, input_shape: Any = None, generator: torch.Generator | None = None) -> Tensor:
         """See `HardConcrete.forward`."""
         if not self.training or generator is not None or input_shape is not None:
             return super().forward(input_shape, generator)
+        if self._held is None and self._hand_out is not None:
+            self._hand_out()
         if self._held is None:
             self._held = super().forward()
         return self._held
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_held": None}  # a draw belongs to one pass and its graph
+        # A draw belongs to one pass and its graph.
+        return {**super().__getstate__(), "_held": None, "_hand_out": None}
 
 
 def shared_gate(factory: GateFactory, size: int) -> L0Gate:
@@ -98,19 +103,23 @@ def shared_gate(factory: GateFactory, size: int) -> L0Gate:
 
 
 class Spread(NamedTuple):
-    """The open places of a normalisation's input, (units,) each but for the last.
+    """The open places of a normalisation's input, (units,) each but for the last two.
 
     Attributes:
         far: what the input is multiplied by: 0 where it is shut, else ``stretch``.
         rest: 1 - far, what its mean is multiplied by.
         share: weights of the mean over what is open.
+        mask: 1 where it is open, else 0.
         stretch: by how much the input is enlarged, so that its variance is that of the rest; a scalar.
+        fewer: 1 / places that are open - 1 / all places; a scalar.
     """
 
     far: Tensor
     rest: Tensor
     share: Tensor
+    mask: Tensor
     stretch: Tensor
+    fewer: Tensor
 
 
 def spread_of(mask: Tensor) -> Spread:
@@ -122,7 +131,7 @@ def spread_of(mask: Tensor) -> Spread:
     num_open = mask.sum().clamp(min=1)
     stretch = (mask.numel() / num_open).sqrt()
     far = mask * stretch
-    return Spread(far, 1 - far, mask / num_open, stretch)
+    return Spread(far, 1 - far, mask / num_open, mask, stretch, 1 / num_open - 1 / mask.numel())
 
 
 class Given(NamedTuple):
@@ -131,10 +140,12 @@ class Given(NamedTuple):
     Attributes:
         factors: for each parameter what multiplies it, of shapes that are broadcast to it.
         spread: what its input is enlarged by, if it is a normalisation.
+        gate: one of its gates.
     """
 
     factors: dict[str, list[Tensor]]
     spread: Spread | None
+    gate: L0Gate
 
 
 class _Enlarged(torch.autograd.Function):
@@ -145,7 +156,8 @@ class _Enlarged(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, far: Tensor, rest: Tensor, share: Tensor, axis: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, spread: Spread, axis: int) -> Tensor:
+        far, rest, share = (part.to(x.dtype) for part in spread[:3])
         ctx.axis = axis
         ctx.save_for_backward(far, rest, share)
         if axis < 0:
@@ -160,12 +172,71 @@ class _Enlarged(torch.autograd.Function):
         grad, axis = grads[0], ctx.axis
         if axis < 0:
             lines = grad.movedim(axis, -1)
-            made = torch.addcmul(lines * far, (lines @ rest).unsqueeze(-1), share).movedim(-1, axis)
+            made = (lines * far).addcmul_((lines @ rest).unsqueeze(-1), share).movedim(-1, axis)
         else:
             behind = [1] * (grad.dim() - 2)
             added = (grad.flatten(2).mean(2) @ rest)[:, None] * share
-            made = grad * far.view(1, -1, *behind) + added.view(*added.shape, *behind)
-        return made, None, None, None, None
+            made = (grad * far.view(1, -1, *behind)).add_(added.view(*added.shape, *behind))
+        return made, None, None
+
+
+class _OpenLayerNorm(torch.autograd.Function):
+    """The layer norm of what is open, along the last axis: `_Enlarged` and the norm behind it in one.
+
+    With g the gradient by the answer, w the weight, which counts where the input is open and holds the factor
+    1 / stretch, m and r mean and reciprocal deviation, n of N places open, and y = (x - m) r stretch:
+    dx = r stretch (g w - sum(g w) / n - y sum(g w y) / N) where x is open. PyTorch's own gradient has N in
+    both sums. Only the input is saved, as of a norm without gates.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spread: Spread, eps: float
+    ) -> Tensor:
+        mean = (x @ spread.share).unsqueeze(-1)
+        filled = torch.lerp(mean, x, spread.far)
+        out, _, scale = torch.native_layer_norm(filled, weight.shape, weight, bias, eps)
+        ctx.eps, ctx.spread = eps, spread
+        ctx.save_for_backward(x, weight, bias, mean, scale * spread.stretch)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, bias, mean, scale = ctx.saved_tensors
+        spread, grad = ctx.spread, grads[0].contiguous()
+        if torch.is_grad_enabled():  # somebody wants second derivatives
+            answer = F.layer_norm(_Enlarged.apply(x, spread, -1), weight.shape, weight, bias, ctx.eps)
+            wanted = [v for v in (x, weight, bias) if v is not None and v.requires_grad]
+            found = iter(torch.autograd.grad(answer, wanted, grad, create_graph=True))
+            asked = [v is not None and v.requires_grad for v in (x, weight, bias)]
+            return *(next(found) if a else None for a in asked), None, None
+        weight = weight * spread.mask
+        made, by_weight, by_bias = torch.ops.aten.native_layer_norm_backward.default(
+            grad, x, weight.shape, mean, scale, weight, bias, ctx.needs_input_grad[:3]
+        )
+        if made is not None:
+            fewer = (grad @ (weight * spread.fewer)).unsqueeze(-1)
+            made.addcmul_(fewer, scale, value=-1).mul_(spread.mask)
+        return made, None if by_weight is None else by_weight * spread.mask, by_bias, None, None
+
+
+LARGE = 2**17
+"""Elements from which a product of rows is taken as a batch norm on a CPU; below, its call costs more."""
+
+
+def times(weight: Tensor, factor: Tensor) -> Tensor:
+    """A weight times a factor that is broadcast to it.
+
+    On a CPU, rows of a large one are multiplied by the batch norm that has mean 0 and variance 1: its
+    gradients are one fused kernel, where those of a product write three tensors of the size of the weight.
+    """
+    large = weight.device.type == "cpu" and weight.numel() >= LARGE and weight.is_contiguous()
+    if not large or factor.shape != (len(weight), *[1] * (weight.dim() - 1)):
+        return weight * factor
+    z = factor.flatten()
+    zero, one = torch.zeros_like(z), torch.ones_like(z)
+    scaled = F.batch_norm(weight.view(1, len(z), -1), zero, one, z, training=False, eps=0.0)
+    return scaled.view(weight.shape)
 
 
 class GatedModule(nn.Module):
@@ -183,16 +254,14 @@ class GatedModule(nn.Module):
 
     def _gated_drawn(self) -> Given | None:
         """What the gates gave in this pass of the whole network; None where they are asked one by one."""
-        if self._gated_given is None:
-            return None
-        gate = next(gate for sites in self._gated_sites.values() for gate, _ in sites)
-        return self._gated_given if self._modules[gate].training else None  # type: ignore[union-attr]
+        given = self._gated_given
+        return given if given is not None and given.gate.training else None
 
     def _gated_factors(self, name: str) -> list[Tensor]:
         """What the gates multiply a parameter by, of shapes that are broadcast to it."""
         given = self._gated_drawn()
-        if given is not None:
-            return given.factors.get(name, [])
+        if given is not None and name in given.factors:
+            return given.factors[name]
         factor = None
         for gate, index in self._gated_sites.get(name, ()):
             z = opened(self._modules[gate], self._buffers[index])
@@ -210,7 +279,7 @@ class GatedModule(nn.Module):
         """A parameter (or buffer) times its gates."""
         raw: Any = self._gated_raw(name)
         for factor in () if raw is None else self._gated_factors(name):
-            raw = raw * factor.to(raw.dtype)
+            raw = times(raw, factor if factor.dtype == raw.dtype else factor.to(raw.dtype))
         return raw
 
     def _gated_raw(self, name: str) -> Any:
@@ -235,13 +304,20 @@ class GatedModule(nn.Module):
         """
         assert self._gated_norm is not None
         axis, centred, _ = self._gated_norm
-        parts = [part.to(x.dtype) for part in self._gated_spread()[:3]]
+        spread = self._gated_spread()
         if centred:
             with torch.autocast(x.device.type, enabled=False):  # which takes products in bfloat16
-                return _Enlarged.apply(x, *parts, axis)  # type: ignore[no-any-return]
+                return _Enlarged.apply(x, spread, axis)  # type: ignore[no-any-return]
         shape = [1] * x.dim()
         shape[axis] = -1
-        return x * parts[0].view(shape)
+        return x * spread.far.to(x.dtype).view(shape)
+
+    def _gated_whole(self) -> bool:
+        """Whether the module is a layer norm along the last axis, which takes its means by itself."""
+        norm, base = self._gated_norm, type(self)._made_of[0]  # type: ignore[attr-defined]
+        if norm is None or base.forward is not nn.LayerNorm.forward:
+            return False
+        return norm[0] == -1 and norm[2] == "weight" and len(self.normalized_shape) == 1  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base, names = type(self)._made_of  # type: ignore[attr-defined]
@@ -251,7 +327,7 @@ class GatedModule(nn.Module):
 def enlarge(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Before a normalisation: take what is shut out of its input. A hook, which turns fused kernels off."""
     assert isinstance(module, GatedModule)
-    return module._gated_input(args[0]), *args[1:]
+    return args if module._gated_whole() else (module._gated_input(args[0]), *args[1:])
 
 
 def undo(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
@@ -304,6 +380,26 @@ _RECURRENT = {
 }
 
 
+def _layer_norm(self: Any, input: Tensor) -> Tensor:
+    """Forward of a layer norm that leaves out what is shut; means are taken in float32 or wider."""
+    if not self._gated_whole():
+        return type(self)._made_of[0].forward(self, input)  # type: ignore[no-any-return]
+    kind = input.device.type
+    if not torch.is_autocast_enabled(kind):
+        return _open_layer_norm(self, input).to(input.dtype)
+    with torch.autocast(kind, enabled=False):  # which takes products in bfloat16
+        return _open_layer_norm(self, input)
+
+
+def _open_layer_norm(module: Any, x: Tensor) -> Tensor:
+    dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    spread, weight, bias = module._gated_spread(), module.weight, module.bias
+    if spread.far.dtype != dtype:
+        spread = Spread(*(part.to(dtype) for part in spread))
+    bias = None if bias is None else bias.to(dtype)
+    return _OpenLayerNorm.apply(x.to(dtype), weight.to(dtype), bias, spread, module.eps)  # type: ignore[no-any-return]
+
+
 def _copied(self: Any, memo: dict[int, Any]) -> nn.Module:
     base, names = type(self)._made_of
     made = memo[id(self)] = _blank(base, names)
@@ -319,6 +415,8 @@ def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     body["_made_of"] = (base, names)
     if issubclass(base, nn.RNNBase):
         body |= _RECURRENT
+    if base.forward is nn.LayerNorm.forward:
+        body["forward"] = _layer_norm
     if hasattr(base, "__deepcopy__"):  # of a class with parametrisations, which would copy draws, too
         body["__deepcopy__"] = _copied
     body["__doc__"] = f"{base.__name__} whose weights are read through gates."

@@ -6,15 +6,17 @@ are drawn in one operation of each kind, and one gather makes what all weights a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparsereg.compression.units.gating import GatedModule, Given, SharedGates, Spread
 from sparsereg.distributions import sample
+from sparsereg.model.basic_l0_blocks import L0Gate
 
 
 def draw_anew(network: nn.Module, args: Any) -> None:
@@ -23,6 +25,22 @@ def draw_anew(network: nn.Module, args: Any) -> None:
     if not isinstance(known, Together) or not known.fits():
         known = network.__dict__["_together"] = Together(network)
     known.draw()
+
+
+class _Slot(NamedTuple):
+    """What one parameter of a module, or the input of a normalisation, is multiplied by.
+
+    Attributes:
+        module: whose it is.
+        name: of the parameter; empty for an input.
+        shape: of the factor, which is broadcast to the parameter.
+        columns: for each element of the factor the places of its gates among all, from first to last.
+    """
+
+    module: GatedModule
+    name: str
+    shape: torch.Size
+    columns: list[Tensor]
 
 
 class Together:
@@ -35,21 +53,18 @@ class Together:
     def __init__(self, network: nn.Module) -> None:
         self.gates = [m for m in network.modules() if isinstance(m, SharedGates)]
         self.modules = [m for m in network.modules() if isinstance(m, GatedModule)]
+        self.first = [next(c for c in m.children() if isinstance(c, L0Gate)) for m in self.modules]
         self.state = self._state()
-        starts = itertools.accumulate((g.log_alpha.numel() for g in self.gates), initial=0)
+        self.lengths = [g.log_alpha.numel() for g in self.gates]
+        starts = itertools.accumulate(self.lengths, initial=0)
         self.start = dict(zip(map(id, self.gates), starts, strict=False))
         weights = [p.dtype for m in self.modules for p in m.parameters()]
         self.dtype = torch.float64 if torch.float64 in weights else torch.float32
-        self.number = sum(g.log_alpha.numel() for g in self.gates)
-        self.slots: list[tuple[GatedModule, str, torch.Size]] = []
-        columns: list[list[Tensor]] = []
-        for module in self.modules:
-            for name in module._gated_sites:
-                for shape, indices in self._by_shape(module, name).items():
-                    self.slots.append((module, name, shape))
-                    columns.append(indices)
-        self.sizes = [math.prod(shape) for _, _, shape in self.slots]
-        self.index = [self._row(columns, n) for n in range(max(map(len, columns), default=0))]
+        self.number = sum(self.lengths)
+        self.slots = [s for m in self.modules for name in m._gated_sites for s in self._slots(m, name)]
+        self.sizes = [math.prod(slot.shape) for slot in self.slots]
+        depth = max((len(slot.columns) for slot in self.slots), default=0)
+        self.index = [self._row(n) for n in range(depth)]
         self._norms()
 
     def __reduce__(self) -> Any:
@@ -64,19 +79,27 @@ class Together:
         """Whether the network still is what it was."""
         return self._state() == self.state
 
-    def _by_shape(self, module: GatedModule, name: str) -> dict[torch.Size, list[Tensor]]:
-        """The places of a parameter's gates among all gates; those that are broadcast alike together."""
+    def _slots(self, module: GatedModule, name: str) -> list[_Slot]:
+        """What a parameter is multiplied by; factors of which one covers the others are one."""
         found: dict[torch.Size, list[Tensor]] = {}
         for gate, index in module._gated_sites[name]:
             own, places = module._modules[gate].gates, module._buffers[index]  # type: ignore[union-attr]
             assert isinstance(own, SharedGates)
             assert places is not None
             moved = (places + self.start[id(own)]).masked_fill(places >= own.log_alpha.numel(), self.number)
-            found.setdefault(places.shape, []).append(moved.flatten())
-        return found
+            found.setdefault(places.shape, []).append(moved)
+        whole = torch.broadcast_shapes(*found)
+        parameter = module._parameters.get(name)
+        if parameter is not None and parameter.dim() == 1:
+            whole = parameter.shape
+        if whole not in found and not (parameter is not None and whole == parameter.shape):
+            return [_Slot(module, name, s, [c.flatten() for c in found[s]]) for s in found]
+        columns = [c.expand(whole).flatten() for group in found.values() for c in group]
+        return [_Slot(module, name, whole, columns)]
 
-    def _row(self, columns: list[list[Tensor]], n: int) -> Tensor:
+    def _row(self, n: int) -> Tensor:
         """The n-th gate of each place of all parameters; one that is open where there is none."""
+        columns = [slot.columns for slot in self.slots]
         rows = [c[n] if n < len(c) else torch.full_like(c[0], self.number) for c in columns]
         return torch.cat(rows)
 
@@ -86,7 +109,7 @@ class Together:
         known: dict[tuple[Any, ...], int] = {}
         self.group: dict[int, int] = {}
         places: list[Tensor] = []
-        for i, (module, name, _) in enumerate(self.slots):
+        for i, (module, name, *_) in enumerate(self.slots):
             if name:
                 continue
             columns = [split[i] for split in splits]
@@ -98,7 +121,7 @@ class Together:
         self.group_sizes = [p.shape[1] for p in places]
         self.undone = [
             (i, self.group[id(m)])
-            for i, (m, name, _) in enumerate(self.slots)
+            for i, (m, name, *_) in enumerate(self.slots)
             if name and m._gated_undoes(name)
         ]
         if places:
@@ -116,17 +139,23 @@ class Together:
     def draw(self) -> None:
         """Draw all gates and hand them out, in training; else take back what was handed out."""
         for gate in self.gates:
-            gate.__dict__["_held"] = None  # past nn.Module, which looks whether it is a parameter
+            gate.__dict__.update(_held=None, _hand_out=None)  # past nn.Module, which looks for parameters
         for module in self.modules:
             module.__dict__["_gated_given"] = None
         devices = {gate.log_alpha.device for gate in self.gates}
         if len(devices) != 1 or not all(gate.training for gate in self.gates):
             return
         z = self._sample()
-        for gate, part in zip(self.gates, z.split([g.log_alpha.numel() for g in self.gates]), strict=True):
-            gate.__dict__["_held"] = part.to(gate.log_alpha.dtype)
+        hand_out = functools.partial(self._hold, z)
+        for gate in self.gates:
+            gate.__dict__["_hand_out"] = hand_out
         if self.slots:
             self._hand_out(torch.cat([z, z.new_ones(1)]).to(self.dtype))
+
+    def _hold(self, z: Tensor) -> None:
+        """Give each vector of gates its draw, for modules that ask by themselves."""
+        for gate, part in zip(self.gates, z.split(self.lengths), strict=True):
+            gate.__dict__.update(_held=part.to(gate.log_alpha.dtype), _hand_out=None)
 
     def _sample(self) -> Tensor:
         shapes = {gate._shape for gate in self.gates}
@@ -141,24 +170,30 @@ class Together:
             factors = factors * z.index_select(0, index)
         if self.undone:
             factors = factors / stretches.index_select(0, self.scaled)
-        found: dict[int, dict[str, list[Tensor]]] = {id(m): {} for m in self.modules}
-        for (module, name, shape), part in zip(self.slots, factors.split(self.sizes), strict=True):
-            if name:
-                found[id(module)].setdefault(name, []).append(part.view(shape))
+        given = {
+            id(m): Given({}, spreads.get(self.group.get(id(m), -1)), gate)
+            for m, gate in zip(self.modules, self.first, strict=True)
+        }
+        for slot, part in zip(self.slots, factors.split(self.sizes), strict=True):
+            if slot.name:
+                factor = part if len(slot.shape) == 1 else part.view(slot.shape)
+                given[id(slot.module)].factors.setdefault(slot.name, []).append(factor)
         for module in self.modules:
-            group = self.group.get(id(module))
-            spread = None if group is None else spreads[group]
-            module.__dict__["_gated_given"] = Given(found[id(module)], spread)
+            module.__dict__["_gated_given"] = given[id(module)]
 
-    def _spreads(self, z: Tensor) -> tuple[list[Spread], Tensor]:
+    def _spreads(self, z: Tensor) -> tuple[dict[int, Spread], Tensor]:
         """What each group of normalisations has to know, and by how much each enlarges; 1 behind the last."""
         if not self.group_sizes:
-            return [], z
+            return {}, z
         mask = (z[self.places] > 0).all(0).to(z.dtype)
-        num_open = mask.new_zeros(len(self.group_sizes)).index_add(0, self.member, mask).clamp(min=1)
-        stretch = (mask.new_tensor(self.group_sizes) / num_open).sqrt()
+        sizes = mask.new_tensor(self.group_sizes)
+        num_open = mask.new_zeros(len(sizes)).index_add(0, self.member, mask).clamp(min=1)
+        stretch = (sizes / num_open).sqrt()
         far = mask * stretch[self.member]
-        parts = (far, 1 - far, mask / num_open[self.member])
-        split = [part.split(self.group_sizes) for part in parts]
-        spreads = [Spread(a, b, c, stretch[i]) for i, (a, b, c) in enumerate(zip(*split, strict=True))]
+        split = [part.split(self.group_sizes) for part in (far, 1 - far, mask / num_open[self.member], mask)]
+        fewer = 1 / num_open - 1 / sizes
+        spreads = {
+            i: Spread(a, b, c, d, stretch[i], fewer[i])
+            for i, (a, b, c, d) in enumerate(zip(*split, strict=True))
+        }
         return spreads, torch.cat([stretch, stretch.new_ones(1)])

@@ -9,6 +9,7 @@ from torch import nn
 from sparsereg.compression import Accountant, compact, count, gate, load_compacted, save_compacted
 from sparsereg.compression.macs import counting
 from sparsereg.compression.running import tensors_in
+from sparsereg.compression.units.gating import LARGE, times
 from sparsereg.compression.units.structure import ATTRIBUTE
 from sparsereg.compression.verify import difference, verify
 from sparsereg.errors import InputError
@@ -384,3 +385,65 @@ def test_modules_that_are_known_by_two_names_get_their_gates_once():
     network = gate(Known().double().eval(), x).double()
     shuffle_(network)
     assert difference(compact(network, x)(x), network(x)) < 1e-12
+
+
+def test_a_layer_norm_of_what_is_open_has_the_gradients_of_one_without_the_rest():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 10, dtype=torch.float64, requires_grad=True)
+    network = nn.Sequential(nn.Linear(10, 10), nn.LayerNorm(10), nn.Linear(10, 3)).double()
+    gated = gate(network, x.detach(), families="width").train()
+    set_(gated, -1.5)  # each is shut with probability 1/2
+    (gates,) = hard_concretes(gated).values()
+    answer = gated(x)
+    with torch.no_grad():
+        kept = gates().nonzero().flatten()  # the draw of this pass
+    assert 0 < len(kept) < 10
+    z = gates()[kept].detach().double()
+    into, norm, out = network
+    stream = x @ into.weight[kept].mT + into.bias[kept]
+    normed = nn.functional.layer_norm(stream, (len(kept),), norm.weight[kept] * z, norm.bias[kept] * z)
+    wanted = normed @ out.weight[:, kept].mT + out.bias
+    assert difference(wanted, answer) < 1e-12
+    upstream = torch.randn_like(answer)
+    named = dict(gated.named_parameters())
+    places = [x, *network.parameters()], [x, *(named[n] for n, _ in network.named_parameters())]
+    by_hand, ours = (
+        torch.autograd.grad((y * upstream).sum(), p, create_graph=True)
+        for y, p in zip((wanted, answer), places, strict=True)
+    )
+    for a, b in zip(by_hand, ours, strict=True):
+        assert difference(a, b) < 1e-12
+    second = [torch.autograd.grad(g[0].square().sum(), x, retain_graph=True)[0] for g in (by_hand, ours)]
+    assert difference(*second) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_first_derivatives_alone_are_those_that_can_be_differentiated_again(dtype):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(10, 10), nn.LayerNorm(10), nn.Linear(10, 3)).to(dtype)
+    x = torch.randn(4, 10, dtype=dtype, requires_grad=True)
+    gated = gate(network, x.detach(), families="width").train()
+    set_(gated, -1.5)
+    answer = gated(x)
+    parameters = [x, *gated.parameters()]
+    once = torch.autograd.grad(answer.sum(), parameters, retain_graph=True)
+    twice = torch.autograd.grad(answer.sum(), parameters, create_graph=True)
+    for a, b in zip(once, twice, strict=True):
+        assert difference(a, b) < (1e-12 if dtype == torch.float64 else 5e-2)
+
+
+@pytest.mark.parametrize("shape", [(400, 400), (512, 32, 3, 3)])
+def test_large_weights_are_multiplied_by_their_gates_with_exact_gradients(shape):
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    factor = torch.rand(shape[0], *[1] * (len(shape) - 1), dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(shape, dtype=torch.float64)
+    assert weight.numel() >= LARGE
+    product, wanted = times(weight, factor), weight * factor
+    assert torch.equal(product, wanted)
+    for a, b in zip(
+        torch.autograd.grad(product, (weight, factor), upstream),
+        torch.autograd.grad(wanted, (weight, factor), upstream),
+        strict=True,
+    ):
+        assert difference(a, b) < 1e-12
