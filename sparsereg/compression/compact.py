@@ -1,13 +1,17 @@
 """From a network with gates to a smaller one without: the same answers, plain torch.nn modules."""
 
+import copy
+
 import torch
 from torch import fx, nn
 
 from sparsereg.compression.running import Example
 from sparsereg.compression.units.explain import inputs_of
+from sparsereg.compression.units.flow import ATTRIBUTE as FLOW
 from sparsereg.compression.units.flow import flow_of
 from sparsereg.compression.units.fold import folded
 from sparsereg.compression.units.smaller import smaller
+from sparsereg.compression.units.structure import ATTRIBUTE as UNITS
 from sparsereg.compression.units.structure import structure_of
 from sparsereg.compression.verify import verify
 
@@ -80,3 +84,14 @@ def original_size(model: nn.Module) -> dict[str, int]:
     """
     found: dict[str, int] = model.meta.get(ORIGINAL, {}) if isinstance(model, fx.GraphModule) else {}
     return found
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Return a copy of a network with gates that knows what compacting the network has found out.
+
+    Copies of traced networks forget it otherwise.
+    """
+    made = copy.deepcopy(model)
+    known = {key: model.__dict__[key] for key in (UNITS, FLOW) if key in model.__dict__}
+    made.__dict__.update(known)
+    return made

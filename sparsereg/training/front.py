@@ -23,7 +23,7 @@ from sparsereg.training.tasks.task import Task
 log = logging.getLogger(__name__)
 
 FOLDER = "front"
-TIMING = 0.5
+TIMING = 0.2
 """Seconds for which each network is timed."""
 
 

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsereg import gate
 from sparsereg.compression import Accountant, compact, count, load_compacted, save_compacted
+from sparsereg.compression.compact import twin
+from sparsereg.compression.units import structure
 from sparsereg.compression.units.steps.norms import Norm
 from sparsereg.compression.units.steps.single import Single
 from sparsereg.compression.verify import difference
@@ -524,3 +526,16 @@ def test_a_compacted_network_that_enlarges_maps_is_compacted_again():
     twice = compact(once, example)
     assert len(twice.a.weight) == 4
     assert (once(example) - twice(example)).abs().max() < 1e-6
+
+
+def test_copies_of_traced_networks_know_what_was_found_out(monkeypatch):
+    example = torch.randn(2, 4)
+    once = compact(gate(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval(), example), example)
+    gated = gate(once, example)
+    monkeypatch.setattr(structure, "analyse", None)  # what would trace it
+    with pytest.raises(TypeError):
+        compact(copy.deepcopy(gated), example)
+    copied = twin(gated)
+    next(iter(hard_concretes(copied).values())).log_alpha.data[:3] = -10.0
+    assert sum(p.numel() for p in compact(copied, example).parameters()) == 4 * 3 + 3 + 3 * 2 + 2
+    assert sum(p.numel() for p in compact(gated, example).parameters()) == size(once)

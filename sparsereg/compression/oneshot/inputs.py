@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,32 @@ def read_inputs(model: nn.Module, data: Any, num_inputs: int, batch_size: int) -
     if not found:
         raise InputError("there are no inputs in the data: give a tensor, batches, or a DataLoader of some")
     return found
+
+
+AT_ONCE, NUMBERS = 512, 2**17
+"""Examples, and numbers in them, up to which small batches are put together."""
+
+
+def together(batches: Sequence[Any]) -> list[Any]:
+    """Put batches of small images or vectors together, so that less is spent on calling operations.
+
+    Batches of anything else, such as tokens, whose inner states are wide, stay as they are.
+    """
+    found: list[Any] = []
+    for batch in batches:
+        both = (found[-1], batch) if found else ()
+        small = all(isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1 for x in (*both, batch))
+        if both and small and _fit(*both):
+            found[-1] = torch.cat(both)
+        else:
+            found.append(batch)
+    return found
+
+
+def _fit(a: Tensor, b: Tensor) -> bool:
+    """Whether two batches are small enough to be one."""
+    alike = a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
+    return alike and len(a) + len(b) <= AT_ONCE and a.numel() + b.numel() <= NUMBERS
 
 
 def _spread(data: Any, num_inputs: int) -> Any:

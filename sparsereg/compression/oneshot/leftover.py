@@ -78,23 +78,23 @@ def leftover(
 
 
 class _Table:
-    """What is known of the inputs of one layer.
+    """What is known of the inputs of one layer, or of several that read the same.
 
     Args:
-        sums: over its inputs and the constant 1, of one group.
-        weights: (inputs, outputs), float64.
+        sums: over the inputs and the constant 1, of one group.
+        weights: of each layer, (inputs, outputs), float64.
         columns: for each gate the inputs that go with it.
     """
 
-    def __init__(self, sums: Sums, weights: Tensor, columns: dict[Any, list[int]]) -> None:
+    def __init__(self, sums: Sums, weights: Sequence[Tensor], columns: dict[Any, list[int]]) -> None:
         gram = sums.gram[0]
         mean = gram[:-1, -1:]
         covariance = gram[:-1, :-1] - mean @ mean.T / gram[-1, -1]
         size = covariance.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-        self.total = float((weights * (covariance @ weights)).sum().clamp(min=1e-30))
+        totals = [(w * (covariance @ w)).sum().clamp(min=1e-30) for w in weights]
+        self.weights = torch.cat([w / total.sqrt() for w, total in zip(weights, totals, strict=True)], 1)
         covariance.diagonal().add_(RIDGE * size)
         self.inverse = torch.linalg.inv(covariance)
-        self.weights = weights.clone()
         self.gates = list(columns)
         self.columns = [torch.tensor(c, device=gram.device) for c in columns.values()]
         by_size: dict[int, list[int]] = {}
@@ -105,18 +105,18 @@ class _Table:
         ]
 
     def scores(self) -> list[float]:
-        """What each group's going would leave over, as a share of the variance of the layer's answers."""
+        """What each group's going would leave over, as shares of the variance of the layers' answers."""
         found = [0.0] * len(self.columns)
         for groups, index in self.stacks:
             inside = self.inverse[index[:, :, None], index[:, None, :]]
             own = self.weights[index]
-            left = (own * torch.linalg.solve(inside, own)).sum((1, 2)) / self.total
+            left = (own * torch.linalg.solve(inside, own)).sum((1, 2))
             for group, value in zip(groups, left.tolist(), strict=True):
                 found[group] = value
         return found
 
     def remove(self, group: int) -> None:
-        """Fit the layer to its answers without a group of inputs."""
+        """Fit the layers to their answers without a group of inputs."""
         own = self.columns[group]
         inside = torch.linalg.inv(self.inverse[own][:, own])
         across = self.inverse[:, own] @ inside
@@ -131,26 +131,25 @@ class _Table:
 def _tables(
     network: nn.Module, structure: Structure, example: Any, batches: Sequence[Any]
 ) -> list[_Table] | None:
-    """A table for each layer that sums over units which can go; None if they are too wide."""
+    """A table for each tensor that layers sum over, whose units can go; None if these are too wide."""
     small = compact(network, example, check=False)
     analysis = structure.analysis
     nodes = {name: node for node, name in analysis.program.names.items()}
-    found: list[tuple[Reader, dict[Any, list[int]]]] = []
+    found: dict[Any, list[Reader]] = {}
+    columns: dict[Any, dict[Any, list[int]]] = {}
     for reader in readers(small):
         node = nodes.get(reader.weight)
         weight = small.get_parameter(reader.weight)
         if node is not None and reader.groups == 1 and weight.shape == analysis.program.values[node].shape:
-            columns = _columns(structure, node, reader, weight)
-            if columns:
-                found.append((reader, columns))
-    widths = [reader.matrix(small.get_parameter(reader.weight)).shape[1] for reader, _ in found]
-    if sum(width**2 for width in widths) > LARGEST:
+            own = _columns(structure, node, reader, weight)
+            if own:
+                found.setdefault(reader.reads, []).append(reader)
+                columns.setdefault(reader.reads, own)
+    matrices = [[r.matrix(small.get_parameter(r.weight))[0] for r in together] for together in found.values()]
+    if sum(len(own[0]) ** 2 for own in matrices) > LARGEST:
         return None
-    sums = _sums(small, [reader for reader, _ in found], batches)
-    return [
-        _Table(own, reader.matrix(small.get_parameter(reader.weight))[0], columns)
-        for own, (reader, columns) in zip(sums, found, strict=True)
-    ]
+    sums = _sums(small, [together[0] for together in found.values()], batches)
+    return [_Table(*own) for own in zip(sums, matrices, columns.values(), strict=True)]
 
 
 def _columns(structure: Structure, node: fx.Node, reader: Reader, weight: Tensor) -> dict[Any, list[int]]:

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from sparsereg.compression.compact import compact
 from sparsereg.compression.running import Example, doubled
+from sparsereg.compression.units.explain import inputs_of
+from sparsereg.compression.units.smaller import fixed_sizes, smaller
+from sparsereg.compression.units.structure import structure_of
 from sparsereg.penalties import hard_concretes
 
 _BITS = 20
@@ -33,7 +36,10 @@ class Origins:
 
     def __init__(self, model: nn.Module, example_input: Example) -> None:
         self._told = copy.deepcopy(model).double()
-        self._wide = doubled(example_input)
+        self._example, given = example_input, inputs_of(example_input)
+        self._structure = structure_of(model, *given)
+        if self._structure is not None and self._structure.fixed is None:
+            self._structure.fixed = fixed_sizes(model, self._structure, *given)
         self._gates = hard_concretes(self._told)
         locations = {id(gate.log_alpha) for gate in self._gates.values()}
         with torch.no_grad():
@@ -51,7 +57,11 @@ class Origins:
         with torch.no_grad():
             for path, gate in hard_concretes(model).items():
                 self._gates[path].log_alpha.copy_(torch.where(gate.median() > 0, OPEN, -OPEN))
-        small = compact(self._told, self._wide, round_to=round_to, check=False)
+        if self._structure is None:
+            small = compact(self._told, doubled(self._example), round_to=round_to, check=False)
+        else:
+            given = inputs_of(self._example)
+            (small,) = smaller(self._told, self._structure, *given, round_to, (None,))
         found = {name: _read(value) for name, value in small.named_parameters() if value.dim() > 1}
         return {name: places for name, places in found.items() if places is not None}
 

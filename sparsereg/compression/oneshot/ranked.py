@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.budget import Budget, meet_all_
-from sparsereg.compression.compact import compact
+from sparsereg.compression.compact import compact, twin
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.oneshot.importance import IMPORTANCE
+from sparsereg.compression.oneshot.inputs import together
 from sparsereg.compression.oneshot.leftover import leftover
 from sparsereg.compression.oneshot.origins import OPEN, Origins
 from sparsereg.compression.oneshot.repair import repaired
@@ -64,18 +64,21 @@ class Ranked:
         seed: int = 0,
         shares: Sequence[Share] = (),
     ) -> None:
-        self.example, self.cost, self.batches, self.seed = example, cost, batches, seed
+        self.example, self.cost, self.seed = example, cost, seed
+        self.batches = together(batches)
+        self._few = batches[: -(-FOR_IMPORTANCE // BATCH)]
         with evaluating(network):
-            self.whole = copy.deepcopy(network)
+            self.whole = twin(network)
         compact(self.whole, example, check=False)  # what it finds out once, all copies know
-        self._met = copy.deepcopy(self.whole)
+        self._met = twin(self.whole)
         self._accountant = Accountant(self._met, example)
         self._parts = [held.part for held in Budget(self._accountant, cost, 1.0, 0.0, 0.0, shares).parts]
         self._origins: Origins | None = None
         ratio = self._worth(importance, torch.Generator().manual_seed(seed))
+        gates = self._accountant.gates
+        ratio = ratio.to(gates[0].log_alpha.device)
         rank = torch.empty_like(ratio)
         rank[ratio.argsort()] = torch.linspace(-OPEN, OPEN, len(ratio), dtype=rank.dtype, device=rank.device)
-        gates = self._accountant.gates
         own = rank.split([g.log_alpha.numel() for g in gates])
         self._places = [
             p.view_as(g.log_alpha) + shift(g.temperature, g.gamma, g.zeta)
@@ -145,17 +148,17 @@ class Ranked:
         macs = self.cost == "macs"
         expected = self._accountant.expected_macs() if macs else self._accountant.expected_parameters()
         slopes = list(torch.autograd.grad(expected, [g.log_alpha for g in gates], retain_graph=False))
-        some = self.batches[: -(-FOR_IMPORTANCE // BATCH)]
-        by_worth = "gradient" if importance == LEFTOVER else importance
-        worth = IMPORTANCE[by_worth](network, gates, some, generator)
-        ratio = torch.cat(
-            [(w / s.double().clamp(min=1e-12)).flatten() for w, s in zip(worth, slopes, strict=True)]
-        )
-        if importance == LEFTOVER:
-            ratio = _by_leftover(network, self.example, self.batches, slopes, ratio)
+        left = _leftover(network, self.example, self.batches, slopes) if importance == LEFTOVER else None
+        if left is None or bool(left.isnan().any()):
+            by_worth = "gradient" if importance == LEFTOVER else importance
+            worth = IMPORTANCE[by_worth](network, gates, self._few, generator)
+            ratio = torch.cat(
+                [(w / s.double().clamp(min=1e-12)).flatten() for w, s in zip(worth, slopes, strict=True)]
+            )
+            left = ratio if left is None else _with_likes(left.to(ratio.device), ratio)
         for p in frozen:
             p.requires_grad_(True)
-        return ratio
+        return left
 
 
 def opened_(network: nn.Module) -> nn.Module:
@@ -165,26 +168,34 @@ def opened_(network: nn.Module) -> nn.Module:
     return network
 
 
-def _by_leftover(
-    network: nn.Module, example: Any, batches: Sequence[Any], slopes: list[Tensor], ratio: Tensor
-) -> Tensor:
-    """The order in which a repair misses units least; those that no layer sums over among their likes.
+def _leftover(
+    network: nn.Module, example: Any, batches: Sequence[Any], slopes: list[Tensor]
+) -> Tensor | None:
+    """The order in which a repair misses units least; NaN for those that no layer sums over.
 
     Args:
         network: with all gates open.
         example: see ``compact``.
         batches: of inputs.
         slopes: what each gate's unit costs.
-        ratio: what each is worth for its cost, another way, (gates,).
     """
     structure = structure_of(network, *inputs_of(example))
     if structure is None:
-        return ratio
+        return None
     found = leftover(network, structure, example, batches, dict(zip(structure.paths, slopes, strict=True)))
     if found is None:
         log.info("layers too wide to say what a repair would leave over: units are ranked by gradient")
-        return ratio
-    order = torch.cat([found[path] for path in structure.paths]).to(ratio.device)
+        return None
+    return torch.cat([found[path] for path in structure.paths])
+
+
+def _with_likes(order: Tensor, ratio: Tensor) -> Tensor:
+    """An order in which units that have no place in it go with those that are worth as much another way.
+
+    Args:
+        order: NaN for units without a place, (gates,).
+        ratio: what each is worth for its cost, another way, (gates,).
+    """
     unseen = order.isnan()
     like = torch.searchsorted(ratio[~unseen].sort().values, ratio[unseen])
     order[unseen] = like.to(order) - 0.5

@@ -44,6 +44,17 @@ class Reader:
         """Groups of channels that do not read each other."""
         return 1 if self.layer is None else int(self.layer.groups)  # type: ignore[arg-type]
 
+    @property
+    def reads(self) -> tuple[Any, ...]:
+        """What it sums over: the same for layers whose rows of inputs are the same."""
+        layer: Any = self.layer
+        if layer is None:
+            return (self.source,)
+        return (
+            *(self.source, layer.groups, layer.kernel_size, layer.stride, layer.dilation),
+            *(layer.padding, layer.padding_mode),
+        )
+
     def matrix(self, weight: Tensor) -> Tensor:
         """A weight as (groups, inputs, outputs), float64."""
         wide = weight.detach().double()

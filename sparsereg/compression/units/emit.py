@@ -90,6 +90,9 @@ class Emitter:
         if node not in self.cut.entrances:
             return made
         axis, kept = self.cut.entrances[node]
+        picked = self.cut.units.labeller.entrances[node].picked
+        if picked is not None:
+            made, kept = made.args[0], picked[kept]
         index = self._buffer("read", kept)
         return self.graph.call_function(torch.ops.aten.index_select.default, (made, axis, index))
 

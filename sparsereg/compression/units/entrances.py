@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from sparsereg.compression.units.program import Program, name_of
@@ -23,13 +25,23 @@ class Entrance:
 
     Attributes:
         source: the input that it comes from.
-        node: the input itself, or what views and moves make of it.
+        node: the input itself, or what views and moves make of it, or what is picked of that.
         axis: along which the features lie.
+        picked: which features the places along the axis are, where some are picked.
+        of: how many features there are.
     """
 
     source: fx.Node
     node: fx.Node
     axis: int
+    picked: Tensor | None = None
+    of: int = 0
+
+    def unread(self, alive: NDArray[np.bool_]) -> list[int]:
+        """The features of the input that nothing reads when only some places along the axis are left."""
+        places = np.arange(self.of) if self.picked is None else self.picked.cpu().numpy()
+        found: list[int] = np.setdiff1d(np.arange(self.of), places[alive]).tolist()
+        return found
 
 
 def entrances(program: Program) -> Iterator[Entrance]:
@@ -38,12 +50,21 @@ def entrances(program: Program) -> Iterator[Entrance]:
         value = program.values[source]
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
             continue
-        node = source
-        while len(node.users) == 1 and name_of(next(iter(node.users))).rstrip("_") in _MOVES:
-            node = next(iter(node.users))
+        node, after = source, _only_user(source)
+        while after is not None and name_of(after).rstrip("_") in _MOVES:
+            node, after = after, _only_user(after)
+        of, picked = program.values[node].shape, None
+        if after is not None and name_of(after) == "index_select":
+            node, picked = after, program.weights.get(after.args[2])  # type: ignore[arg-type]
         axis = _axis(program, node)
-        if axis:
-            yield Entrance(source, node, axis)
+        if axis and (node is not after or (picked is not None and node.args[1] == axis)):
+            yield Entrance(source, node, axis, picked, of[axis])
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    """The operation that alone reads what a node gives, but for its sizes."""
+    users = [user for user in node.users if not name_of(user).startswith("sym_size")]
+    return users[0] if len(users) == 1 else None
 
 
 def _axis(program: Program, start: fx.Node) -> int | None:

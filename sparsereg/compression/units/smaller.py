@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.sizes import ANY
+from sparsereg.compression.sizes import ANY, of_size
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.emit import Emitter
 from sparsereg.compression.units.gating import take_gates_off
@@ -75,6 +75,9 @@ def fixed_sizes(
 ) -> dict[int, list[int]]:
     """The sizes that the inputs of the smaller network must have, by the input's position."""
     program = structure.analysis.program
+    known = _known_sizes(model)
+    if known is not None:
+        return known
     free = _free_positions(model, structure, args, kwargs)
     found = {}
     for position, node in enumerate(program.inputs):
@@ -90,6 +93,15 @@ def fixed_sizes(
                 sizes[axis] = ANY
         found[position] = sizes
     return found
+
+
+def _known_sizes(model: nn.Module) -> dict[int, list[int]] | None:
+    """The sizes that a network says itself, which has been compacted before; None of any other."""
+    if not isinstance(model, fx.GraphModule) or "unread_inputs" not in model.meta:
+        return None
+    inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
+    said = {n.args[0]: n.args[1] for n in model.graph.nodes if n.target is of_size}
+    return {place: list(said[node]) for place, node in enumerate(inputs) if node in said}
 
 
 def _free_positions(

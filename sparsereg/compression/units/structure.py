@@ -229,8 +229,8 @@ class Structure:
         alive = units.alive(self.gone(stays))
         found = {}
         for node, _, own in units.labeller.axes.inputs:
-            source = units.labeller.entrances[node].source
-            found[source.name] = np.flatnonzero(~alive[own]).tolist()
+            entrance = units.labeller.entrances[node]
+            found[entrance.source.name] = entrance.unread(alive[own])
         return found
 
     def stays(self, model: nn.Module) -> Bools:

@@ -30,6 +30,13 @@ class LeNet300Model(Network):
         0.0, "rate of dropped activations in training, for all or one for each of these groups", DROPOUT
     )
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The input pixels may go as well, as with its own gates."""
+        from sparsereg.compression.units.explain import FAMILIES
+
+        return {"families": tuple(FAMILIES)}
+
 
 def build(form: "Form", gated: bool, gates: dict[str, Any], **settings: Any) -> "nn.Module":
     """Build it."""

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sparsereg
 from sparsereg.compression import count, is_compacted, load_compacted, original_size, save_compacted
-from sparsereg.compression.oneshot.inputs import read_inputs
+from sparsereg.compression.oneshot.inputs import AT_ONCE, NUMBERS, read_inputs, together
+from sparsereg.compression.oneshot.ranked import Ranked, opened_
 from sparsereg.errors import InputError
 from sparsereg.model.vit import ViT
 from sparsereg.penalties import hard_concretes
@@ -102,6 +103,42 @@ def test_a_transformer_and_its_file(tmp_path):
     assert torch.equal(load_compacted(path)(x), small(x))
     smaller = sparsereg.shrink(small, x, target_macs=0.5)
     assert count(smaller, x[:1]).macs <= 0.3 * count(model, x[:1]).macs
+
+
+def test_small_batches_are_put_together_and_others_stay():
+    small = list(torch.arange(24.0 * AT_ONCE).view(-1, 8).split(64))
+    found = together(small)
+    assert torch.equal(torch.cat(found), torch.cat(small))
+    assert [len(x) for x in found[:-1]] == [AT_ONCE] * (len(found) - 1)
+    for batches in ([torch.zeros(2, NUMBERS)] * 2, [torch.zeros(4, 8).long()] * 2, [(torch.zeros(4, 8),)] * 2):
+        assert len(together(batches)) == 2
+    assert len(together([torch.zeros(4, 8), torch.zeros(4, 9)])) == 2
+
+
+def test_layers_that_read_the_same_say_together_which_unit_they_miss_least():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.one, self.two = nn.Linear(8, 12), nn.Linear(12, 3), nn.Linear(12, 2)
+
+        def forward(self, x):
+            h = self.body(x).relu()
+            return torch.cat([self.one(h), 50 * self.two(h)], 1)
+
+    torch.manual_seed(3)
+    model = Two().eval()
+    ranked = Ranked(opened_(sparsereg.gate(model, X[:1])), X[:1], "parameters", [X])
+    with torch.no_grad():
+        h = model.body(X).relu().double()
+        missed = torch.zeros(12, dtype=torch.float64)
+        for unit in range(12):
+            rest = torch.cat([h[:, torch.arange(12) != unit], torch.ones(len(X), 1)], 1)
+            for layer in (model.one, model.two):
+                y = h @ layer.weight.double().T
+                left = y - rest @ torch.linalg.lstsq(rest, y).solution
+                missed[unit] += left.square().sum() / (y - y.mean(0)).square().sum()
+    ((_, gates),) = hard_concretes(ranked.met(0.95)).items()
+    assert (gates.median() == 0).nonzero().flatten().tolist() == [int(missed.argmin())]
 
 
 def test_inputs_are_spread_over_sorted_data():

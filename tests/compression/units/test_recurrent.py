@@ -196,6 +196,15 @@ def test_features_that_nobody_reads_leave_at_the_entrance(name, tmp_path):
         assert difference(gated(x), again(x)) < 1e-5
     gated.__dict__["_units"] = None
     assert count(gated, x).compacted_parameters == sum(p.numel() for p in smaller.parameters())
+    twice = gate(smaller, x, families="inputs", jitter=0.0)
+    ((_, more),) = hard_concretes(twice).items()
+    assert more.log_alpha.numel() == size - len(shut)
+    with torch.no_grad():
+        more.log_alpha[0] = -10.0
+    smallest = compact(twice, x)
+    left = sorted(set(range(size)) - shut)[1:]
+    assert set(range(size)) - set(next(iter(smallest.meta["unread_inputs"].values()))) == set(left)
+    assert sum(node.target is torch.ops.aten.index_select.default for node in smallest.graph.nodes) == 1
 
 
 class Added(nn.Module):
