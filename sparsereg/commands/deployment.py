@@ -59,6 +59,8 @@ SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 TESTS = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",), ".pt2": ("eager",)}
 """The runtimes that a file is tested in: the first that is installed."""
 CALIBRATION_BATCH = 32
+SECONDS_OF_FILES = 1.0
+"""Seconds for which files are timed to know which of them to ship, where nobody asks for timings."""
 SHRINK_EXAMPLES = 2048
 """Training inputs that shrinking in one shot looks at."""
 
@@ -117,7 +119,7 @@ class HandOver:
         self.results |= {
             "artefacts": [a.to_dict() for a in self.artefacts],
             "measured_on": described,
-            "ship": to_ship(self.artefacts),
+            "ship": to_ship(self.artefacts, self.task),
         }
         return self.results
 
@@ -261,6 +263,8 @@ class HandOver:
             quantize(path, target, self._inputs(CALIBRATION_EXAMPLES))
             self.results["quantized"] = str(target)
             self._made("int8", target, self._tested(target), target)
+            if not self.given.benchmark:
+                self._time_files()
 
     def _inputs(self, num_examples: int) -> Iterable[Any]:
         """Batches of training inputs, without labels."""
@@ -354,6 +358,18 @@ class HandOver:
         self.results["latency_settings"] = latency.settings
         return latency
 
+    def _time_files(self) -> None:
+        """Time the file in floats and that in 8-bit integers, since one of them is shipped."""
+        latency = benchmark(
+            {name: self.sources[name] for name in ("exported", "int8")},
+            self.example,
+            batch_sizes=self.batch_sizes,
+            runtimes=self.runtimes_of(".onnx"),
+            threads=self.given.threads,
+            seconds=SECONDS_OF_FILES,
+        )
+        self.artefacts = [a.timed(latency.rows) for a in self.artefacts]
+
     def _laid_out(self, source: Source) -> Source:
         """Networks in PyTorch as training has them in memory."""
         return build.in_memory_format(self.cfg, source) if isinstance(source, nn.Module) else source
@@ -393,10 +409,11 @@ def runtimes_in(given: Evaluation) -> Sequence[str]:
 
 
 def free_path(path: Path) -> Path:
-    """Return the first of ``stem.suffix``, ``stem-1.suffix`` ... that is no file yet, nor ``.bin`` beside."""
+    """Return the first of ``stem.suffix``, ``stem-1.suffix`` ... that is no file yet, nor has a ``.bin``."""
     for number in itertools.count():
         found = path.with_name(f"{path.stem}-{number}{path.suffix}") if number else path
-        if not found.exists() and not found.with_suffix(".bin").exists():
+        weights = found.with_suffix(".bin") if path.suffix == ".xml" else found
+        if not found.exists() and not weights.exists():
             return found
     raise AssertionError("numbers do not end")
 

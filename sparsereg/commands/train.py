@@ -85,7 +85,7 @@ def report(stage: "Stage", cfg: "Training", results: dict[str, Any]) -> None:
     made = artefacts.of_run(results, task)
     described = artefacts.examples_in_words(stage.data.describe(), cfg.trainer.limit_test_batches)
     results["artefacts"] = [a.to_dict() for a in made]
-    results |= {"measured_on": described, "ship": artefacts.to_ship(made, results)}
+    results |= {"measured_on": described, "ship": artefacts.to_ship(made, task, results)}
     write_page(folder / "report.html", "Training report", results, made, plain(cfg), task)
     write_json(folder / "results.json", results)
     print(headline(results, task))

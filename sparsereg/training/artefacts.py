@@ -3,6 +3,7 @@
 Every figure is measured on the same examples in the same way, of the file itself where there is one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -82,11 +83,51 @@ def file_megabytes(*files: Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def to_ship(artefacts: Sequence[Artefact], results: Mapping[str, Any] | None = None) -> str | None:
-    """Return the one file to ship, that of the last artefact that has one; a front needs a pick for that."""
+LOSS = 0.005
+"""What a file in 8-bit integers may lose and still be shipped; of what is no share, as a share of it."""
+
+
+def to_ship(
+    artefacts: Sequence[Artefact], task: Task, results: Mapping[str, Any] | None = None
+) -> str | None:
+    """Return the one file to ship: the last, but in 8-bit integers only if that is faster and as good.
+
+    Args:
+        artefacts: in order.
+        task: by whose main figure files are compared.
+        results: of a training run; a front needs a pick.
+    """
     if results is not None and results.get("front") and not results.get("picked"):
         return None
-    return next((a.file for a in reversed(artefacts) if a.file is not None), None)
+    files = [a for a in artefacts if a.file is not None]
+    if not files:
+        return None
+    return (files[-1] if against_int8(artefacts, task) is None else files[-2]).file
+
+
+def against_int8(artefacts: Sequence[Artefact], task: Task) -> str | None:
+    """Say why the file in 8-bit integers is not shipped; None if it is, or there is none."""
+    rows = {a.name: a for a in artefacts}
+    if not {"exported", "int8"} <= rows.keys():
+        return None
+    plain, small = rows["exported"], rows["int8"]
+    first, second = (a.figures.get(f"test_{task.figure}") for a in (plain, small))
+    if first is not None and second is not None:
+        allowed = LOSS * (1 if task.figure in SHARES else abs(first))
+        if (first - second if task.larger_is_better else second - first) > allowed:
+            return f"in 8-bit integers it is less good: {second:.4f} instead of {first:.4f}"
+    if small.milliseconds and time_of(small) >= time_of(plain):
+        return "in 8-bit integers it is not faster"
+    return None
+
+
+def time_of(artefact: Artefact) -> float:
+    """The product over batch sizes of the milliseconds in the fastest runtime."""
+    times: dict[str, float] = {}
+    for by_batch in artefact.milliseconds.values():
+        for batch, ms in by_batch.items():
+            times[batch] = min(ms, times.get(batch, ms))
+    return math.prod(times.values())
 
 
 def of_run(results: Mapping[str, Any], task: Task) -> list[Artefact]:
@@ -170,6 +211,8 @@ def table(artefacts: Sequence[Artefact], task: Task, measured_on: str, ship: str
     lines.append(
         f"{word} on {measured_on}" + ("; ms for a batch of the size in the heading" if timed else "")
     )
+    why = against_int8(artefacts, task)
+    lines += [] if why is None else [f"not int8: {why}"]
     return "\n".join([*lines, *([] if ship is None else [f"ship: {ship}"])])
 
 

@@ -5,8 +5,12 @@ import json
 import pytest
 import torch
 
+from sparsereg.commands.deployment import free_path
 from sparsereg.compression import load_compacted
+from sparsereg.data.form import Form
 from sparsereg.layers import load_csr
+from sparsereg.training.artefacts import Artefact, against_int8, table, to_ship
+from sparsereg.training.tasks.classification import Classification
 
 
 @pytest.fixture
@@ -146,7 +150,8 @@ def test_everything_to_the_8_bit_file(run, tuned):
     for name in ("compacted", "exported"):
         assert rows[name]["figures"]["test_acc"] == pytest.approx(tested.results["test_acc"], abs=0.034)
     assert 0 <= rows["int8"]["figures"]["test_acc"] <= 1
-    assert tested.results["ship"] == rows["int8"]["file"]
+    assert tested.results["ship"] in (rows["exported"]["file"], rows["int8"]["file"])
+    assert ("not int8: " in tested.out) == (tested.results["ship"] == rows["exported"]["file"])
     both = {"onnxruntime": {"1", "3"}, "eager": {"1", "3"}}
     for name in ("dense", "gated", "tuned", "compacted"):
         assert {r: set(t) for r, t in rows[name]["milliseconds"].items()} == both
@@ -159,6 +164,38 @@ def test_everything_to_the_8_bit_file(run, tuned):
     assert "30 test examples of npz" in page
     lines = tested.out.splitlines()
     assert lines.index(next(x for x in lines if x.startswith("dense"))) < len(lines)
+
+
+def test_8_bit_integers_are_shipped_where_they_are_faster_and_as_good():
+    task = Classification(Form(4, (1, 8, 8)))
+
+    def shipped(figures, times):
+        rows = [Artefact("tuned", "last.ckpt", {"test_acc": 0.97}, 5, 5, 1.0)]
+        for name, figure, ms in zip(("exported", "int8"), figures, times, strict=True):
+            rows.append(Artefact(name, name, {"test_acc": figure}, 5, 5, 1.0, ms))
+        why = against_int8(rows, task)
+        assert ("not int8: " in table(rows, task, "some examples", to_ship(rows, task))) == (why is not None)
+        return to_ship(rows, task), why
+
+    fast, slow = {"onnxruntime": {"1": 1.0, "32": 9.0}}, {"onnxruntime": {"1": 0.9, "32": 12.0}}
+    assert shipped((0.97, 0.966), (slow, fast)) == ("int8", None)
+    assert shipped((0.97, 0.966), (fast, slow)) == ("exported", "in 8-bit integers it is not faster")
+    ship, why = shipped((0.97, 0.96), (slow, fast))
+    assert ship == "exported"
+    assert "0.9600 instead of 0.9700" in why
+    two = {**slow, "openvino": {"1": 0.5, "32": 6.0}}  # each in the runtime that suits it
+    assert shipped((0.97, 0.99), (fast, two))[0] == "int8"
+    assert to_ship([Artefact("tuned", "last.ckpt", {}, 5, 5, 1.0)], task) == "last.ckpt"
+    assert to_ship([Artefact("dense", None, {}, 5, 5, 1.0)], task) is None
+
+
+def test_the_next_free_name_minds_files_of_its_own_kind(tmp_path):
+    (tmp_path / "compacted.xml").touch()
+    (tmp_path / "compacted.bin").touch()
+    assert free_path(tmp_path / "compacted.pt2").name == "compacted.pt2"
+    assert free_path(tmp_path / "compacted.xml").name == "compacted-1.xml"
+    (tmp_path / "compacted-1.bin").touch()
+    assert free_path(tmp_path / "compacted.xml").name == "compacted-2.xml"
 
 
 def test_wrong_input(run, trained):

@@ -76,7 +76,7 @@ def _values(results: Mapping[str, Any], artefacts: Sequence[Artefact], task: Tas
         "picture": _picture(artefacts, timed) if timed else "",
         "figures": figures,
         "sections": [s for s in sections if timed or s[0] != "speed"],
-        "tiles": _tiles(artefacts, task),
+        "tiles": _tiles(artefacts, task, results["ship"]),
         "notes": [],
         "on_paper": 60,
     }
@@ -93,9 +93,10 @@ def _row(a: Artefact, task: Task, timed: Iterable[tuple[str, str]]) -> dict[str,
     return {**vars(a), "figure": figure, "shown": _figure(figure, task), "times": shown}
 
 
-def _tiles(artefacts: Sequence[Artefact], task: Task) -> list[dict[str, str]]:
+def _tiles(artefacts: Sequence[Artefact], task: Task, ship: str | None) -> list[dict[str, str]]:
     """Return what the file to ship is worth, and what the whole network was."""
-    last = next((a for a in reversed(artefacts) if a.file is not None), artefacts[-1])
+    files = [a for a in artefacts if a.file is not None] or [artefacts[-1]]
+    last = next((a for a in files if a.file == ship), files[-1])
     first = artefacts[0]
     figure = last.figures.get(f"test_{task.figure}")
     pairs = [

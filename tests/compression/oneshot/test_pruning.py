@@ -110,8 +110,8 @@ def test_small_batches_are_put_together_and_others_stay():
     found = together(small)
     assert torch.equal(torch.cat(found), torch.cat(small))
     assert [len(x) for x in found[:-1]] == [AT_ONCE] * (len(found) - 1)
-    for batches in ([torch.zeros(2, NUMBERS)] * 2, [torch.zeros(4, 8).long()] * 2, [(torch.zeros(4, 8),)] * 2):
-        assert len(together(batches)) == 2
+    for alike in (torch.zeros(2, NUMBERS), torch.zeros(4, 8).long(), (torch.zeros(4, 8),)):
+        assert len(together([alike, alike])) == 2
     assert len(together([torch.zeros(4, 8), torch.zeros(4, 9)])) == 2
 
 
