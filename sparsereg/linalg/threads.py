@@ -92,13 +92,19 @@ def in_turns(work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list
 def in_turn_by_turn(work: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     """``in_turns`` for some calls at a time: results come in order, and need not all be kept.
 
+    Arguments are made, and calls worked on, with ``quiet_threads``.
+
     Args:
         work: What to call.
         calls: Arguments of each call, asked for when they are needed.
     """
     ahead = iter(calls)
-    while some := list(itertools.islice(ahead, 4 * num_threads())):
-        yield from in_turns(work, some)
+    while True:
+        with quiet_threads():
+            results = in_turns(work, itertools.islice(ahead, 4 * num_threads()))
+        if not results:
+            return
+        yield from results
 
 
 @functools.lru_cache(maxsize=4)

@@ -40,6 +40,14 @@ def test_results_of_many_calls_come_while_others_are_not_yet_asked_for():
     assert list(found) == [n * n for n in range(1, 100)]
 
 
+def test_calls_that_come_by_and_by_are_quiet_and_what_asks_for_them_is_not():
+    seen = list(in_turn_by_turn(lambda _: (torch.get_num_threads(), num_threads()), ((n,) for n in range(3))))
+    assert {threads for threads, _ in seen} == {1}
+    assert torch.get_num_threads() == 4
+    for _ in in_turn_by_turn(abs, ((n,) for n in range(40))):
+        assert torch.get_num_threads() == 4
+
+
 def test_several_threads_work_at_once():
     meeting = threading.Barrier(3, timeout=30)
     in_turns(meeting.wait, [()] * 3)

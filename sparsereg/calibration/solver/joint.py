@@ -29,7 +29,7 @@ from sparsereg.calibration.solver.shared import largest, summed
 from sparsereg.calibration.target_scale import target_scale
 from sparsereg.device import several_processes
 from sparsereg.linalg.nesting import Nesting, find_nesting
-from sparsereg.linalg.threads import in_turn_by_turn
+from sparsereg.linalg.threads import in_turn_by_turn, quiet_threads
 from sparsereg.shapes import Float, Int
 
 _log = logging.getLogger(__name__)
@@ -185,6 +185,13 @@ class Joint:
 
     def solve(self) -> None:
         """Find the multipliers."""
+        with quiet_threads():
+            at = self._descended()
+        if at.error > 1e-6:
+            _log.warning("the areas together are %.1e away from where the weights are the best", at.error)
+
+    def _descended(self) -> _Pass:
+        """Take Newton's steps; where they end."""
         at, step = self._look(self.multipliers), 1.0
         while at.error > TOLERANCE and self.steps < _MOST_STEPS:
             ahead, step = None, 1.0
@@ -200,8 +207,7 @@ class Joint:
             self.multipliers, at = moved, ahead
             self.steps += 1
             _log.debug("step %d: error %.2e, length %g", self.steps, at.error, step)
-        if at.error > 1e-6:
-            _log.warning("the areas together are %.1e away from where the weights are the best", at.error)
+        return at
 
     @staticmethod
     def _is_better(at: _Pass, ahead: _Pass, step: float) -> bool:
