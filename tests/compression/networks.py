@@ -1,11 +1,13 @@
 """Networks to compact, and random gate patterns for them."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from sparsereg.compression import gate
+from sparsereg.compression import Accountant, gate
 from sparsereg.distributions import log_alpha_at
 from sparsereg.layers import L0Conv2d, L0DepthwiseConv2d, L0Linear
 from sparsereg.model.basic_l0_blocks import L0Gate
@@ -151,12 +153,25 @@ ONE_KIND = {
 """The same with gates of one kind on each layer, so that channels can leave while they train."""
 
 
+_BUILT: dict[tuple[str, bool], nn.Module] = {}
+
+
 def make(name: str, seed: int = 0, batch: int = 3, one_kind: bool = False) -> tuple[nn.Module, Tensor]:
-    """A network in eval mode with statistics that BatchNorm might have learnt, and a batch."""
+    """A network in eval mode with statistics that BatchNorm might have learnt, and a batch.
+
+    It is a copy of one that was built and traced once: copies keep what is known of the network. Weights of
+    another seed are the same ones in another order.
+    """
     builder, shape = (NETWORKS | ONE_KIND if one_kind else NETWORKS)[name]
     with torch.random.fork_rng():
+        if (name, one_kind) not in _BUILT:
+            torch.manual_seed(0)
+            _BUILT[name, one_kind] = builder().eval()
+            Accountant(_BUILT[name, one_kind], torch.zeros(1, *shape))
+        network = copy.deepcopy(_BUILT[name, one_kind])
         torch.manual_seed(seed)
-        network = builder().eval()
+        for p in network.parameters():
+            p.data = p.data.flatten()[torch.randperm(p.numel())].view_as(p)
         for m in network.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.running_mean.normal_(0, 0.3)
