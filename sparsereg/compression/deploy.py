@@ -6,11 +6,13 @@ import importlib.util
 import inspect
 import logging
 import operator
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +20,18 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression.batch_norm_folding import fuse, layer_of
 from sparsereg.compression.compact import compact
-from sparsereg.compression.running import quiet, tensors_in
+from sparsereg.compression.running import first_line, quiet, tensors_in
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.program import at_least_two
-from sparsereg.compression.verify import difference
+from sparsereg.compression.units.shapes import recurrent_in_one
+from sparsereg.compression.verify import apart, in_float64
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
+
+if TYPE_CHECKING:
+    import onnx
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """Largest difference between the file's answers and the network's, as a share of their spread."""
@@ -63,23 +71,36 @@ def export(model: nn.Module, example_input: Any, path: str | Path, *, round_to: 
     if path.suffix not in _WRITERS:
         raise ValueError(f"path must end with {' or '.join(_WRITERS)}, got {str(path)!r}")
     check_packages(path.suffix)
-    _, write, load = _WRITERS[path.suffix]
     device = flat_inputs(example_input)[0].device
     network = fuse(compact(model, example_input, round_to=round_to)).to(device)
     # A folder of its own, for a format of two files.
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / f"network{path.suffix}"
-        with quiet(_EXPORTERS, logging.ERROR):
-            write(network, example_input, made)
-            answer = load(made)
-        if answer is not None:
-            _check(network, answer, example_input, path)
+        _write(network, example_input, made, path.name)
         for beside in sorted(made.parent.iterdir()):  # .bin before .xml, which is nothing without it
             write_atomically(path.with_suffix(beside.suffix), functools.partial(shutil.copyfile, beside))
     return path
 
 
 Flat = tuple[Tensor, ...]
+
+
+def _write(network: nn.Module, example_input: Any, made: Path, name: str) -> None:
+    """Write a file that answers as a network does, for any length of sequences if it does so for those."""
+    _, write, load = _WRITERS[made.suffix]
+    for any_length in (True, False):
+        try:
+            with quiet(_EXPORTERS, logging.ERROR):
+                write(network, example_input, made, any_length)
+                file = load(made)
+            if file is not None:
+                _check(network, file, example_input, name)
+        except Exception as error:  # of all kinds, from three exporters
+            if not any_length:
+                raise
+            logger.info("%s takes sequences of one length only: %s", name, first_line(error))
+        else:
+            return
 
 
 def flat_inputs(example_input: Any) -> Flat:
@@ -170,34 +191,76 @@ def check_packages(suffix: str) -> None:
         )
 
 
-_EXPORTERS = ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")
+_EXPORTERS = ("torch.onnx", "onnxscript", "torch.export", "torch._export", "onnx_ir")
 """Loggers of those who write files."""
 
-Answer = Callable[[Any], tuple[Tensor, ...]]
-"""From an example input to what a file answers."""
+
+@dataclass(frozen=True)
+class File:
+    """A file that was loaded.
+
+    Attributes:
+        answer: from an example input to what the file answers.
+        shapes: of each input, with a name for each size that may differ from call to call.
+    """
+
+    answer: Callable[[Any], tuple[Tensor, ...]]
+    shapes: list[tuple[int | str, ...]]
 
 
-def write_onnx(network: nn.Module, example_input: Any, path: Path) -> None:
+def write_onnx(network: nn.Module, example_input: Any, path: Path, any_length: bool = True) -> None:
     """Write any network as an ONNX file with a dynamic batch dimension.
 
     Args:
         network: in eval mode, also one with gates.
         example_input: a batch as it takes it.
         path: of the file.
+        any_length: let the length of sequences be dynamic, too, where the network takes more than one.
     """
     check_packages(".onnx")
+    import onnx
+
     args, kwargs = torch.utils._pytree.tree_map(_two, inputs_of(example_input))
-    with quiet(_EXPORTERS, logging.ERROR), torch.inference_mode(False), torch.no_grad():
-        torch.onnx.export(
-            network,
-            args,
-            str(path),
-            kwargs=kwargs,
-            dynamo=True,
-            dynamic_shapes=_dynamic(network, args, kwargs),
-            external_data=False,
-            verbose=False,
-        )
+    with quiet(_EXPORTERS, logging.ERROR), torch.inference_mode(False), torch.no_grad(), recurrent_in_one():
+        try:
+            traced = _exported(network, args, kwargs, any_length)
+            made = torch.onnx.export(traced, dynamo=True, external_data=False, verbose=False)
+        except Exception:  # of all kinds: an exporter that knows no name for a size, a code that reads it
+            if not any_length:
+                raise
+            return write_onnx(network, example_input, path, any_length=False)
+        assert made is not None
+        onnx.save(_named(made.model_proto), path)
+
+
+def _exported(
+    network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], any_length: bool
+) -> torch.export.ExportedProgram:
+    return torch.export.export(
+        network, args, kwargs, dynamic_shapes=_dynamic(network, args, kwargs, any_length), strict=False
+    )
+
+
+def _named(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """Name the sizes that may differ: batch, length, length_2, ..., where tracing has numbered them."""
+    first = [size.dim_param for size in model.graph.input[0].type.tensor_type.shape.dim[:1]]
+    names = dict.fromkeys(first, "batch")
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param.isdecimal():
+                size.dim_value = int(size.dim_param)
+            elif size.dim_param:
+                size.dim_param = _SYMBOL.sub(functools.partial(_name, names), size.dim_param)
+    return model
+
+
+_SYMBOL = re.compile(r"\b[su]\d+\b")
+"""A size as tracing names it."""
+
+
+def _name(names: dict[str, str], found: re.Match[str]) -> str:
+    number = len(set(names.values()) - {"batch"})
+    return names.setdefault(found[0], f"length_{number + 1}" if number else "length")
 
 
 def _two(x: Any) -> Any:
@@ -205,22 +268,29 @@ def _two(x: Any) -> Any:
     return at_least_two(x).clone() if isinstance(x, Tensor) else x
 
 
-def _dynamic(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Say for each input that its first dimension is the batch, as torch.export wants to hear it."""
+def _dynamic(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], any_length: bool) -> Any:
+    """Say which sizes of each input may differ from call to call, as torch.export wants to hear it."""
     batch = torch.export.Dim("batch")
-    shapes = torch.utils._pytree.tree_map(lambda x: {0: batch} if isinstance(x, Tensor) else None, args)
+
+    def sizes(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return None
+        inner = range(1, x.dim()) if any_length and x.dim() < 4 else ()  # more dimensions are maps
+        return {0: batch, **{d: torch.export.Dim.AUTO for d in inner if x.shape[d] > 1}}
+
+    shapes = torch.utils._pytree.tree_map(sizes, args)
     if not kwargs:
         return shapes
-    named = {k: {0: batch} if isinstance(x, Tensor) else None for k, x in kwargs.items()}
+    named = {k: sizes(x) for k, x in kwargs.items()}
     return dict(zip(inspect.signature(network.forward).parameters, shapes, strict=False)) | named
 
 
-def _load_onnx(path: Path) -> Answer | None:
+def _load_onnx(path: Path) -> File | None:
     """Run the file with onnxruntime; nothing to check where that is not installed."""
     try:
         import onnxruntime
     except ImportError:
-        logging.getLogger(__name__).warning("onnxruntime is not installed, so the ONNX file was not checked")
+        logger.warning("onnxruntime is not installed, so the ONNX file was not checked")
         return None
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
@@ -230,19 +300,20 @@ def _load_onnx(path: Path) -> Answer | None:
         feed = {name: x.detach().cpu().numpy() for name, x in zip(names, flat, strict=True)}
         return tuple(torch.as_tensor(y) for y in session.run(None, feed))
 
-    return answer
+    return File(answer, [tuple(i.shape) for i in session.get_inputs()])
 
 
-def _write_openvino(network: nn.Module, example_input: Any, path: Path) -> None:
+def _write_openvino(network: nn.Module, example_input: Any, path: Path, any_length: bool) -> None:
+    """Write for sequences of the example's length, whatever else is asked for: others make OpenVINO slow."""
     import openvino
 
     onnx = path.with_suffix(".onnx")
-    write_onnx(network, example_input, onnx)
+    write_onnx(network, example_input, onnx, any_length=False)
     openvino.save_model(openvino.convert_model(str(onnx)), str(path), compress_to_fp16=False)
     onnx.unlink()
 
 
-def _load_openvino(path: Path) -> Answer:
+def _load_openvino(path: Path) -> File:
     import openvino
 
     # float32, whatever the processor would prefer: the file is compared, not timed.
@@ -252,28 +323,33 @@ def _load_openvino(path: Path) -> Answer:
         found = compiled([x.detach().cpu().numpy() for x in flat_inputs(example_input)])
         return tuple(torch.as_tensor(found[output].copy()) for output in compiled.outputs)
 
-    return answer
+    return File(answer, [])
 
 
-def _write_pt2(network: nn.Module, example_input: Any, path: Path) -> None:
+def _write_pt2(network: nn.Module, example_input: Any, path: Path, any_length: bool) -> None:
     args, kwargs = torch.utils._pytree.tree_map(at_least_two, inputs_of(example_input))
-    dynamic = _dynamic(network, args, kwargs)
-    torch.export.save(torch.export.export(network, args, kwargs, dynamic_shapes=dynamic), path)
+    with recurrent_in_one():
+        traced = _exported(network, args, kwargs, any_length)
+    torch.export.save(traced, path)
 
 
-def _load_pt2(path: Path) -> Answer:
-    module = torch.export.load(path).module()
+def _load_pt2(path: Path) -> File:
+    exported = torch.export.load(path)
+    module = exported.module()
 
     def answer(example_input: Any) -> tuple[Tensor, ...]:
         args, kwargs = inputs_of(example_input)
         return tensors_in(module(*args, **kwargs))
 
-    return answer
+    given = set(exported.graph_signature.user_inputs)
+    values = [n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder" and n.name in given]
+    sizes = [[d if isinstance(d, int) else str(d) for d in v.shape] for v in values if isinstance(v, Tensor)]
+    return File(answer, [tuple(s) for s in sizes])
 
 
 _WRITERS: dict[
     str,
-    tuple[tuple[str, ...], Callable[[nn.Module, Any, Path], None], Callable[[Path], Answer | None]],
+    tuple[tuple[str, ...], Callable[[nn.Module, Any, Path, bool], None], Callable[[Path], File | None]],
 ] = {
     ".onnx": (("onnx", "onnxscript"), write_onnx, _load_onnx),
     ".pt2": ((), _write_pt2, _load_pt2),
@@ -282,8 +358,17 @@ _WRITERS: dict[
 """Suffix to packages that are needed, writer and loader."""
 
 
-def _check(network: nn.Module, answer: Answer, example_input: Any, path: Path) -> None:
-    """Compare the file with the network for one example and for a batch of noise."""
+def _exact(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What a network answers in float64; nothing if it cannot go there."""
+    try:
+        return tensors_in(in_float64(network, args, kwargs))
+    except (RuntimeError, TypeError) as error:
+        logger.debug("%s does not run in float64: %s", type(network).__name__, error)
+        return ()
+
+
+def _check(network: nn.Module, file: File, example_input: Any, name: str) -> None:
+    """Compare the file with the network for one example, for a batch of noise and for shorter sequences."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(x: Any) -> Any:
@@ -294,14 +379,36 @@ def _check(network: nn.Module, answer: Answer, example_input: Any, path: Path) -
         return torch.randn(3, *x.shape[1:], generator=generator).to(x)
 
     one = torch.utils._pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) else x, example_input)
-    for batch in (one, torch.utils._pytree.tree_map(noise, example_input)):
+    many = torch.utils._pytree.tree_map(noise, example_input)
+    for batch in (one, many, *_shorter(network, file.shapes, many)):
         args, kwargs = inputs_of(batch)
         with torch.no_grad():
             wanted = tensors_in(network(*args, **kwargs))
-            found = answer(batch)
-        for a, b in zip(wanted, found, strict=True):
-            error = difference(a.cpu(), b.detach().cpu())
-            if not error <= TOLERANCE:
-                raise RuntimeError(
-                    f"{path.name} gives other answers: they differ by {error:.2g} of the output's spread"
-                )
+            found = tuple(y.detach().to(a.device) for a, y in zip(wanted, file.answer(batch), strict=True))
+            error = apart(wanted, found, TOLERANCE, functools.partial(_exact, network, args, kwargs))
+        if error:
+            raise RuntimeError(
+                f"{name} gives other answers: they differ by {error:.2g} of the output's spread"
+            )
+
+
+def _shorter(network: nn.Module, shapes: list[tuple[int | str, ...]], batch: Any) -> list[Any]:
+    """A batch of shorter sequences, if the file takes some and the network does, too."""
+    if not any(isinstance(size, str) for shape in shapes for size in shape[1:]):
+        return []
+    of = dict(zip(map(id, flat_inputs(batch)), shapes, strict=True))
+
+    def cut(x: Any) -> Any:
+        for d, size in enumerate(of.get(id(x), ())[1:], 1):
+            x = x.narrow(d, 0, x.shape[d] - x.shape[d] // 3) if isinstance(size, str) else x
+        return x
+
+    made = torch.utils._pytree.tree_map(cut, batch)
+    args, kwargs = inputs_of(made)
+    try:
+        with torch.no_grad():
+            network(*args, **kwargs)
+    except Exception as error:  # of all kinds, of the user's code
+        logger.debug("%s refuses shorter sequences: %s", type(network).__name__, error)
+        return []
+    return [made]

@@ -18,7 +18,7 @@ from sparsereg.compression import (
 )
 from sparsereg.compression import deploy as module
 from sparsereg.compression.timing.runtimes import Loaders
-from sparsereg.compression.verify import difference
+from sparsereg.compression.verify import apart, difference
 from sparsereg.errors import InputError
 from tests.compression.networks import NETWORKS, make, set_gates
 
@@ -115,7 +115,7 @@ def test_a_file_that_gives_other_answers_is_not_left_behind(tmp_path, monkeypatc
     monkeypatch.setattr(
         module,
         "_WRITERS",
-        {".pt2": ((), module._write_pt2, lambda path: lambda b: (torch.zeros(len(b), 10),))},
+        {".pt2": ((), module._write_pt2, lambda path: module.File(lambda b: (torch.zeros(len(b), 10),), []))},
     )
     with pytest.raises(RuntimeError, match=r"n\.pt2 gives other answers"):
         export(network, x, tmp_path / "n.pt2")
@@ -167,3 +167,71 @@ def test_openvino_is_two_files_that_go_together(tmp_path):
     loaded = Loaders(x, threads=1).load(path, "openvino")
     found = loaded.tensors(loaded.run(loaded.prepare(x)))
     assert difference(network(x).detach(), found[0]) < 1e-4
+
+
+class Tones(nn.Module):
+    """Sound of any length in four channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv1d(4, 6, 5, 2), nn.GRU(6, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.b(self.a(x).relu().transpose(1, 2))[0].mean(1))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_files_take_sequences_of_other_lengths(suffix, tmp_path):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    network, x = Tones().eval(), torch.randn(1, 4, 60)
+    file = module._WRITERS[suffix][2](export(network, x, tmp_path / f"n{suffix}"))
+    assert [isinstance(size, str) for size in file.shapes[0]] == [True, False, True]
+    if suffix == ".onnx":
+        assert file.shapes == [("batch", 4, "length")]
+    for shape in ((1, 4, 60), (3, 4, 101), (2, 4, 9)):
+        other = torch.randn(shape)
+        assert difference(network(other), file.answer(other)[0]) < 1e-4
+
+
+def test_a_file_for_one_length_is_written_where_others_get_other_answers(tmp_path, monkeypatch, caplog):
+    """As if an exporter had written the example's length into the file."""
+    network, x = Tones().eval(), torch.randn(1, 4, 60)
+    _, write, load = module._WRITERS[".pt2"]
+
+    def broken(network, example, path, any_length):
+        write(network, example, path, any_length)
+        path.with_name("any").write_text(str(any_length))
+
+    def loaded(path):
+        file = load(path)
+        wrong = path.with_name("any").read_text() == "True"
+        return module.File(
+            lambda b: tuple(y + (wrong and b.shape[2] < 60) for y in file.answer(b)), file.shapes
+        )
+
+    monkeypatch.setattr(module, "_WRITERS", {".pt2": ((), broken, loaded)})
+    with caplog.at_level("INFO", logger=module.logger.name):
+        path = export(network, x, tmp_path / "n.pt2")
+    assert "n.pt2 takes sequences of one length only" in caplog.text
+    assert load(path).shapes[0][1:] == (4, 60)
+
+
+def test_answers_that_hardly_spread_may_differ_by_their_rounding(tmp_path):
+    """Of an output of 1 and spread 1e-6 rounding is a tenth."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2))
+    with torch.no_grad():
+        network[2].weight.mul_(3e-6)
+        network[2].bias.fill_(1.0)
+    x = torch.randn(4, 5)
+    gated = gate(network, x, droprate_init=0.05).eval()
+    assert difference(gated(x), gated.double()(x.double())) > module.TOLERANCE
+    smaller = compact(gated.float(), x)
+    answer = torch.export.load(export(smaller, x, tmp_path / "n.pt2")).module()
+    assert (answer(x) - smaller(x)).abs().max() < 1e-6
+    one, exact = smaller(x), smaller.double()(x.double())
+    assert apart((one,), (one + 2e-7,), module.TOLERANCE, lambda: (exact,)) == 0
+    assert apart((one,), (one + 3e-6,), module.TOLERANCE, lambda: (exact,)) > module.TOLERANCE
+    assert apart((one,), (one + 2e-7,), module.TOLERANCE, tuple) > module.TOLERANCE

@@ -283,3 +283,48 @@ def test_segmentation_networks_are_gated_compacted_and_counted(name, tmp_path):
                 assert value.std() > 0
                 assert difference(value, found[key]) < 1e-4
                 assert torch.equal(found[key], read[key])
+
+
+class Reads(nn.Module):
+    """Sequences of numbers of words; what becomes of them depends on how many there are."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.words, self.hidden, self.head = nn.Embedding(20, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        if self.kind == "long ones are thinned" and x.shape[1] > 32:
+            x = x[:, ::2]
+        h = self.words(x)
+        if self.kind != "long ones are thinned":
+            if x.shape[1] % 4:
+                h = F.pad(h, (0, 0, 0, 4 - x.shape[1] % 4))
+            h = h.view(h.shape[0], h.shape[1] // 4, 4, 6).mean(2)
+        return self.head(F.relu(self.hidden(h)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "fits", "refused"),
+    [
+        ("long ones are thinned", 24, [2, 31, 32], [33, 40]),
+        ("in fours", 24, [4, 40], [23, 41]),
+        ("in fours, filled up", 23, [23], [24, 28]),
+    ],
+)
+def test_lengths_of_another_path_are_refused(kind, length, fits, refused, tmp_path):
+    """A network is followed along the path of its example, which others may leave."""
+    torch.manual_seed(0)
+    network = Reads(kind).eval()
+    gated = gate(network, torch.randint(0, 20, (2, length)), droprate_init=0.05).eval()
+    example = torch.randint(0, 20, (2, length))
+    smaller = compact(gated, example)
+    again = compact(smaller, example)
+    loaded = load_compacted(save_compacted(smaller, tmp_path / "c.pt"))
+    for small in (smaller, again, loaded):
+        for n in fits:
+            x = torch.randint(0, 20, (3, n))
+            assert difference(gated(x), small(x)) < 1e-5
+        for n in refused:
+            with pytest.raises(ValueError, match=rf"compacted for inputs of shape .*got \[3, {n}\]"):
+                small(torch.randint(0, 20, (3, n)))

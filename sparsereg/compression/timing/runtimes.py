@@ -46,7 +46,7 @@ class Loaders:
     def __init__(self, example_input: Any, threads: int) -> None:
         self.example_input = example_input
         self.threads = threads
-        self._onnx: dict[int, tuple[nn.Module, bytes]] = {}
+        self._onnx: dict[tuple[int, bool], tuple[nn.Module, bytes]] = {}
         self._compiled: tuple[nn.Module, Loaded] | None = None
 
     def load(self, source: Source, runtime: str) -> Loaded:
@@ -80,7 +80,8 @@ class Loaders:
 
     def forget(self, source: Source) -> None:
         """Give the memory of a network's file back."""
-        self._onnx.pop(id(source), None)
+        for any_length in (True, False):
+            self._onnx.pop((id(source), any_length), None)
 
     def run_onnx(self, content: bytes, runtime: str) -> Loaded:
         """Make the content of an ONNX file run in onnxruntime or OpenVINO."""
@@ -90,16 +91,17 @@ class Loaders:
             else _openvino_of(content, self.threads)
         )
 
-    def onnx(self, source: Source) -> bytes:
-        """Return the ONNX file of a network."""
+    def onnx(self, source: Source, any_length: bool) -> bytes:
+        """Return the ONNX file of a network, for sequences of any length or of the example's."""
         if isinstance(source, Path):
             return source.read_bytes()
-        if id(source) not in self._onnx:
+        key = id(source), any_length
+        if key not in self._onnx:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "network.onnx"
-                write_onnx(source, self.example_input, path)
-                self._onnx[id(source)] = source, path.read_bytes()
-        return self._onnx[id(source)][1]
+                write_onnx(source, self.example_input, path, any_length)
+                self._onnx[key] = source, path.read_bytes()
+        return self._onnx[key][1]
 
 
 def check_runtime(runtime: str) -> None:
@@ -204,7 +206,7 @@ def onnx_session(content: bytes, threads: int) -> Any:
 
 
 def _onnxruntime(loaders: Loaders, source: Source) -> Loaded:
-    return _onnxruntime_of(loaders.onnx(source), loaders.threads)
+    return _onnxruntime_of(loaders.onnx(source, any_length=True), loaders.threads)
 
 
 def _onnxruntime_of(content: bytes, threads: int) -> Loaded:
@@ -222,7 +224,7 @@ def _onnxruntime_of(content: bytes, threads: int) -> Loaded:
 
 def _openvino(loaders: Loaders, source: Source) -> Loaded:
     ir = isinstance(source, Path) and source.suffix == ".xml"
-    return _openvino_of(str(source) if ir else loaders.onnx(source), loaders.threads)
+    return _openvino_of(str(source) if ir else loaders.onnx(source, any_length=False), loaders.threads)
 
 
 def _openvino_of(model_or_path: bytes | str, threads: int) -> Loaded:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.sizes import ANY, of_size
+from sparsereg.compression.sizes import of_size
 from sparsereg.compression.units.cut import Cut
+from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.program import Call, Ready, Scaled, Selected, bound, module_of, op_name
 from sparsereg.compression.units.rules.recurrent import BLOCKS, KINDS, Pass, passes, starts_at_zero
 from sparsereg.compression.vocabulary import reserved
@@ -37,10 +38,10 @@ class Emitter:
     Args:
         cut: what is left.
         model: the network, for settings that only its modules know.
-        fixed: for each input, by position, the sizes that it must have; ``ANY`` where it may differ.
+        fixed: for each input, by position, the sizes that it may have.
     """
 
-    def __init__(self, cut: Cut, model: nn.Module, fixed: Mapping[int, list[int]] | None = None) -> None:
+    def __init__(self, cut: Cut, model: nn.Module, fixed: Mapping[int, Sizes] | None = None) -> None:
         self.cut = cut
         self.program = cut.program
         self.model = model
@@ -80,8 +81,8 @@ class Emitter:
                 self.made[node] = self.graph.placeholder(node.name, default_value=value)
         for position, sizes in self.fixed.items():
             node = self.program.inputs[position]
-            if any(size != ANY for size in sizes):
-                self.made[node] = self.graph.call_function(of_size, (self.made[node], list(sizes)))
+            if sizes.arguments:
+                self.made[node] = self.graph.call_function(of_size, (self.made[node], *sizes.arguments))
         for node in self.program.inputs:
             self.made[node] = self._entered(node, self.made[node])
 

@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from sparsereg.compression.sizes import ANY
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.emit import Emitter
 from sparsereg.compression.units.flow import COMPUTED, CONSTANT, DEAD, Flow
 from sparsereg.compression.units.labels import FIRST, Labels
+from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.program import Call, Ready, bound, module_of, name_of, op_name
 from sparsereg.compression.units.rules.moves import COPIES
 from sparsereg.compression.units.rules.recurrent import BLOCKS, starts_at_zero
@@ -384,28 +384,31 @@ class Folder(Emitter):
             return self._value(leaf)
         return self._exact(leaf) if leaf in self.flow.follower.axes.of else self._value(leaf)
 
-    def _fixed(self) -> dict[int, list[int]]:
-        """The sizes that inputs must have, by the input's position."""
+    def _fixed(self) -> dict[int, Sizes]:
+        """The sizes that inputs may have, by the input's position."""
         counted = self._counted_symbols()
         found = {}
         for position, node in enumerate(self.program.inputs):
             value = self.program.values[node]
             if not isinstance(value, Tensor) or value.dim() < 2:
                 continue
-            sizes = [
-                _size(s, counted, int(n)) for s, n in zip(node.meta["val"].shape, value.shape, strict=True)
+            shape = [
+                own if not isinstance(s, int) and s.node.expr in counted else s
+                for s, own in zip(node.meta["val"].shape, value.shape, strict=True)
             ]
-            sizes[0] = ANY
+            sizes = Sizes.of(shape, value.shape)
+            sizes.free(0)
             chosen = {
                 axis
                 for (source, axis) in ((s.sources[0], s.axis) for s in self.flow.steps if self._chooses(s))
                 if source is node
             }
-            free = [axis for axis in range(1, len(sizes)) if sizes[axis] < 0]
             tokens = value.dim() == 2 and not value.is_floating_point()
-            if free or (value.dim() == 2 and not tokens):
-                first = 2 if value.dim() > 3 else value.dim()
-                sizes = [s if i >= first or i in chosen or s < ANY else ANY for i, s in enumerate(sizes)]
+            first = 2 if value.dim() > 3 else value.dim()
+            if any(s < 0 for s in sizes.sizes[1:]) or (value.dim() == 2 and not tokens):
+                for axis in set(range(1, first)) - chosen:
+                    if sizes.sizes[axis] > 0:
+                        sizes.free(axis)
             found[position] = sizes
         return found
 
@@ -423,9 +426,12 @@ class Folder(Emitter):
         )
 
     def _counted_symbols(self) -> set[Any]:
-        """Sizes of inputs on which the number of units of some tensor depends."""
+        """Sizes of inputs on which the number of units of some tensor, of which some leave, depends."""
         found: set[Any] = set()
+        kept = self.channels.kept
         for step in self.flow.steps:
+            if kept[step.out].all() and all(kept[units].all() for units in step.ins):
+                continue
             for node in (step.node, *step.sources):
                 value: Any = node.meta.get("val")
                 along = step.axis >= 0 and isinstance(value, Tensor) and step.axis < value.dim()
@@ -447,20 +453,6 @@ class _Weights(dict[fx.Node, Tensor]):
         own = fold.dtype if fold.dtype is not None and like.is_floating_point() else like.dtype
         self[node] = value.to(like.device, own)
         return self[node]
-
-
-def _size(size: Any, counted: set[Any], example: int) -> int:
-    """The size that an input must have; of one that may differ the least that it can be, negative."""
-    if isinstance(size, int):
-        return size
-    expr = size.node.expr
-    if not expr.is_Symbol or expr in counted:
-        return example
-    bounds = size.node.shape_env.var_to_range[expr]
-    if bounds.upper.is_Integer:
-        return example
-    low = int(bounds.lower)
-    return ANY if low <= 2 else -low
 
 
 _PUBLIC: dict[str, Any] = {

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.running import evaluating, quiet
+from sparsereg.compression.units.shapes import recurrent_in_one
 from sparsereg.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -402,6 +403,7 @@ def _in_silence() -> Iterator[None]:
 
 
 @_in_silence()
+@recurrent_in_one()
 def _export(
     model: nn.Module, args: Any, kwargs: Any, maps: bool | None = False
 ) -> tuple[torch.export.ExportedProgram, Any, Any]:

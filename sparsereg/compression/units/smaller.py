@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.sizes import ANY, of_size
+from sparsereg.compression.sizes import of_size
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.emit import Emitter
 from sparsereg.compression.units.gating import take_gates_off
+from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.lines import Bools
 from sparsereg.compression.units.program import exported_graph
 from sparsereg.compression.units.structure import Structure, plain_module
@@ -72,8 +73,8 @@ def rounded(structure: Structure, stays: Bools, multiple: int) -> Bools:
 
 def fixed_sizes(
     model: nn.Module, structure: Structure, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[int, list[int]]:
-    """The sizes that the inputs of the smaller network must have, by the input's position."""
+) -> dict[int, Sizes]:
+    """The sizes that the inputs of the smaller network may have, by the input's position."""
     program = structure.analysis.program
     known = _known_sizes(model)
     if known is not None:
@@ -84,24 +85,25 @@ def fixed_sizes(
         value = program.values[node]
         if not isinstance(value, Tensor) or not value.dim():
             continue
-        sizes = [s if isinstance(s, int) else ANY for s in node.meta["val"].shape]
+        sizes = Sizes.of(node.meta["val"].shape, value.shape)
+        sizes.free(0)
         tokens = value.dim() == 2 and not value.is_floating_point()
         for axis in range(1, value.dim()):
             sequence = axis == 1 and (tokens or value.dim() == 3)
             place = value.dim() > 3 and axis > 1
             if not (sequence or place) or (place and free):
-                sizes[axis] = ANY
+                sizes.free(axis)
         found[position] = sizes
     return found
 
 
-def _known_sizes(model: nn.Module) -> dict[int, list[int]] | None:
+def _known_sizes(model: nn.Module) -> dict[int, Sizes] | None:
     """The sizes that a network says itself, which has been compacted before; None of any other."""
     if not isinstance(model, fx.GraphModule) or "unread_inputs" not in model.meta:
         return None
     inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
-    said = {n.args[0]: n.args[1] for n in model.graph.nodes if n.target is of_size}
-    return {place: list(said[node]) for place, node in enumerate(inputs) if node in said}
+    said = {n.args[0]: Sizes.said(*n.args[1:]) for n in model.graph.nodes if n.target is of_size}
+    return {place: said[node] for place, node in enumerate(inputs) if node in said}
 
 
 def _free_positions(

@@ -21,6 +21,7 @@ from sparsereg.compression.units.gating import (
     ungate_,
 )
 from sparsereg.compression.units.labels import Ints
+from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.lines import Bools
 from sparsereg.compression.units.made import gate_names, with_made_weights
 from sparsereg.compression.units.program import Program, module_of, trace
@@ -205,8 +206,8 @@ class Structure:
         self.analysis = analysis
         self.gates = dict(gates)
         self.traced = traced
-        self.fixed: dict[int, list[int]] | None = None
-        """Sizes that the inputs of smaller networks must have, by position; None until somebody asks."""
+        self.fixed: dict[int, Sizes] | None = None
+        """Sizes that the inputs of smaller networks may have, by position; None until somebody asks."""
         self.paths = list(dict.fromkeys(path for path, _ in self.gates.values()))
         by_gate: dict[str, list[tuple[int, int]]] = {path: [] for path in self.paths}
         for i, choice in enumerate(analysis.costs.choices):

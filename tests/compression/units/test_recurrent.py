@@ -244,3 +244,22 @@ def test_inputs_are_explained_and_gated_when_they_are_asked_for():
     assert not any("inputs" in name for name in hard_concretes(gate(Scaled().eval(), x, families=None)))
     with pytest.raises(ValueError, match="nothing of inputs that can go"):
         gate(Added().eval(), x, families="inputs")
+
+
+def test_recurrent_layers_are_traced_without_their_steps(monkeypatch):
+    """In one operation, over any number of steps; what PyTorch does otherwise is back afterwards."""
+    kernels = {op: dict(op.py_kernels) for op in (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)}
+    monkeypatch.setattr("torch._decomp.decompositions.one_layer_lstm", None)
+    monkeypatch.setattr("torch._decomp.decompositions.gru_cell", None)
+    network, x = Tagger().eval(), torch.randn(2, 40, 5)
+    gated = gate(network, x, droprate_init=0.05).eval()
+    gates = hard_concretes(gated)
+    with torch.no_grad():
+        for hc in gates.values():
+            hc.log_alpha.copy_(torch.where(torch.arange(hc.log_alpha.numel()) % 2 == 0, 10.0, -10.0))
+    smaller = compact(gated, x)
+    for steps in (40, 7):
+        other = torch.randn(3, steps, 5)
+        for a, b in zip(gated(other), smaller(other), strict=True):
+            assert difference(a, b) < 1e-5
+    assert all(dict(op.py_kernels) == before for op, before in kernels.items())
