@@ -126,7 +126,7 @@ class Sites:
             weight, turned = matrix
             self.axis.setdefault(weight, 0 if turned else 1)
             return []
-        if name in MAKERS:
+        if name in MAKERS and node not in self.labeller.through:
             out = 1 if "transpose" in name else _OUT_AXIS.get(name, 0)
             made = [scaled(bound(node).get(key), out) for key in MAKERS[name]]
             found = [w for w in made if w in self.program.weights]
@@ -196,6 +196,9 @@ class Sites:
         labels = self.labeller.axes.of.get(source)
         dims = averages(node)
         if not isinstance(labels, Tensor) or not set(dims) & varying(labels):
+            return
+        roots = self._roots(source)
+        if roots is None or not set(dims) & varying(roots):  # all of it goes, or nothing
             return
         if name_of(node) == "group_norm" and int(bound(node)["num_groups"]) > 1:
             return

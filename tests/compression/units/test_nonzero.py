@@ -571,3 +571,44 @@ class HeadsInTheBatch(nn.Module):
 
 def test_heads_in_the_batch_lose_the_same_places():
     assert exact(HeadsInTheBatch(), x(3, 6, 5)) == [4, 4, 8]
+
+
+class NormedHeads(nn.Module):
+    """Attention that norms queries, keys and answers head by head, behind a token that is put in front."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+        self.token = nn.Parameter(torch.randn(1, 1, 12))
+        self.front = nn.LayerNorm(12)
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
+        self.scale = nn.Parameter(torch.rand(4) + 0.5)
+        self.leave = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), torch.tanh(x)], 1)
+        y = self.front(x)
+        q, k, v = (p(y).view(*x.shape[:2], 3, 4).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k = self.norm(q, (4,), self.scale), self.norm(k, (4,))
+        y = F.rms_norm(F.scaled_dot_product_attention(q, k, v), (4,), self.scale)
+        return self.leave(self.o(y.transpose(1, 2).reshape(x.shape)))
+
+
+@pytest.mark.parametrize("norm", [F.rms_norm, F.layer_norm])
+def test_heads_go_whose_queries_and_keys_are_normed(norm):
+    assert exact(NormedHeads(norm), x(2, 5, 12)) == [3, 12]
+
+
+class MapsOfTheirOwn(nn.Module):
+    """Channels that are normed over their maps, each by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.out(F.layer_norm(self.into(x), x.shape[-2:]).relu())
+
+
+def test_channels_go_that_are_normed_over_their_maps():
+    assert exact(MapsOfTheirOwn(), x(2, 3, 6, 6)) == [8]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.units.labels import Labels
+from sparsereg.compression.units.labels import FIRST, Labels
 from sparsereg.compression.units.program import Call, name_of
 from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
 
@@ -43,10 +43,12 @@ def _layer_norm_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
 
 @rule("layer_norm", "rms_norm", "native_layer_norm", call=_layer_norm_call)
 def layer_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
-    """Over the last axes; the means are over the units that stay."""
+    """Over the last axes; the means are over the units that stay. Of heads, each by itself and whole."""
     labels = x.labels(a["input"])
     rank = len(a["normalized_shape"])
     axes = tuple(range(labels.dim() - rank, labels.dim()))
+    if _own_lines(x, labels, rank):
+        return _line_by_line(x, node, a, labels)
     units = x.axes.reduce(labels, axes, name_of(node), node)
     for name in ("weight", "bias"):
         if isinstance(a.get(name), fx.Node):
@@ -57,6 +59,28 @@ def layer_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     x.axes.averaged.append(np.ravel(units))
     x.dead[node] = Dead.ZERO if isinstance(a.get("weight"), fx.Node) else Dead.ANYTHING
     return torch.from_numpy(units).int().expand(labels.shape)
+
+
+def _own_lines(x: Labeller, labels: Labels, rank: int) -> bool:
+    """Whether lines along the last axes have units of their own, of one weight, as the vectors of heads."""
+    if not labels.numel():
+        return False
+    for _ in range(rank):
+        labels = labels.select(-1, 0)
+    first = np.unique(labels.numpy())
+    starts = np.sort([start for start, _, _ in x.axes.owner])
+    makers = np.searchsorted(starts, first[first >= FIRST], side="right")
+    return len(np.unique(makers)) < len(makers)
+
+
+def _line_by_line(x: Labeller, node: fx.Node, a: dict[str, Any], labels: Labels) -> Labels:
+    """Of each line all goes, or nothing."""
+    others = tuple(range(labels.dim() - len(a["normalized_shape"])))
+    x.axes.reduce(labels, others, name_of(node), node)
+    x.through[node] = (a["input"],)  # no weight here can shut one line
+    if isinstance(a.get("bias"), fx.Node):
+        x.dead[node] = max(x.dead[node], Dead.CONSTANT)
+    return labels
 
 
 def _group_norm_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
