@@ -14,6 +14,7 @@ the largest difference of weights.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -147,6 +148,7 @@ def main() -> None:
         f" {one:.2f} s processor, {time.perf_counter() - wall:.2f} s on the clock, {steps} steps",
         flush=True,
     )
+    os.environ["OMP_NUM_THREADS"] = "1"  # of BLAS in the processes, as torchrun sets it
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (args.processes, task, folder), nprocs=args.processes)
         parts = [np.load(Path(folder) / f"{rank}.npz") for rank in range(args.processes)]
