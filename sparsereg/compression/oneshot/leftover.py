@@ -28,6 +28,8 @@ from sparsereg.compression.walk import Route
 
 RIDGE = 1e-3
 """Added to the covariance, as a share of the mean variance of an input."""
+_ROUNDING = 1e-12
+"""Share of the mean square of an input below which a variance is none."""
 LARGEST = 2**28
 """Numbers in the covariances of all layers together, up to which this is done: 2 GiB."""
 ROWS = 8192
@@ -99,7 +101,10 @@ class _Table:
         gram = sums.gram[0]
         mean = gram[:-1, -1:]
         covariance = (gram[:-1, :-1] - mean @ mean.T / gram[-1, -1]) / gram[-1, -1]
-        size = covariance.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+        # Inputs that do not vary, those of one example say, leave rounding alone.
+        square = gram.diagonal()[:-1].mean() / gram[-1, -1]
+        least = _ROUNDING * square + torch.finfo(gram.dtype).tiny / RIDGE
+        size = covariance.diagonal().mean().clamp(min=least)
         covariance.diagonal().add_(RIDGE * size)
         self.inverse = torch.linalg.inv(covariance)
         self.weights = weights.clone()
