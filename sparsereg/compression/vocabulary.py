@@ -97,14 +97,14 @@ FUNCTIONS: dict[str, Callable[..., Any]] = _known_functions()
 """Functions that a file may name."""
 KEYWORDS = frozenset(
     """
-    input other tensors tensor dim dims dim0 dim1 start_dim end_dim keepdim dtype index shape sizes size
+    input other tensors tensor dim dims dim0 dim1 start_dim end_dim keepdim dtype index shape sizes most size
     scale_factor mode align_corners recompute_scale_factor antialias kernel_size stride padding dilation
     groups ceil_mode return_indices count_include_pad divisor_override output_size negative_slope alpha beta
     threshold approximate value eps weight bias normalized_shape num_groups momentum running_mean running_var
     p correction training inplace min max min_val max_val pad chunks split_size split_size_or_sections shifts
     upscale_factor query key attn_mask dropout_p is_causal scale enable_gqa key_padding_mask need_weights
     average_attn_weights device exponent rounding_mode _stacklevel mat2 input1 input2 hx h_0 c_0
-    unflattened_size
+    unflattened_size step
     """.split()  # noqa: SIM905
 )
 """Names of arguments that a file may use."""

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,9 @@ from sparsereg.sweep import SweepReport
 from .conftest import ROOT
 
 
-def test_a_sweep_with_a_failed_job_and_its_repetition(run, tiny, tmp_path):
-    sweep = ["-m", *tiny, "trainer.max_epochs=1", "lambda_l0=0.5,-1,2"]
+def test_a_sweep_with_a_failed_job_and_its_repetition(run, tiny, images, tmp_path):
+    own = shutil.copy(images, tmp_path / "images.npz")
+    sweep = ["-m", *tiny, f"data.path={own}", "trainer.max_epochs=1", "lambda_l0=0.5,-1,2"]
     first = run("train", *sweep)
     assert first.code == 2, first.err
     said = "lambda_l0=-1: expected a number >= 0 or null"
