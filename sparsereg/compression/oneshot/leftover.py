@@ -2,12 +2,10 @@
 
 Without the unit, every layer that reads it is fitted anew to what it gave; what that leaves over is known in
 closed form from the inverse of the covariance of its inputs, which is brought up to date as units go. So
-of units that say the same, one stays. What is left over counts by what it does to the network's answers: by
-the mean square of their derivative by each output of the layer.
+of units that say the same, one stays.
 
-Sources: B. Hassibi, D. Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1992;
-J. Martens, R. Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", 2015, for
-the curvature as a product of what a layer reads and what depends on it; here for whole units, without labels.
+Source: B. Hassibi, D. Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1992;
+here for whole units, and for the answers of layers in place of the loss.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.compact import compact
-from sparsereg.compression.oneshot.importance import random_sum
 from sparsereg.compression.oneshot.least_squares import Sums
 from sparsereg.compression.oneshot.readers import Reader, readers
 from sparsereg.compression.units.structure import Structure
@@ -37,12 +34,7 @@ ROWS = 8192
 
 
 def leftover(
-    network: nn.Module,
-    structure: Structure,
-    example: Any,
-    batches: Sequence[Any],
-    some: Sequence[Any],
-    slopes: dict[str, Tensor],
+    network: nn.Module, structure: Structure, example: Any, batches: Sequence[Any], slopes: dict[str, Tensor]
 ) -> dict[str, Tensor] | None:
     """Return when each unit goes: the place in the order, NaN for units that no layer sums over.
 
@@ -50,14 +42,13 @@ def leftover(
         network: with all gates of ``structure`` open, in eval mode.
         structure: of it.
         example: see ``compact``.
-        batches: of inputs, by which layers are fitted.
-        some: those in which the network's answers are derived.
+        batches: of inputs.
         slopes: what each gate's unit costs, by the path of the gates.
 
     Returns:
         By the path of the gates, float64; None if the layers are too wide for this.
     """
-    tables = _tables(network, structure, example, batches, some)
+    tables = _tables(network, structure, example, batches)
     if tables is None:
         return None
     starts, total = {}, 0
@@ -93,21 +84,21 @@ class _Table:
 
     Args:
         sums: over the inputs and the constant 1, of one group.
-        weights: (inputs, outputs), float64, each output in units in which it moves the network's answers.
+        weights: of each layer, (inputs, outputs), float64.
         columns: for each gate the inputs that go with it.
     """
 
-    def __init__(self, sums: Sums, weights: Tensor, columns: dict[Any, list[int]]) -> None:
+    def __init__(self, sums: Sums, weights: Sequence[Tensor], columns: dict[Any, list[int]]) -> None:
         gram = sums.gram[0]
         mean = gram[:-1, -1:]
-        covariance = (gram[:-1, :-1] - mean @ mean.T / gram[-1, -1]) / gram[-1, -1]
+        covariance = gram[:-1, :-1] - mean @ mean.T / gram[-1, -1]
         # Inputs that do not vary, those of one example say, leave rounding alone.
-        square = gram.diagonal()[:-1].mean() / gram[-1, -1]
-        least = _ROUNDING * square + torch.finfo(gram.dtype).tiny / RIDGE
+        least = _ROUNDING * gram.diagonal()[:-1].mean() + torch.finfo(gram.dtype).tiny / RIDGE
         size = covariance.diagonal().mean().clamp(min=least)
+        totals = [(w * (covariance @ w)).sum().clamp(min=1e-30) for w in weights]
+        self.weights = torch.cat([w / total.sqrt() for w, total in zip(weights, totals, strict=True)], 1)
         covariance.diagonal().add_(RIDGE * size)
         self.inverse = torch.linalg.inv(covariance)
-        self.weights = weights.clone()
         self.gates = list(columns)
         self.columns = [torch.tensor(c, device=gram.device) for c in columns.values()]
         by_size: dict[int, list[int]] = {}
@@ -118,7 +109,7 @@ class _Table:
         ]
 
     def scores(self) -> list[float]:
-        """What each group's going would leave over of the layers' answers, in squares of what it changes."""
+        """What each group's going would leave over, as shares of the variance of the layers' answers."""
         found = [0.0] * len(self.columns)
         for groups, index in self.stacks:
             inside = self.inverse[index[:, :, None], index[:, None, :]]
@@ -142,7 +133,7 @@ class _Table:
 
 
 def _tables(
-    network: nn.Module, structure: Structure, example: Any, batches: Sequence[Any], some: Sequence[Any]
+    network: nn.Module, structure: Structure, example: Any, batches: Sequence[Any]
 ) -> list[_Table] | None:
     """A table for each tensor that layers sum over, whose units can go; None if these are too wide."""
     small = compact(network, example, check=False)
@@ -158,15 +149,11 @@ def _tables(
             if own:
                 found.setdefault(reader.reads, []).append(reader)
                 columns.setdefault(reader.reads, own)
-    matrices = {
-        r: r.matrix(small.get_parameter(r.weight))[0] for together in found.values() for r in together
-    }
-    if sum(len(matrices[together[0]]) ** 2 for together in found.values()) > LARGEST:
+    matrices = [[r.matrix(small.get_parameter(r.weight))[0] for r in together] for together in found.values()]
+    if sum(len(own[0]) ** 2 for own in matrices) > LARGEST:
         return None
-    senses = _senses(small, list(matrices), some)
-    weights = [torch.cat([matrices[r] * senses[r] for r in together], 1) for together in found.values()]
     sums = _sums(small, [together[0] for together in found.values()], batches)
-    return [_Table(*own) for own in zip(sums, weights, columns.values(), strict=True)]
+    return [_Table(*own) for own in zip(sums, matrices, columns.values(), strict=True)]
 
 
 def _columns(structure: Structure, node: fx.Node, reader: Reader, weight: Tensor) -> dict[Any, list[int]]:
@@ -197,45 +184,3 @@ def _sums(small: fx.GraphModule, found: Sequence[Reader], batches: Sequence[Any]
                 sums.append(Sums.none(1, x.shape[2], 1, x.device))
             sums[i].add_(x, y[:, :, :1] * 0)
     return sums
-
-
-def _senses(small: fx.GraphModule, found: Sequence[Reader], batches: Sequence[Any]) -> dict[Reader, Tensor]:
-    """How much each output of layers moves the answers; (outputs,), float64.
-
-    The root of the sum, over batches and places, of the squared derivative of random sums of all answers, as
-    ``importance.gradient`` takes them.
-    """
-    route, generator = Route(small), torch.Generator().manual_seed(0)
-    run = _Keeping(small, {reader.node for reader in found})
-    total: dict[Reader, Any] = dict.fromkeys(found, 0.0)
-    for batch in batches:
-        with torch.enable_grad():
-            answers = torch.utils._pytree.tree_leaves(run.run(*route.arguments(batch)))
-            sums = [random_sum(a, generator) for a in answers if isinstance(a, Tensor) and a.requires_grad]
-            outputs = [run.kept[reader.node] for reader in found]
-            slopes = torch.autograd.grad(
-                torch.stack(sums).sum(), outputs, materialize_grads=True, allow_unused=True
-            )
-        for reader, slope in zip(found, slopes, strict=True):
-            squares = slope.double().square().movedim(-1 if reader.layer is None else 1, -1)
-            own = squares.flatten(0, -2).sum(0)
-            total[reader] = total[reader] + own
-    return {reader: torch.as_tensor(t).sqrt() for reader, t in total.items()}
-
-
-class _Keeping(fx.Interpreter):
-    """Runs a network and keeps the results of some operations, which have derivatives."""
-
-    def __init__(self, module: fx.GraphModule, wanted: set[fx.Node]) -> None:
-        super().__init__(module)
-        self.wanted = wanted
-        self.kept: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """As it is."""
-        result = super().run_node(n)
-        if n in self.wanted:
-            if not result.requires_grad:
-                result = result.detach().requires_grad_()
-            self.kept[n] = result
-        return result

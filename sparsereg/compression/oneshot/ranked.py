@@ -148,9 +148,7 @@ class Ranked:
         macs = self.cost == "macs"
         expected = self._accountant.expected_macs() if macs else self._accountant.expected_parameters()
         slopes = list(torch.autograd.grad(expected, [g.log_alpha for g in gates], retain_graph=False))
-        left = None
-        if importance == LEFTOVER:
-            left = _leftover(network, self.example, self.batches, self._few, slopes)
+        left = _leftover(network, self.example, self.batches, slopes) if importance == LEFTOVER else None
         if left is None or bool(left.isnan().any()):
             by_worth = "gradient" if importance == LEFTOVER else importance
             worth = IMPORTANCE[by_worth](network, gates, self._few, generator)
@@ -171,7 +169,7 @@ def opened_(network: nn.Module) -> nn.Module:
 
 
 def _leftover(
-    network: nn.Module, example: Any, batches: Sequence[Any], some: Sequence[Any], slopes: list[Tensor]
+    network: nn.Module, example: Any, batches: Sequence[Any], slopes: list[Tensor]
 ) -> Tensor | None:
     """The order in which a repair misses units least; NaN for those that no layer sums over.
 
@@ -179,14 +177,12 @@ def _leftover(
         network: with all gates open.
         example: see ``compact``.
         batches: of inputs.
-        some: of these.
         slopes: what each gate's unit costs.
     """
     structure = structure_of(network, *inputs_of(example))
     if structure is None:
         return None
-    costs = dict(zip(structure.paths, slopes, strict=True))
-    found = leftover(network, structure, example, batches, some, costs)
+    found = leftover(network, structure, example, batches, dict(zip(structure.paths, slopes, strict=True)))
     if found is None:
         log.info("layers too wide to say what a repair would leave over: units are ranked by gradient")
         return None
