@@ -23,7 +23,7 @@ from sparsereg.compression.compact import compact
 from sparsereg.compression.running import first_line, quiet, tensors_in
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.program import at_least_two
-from sparsereg.compression.units.shapes import recurrent_in_one
+from sparsereg.compression.units.recurrent_shapes import recurrent_in_one
 from sparsereg.compression.verify import apart, in_float64
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
@@ -82,9 +82,6 @@ def export(model: nn.Module, example_input: Any, path: str | Path, *, round_to: 
     return path
 
 
-Flat = tuple[Tensor, ...]
-
-
 def _write(network: nn.Module, example_input: Any, made: Path, name: str) -> None:
     """Write a file that answers as a network does, for any length of sequences if it does so for those."""
     _, write, load = _WRITERS[made.suffix]
@@ -101,6 +98,9 @@ def _write(network: nn.Module, example_input: Any, made: Path, name: str) -> Non
             logger.info("%s takes sequences of one length only: %s", name, first_line(error))
         else:
             return
+
+
+Flat = tuple[Tensor, ...]
 
 
 def flat_inputs(example_input: Any) -> Flat:
@@ -209,13 +209,16 @@ class File:
 
 
 def write_onnx(network: nn.Module, example_input: Any, path: Path, any_length: bool = True) -> None:
-    """Write any network as an ONNX file with a dynamic batch dimension.
+    """Write any network as an ONNX file for any batch size, which is not compared with the network.
 
     Args:
         network: in eval mode, also one with gates.
         example_input: a batch as it takes it.
         path: of the file.
-        any_length: let the length of sequences be dynamic, too, where the network takes more than one.
+        any_length: for any length of sequences, too, if it can be exported so; else for the example's.
+
+    Raises:
+        InputError: a package is missing.
     """
     check_packages(".onnx")
     import onnx

@@ -82,12 +82,12 @@ def _precision(model: nn.Module) -> torch.dtype:
 def in_float64(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a network answers in float64; it and the inputs stay as they are."""
     given, named = doubled((args, dict(kwargs)))
-    with _in_float64(model):
+    with _with_float64_weights(model):
         return model(*given, **named)
 
 
 @contextmanager
-def _in_float64(model: nn.Module) -> Iterator[None]:
+def _with_float64_weights(model: nn.Module) -> Iterator[None]:
     """Give a network float64 weights for a while; afterwards it has the very tensors that it had."""
     weights = [(p, p.data) for p in model.parameters() if p.is_floating_point()]
     buffers = [

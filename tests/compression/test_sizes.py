@@ -296,8 +296,10 @@ class Reads(nn.Module):
     def forward(self, x):
         if self.kind == "long ones are thinned" and x.shape[1] > 32:
             x = x[:, ::2]
+        if self.kind == "odd ones lose their last" and x.shape[1] % 2 != 0:
+            x = x[:, :-1]
         h = self.words(x)
-        if self.kind != "long ones are thinned":
+        if self.kind.startswith("in fours"):
             if x.shape[1] % 4:
                 h = F.pad(h, (0, 0, 0, 4 - x.shape[1] % 4))
             h = h.view(h.shape[0], h.shape[1] // 4, 4, 6).mean(2)
@@ -310,6 +312,7 @@ class Reads(nn.Module):
         ("long ones are thinned", 24, [2, 31, 32], [33, 40]),
         ("in fours", 24, [4, 40], [23, 41]),
         ("in fours, filled up", 23, [23], [24, 28]),
+        ("odd ones lose their last", 23, [5, 23], [24, 4]),
     ],
 )
 def test_lengths_of_another_path_are_refused(kind, length, fits, refused, tmp_path):

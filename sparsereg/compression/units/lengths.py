@@ -6,7 +6,7 @@ one that does not fill its windows is padded), it holds for the sizes that take 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ class Sizes:
         step: what it must be a multiple of; negative: must not be; 0 where it may be any.
     """
 
-    sizes: list[int] = field(default_factory=list)
-    most: list[int] = field(default_factory=list)
-    step: list[int] = field(default_factory=list)
+    sizes: list[int]
+    most: list[int]
+    step: list[int]
 
     @classmethod
     def of(cls, shape: Sequence[int | torch.SymInt], example: Sequence[int]) -> "Sizes":
@@ -36,10 +36,8 @@ class Sizes:
             shape: as it was traced.
             example: the sizes of the example, which are meant where no rule says others.
         """
-        made = cls()
-        for size, own in zip(shape, example, strict=True):
-            made.append(*_limits(size, own))
-        return made
+        limits = [_limits(size, own) for size, own in zip(shape, example, strict=True)]
+        return cls(*(list(part) for part in zip(*limits, strict=True)))
 
     @classmethod
     def said(
@@ -48,12 +46,6 @@ class Sizes:
         """As ``arguments`` has it."""
         none = [0] * len(sizes)
         return cls(list(sizes), list(most or none), list(step or none))
-
-    def append(self, size: int, most: int = 0, step: int = 0) -> None:
-        """Add a dimension."""
-        self.sizes.append(size)
-        self.most.append(most)
-        self.step.append(step)
 
     def free(self, axis: int) -> None:
         """Let a dimension have any size."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.running import evaluating, quiet
-from sparsereg.compression.units.shapes import recurrent_in_one
+from sparsereg.compression.units.recurrent_shapes import recurrent_in_one
 from sparsereg.errors import InputError
 
 logger = logging.getLogger(__name__)
