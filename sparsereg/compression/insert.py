@@ -126,12 +126,14 @@ def _gates(analysis: Analysis, vectors: list[Vector], factory: GateFactory, shap
     """The gate of each tensor of choices, by its identity; layers that are alike share one if asked to."""
     made: dict[Any, L0Gate] = {}
     found = {}
+    # A factor of float32 in a network of float64 would be another one than what is folded into it.
+    precise = any(weight.dtype is torch.float64 for weight in analysis.program.weights.values())
     for vector in vectors:
         names = tuple(re.sub(r"\d+", "*", analysis.program.names[w]) for w in vector.sites)
         alike = shape == "uniform" and vector.family not in ("blocks", "experts")
         key = (vector.family, len(vector.choices), names) if alike else id(vector)
         if key not in made:
-            made[key] = shared_gate(factory, len(vector.choices))
+            made[key] = shared_gate(factory, len(vector.choices)).to(torch.float64 if precise else None)
         found[id(vector)] = made[key]
     return found
 

@@ -52,6 +52,15 @@ def first(answer):
     return tensors_in(answer)[0]
 
 
+@pytest.mark.parametrize("name", ["vision transformer", "resnet18"])
+def test_gates_of_a_network_in_float64_are_folded_to_its_last_digits(name):
+    network = gate(build(name).double(), example(name).double()).eval()
+    shuffle_(network)
+    small, x = compact(network, example(name).double()), example(name).double()
+    with torch.no_grad():
+        assert difference(first(network(x)), first(small(x))) < 1e-12
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_open_gates_change_nothing(gated, name):
     network = gated(name)
