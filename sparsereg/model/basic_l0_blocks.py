@@ -171,7 +171,7 @@ class GatedBatchNorm2d(BatchNorm2d):
         if self.gate.per_example:
             gated: Tensor = self.gate(super().forward(x))
             return gated
-        z = self.gate.gates()
+        z = self.gate.gates().to(self.weight.dtype)
         return self._normalise(x, self.weight * z, self.bias * z)
 
 

@@ -61,6 +61,18 @@ def test_gates_of_a_network_in_float64_are_folded_to_its_last_digits(name):
         assert difference(first(network(x)), first(small(x))) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["vision transformer", "resnet18"])
+def test_a_network_in_bfloat16_stays_in_bfloat16(name):
+    x = example(name).bfloat16()
+    network = gate(build(name).bfloat16(), x)
+    first(network(x)).float().square().mean().backward()
+    shuffle_(network.eval())
+    small = compact(network, x)
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert difference(first(network(x)).float(), first(small(x)).float()) < 0.1
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_open_gates_change_nothing(gated, name):
     network = gated(name)
