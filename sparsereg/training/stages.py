@@ -300,7 +300,7 @@ def _smaller(first: Stage, net: nn.Module, size: float) -> fx.GraphModule:
     ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed)
     original = original_size(net) or ranked.sizes
     left = (1 - size) * original[cfg.front_cost] / ranked.sizes[cfg.front_cost]
-    small = ranked.repaired(ranked.met(left, cfg.target.round_to))
+    _, small = ranked.smaller(left, cfg.target.round_to)
     small.meta[ORIGINAL] = original
     return small
 

@@ -100,7 +100,7 @@ def _derivatives(
         answers = torch.utils._pytree.tree_leaves(network(*args, **kwargs))
         answers = [a for a in answers if isinstance(a, Tensor) and a.requires_grad]
         for draw in range(DRAWS):
-            total = torch.stack([_random_sum(a, generator) for a in answers]).sum()
+            total = torch.stack([random_sum(a, generator) for a in answers]).sum()
             slopes = torch.autograd.grad(
                 total,
                 locations,
@@ -111,8 +111,13 @@ def _derivatives(
             yield torch.cat([p.flatten() for p in parts]).double()
 
 
-def _random_sum(answers: Tensor, generator: torch.Generator) -> Tensor:
-    """A sum with random signs, over the answers' spread."""
+def random_sum(answers: Tensor, generator: torch.Generator) -> Tensor:
+    """A sum of answers with random signs, over their spread.
+
+    Args:
+        answers: a set of them, of a batch.
+        generator: on the CPU; draws the signs.
+    """
     signs = torch.randint(2, answers.shape, generator=generator).to(answers) * 2 - 1
     spread = answers.detach().double().std(correction=0).clamp(min=1e-12)
     return ((answers * signs).sum() / spread.to(answers)).double()

@@ -1,15 +1,20 @@
-"""The order in which units go when each leaves least behind that a repair cannot make good.
+"""The orders in which units go when each leaves least behind that a repair cannot make good.
 
 Without the unit, every layer that reads it is fitted anew to what it gave; what that leaves over is known in
 closed form from the inverse of the covariance of its inputs, which is brought up to date as units go. So
-of units that say the same, one stays.
+of units that say the same, one stays. What is left over of a layer counts in one of two ways, each an order:
+as a share of the variance of what the layer gives, or by what it does to the network's answers, the mean
+square of their derivative by each output of the layer. The first holds what every layer can say, the second
+what the network says now, as long as little of it goes.
 
-Source: B. Hassibi, D. Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1992;
-here for whole units, and for the answers of layers in place of the loss.
+Sources: B. Hassibi, D. Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1992;
+J. Martens, R. Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", 2015, for
+the curvature as a product of what a layer reads and what depends on it; here for whole units, without labels.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.compact import compact
+from sparsereg.compression.oneshot.importance import random_sum
 from sparsereg.compression.oneshot.least_squares import Sums
 from sparsereg.compression.oneshot.readers import Reader, readers
 from sparsereg.compression.units.structure import Structure
@@ -34,49 +40,71 @@ ROWS = 8192
 
 
 def leftover(
-    network: nn.Module, structure: Structure, example: Any, batches: Sequence[Any], slopes: dict[str, Tensor]
-) -> dict[str, Tensor] | None:
-    """Return when each unit goes: the place in the order, NaN for units that no layer sums over.
+    network: nn.Module,
+    structure: Structure,
+    example: Any,
+    batches: Sequence[Any],
+    some: Sequence[Any],
+    slopes: dict[str, Tensor],
+) -> list[dict[str, Tensor]]:
+    """Return when each unit goes, in each order: the place in it, NaN for units that no layer sums over.
+
+    Both orders share the covariances. While one is found, there is one more copy of them, so that they take
+    twice the memory of ``LARGEST`` numbers at most.
 
     Args:
         network: with all gates of ``structure`` open, in eval mode.
         structure: of it.
         example: see ``compact``.
-        batches: of inputs.
+        batches: of inputs, by which layers are fitted.
+        some: those in which the network's answers are derived.
         slopes: what each gate's unit costs, by the path of the gates.
 
     Returns:
-        By the path of the gates, float64; None if the layers are too wide for this.
+        By the path of the gates, float64; that by shares of the layers first, then that by the answers. None
+        at all if the layers are too wide for this.
     """
-    tables = _tables(network, structure, example, batches)
-    if tables is None:
-        return None
-    starts, total = {}, 0
-    for path in structure.paths:
-        starts[path], total = total, total + slopes[path].numel()
+    tables = _tables(network, structure, example, batches, some)
+    sizes = [slopes[path].numel() for path in structure.paths]
+    starts = dict(zip(structure.paths, itertools.accumulate([0, *sizes]), strict=False))
     cost = torch.cat([slopes[path].double().flatten().cpu() for path in structure.paths]).clamp(min=1e-12)
-    error = torch.full((total,), torch.nan, dtype=torch.float64)
     seen = [[starts[path] + place for path, place in table.gates] for table in tables]
-    order = torch.full((total,), torch.nan, dtype=torch.float64)
-    readers_of: dict[int, list[tuple[int, int]]] = {}
+    found = []
+    for way in range(WAYS if tables else 0):
+        order = _order([_Fit(table, way) for table in tables], seen, cost)
+        found.append(dict(zip(structure.paths, order.split(sizes), strict=True)))
+    return found
+
+
+def _order(fits: Sequence[_Fit], seen: Sequence[Sequence[int]], cost: Tensor) -> Tensor:
+    """When each gate goes, (gates,), float64; NaN for those that no table has.
+
+    Args:
+        fits: changed in place.
+        seen: of each, the gates of its groups of inputs.
+        cost: of each gate, (gates,), float64.
+    """
+    where: dict[int, list[tuple[int, int]]] = {}
     for t, own in enumerate(seen):
         for group, gate in enumerate(own):
-            readers_of.setdefault(gate, []).append((t, group))
-    scores = [table.scores() for table in tables]
-    for gate, where in readers_of.items():
-        error[gate] = sum(scores[t][g] for t, g in where)
-    for step in range(len(readers_of)):
-        ratio = (error / cost).nan_to_num(nan=torch.inf)
-        gone = int(ratio.argmin())
+            where.setdefault(gate, []).append((t, group))
+    at = [torch.tensor(own, device=cost.device) for own in seen]
+    scores = [fit.scores().to(cost.device) for fit in fits]
+    order = torch.full_like(cost, torch.nan)
+    error = torch.full_like(cost, torch.nan)
+    error[list(where)] = 0.0
+    for places, score in zip(at, scores, strict=True):
+        error.index_add_(0, places, score)
+    for step in range(len(where)):
+        gone = int((error / cost).nan_to_num(nan=torch.inf).argmin())
         order[gone] = step
         error[gone] = torch.nan
-        for t, group in readers_of[gone]:
-            tables[t].remove(group)
-            new = tables[t].scores()
-            for other, gate in enumerate(seen[t]):
-                error[gate] += new[other] - scores[t][other]
+        for t, group in where[gone]:
+            fits[t].remove(group)
+            new = fits[t].scores().to(cost.device)
+            error.index_add_(0, at[t], new - scores[t])
             scores[t] = new
-    return {p: order[starts[p] : starts[p] + slopes[p].numel()] for p in structure.paths}
+    return order
 
 
 class _Table:
@@ -85,38 +113,71 @@ class _Table:
     Args:
         sums: over the inputs and the constant 1, of one group.
         weights: of each layer, (inputs, outputs), float64.
+        senses: how much each output of each layer moves the network's answers, (outputs,), float64.
         columns: for each gate the inputs that go with it.
+
+    Attributes:
+        inverse: of the covariance of the inputs, with a ridge.
+        weights: of all layers in both units in which what is left over of their outputs counts.
+        gates: those that decide on inputs.
+        columns: of each of these, the inputs.
     """
 
-    def __init__(self, sums: Sums, weights: Sequence[Tensor], columns: dict[Any, list[int]]) -> None:
+    def __init__(
+        self, sums: Sums, weights: Sequence[Tensor], senses: Sequence[Tensor], columns: dict[Any, list[int]]
+    ) -> None:
         gram = sums.gram[0]
         mean = gram[:-1, -1:]
-        covariance = gram[:-1, :-1] - mean @ mean.T / gram[-1, -1]
+        covariance = (gram[:-1, :-1] - mean @ mean.T / gram[-1, -1]) / gram[-1, -1]
         # Inputs that do not vary, those of one example say, leave rounding alone.
-        least = _ROUNDING * gram.diagonal()[:-1].mean() + torch.finfo(gram.dtype).tiny / RIDGE
+        square = gram.diagonal()[:-1].mean() / gram[-1, -1]
+        least = _ROUNDING * square + torch.finfo(gram.dtype).tiny / RIDGE
         size = covariance.diagonal().mean().clamp(min=least)
         totals = [(w * (covariance @ w)).sum().clamp(min=1e-30) for w in weights]
-        self.weights = torch.cat([w / total.sqrt() for w, total in zip(weights, totals, strict=True)], 1)
+        shares = [w / total.sqrt() for w, total in zip(weights, totals, strict=True)]
+        moves = [w * sense for w, sense in zip(weights, senses, strict=True)]
+        self.weights = [torch.cat(own, 1) for own in (shares, moves)]
         covariance.diagonal().add_(RIDGE * size)
         self.inverse = torch.linalg.inv(covariance)
         self.gates = list(columns)
         self.columns = [torch.tensor(c, device=gram.device) for c in columns.values()]
+
+
+WAYS = 2
+"""In which what is left over counts, and so orders."""
+
+
+class _Fit:
+    """Layers that are fitted to their answers while inputs go.
+
+    Args:
+        table: of what they read; left as it is.
+        way: in which what is left over counts, a place in its weights.
+    """
+
+    def __init__(self, table: _Table, way: int) -> None:
+        self.weights, self.inverse = table.weights[way].clone(), table.inverse.clone()
+        self.columns = table.columns
         by_size: dict[int, list[int]] = {}
         for group, own in enumerate(self.columns):
             by_size.setdefault(len(own), []).append(group)
         self.stacks = [
-            (groups, torch.stack([self.columns[g] for g in groups])) for groups in by_size.values()
+            (torch.tensor(groups, device=self.weights.device), torch.stack([self.columns[g] for g in groups]))
+            for groups in by_size.values()
         ]
 
-    def scores(self) -> list[float]:
-        """What each group's going would leave over, as shares of the variance of the layers' answers."""
-        found = [0.0] * len(self.columns)
+    def scores(self) -> Tensor:
+        """What each group's going would leave over of the layers' answers, (groups,)."""
+        found = self.weights.new_zeros(len(self.columns))
         for groups, index in self.stacks:
-            inside = self.inverse[index[:, :, None], index[:, None, :]]
-            own = self.weights[index]
-            left = (own * torch.linalg.solve(inside, own)).sum((1, 2))
-            for group, value in zip(groups, left.tolist(), strict=True):
-                found[group] = value
+            if index.shape[1] == 1:
+                one = index[:, 0]
+                left = self.weights[one].square().sum(1) / self.inverse.diagonal()[one]
+            else:
+                inside = self.inverse[index[:, :, None], index[:, None, :]]
+                own = self.weights[index]
+                left = (own * torch.linalg.solve(inside, own)).sum((1, 2))
+            found[groups] = left
         return found
 
     def remove(self, group: int) -> None:
@@ -133,9 +194,9 @@ class _Table:
 
 
 def _tables(
-    network: nn.Module, structure: Structure, example: Any, batches: Sequence[Any]
-) -> list[_Table] | None:
-    """A table for each tensor that layers sum over, whose units can go; None if these are too wide."""
+    network: nn.Module, structure: Structure, example: Any, batches: Sequence[Any], some: Sequence[Any]
+) -> list[_Table]:
+    """A table for each tensor that layers sum over, whose units can go; none if these are too wide."""
     small = compact(network, example, check=False)
     analysis = structure.analysis
     nodes = {name: node for node, name in analysis.program.names.items()}
@@ -151,9 +212,11 @@ def _tables(
                 columns.setdefault(reader.reads, own)
     matrices = [[r.matrix(small.get_parameter(r.weight))[0] for r in together] for together in found.values()]
     if sum(len(own[0]) ** 2 for own in matrices) > LARGEST:
-        return None
+        return []
+    sense = _senses(small, [r for together in found.values() for r in together], some)
+    senses = [[sense[r] for r in together] for together in found.values()]
     sums = _sums(small, [together[0] for together in found.values()], batches)
-    return [_Table(*own) for own in zip(sums, matrices, columns.values(), strict=True)]
+    return [_Table(*own) for own in zip(sums, matrices, senses, columns.values(), strict=True)]
 
 
 def _columns(structure: Structure, node: fx.Node, reader: Reader, weight: Tensor) -> dict[Any, list[int]]:
@@ -184,3 +247,46 @@ def _sums(small: fx.GraphModule, found: Sequence[Reader], batches: Sequence[Any]
                 sums.append(Sums.none(1, x.shape[2], 1, x.device))
             sums[i].add_(x, y[:, :, :1] * 0)
     return sums
+
+
+def _senses(small: fx.GraphModule, found: Sequence[Reader], batches: Sequence[Any]) -> dict[Reader, Tensor]:
+    """How much each output of layers moves the answers; (outputs,), float64.
+
+    The root of the sum, over batches and places, of the squared derivative of random sums of all answers, as
+    ``importance.gradient`` takes them.
+    """
+    route, generator = Route(small), torch.Generator().manual_seed(0)
+    run = _Keeping(small, {reader.node for reader in found})
+    total: dict[Reader, Any] = dict.fromkeys(found, 0.0)
+    for batch in batches:
+        with torch.enable_grad():
+            answers = torch.utils._pytree.tree_leaves(run.run(*route.arguments(batch)))
+            sums = [random_sum(a, generator) for a in answers if isinstance(a, Tensor) and a.requires_grad]
+            outputs = [run.kept[reader.node] for reader in found]
+            if not sums:  # answers that are numbers of classes, say, have no derivative
+                continue
+            slopes = torch.autograd.grad(
+                torch.stack(sums).sum(), outputs, materialize_grads=True, allow_unused=True
+            )
+        for reader, slope in zip(found, slopes, strict=True):
+            squares = slope.double().square().movedim(-1 if reader.layer is None else 1, -1)
+            total[reader] = total[reader] + squares.flatten(0, -2).sum(0)
+    return {reader: torch.as_tensor(t).sqrt() for reader, t in total.items()}
+
+
+class _Keeping(fx.Interpreter):
+    """Runs a network and keeps the results of some operations, which have derivatives."""
+
+    def __init__(self, module: fx.GraphModule, wanted: set[fx.Node]) -> None:
+        super().__init__(module)
+        self.wanted = wanted
+        self.kept: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As it is."""
+        result = super().run_node(n)
+        if n in self.wanted:
+            if not result.requires_grad:
+                result = result.detach().requires_grad_()
+            self.kept[n] = result
+        return result

@@ -84,11 +84,7 @@ def shrink(
     plain = compact(model, example) if hard_concretes(model) else model
     whole = opened_(gate(plain, example, layers, families=families).eval())
     ranked = Ranked(whole, example, cost, batches, importance, seed, shares)
-    met = ranked.met(kept)
-    if repair:
-        small = ranked.repaired(met, round_to=round_to, progress=progress)
-    else:
-        small = compact(met, example, round_to=round_to)
+    _, small = ranked.smaller(kept, round_to=round_to, repair=repair, progress=progress)
     small.meta[ORIGINAL] = original_size(model) or small.meta[ORIGINAL]
     return small
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from sparsereg.compression.budget import Budget, meet_all_
 from sparsereg.compression.compact import compact, twin
 from sparsereg.compression.count import Accountant
+from sparsereg.compression.oneshot.answers import unexplained
 from sparsereg.compression.oneshot.importance import IMPORTANCE
 from sparsereg.compression.oneshot.inputs import together
 from sparsereg.compression.oneshot.leftover import leftover
@@ -41,7 +42,8 @@ class Ranked:
     """Says which units of a network are worth least for what they cost, once for all sizes.
 
     The order is that of the Lagrangian, worth - multiplier * E[cost], whose multiplier grows: of each gate
-    the worth over the slope of the expected cost.
+    the worth over the slope of the expected cost. Of ``leftover`` there are two orders, and at each size the
+    one is taken after which the answers differ less from the whole network's.
 
     Args:
         network: with gates, all wide open; left as it is.
@@ -74,16 +76,8 @@ class Ranked:
         self._accountant = Accountant(self._met, example)
         self._parts = [held.part for held in Budget(self._accountant, cost, 1.0, 0.0, 0.0, shares).parts]
         self._origins: Origins | None = None
-        ratio = self._worth(importance, torch.Generator().manual_seed(seed))
-        gates = self._accountant.gates
-        ratio = ratio.to(gates[0].log_alpha.device)
-        rank = torch.empty_like(ratio)
-        rank[ratio.argsort()] = torch.linspace(-OPEN, OPEN, len(ratio), dtype=rank.dtype, device=rank.device)
-        own = rank.split([g.log_alpha.numel() for g in gates])
-        self._places = [
-            p.view_as(g.log_alpha) + shift(g.temperature, g.gamma, g.zeta)
-            for g, p in zip(gates, own, strict=True)
-        ]
+        ratios = self._ratios(importance, torch.Generator().manual_seed(seed))
+        self._orders = [_places(ratio, self._accountant.gates) for ratio in ratios]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -97,36 +91,54 @@ class Ranked:
             self._origins = Origins(self.whole, self.example)
         return self._origins
 
-    def met(self, kept: float, round_to: int = 1) -> nn.Module:
-        """Shut the gates that go first until a budget is met exactly.
+    def smaller(
+        self, kept: float, at_once: int = 1, round_to: int = 1, repair: bool = True, progress: bool = False
+    ) -> tuple[nn.Module, fx.GraphModule]:
+        """Shut the gates that go first until a budget is met exactly, compact, and fit what is left.
+
+        That is done in each order; what is returned answers most like the whole network to the inputs.
 
         Args:
             kept: share of the cost that may stay.
-            round_to: gates of a layer go so many at a time, see ``meet_``.
+            at_once: gates of a layer go so many at a time, see ``round_to`` of ``meet_``.
+            round_to: see ``compact``.
+            repair: fit what is left to what the whole network gave.
+            progress: show a bar on a terminal.
 
         Returns:
-            The network in eval mode, its gates all wide open or shut; the next call changes it.
+            The network in eval mode, its gates all wide open or shut, which the next call changes; and what
+            is left of it, compacted.
         """
         gates = self._accountant.gates
-        for g, places in zip(gates, self._places, strict=True):
-            _set_(g, places)
-        reached = meet_all_(self._accountant, self.cost, kept, self._parts, round_to)
+        found: list[tuple[float, list[Tensor], fx.GraphModule]] = []
+        for places in self._orders:
+            reached = self._meet_(places, kept, at_once)
+            now = [g.log_alpha.clone() for g in gates]
+            if not any(all(map(torch.equal, now, others)) for _, others, _ in found):
+                found.append((reached, now, self._compacted(round_to, repair, progress)))
+        reached, locations, small = found[self._nearest([small for *_, small in found])]
+        for g, location in zip(gates, locations, strict=True):
+            _set_(g, location)
+        log.info("%.1f %% of the %s stay", 100 * reached, self.cost or "whole network")
+        return self._met, small
+
+    def _meet_(self, places: Sequence[Tensor], kept: float, at_once: int) -> float:
+        """Open or shut all gates, in an order; return the share of the cost that stays."""
+        gates = self._accountant.gates
+        for g, place in zip(gates, places, strict=True):
+            _set_(g, place)
+        reached = meet_all_(self._accountant, self.cost, kept, self._parts, at_once)
         for g in gates:
             _set_(g, torch.where(g.median() > 0, OPEN, -OPEN))
-        log.info("%.1f %% of the %s stay", 100 * reached, self.cost or "whole network")
-        return self._met
+        return reached
 
-    def repaired(self, met: nn.Module, round_to: int = 1, progress: bool = False) -> fx.GraphModule:
-        """Compact what ``met`` returned and fit it to what the whole network gave.
-
-        Args:
-            met: the network.
-            round_to: see ``compact``.
-            progress: show a bar on a terminal.
-        """
+    def _compacted(self, round_to: int, repair: bool, progress: bool) -> fx.GraphModule:
+        """What the gates leave, fitted to what the whole network gave."""
+        if not repair:
+            return compact(self._met, self.example, round_to=round_to)
         return repaired(
             self.whole,
-            met,
+            self._met,
             self.example,
             self.batches,
             round_to=round_to,
@@ -135,8 +147,17 @@ class Ranked:
             origins=self.origins,
         )
 
-    def _worth(self, importance: str, generator: torch.Generator) -> Tensor:
-        """What each gate's unit is worth for its cost, or when it goes; (gates,)."""
+    def _nearest(self, networks: Sequence[nn.Module]) -> int:
+        """Which of some networks answers most like the whole one, its place."""
+        if len(networks) == 1:
+            return 0
+        left = unexplained(self.whole, networks, self._few)
+        shown = ", ".join(f"{share:.3g}" for share in left)
+        log.info("shares of the answers' variance that are lost in each order: %s", shown)
+        return left.index(min(left))
+
+    def _ratios(self, importance: str, generator: torch.Generator) -> list[Tensor]:
+        """In each order, what each gate's unit is worth for its cost, or when it goes; (gates,)."""
         network, gates = self._met, self._accountant.gates
         for g in gates:
             inside = (NEARLY_OPEN - g.gamma) / (g.zeta - g.gamma)
@@ -148,17 +169,32 @@ class Ranked:
         macs = self.cost == "macs"
         expected = self._accountant.expected_macs() if macs else self._accountant.expected_parameters()
         slopes = list(torch.autograd.grad(expected, [g.log_alpha for g in gates], retain_graph=False))
-        left = _leftover(network, self.example, self.batches, slopes) if importance == LEFTOVER else None
-        if left is None or bool(left.isnan().any()):
+        orders = self._leftover(slopes) if importance == LEFTOVER else []
+        if not orders or bool(orders[0].isnan().any()):
             by_worth = "gradient" if importance == LEFTOVER else importance
             worth = IMPORTANCE[by_worth](network, gates, self._few, generator)
             ratio = torch.cat(
                 [(w / s.double().clamp(min=1e-12)).flatten() for w, s in zip(worth, slopes, strict=True)]
             )
-            left = ratio if left is None else _with_likes(left.to(ratio.device), ratio)
+            orders = [_with_likes(order.to(ratio.device), ratio) for order in orders] or [ratio]
         for p in frozen:
             p.requires_grad_(True)
-        return left
+        return orders
+
+    def _leftover(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The orders in which a repair misses units least; NaN for those that no layer sums over.
+
+        Args:
+            slopes: what each gate's unit costs.
+        """
+        structure = structure_of(self._met, *inputs_of(self.example))
+        if structure is None:
+            return []
+        costs = dict(zip(structure.paths, slopes, strict=True))
+        orders = leftover(self._met, structure, self.example, self.batches, self._few, costs)
+        if not orders:
+            log.info("layers too wide to say what a repair would leave over: units are ranked by gradient")
+        return [torch.cat([order[path] for path in structure.paths]) for order in orders]
 
 
 def opened_(network: nn.Module) -> nn.Module:
@@ -168,25 +204,21 @@ def opened_(network: nn.Module) -> nn.Module:
     return network
 
 
-def _leftover(
-    network: nn.Module, example: Any, batches: Sequence[Any], slopes: list[Tensor]
-) -> Tensor | None:
-    """The order in which a repair misses units least; NaN for those that no layer sums over.
+def _places(ratio: Tensor, gates: Sequence[HardConcrete]) -> list[Tensor]:
+    """Locations of gates that stand in an order.
 
     Args:
-        network: with all gates open.
-        example: see ``compact``.
-        batches: of inputs.
-        slopes: what each gate's unit costs.
+        ratio: grows with the order, (gates,).
+        gates: of a network.
     """
-    structure = structure_of(network, *inputs_of(example))
-    if structure is None:
-        return None
-    found = leftover(network, structure, example, batches, dict(zip(structure.paths, slopes, strict=True)))
-    if found is None:
-        log.info("layers too wide to say what a repair would leave over: units are ranked by gradient")
-        return None
-    return torch.cat([found[path] for path in structure.paths])
+    ratio = ratio.to(gates[0].log_alpha.device)
+    rank = torch.empty_like(ratio)
+    rank[ratio.argsort()] = torch.linspace(-OPEN, OPEN, len(ratio), dtype=rank.dtype, device=rank.device)
+    own = rank.split([g.log_alpha.numel() for g in gates])
+    return [
+        p.view_as(g.log_alpha) + shift(g.temperature, g.gamma, g.zeta)
+        for g, p in zip(gates, own, strict=True)
+    ]
 
 
 def _with_likes(order: Tensor, ratio: Tensor) -> Tensor:

@@ -45,9 +45,8 @@ def start_in_one_shot_(
         seed: of what is drawn.
     """
     ranked = Ranked(opened_(network), example, cost, batches, seed=seed, shares=shares)
-    after = ranked.met(kept, round_to)
+    after, small = ranked.smaller(kept, round_to)
     cut = compact(after, example, check=False)
-    small = ranked.repaired(after)
     _put_back_(network, cut, small, ranked.origins.of(after))
     left = {path: SURE * (2 * g.median().sign() - 1) for path, g in hard_concretes(after).items()}
     _set_(network, left)

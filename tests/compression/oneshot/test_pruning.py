@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import sparsereg
 from sparsereg.compression import count, is_compacted, load_compacted, original_size, save_compacted
 from sparsereg.compression.oneshot.inputs import AT_ONCE, NUMBERS, read_inputs, together
-from sparsereg.compression.oneshot.ranked import Ranked, opened_
+from sparsereg.compression.oneshot.leftover import leftover
+from sparsereg.compression.oneshot.ranked import opened_
+from sparsereg.compression.units.structure import structure_of
 from sparsereg.errors import InputError
 from sparsereg.model.vit import ViT
 from sparsereg.penalties import hard_concretes
@@ -61,6 +63,19 @@ def test_the_budget_is_met_whatever_the_data_come_in(data):
     assert not hard_concretes(small)
     assert original_size(small)["macs"] == whole
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_answers_without_derivatives():
+    class Class(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x):
+            return self.body(x).argmax(1)
+
+    small = sparsereg.shrink(Class().eval(), X, target_macs=0.5)
+    assert float((small(X) == net()(X).argmax(1)).double().mean()) > 0.9
 
 
 @pytest.mark.parametrize("importance", ["leftover", "gradient", "magnitude", "taylor"])
@@ -124,30 +139,62 @@ def test_small_batches_are_put_together_and_others_stay():
     assert len(together([torch.zeros(4, 8), torch.zeros(4, 9)])) == 2
 
 
-def test_layers_that_read_the_same_say_together_which_unit_they_miss_least():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.one, self.two = nn.Linear(8, 12), nn.Linear(12, 3), nn.Linear(12, 2)
+class Two(nn.Module):
+    """Two layers that read the same; what the second one says is most of the answers' spread."""
 
-        def forward(self, x):
-            h = self.body(x).relu()
-            return torch.cat([self.one(h), 50 * self.two(h)], 1)
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.two = nn.Linear(8, 12), nn.Linear(12, 3), nn.Linear(12, 2)
 
+    def forward(self, x):
+        h = self.body(x).relu()
+        return torch.cat([self.one(h), 3 * self.two(h)], 1)
+
+
+def orders_of(model):
+    network = opened_(sparsereg.gate(model, X[:1]).eval())
+    structure = structure_of(network, (X[:1],), {})
+    slopes = {p: torch.ones_like(g.log_alpha) for p, g in hard_concretes(network).items()}
+    return [torch.cat(list(o.values())) for o in leftover(network, structure, X[:1], [X], [X], slopes)]
+
+
+def test_layers_that_read_the_same_say_together_which_unit_they_or_the_answers_miss_least():
     torch.manual_seed(3)
     model = Two().eval()
-    ranked = Ranked(opened_(sparsereg.gate(model, X[:1])), X[:1], "parameters", [X])
     with torch.no_grad():
         h = model.body(X).relu().double()
-        missed = torch.zeros(12, dtype=torch.float64)
+        shares, moves = torch.zeros(2, 12, dtype=torch.float64)
         for unit in range(12):
             rest = torch.cat([h[:, torch.arange(12) != unit], torch.ones(len(X), 1)], 1)
-            for layer in (model.one, model.two):
+            for layer, times in ((model.one, 1), (model.two, 3)):
                 y = h @ layer.weight.double().T
-                left = y - rest @ torch.linalg.lstsq(rest, y).solution
-                missed[unit] += left.square().sum() / (y - y.mean(0)).square().sum()
-    ((_, gates),) = hard_concretes(ranked.met(0.95)).items()
-    assert (gates.median() == 0).nonzero().flatten().tolist() == [int(missed.argmin())]
+                left = (y - rest @ torch.linalg.lstsq(rest, y).solution).square().sum()
+                shares[unit] += left / (y - y.mean(0)).square().sum()
+                moves[unit] += times**2 * left
+    by_shares, by_answers = orders_of(model)
+    assert int(by_shares.argmin()) == int(shares.argmin())
+    assert int(by_answers.argmin()) == int(moves.argmin())
+    assert shares.argmin() != moves.argmin()
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_of_two_orders_the_one_is_taken_whose_answers_are_nearer(monkeypatch, repair):
+    model, found = net(), {}
+    for name in ("both", "turned", "first", "second"):
+
+        def some(*given, name=name):
+            first, second = leftover(*given)
+            second = {path: -order for path, order in second.items()}  # what is missed most goes first
+            return {"both": [first, second], "turned": [second, first], "first": [first], "second": [second]}[
+                name
+            ]
+
+        monkeypatch.setattr("sparsereg.compression.oneshot.ranked.leftover", some)
+        found[name] = sparsereg.shrink(model, X, target_macs=0.5, repair=repair)(X).detach()
+    assert torch.equal(found["both"], found["first"])
+    assert torch.equal(found["turned"], found["first"])
+    errors = [(found[name] - model(X).detach()).square().mean() for name in ("first", "second")]
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_inputs_are_spread_over_sorted_data():
