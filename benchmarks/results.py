@@ -25,7 +25,8 @@ import torch
 from matplotlib.figure import Figure
 
 from sparsereg.errors import InputError
-from sparsereg.files import write_atomically, write_table
+from sparsereg.files import write_atomically
+from sparsereg.table_file import write_table
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 OUT = Path("outputs") / "results"

@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 import sparsereg
 from sparsereg import interruption, own_code
 from sparsereg.errors import SAID, FellShort, InputError, interpolation_error
-from sparsereg.files import write_json, write_table
+from sparsereg.files import write_json
 from sparsereg.sweep_plot import draw
+from sparsereg.table_file import write_table
 
 
 def run_job(

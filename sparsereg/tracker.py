@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from sparsereg.files import inert, write_atomically
+from sparsereg.files import write_atomically
+from sparsereg.table_file import inert
 
 
 class History:

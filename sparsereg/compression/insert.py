@@ -23,9 +23,9 @@ from sparsereg.compression.units.made import gate_names
 from sparsereg.compression.units.sites import WHOLE, Norm
 from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, traced_for
 from sparsereg.compression.units.together import draw_anew
+from sparsereg.cost_target import SHAPES
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
-from sparsereg.goal import SHAPES
 from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
 from sparsereg.penalties import hard_concretes
 

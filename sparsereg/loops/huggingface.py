@@ -12,11 +12,11 @@ from transformers.trainer_callback import ExportableState
 
 from sparsereg.compression.insert import Choice
 from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS
+from sparsereg.cost_target import Parts, Target
 from sparsereg.data.batches import LABELS, moved
 from sparsereg.data.form import arguments_of
 from sparsereg.distributions import TEMPERATURE
 from sparsereg.errors import InputError
-from sparsereg.goal import Parts, Target
 from sparsereg.loops.groups import gated_weights, keep_rates_, regroup_
 from sparsereg.loops.plain import DROPRATE, Sparsifier, saved
 from sparsereg.loops.reading import ROWS, by_rule, device_of, isolated

@@ -20,11 +20,11 @@ from sparsereg.compression.insert import Choice, check_shape
 from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS
 from sparsereg.compression.running import evaluating, first_line
 from sparsereg.compression.units.together import draw_anew
+from sparsereg.cost_target import Parts, Target
 from sparsereg.data.batches import call
 from sparsereg.device import several_processes
 from sparsereg.distributions import TEMPERATURE
 from sparsereg.errors import InputError
-from sparsereg.goal import Parts, Target
 from sparsereg.loops.asked import Asked
 from sparsereg.loops.first_call import first_call
 from sparsereg.loops.groups import follow_, gated_weights, keep_rates_, regroup_

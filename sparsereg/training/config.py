@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sparsereg.cost_target import SHAPES, Target
 from sparsereg.data.config import CONFIGS as SOURCES
 from sparsereg.data.kind import Data
 from sparsereg.data.kinds.cifar10 import Cifar10Data
 from sparsereg.errors import InputError, nearest
-from sparsereg.goal import SHAPES, Target
 from sparsereg.own_code import Own, is_own
 from sparsereg.settings import (
     NOT_NEGATIVE,

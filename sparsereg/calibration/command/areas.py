@@ -29,8 +29,9 @@ from sparsereg.calibration.solver.joint import calibrate_together
 from sparsereg.calibration.solver.shared import summed
 from sparsereg.device import several_processes
 from sparsereg.errors import FellShort, InputError
-from sparsereg.files import write_atomically, write_json, write_table, write_text
+from sparsereg.files import write_atomically, write_json, write_text
 from sparsereg.settings import plain
+from sparsereg.table_file import write_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from sparsereg.calibration.reporting.comparison import compare_runs
-from sparsereg.files import new_version, write_json, write_table
+from sparsereg.files import new_version, write_json
+from sparsereg.table_file import write_table
 
 OUTPUTS = Path("outputs") / "calibrate" / "comparisons"
 

@@ -16,7 +16,8 @@ from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.reading.design import Variable
 from sparsereg.calibration.solver.calibration import CalibrationResult
 from sparsereg.calibration.variance import Design, Replicates
-from sparsereg.files import write_table, write_text
+from sparsereg.files import write_text
+from sparsereg.table_file import write_table
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from sparsereg.calibration.reading.tables import open_table
 from sparsereg.calibration.reporting import tables as report
 from sparsereg.calibration.solver.calibration import CalibrationResult, calibrate
 from sparsereg.calibration.solver.exact import GAVE_WAY
-from sparsereg.files import write_table
+from sparsereg.table_file import write_table
 
 if TYPE_CHECKING:
     import pandas as pd

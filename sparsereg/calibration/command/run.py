@@ -38,9 +38,10 @@ from sparsereg.calibration.solver.refit import TOLERANCE
 from sparsereg.calibration.solver.selection import method_of
 from sparsereg.calibration.variance import Design
 from sparsereg.errors import FellShort, InputError, wrong_input
-from sparsereg.files import new_version, write_json, write_table, write_text
+from sparsereg.files import new_version, write_json, write_text
 from sparsereg.provenance import Provenance
 from sparsereg.settings import plain
+from sparsereg.table_file import write_table
 
 if TYPE_CHECKING:
     import pandas as pd

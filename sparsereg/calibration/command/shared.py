@@ -35,7 +35,6 @@ from sparsereg.calibration.reading.levels import in_households, members, plural
 from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.reading.parquet_file import share_of
 from sparsereg.calibration.reading.tables import open_table, read_table
-from sparsereg.calibration.reporting.tables import weight_frame
 from sparsereg.calibration.solver.selection import method_of
 from sparsereg.calibration.solver.shared import (
     SharedRatios,
@@ -45,9 +44,11 @@ from sparsereg.calibration.solver.shared import (
     summed,
 )
 from sparsereg.calibration.solver.shared_selection import METHODS, select_shared
+from sparsereg.calibration.weight_table import weight_frame
 from sparsereg.errors import FellShort, InputError
-from sparsereg.files import write_json, write_table, write_text
+from sparsereg.files import write_json, write_text
 from sparsereg.settings import plain
+from sparsereg.table_file import write_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,8 +17,9 @@ from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.solver.calibration import CalibrationResult
 from sparsereg.calibration.solver.selection import STARTED
 from sparsereg.errors import FellShort, InputError, wrong_input
-from sparsereg.files import new_version, write_json, write_table, write_text
+from sparsereg.files import new_version, write_json, write_text
 from sparsereg.settings import plain
+from sparsereg.table_file import write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +62,7 @@ def run(cfg: CalibrationRun, outputs: Path) -> Path:
         print(f"year            {year}")
         found[str(year)] = one.carry_out(ready, place)
         ahead = found[str(year)].result.weights if cfg.method in STARTED else None
-    weights = weight_frame({year: ended.result for year, ended in found.items()})
+    weights = weights_by_year({year: ended.result for year, ended in found.items()})
     write_table(folder / f"weights.{cfg.weights_format}", weights)
     write_table(folder / "targets.csv", _targets(found))
     results = _together({year: ended.results for year, ended in found.items()})
@@ -90,7 +91,7 @@ def _with_checkpoint(
     return {year: cfg if year == chosen else without for year in tasks}
 
 
-def weight_frame(results: dict[str, CalibrationResult]) -> pd.DataFrame:
+def weights_by_year(results: dict[str, CalibrationResult]) -> pd.DataFrame:
     """Return one row per household that a year keeps: id, initial_weight and a column of weights a year.
 
     Args:

@@ -22,7 +22,8 @@ from sparsereg.calibration.reading.households import (
 )
 from sparsereg.calibration.reading.missing import Missing
 from sparsereg.calibration.reading.sources import ALL_TARGETS
-from sparsereg.calibration.reading.tables import read_table, require_column, unique_ids
+from sparsereg.calibration.reading.tables import read_table, unique_ids
+from sparsereg.calibration.reading.unknown_column import require_column
 from sparsereg.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:

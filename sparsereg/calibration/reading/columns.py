@@ -30,6 +30,7 @@ from sparsereg.calibration.reading.conditions import (
     equality,
 )
 from sparsereg.calibration.reading.labels import in_codes, labels_of
+from sparsereg.calibration.reading.unknown_column import unknown_in
 from sparsereg.errors import InputError, did_you_mean
 from sparsereg.linalg.checked import smallest_exact
 
@@ -114,12 +115,12 @@ class Columns:
             return
         for name in columns_of(condition):
             if name not in self.known:
-                raise InputError(f"has the unknown column {shown(name)}{self._hint(name)}")
+                raise InputError(f"has the {self._unknown(name)}")
         self._check_kinds(condition)
         self._checked.add(condition)
 
-    def _hint(self, name: str) -> str:
-        return self.elsewhere.get(name) or did_you_mean(name, self.known)
+    def _unknown(self, name: str, role: str = "") -> str:
+        return unknown_in(name, role, self.known, self.elsewhere.get(name))
 
     def _check_kinds(self, condition: Condition) -> None:
         match condition:
@@ -190,7 +191,7 @@ class Columns:
         """Return a column to sum, without missing values; as float32 where that holds every one exactly."""
         if name not in self._measures:
             if name not in self.known:
-                raise InputError(f"unknown column {shown(name)} as measure{self._hint(name)}")
+                raise InputError(self._unknown(name, " as measure"))
             table = self.table[[name]]
             if self.values(name).kind == "text":
                 read = reader_of(self.table)

@@ -32,7 +32,7 @@ from sparsereg.calibration.reading.cells import (
     with_sign,
 )
 from sparsereg.errors import InputError
-from sparsereg.files import texts_as_they_were
+from sparsereg.table_file import texts_as_they_were
 
 if TYPE_CHECKING:
     import pandas as pd

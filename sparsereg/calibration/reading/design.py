@@ -15,7 +15,8 @@ from sparsereg.calibration.config import CalibrationRun
 from sparsereg.calibration.problem import exact_totals
 from sparsereg.calibration.reading.cells import numbers, row
 from sparsereg.calibration.reading.households import Source, TargetTable, denominator_table, target_table
-from sparsereg.calibration.reading.tables import is_table, read_table, require_column
+from sparsereg.calibration.reading.tables import is_table, read_table
+from sparsereg.calibration.reading.unknown_column import no_column, require_column
 from sparsereg.calibration.variance import MOST_CELLS, Design
 from sparsereg.errors import InputError, did_you_mean
 
@@ -208,9 +209,7 @@ def _entry(text: str, source: Source) -> dict[str, str]:
         raise InputError(f"report.variables: a ratio is of two columns, as in income/rent, got {text!r}")
     for name in (above, below):
         if name and name not in source.known:
-            raise InputError(
-                f"report.variables: {source.file} has no column {name!r}{did_you_mean(name, source.known)}"
-            )
+            raise no_column(f"report.variables: {source.file}", name, source.known)
     units = {"unit": _unit(above, source), "of_unit": _unit(below, source) if below else ""}
     return {"name": text.strip(), "measure": above, "of": below, **units}
 

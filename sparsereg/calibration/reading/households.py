@@ -26,7 +26,8 @@ from sparsereg.calibration.reading.conditions import Condition, conjuncts, equal
 from sparsereg.calibration.reading.conditions import columns_of as names_in
 from sparsereg.calibration.reading.levels import UNITS, Persons, plural
 from sparsereg.calibration.reading.missing import REFUSED, Missing
-from sparsereg.calibration.reading.tables import require_column, unique_ids
+from sparsereg.calibration.reading.tables import unique_ids
+from sparsereg.calibration.reading.unknown_column import require_column
 from sparsereg.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:

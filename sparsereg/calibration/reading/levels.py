@@ -15,7 +15,8 @@ import scipy.sparse as sp
 
 from sparsereg.calibration.reading.cells import row
 from sparsereg.calibration.reading.labels import labels_of, with_labels
-from sparsereg.calibration.reading.tables import require_column, unique_ids
+from sparsereg.calibration.reading.tables import unique_ids
+from sparsereg.calibration.reading.unknown_column import require_column
 from sparsereg.errors import InputError
 
 if TYPE_CHECKING:

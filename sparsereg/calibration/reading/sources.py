@@ -32,7 +32,7 @@ from sparsereg.calibration.reading.missing import REFUSED, Missing
 from sparsereg.calibration.reading.synthetic import synthetic_tables
 from sparsereg.calibration.reading.tables import Table, open_table, read_table, unique_ids
 from sparsereg.errors import InputError, did_you_mean
-from sparsereg.files import write_table
+from sparsereg.table_file import write_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,8 @@ import numpy as np
 from sparsereg.calibration.config import WEIGHT_FORMATS
 from sparsereg.calibration.reading.cells import numbers, shown
 from sparsereg.calibration.reading.levels import positions
-from sparsereg.calibration.reading.tables import read_table, require_column, unique_ids
+from sparsereg.calibration.reading.tables import read_table, unique_ids
+from sparsereg.calibration.reading.unknown_column import require_column
 from sparsereg.errors import InputError
 
 if TYPE_CHECKING:

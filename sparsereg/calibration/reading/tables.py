@@ -20,6 +20,7 @@ from sparsereg.calibration.reading.database import Database
 from sparsereg.calibration.reading.parquet_file import ParquetFile
 from sparsereg.calibration.reading.spreadsheet import Spreadsheet
 from sparsereg.calibration.reading.statistics_file import StatisticsFile
+from sparsereg.calibration.reading.unknown_column import require_column
 from sparsereg.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -223,20 +224,6 @@ def _refuse_twice(names: Sequence[str], place: str) -> None:
     twice = next((name for name, times in Counter(names).items() if times > 1), None)
     if twice is not None:
         raise InputError(f"{place}: the column {twice!r} is there twice")
-
-
-def require_column(table: pd.DataFrame, column: str, file: object, what: str) -> None:
-    """Raise an InputError that names the nearest column unless the table has this one.
-
-    Args:
-        table: The table.
-        column: The column that should be there.
-        file: Where the table came from, for the message.
-        what: What the column is needed for.
-    """
-    if column not in table.columns:
-        known = [str(c) for c in table.columns]
-        raise InputError(f"{file} has no column {column!r} ({what}){did_you_mean(column, known)}")
 
 
 def existing(path: str | Path) -> Path:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsereg.calibration.config import WEIGHT_FORMATS
-from sparsereg.calibration.reading.tables import read_table, require_column
+from sparsereg.calibration.reading.tables import read_table
+from sparsereg.calibration.reading.unknown_column import require_column
 from sparsereg.errors import InputError
-from sparsereg.files import texts_as_they_were
+from sparsereg.table_file import texts_as_they_were
 
 if TYPE_CHECKING:
     import pandas as pd

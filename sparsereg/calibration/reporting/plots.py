@@ -30,7 +30,7 @@ def plot_all(
     Args:
         folder: Where to write.
         targets: As ``report.target_frame`` returns it.
-        weights: As ``report.weight_frame`` returns it.
+        weights: As ``weight_frame`` returns it.
         history: As ``write_history_plot`` takes it; without rows there is no picture of the course.
     """
     pictures: dict[str, tuple[Draw, Draw]] = {

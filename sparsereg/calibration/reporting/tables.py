@@ -60,25 +60,6 @@ def _reach(problem: CalibrationProblem, weights: np.ndarray) -> dict[str, np.nda
     return {"households": exact_totals(counted, (w != 0).astype(np.float64)).astype(np.int64), "ess": ess}
 
 
-def weight_frame(problem: CalibrationProblem, weights: np.ndarray) -> pd.DataFrame:
-    """Return one row per kept household: id, initial_weight, weight.
-
-    Args:
-        problem: The problem.
-        weights: Final weights, shape (households,).
-    """
-    import pandas as pd
-
-    kept = np.flatnonzero(np.asarray(weights) != 0)
-    return pd.DataFrame(
-        {
-            "id": problem.household_ids[kept],
-            "initial_weight": problem.starting_weights[kept],
-            "weight": np.asarray(weights, dtype=np.float64)[kept],
-        }
-    )
-
-
 def log_frame(problem: CalibrationProblem, moments: Sequence[tuple[int, float, np.ndarray]]) -> pd.DataFrame:
     """Return the totals at some epochs, one row per epoch and target, as dashboards of calibrations read it.
 

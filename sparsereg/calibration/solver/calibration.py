@@ -40,6 +40,7 @@ from sparsereg.calibration.variance import (
     residuals,
     statistics_frame,
 )
+from sparsereg.calibration.weight_table import weight_frame
 from sparsereg.checks import check_probability
 from sparsereg.linalg.nesting import Nesting, find_nesting
 from sparsereg.linalg.threads import quiet_threads
@@ -263,16 +264,9 @@ class CalibrationResult:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per kept household: id, initial_weight, weight."""
-        import pandas as pd
-
-        kept = np.flatnonzero(self.selected)
-        weights = self.weights[kept]
-        return pd.DataFrame(
-            {
-                "id": self.problem.household_ids[kept],
-                "initial_weight": self.problem.starting_weights[kept],
-                "weight": weights if self.real_weights is None else weights.astype(np.int64),
-            }
+        whole = self.real_weights is not None
+        return weight_frame(
+            self.problem, self.weights.astype(np.int64) if whole else self.weights, self.selected
         )
 
 

@@ -12,8 +12,8 @@ from sparsereg.compression.insert import Choice, gate
 from sparsereg.compression.oneshot.importance import IMPORTANCE
 from sparsereg.compression.oneshot.inputs import read_inputs
 from sparsereg.compression.oneshot.ranked import BATCH, LEFTOVER, Ranked, opened_
+from sparsereg.cost_target import Parts, goal, part_goals
 from sparsereg.errors import nearest
-from sparsereg.goal import Parts, goal, part_goals
 from sparsereg.penalties import hard_concretes
 
 

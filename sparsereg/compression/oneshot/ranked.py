@@ -22,8 +22,8 @@ from sparsereg.compression.oneshot.repair import repaired
 from sparsereg.compression.running import evaluating
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.structure import structure_of
+from sparsereg.cost_target import Share
 from sparsereg.distributions import HardConcrete, shift
-from sparsereg.goal import Share
 from sparsereg.penalties import hard_concretes
 
 log = logging.getLogger(__name__)

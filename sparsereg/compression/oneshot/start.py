@@ -11,8 +11,8 @@ from sparsereg.compression.compact import compact
 from sparsereg.compression.oneshot.origins import Places
 from sparsereg.compression.oneshot.ranked import Ranked, opened_
 from sparsereg.compression.oneshot.readers import readers
+from sparsereg.cost_target import Share
 from sparsereg.distributions import HardConcrete
-from sparsereg.goal import Share
 from sparsereg.penalties import hard_concretes
 
 BATCH, NUM_INPUTS = 64, 1024

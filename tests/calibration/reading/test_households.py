@@ -9,7 +9,7 @@ from sparsereg.calibration.reading.households import build, target_matrix, targe
 from sparsereg.calibration.reading.matrix_file import read_matrix
 from sparsereg.calibration.reading.tables import read_table
 from sparsereg.errors import InputError
-from sparsereg.files import write_table
+from sparsereg.table_file import write_table
 
 
 def households(n=200, seed=0):

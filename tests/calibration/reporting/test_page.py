@@ -14,6 +14,7 @@ from sparsereg.calibration.findings import Finding
 from sparsereg.calibration.measures import measure
 from sparsereg.calibration.reporting import tables
 from sparsereg.calibration.reporting.page.page import _MOST_TARGETS, Contents, render
+from sparsereg.calibration.weight_table import weight_frame
 from tests.calibration.command.test_run import SMALL, run
 
 EVIL = "<script>document.title='EVIL'</script>\"'><img src=http://evil.example/x onerror=alert(1)>"
@@ -69,7 +70,7 @@ def contents(name="total", group="g", id="h", num_targets=3, kept=None, **others
         "settings": {"method": "all", "problem": {"targets": name}},
         "targets": targets,
         "groups": tables.group_frame(targets, problem, weights),
-        "weights": tables.weight_frame(problem, weights),
+        "weights": weight_frame(problem, weights),
         "initial_weights": problem.starting_weights,
     }
     return Contents(**values | others)

@@ -9,7 +9,8 @@ from sparsereg.calibration.problem import CalibrationProblem
 from sparsereg.calibration.reporting import tables as report
 from sparsereg.calibration.reporting.plots import plot_all
 from sparsereg.calibration.reporting.recorder import Recorder
-from sparsereg.files import write_table
+from sparsereg.calibration.weight_table import weight_frame
+from sparsereg.table_file import write_table
 
 
 def problem():
@@ -57,7 +58,7 @@ def test_all_targets_zero_and_no_household_kept_give_no_nan():
 def test_tables_read_back_exactly(tmp_path):
     p, w = problem(), np.array([1 / 3, 0, 1e-9, 12345.678901234567])
     for name in ("w.csv", "w.parquet"):
-        write_table(tmp_path / name, report.weight_frame(p, w))
+        write_table(tmp_path / name, weight_frame(p, w))
         read = pd.read_csv if name.endswith("csv") else pd.read_parquet
         back = read(tmp_path / name)
         assert back.columns.tolist() == ["id", "initial_weight", "weight"]
@@ -107,7 +108,7 @@ def test_pictures_are_drawn_for_all_signs(tmp_path, targets):
     p = CalibrationProblem(problem().matrix, targets)
     w = np.array([1.0, 2.0, 0.5, 0.0])
     history = [{"epoch": i, "loss": 1 / (i + 1), "mean_are": 0.1, "kept": 3} for i in range(3)]
-    paths = plot_all(tmp_path, report.target_frame(p, w), report.weight_frame(p, w), history)
+    paths = plot_all(tmp_path, report.target_frame(p, w), weight_frame(p, w), history)
     assert [path.name for path in paths] == ["errors.png", "targets.png", "weights.png", "progress.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 

@@ -56,7 +56,7 @@ class Contents:
         settings: Of the run, plain.
         targets: As ``tables.target_frame`` returns it.
         groups: As ``tables.group_frame`` returns it.
-        weights: As ``tables.weight_frame`` returns it.
+        weights: As ``weight_frame`` returns it.
         initial_weights: Of all households, shape (households,).
         findings: Of the checks.
         holdout: As ``holdout.hold_out`` returns it, if something was left out.

@@ -49,7 +49,7 @@ def sizes(weights: pd.DataFrame, units: str) -> str:
     """Return the picture of the weights of the kept households, before and after.
 
     Args:
-        weights: As ``tables.weight_frame`` returns it.
+        weights: As ``weight_frame`` returns it.
         units: What households are called.
     """
     pairs = ((weights.initial_weight, BEFORE, "before"), (weights.weight, AFTER, "after"))
@@ -60,7 +60,7 @@ def ratios(weights: pd.DataFrame, units: str) -> str:
     """Return the picture of weights over initial weights.
 
     Args:
-        weights: As ``tables.weight_frame`` returns it.
+        weights: As ``weight_frame`` returns it.
         units: What households are called.
     """
     ratio = weights.weight / weights.initial_weight.where(weights.initial_weight > 0)
