@@ -35,6 +35,8 @@ _ROUNDING = 1e-12
 """Share of the mean square of an input below which a variance is none."""
 LARGEST = 2**28
 """Numbers in the covariances of all layers together, up to which this is done: 2 GiB."""
+WAYS = 2
+"""In which what is left over counts, and so orders."""
 ROWS = 8192
 """Rows of a layer that are drawn of more."""
 
@@ -141,10 +143,6 @@ class _Table:
         self.inverse = torch.linalg.inv(covariance)
         self.gates = list(columns)
         self.columns = [torch.tensor(c, device=gram.device) for c in columns.values()]
-
-
-WAYS = 2
-"""In which what is left over counts, and so orders."""
 
 
 class _Fit:
