@@ -34,6 +34,8 @@ FOR_IMPORTANCE = 512
 """Inputs that importance is read off."""
 LEFTOVER = "leftover"
 """The importance that knows of the repair."""
+CLEARLY = 1.1
+"""How many times as much of the answers the first order may lose as another one, which may empty layers."""
 NEARLY_OPEN = 0.999
 """Median of gates at which derivatives are taken; at 1 itself the gates do not move."""
 
@@ -148,13 +150,14 @@ class Ranked:
         )
 
     def _nearest(self, networks: Sequence[nn.Module]) -> int:
-        """Which of some networks answers most like the whole one, its place."""
+        """Which of some networks answers most like the whole one, its place; the first unless clearly."""
         if len(networks) == 1:
             return 0
         left = unexplained(self.whole, networks, self._few)
         shown = ", ".join(f"{share:.3g}" for share in left)
         log.info("shares of the answers' variance that are lost in each order: %s", shown)
-        return left.index(min(left))
+        best = left.index(min(left))
+        return best if left[0] > CLEARLY * left[best] else 0
 
     def _ratios(self, importance: str, generator: torch.Generator) -> list[Tensor]:
         """In each order, what each gate's unit is worth for its cost, or when it goes; (gates,)."""

@@ -11,7 +11,7 @@ import sparsereg
 from sparsereg.compression import count, is_compacted, load_compacted, original_size, save_compacted
 from sparsereg.compression.oneshot.inputs import AT_ONCE, NUMBERS, read_inputs, together
 from sparsereg.compression.oneshot.leftover import leftover
-from sparsereg.compression.oneshot.ranked import opened_
+from sparsereg.compression.oneshot.ranked import Ranked, opened_
 from sparsereg.compression.units.structure import structure_of
 from sparsereg.errors import InputError
 from sparsereg.model.vit import ViT
@@ -175,6 +175,14 @@ def test_layers_that_read_the_same_say_together_which_unit_they_or_the_answers_m
     assert int(by_shares.argmin()) == int(shares.argmin())
     assert int(by_answers.argmin()) == int(moves.argmin())
     assert shares.argmin() != moves.argmin()
+
+
+def test_another_order_is_taken_only_where_it_is_clearly_better(monkeypatch):
+    network = opened_(sparsereg.gate(net(), X[:1]).eval())
+    ranked = Ranked(network, X[:1], "parameters", [X])
+    for left, taken in {(0.5, 0.46): 0, (0.5, 0.45): 1, (0.45, 0.5): 0, (0.0, 0.0): 0, (0.1, 0.0): 1}.items():
+        monkeypatch.setattr("sparsereg.compression.oneshot.ranked.unexplained", lambda *_, left=left: [*left])
+        assert ranked._nearest([network, network]) == taken
 
 
 @pytest.mark.parametrize("repair", [True, False])
