@@ -174,6 +174,7 @@ def test_wrong_targets_are_one_line(run, own, given, message):
 
 
 def test_experiment_file_of_the_user(run, own, monkeypatch):
+    pytest.importorskip("onnxscript")
     monkeypatch.syspath_prepend(str(ROOT))
     configs = f"--config-dir={ROOT / 'examples' / 'configs'}"
     arguments = ["experiment=own", *QUICK, "logger=csv"]

@@ -20,6 +20,7 @@ def quick(tiny: list[str]) -> list[str]:
 
 
 def test_resnet18_from_training_to_the_file_that_is_shipped(run, quick):
+    pytest.importorskip("onnxscript")
     trained = run("train", *quick, "lambda_l0=30", "optimizer.lr=0.05", "optimizer.warmup_epochs=0")
     assert trained.code == 0, trained.err
     assert trained.results["gates"] == 2880

@@ -45,11 +45,12 @@ def test_grouped_queries_share_keys_and_rotary_pairs_stay_pairs():
 
 
 def test_channels_and_what_they_are_tied_to():
-    table = frame("resnet18").set_index(["parameter", "axis"])
-    assert table.loc[("layer1.0.conv2.weight", 0), "reason"] == "with conv1.weight axis 0"
-    assert table.loc[("layer1.0.conv1.weight", 0), "state"] == "can go"
-    assert table.loc[("fc.weight", 0), "state"] == "kept"
-    assert table.loc[("fc.weight", 0), "reason"] == "it reaches the output"
+    table = frame("resnet18")
+    outputs = table[table.axis == 0].set_index("parameter")
+    assert outputs.reason["layer1.0.conv2.weight"] == "with conv1.weight axis 0"
+    assert outputs.state["layer1.0.conv1.weight"] == "can go"
+    assert outputs.state["fc.weight"] == "kept"
+    assert outputs.reason["fc.weight"] == "it reaches the output"
 
 
 @pytest.mark.parametrize("name", NETWORKS)
