@@ -194,7 +194,8 @@ class _OpenLayerNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spread: Spread, eps: float
     ) -> Tensor:
         mean = (x @ spread.share).unsqueeze(-1)
-        filled = torch.lerp(mean, x, spread.far)
+        # The mean need not be put back, and two operations of two tensors are faster than one of three.
+        filled = (x - mean).mul_(spread.far)
         out, _, scale = torch.native_layer_norm(filled, weight.shape, weight, bias, eps)
         ctx.eps, ctx.spread = eps, spread
         ctx.save_for_backward(x, weight, bias, mean, scale * spread.stretch)
@@ -216,7 +217,7 @@ class _OpenLayerNorm(torch.autograd.Function):
         )
         if made is not None:
             fewer = (grad @ (weight * spread.fewer)).unsqueeze(-1)
-            made.addcmul_(fewer, scale, value=-1).mul_(spread.mask)
+            made.sub_(fewer * scale).mul_(spread.mask)
         return made, None if by_weight is None else by_weight * spread.mask, by_bias, None, None
 
 

@@ -112,6 +112,8 @@ class Sites:
             if self.program.weights[node].is_floating_point():  # no index
                 self.axis.setdefault(node, -1)
             return []
+        if node in self.labeller.through:
+            return list(self.labeller.through[node])
         stack = stack_of(self.program, node)
         if stack is not None:
             self.axis.setdefault(stack.weight, stack.made)
@@ -126,7 +128,7 @@ class Sites:
             weight, turned = matrix
             self.axis.setdefault(weight, 0 if turned else 1)
             return []
-        if name in MAKERS and node not in self.labeller.through:
+        if name in MAKERS:
             out = 1 if "transpose" in name else _OUT_AXIS.get(name, 0)
             made = [scaled(bound(node).get(key), out) for key in MAKERS[name]]
             found = [w for w in made if w in self.program.weights]
@@ -144,8 +146,6 @@ class Sites:
                 self.axis[weight] = 0
                 self.part[weight] = candidate_rows(CELLS[name], self.program.values[weight].shape[0])
             return []
-        if node in self.labeller.through:
-            return list(self.labeller.through[node])
         if name in (*PRODUCTS, *MATRICES):
             return [self._one_of(node)]
         if name in QUOTIENTS:
@@ -254,6 +254,9 @@ class Sites:
         by_hand = _centred_by_hand(means)
         if len(kinds) != 1 and not by_hand:
             return None
+        within = f"{path}."
+        if any(module_of(n).startswith(within) for n in sources) or not _only_normed(sources, inside, kinds):
+            return None
         centred = by_hand or kinds <= {"layer_norm", "group_norm", "native_layer_norm"}
         if not centred and kinds != {"rms_norm"} and not _mean_of_squares(node):
             return None
@@ -276,6 +279,13 @@ class Sites:
         others = [d for d in range(labels.dim()) if d != along[0]]
         units = (labels.amax(others) if others else labels).numpy().astype(np.int64)
         return along[0] - labels.dim(), units
+
+
+def _only_normed(sources: set[fx.Node], inside: list[fx.Node], kinds: set[str]) -> bool:
+    """Whether a module whose norms are whole operations does nothing else with its input."""
+    whole = all(kind.endswith("_norm") for kind in kinds)
+    users = [user for source in sources for user in source.users if user in inside]
+    return not whole or all(name_of(user) in kinds | MOVING for user in users)
 
 
 def _centred_by_hand(means: list[fx.Node]) -> bool:

@@ -6,6 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
+import sparsereg
 from sparsereg.compression import Accountant, compact, count, gate, load_compacted, save_compacted
 from sparsereg.compression.macs import counting
 from sparsereg.compression.running import tensors_in
@@ -436,6 +437,36 @@ def test_a_layer_norm_of_what_is_open_has_the_gradients_of_one_without_the_rest(
         assert difference(a, b) < 1e-12
     second = [torch.autograd.grad(g[0].square().sum(), x, retain_graph=True)[0] for g in (by_hand, ours)]
     assert difference(*second) < 1e-12
+
+
+class Added(nn.LayerNorm):
+    """A module that reads its input beside the norm that it is called for."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Rectified(nn.LayerNorm):
+    """A norm of something else than what comes in."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.before = nn.ReLU()
+
+    def forward(self, x):
+        return super().forward(self.before(x))
+
+
+@pytest.mark.parametrize("norm", [Added, Rectified])
+def test_a_module_that_does_more_than_to_norm_its_input_keeps_what_it_norms(norm):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 8), norm(8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    x = torch.randn(2, 5, dtype=torch.float64)
+    gated = gate(network.eval(), x)
+    shuffle_(gated)
+    assert difference(compact(gated, x)(x), gated(x)) < 1e-12
+    table = sparsereg.explain(network, x).to_frame()
+    assert set(table[table.parameter == "0.weight"].state) == {"kept"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
-from sparsereg.compression.units.labels import LIVE, Grid, Ints, Labels, along, live
+from sparsereg.compression.units.labels import FIRST, LIVE, Grid, Ints, Labels, along, live, varying
 from sparsereg.compression.units.program import Call, name_of
 from sparsereg.compression.units.rules.table import (
     TURNS,
@@ -52,6 +53,9 @@ def dense(x: Labeller, node: fx.Node, source: Any, weight: Any, bias: Any, out: 
     """A layer whose weight makes units along its axis ``out`` and reads others along ``into``."""
     shape = x.program.values[node].shape
     rank = x.program.values[source].dim()
+    passed = _passed(x, node, source, set(range(rank - 1)), (weight, into, out), bias)
+    if passed is not None:
+        return passed
     read = x.read(source, (rank - 1,), node, name_of(node), columns=((weight, into),))
     x.weight(weight, into, read, node)
     units = x.weight(weight, out, None, node)
@@ -59,6 +63,46 @@ def dense(x: Labeller, node: fx.Node, source: Any, weight: Any, bias: Any, out: 
         x.weight(bias, 0, units, node)
     x.dead[node] = Dead.ZERO
     return along(units, len(shape) - 1, shape)
+
+
+def _passed(
+    x: Labeller, node: fx.Node, source: Any, free: set[int], weight: tuple[Any, int, int], bias: Any
+) -> Labels | None:
+    """What a layer along one axis makes of units along others, each position of which it takes by itself.
+
+    So channels go through a layer along the tokens. What it makes along its own axis stays then, since an
+    element has one label; where that would be more, what lies along the others is tied.
+
+    Args:
+        x: the labels so far.
+        node: the layer.
+        source: what it reads.
+        free: axes whose positions do not meet.
+        weight: its weight, the axis that reads and the one that makes.
+        bias: its bias, if it has one.
+
+    Returns:
+        Labels of what it makes; None where units do not lie along such axes alone.
+    """
+    if not isinstance(source, fx.Node) or weight[0] not in x.program.weights:
+        return None
+    labels, (matrix, into, out) = x.labels(source), weight
+    along_them = sorted(varying(labels))
+    size = x.program.values[matrix].shape
+    if not along_them or not set(along_them) <= free:
+        return None
+    units = x.axes.reduce(labels, tuple(along_them), name_of(node), node)
+    if len(np.unique(units[units >= FIRST])) < size[out]:
+        return None
+    why = f"{name_of(node)} passes on what lies along another axis"
+    x.weight(matrix, into, np.full(size[into], LIVE), node)
+    x.axes.fix(x.weight(matrix, out, None, node), why, node)
+    if isinstance(bias, fx.Node):
+        x.axes.fix(x.weight(bias, 0, None, node), why, node)
+        x.dead[node] = max(x.dead.get(source, Dead.ZERO), Dead.CONSTANT)
+    x.through[node] = (source,)
+    sizes = [n if axis in along_them else 1 for axis, n in enumerate(labels.shape)]
+    return torch.from_numpy(units).int().view(sizes).expand(x.program.values[node].shape)
 
 
 def weight_behind(x: Labeller, source: Any) -> tuple[fx.Node, bool] | None:
@@ -103,6 +147,31 @@ def _conv_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     return replaced(node, groups=come // left[1])
 
 
+def _in_out(transposed: bool) -> tuple[int, int]:
+    """The axes of the kernel along which a convolution reads and makes channels."""
+    return (0, 1) if transposed else (1, 0)
+
+
+def _free_axes(a: dict[str, Any], axis: int, kernel: torch.Size) -> set[int]:
+    """Axes of maps whose positions a convolution takes one by one, and does not add any to."""
+    found = set(range(axis))
+    for d, taps in enumerate(kernel):
+        stride, padding, more = (
+            _of(a.get(k), d, n) for k, n in (("stride", 1), ("padding", 0), ("output_padding", 0))
+        )
+        if (taps, stride, padding, more) == (1, 1, 0, 0):
+            found.add(axis + 1 + d)
+    return found
+
+
+def _of(sizes: Any, d: int, none: int) -> int:
+    """One of the sizes that an operation has for its axes: a number for all, or one for each."""
+    if isinstance(sizes, str) or sizes is None or sizes == []:
+        return none
+    listed = [sizes] if isinstance(sizes, int) else list(sizes)
+    return int(listed[d % len(listed)])
+
+
 def _groups(a: dict[str, Any]) -> int:
     return int(a.get("groups") or 1)
 
@@ -121,6 +190,11 @@ def convolution(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     axis = len(shape) - whole.dim() + 1
     groups, transposed = _groups(a), _transposed(node, a)
     each = groups > 1 and groups == x.program.values[source].shape[axis]
+    passed = _passed(
+        x, node, source, _free_axes(a, axis, whole.shape[2:]), (weight, *_in_out(transposed)), bias
+    )
+    if passed is not None:
+        return passed
     columns = ((weight, 0 if transposed else 1),) if groups == 1 else ()
     read = x.read(source, (axis,), node, name_of(node), sums=not each, columns=columns)
     if groups == 1:
