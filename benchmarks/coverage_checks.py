@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.coverage_cases import Case
@@ -20,6 +19,7 @@ from sparsereg.compression.macs import counting
 from sparsereg.compression.units.explain import Explanation, explanation
 from sparsereg.compression.units.program import Program, bound, name_of, plain_call, trace
 from sparsereg.compression.units.structure import structure_of
+from sparsereg.compression.verify import Float64, in_float64
 from sparsereg.penalties import hard_concretes
 
 LIMIT = 1e-9
@@ -73,25 +73,6 @@ def set_(gated: nn.Module, seed: int | None) -> None:
             location[torch.from_numpy(shut)] = -10.0
         gates.log_alpha.copy_(location.view_as(gates.log_alpha))
     gated.train().eval()  # what a network keeps from one pass to the next, it forgets when it trains
-
-
-class Float64(TorchDispatchMode):
-    """Goes on in float64 where a network goes to float32 in some operations: rounding hides nothing."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call an operation, with float64 where float32 is asked for."""
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
-
-
-def in_float64(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a network in float64 gives, without a detour over float32."""
-    with Float64():
-        return network(*args, **kwargs)
 
 
 def operations(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -165,12 +146,14 @@ def halved_by_torch_pruning(case: Case) -> dict[str, Any]:
     }
     removed = 1 - sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
     found = {"runs": "yes", "removed": f"{removed:.4f}"}
-    results = tree_leaves(smaller(*args, **kwargs))
+    results = tree_leaves(in_float64(smaller, args, kwargs))
     if not removed:
         return {**found, "runs": "no", "why": "it removes nothing"}
     assert len(results) == wanted
     program = trace(network, *args, **kwargs)
-    most = difference(results, tree_leaves(_masked(program, masks, tree_leaves((args, kwargs)))))
+    with Float64():
+        masked = _masked(program, masks, tree_leaves((args, kwargs)))
+    most = difference(results, tree_leaves(masked))
     why = "" if most <= LIMIT else "its result is not that of the masked network"
     return {**found, "difference": f"{most:.1e}", "why": why}
 

@@ -24,7 +24,7 @@ from sparsereg.compression.running import first_line, quiet, tensors_in
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.program import at_least_two
 from sparsereg.compression.units.recurrent_shapes import recurrent_in_one
-from sparsereg.compression.verify import apart, in_float64
+from sparsereg.compression.verify import apart, exactly
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
 
@@ -362,12 +362,7 @@ _WRITERS: dict[
 
 
 def _exact(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """What a network answers in float64; nothing if it cannot go there."""
-    try:
-        return tensors_in(in_float64(network, args, kwargs))
-    except (RuntimeError, TypeError) as error:
-        logger.debug("%s does not run in float64: %s", type(network).__name__, error)
-        return ()
+    return tensors_in(exactly(network, args, kwargs))
 
 
 def _check(network: nn.Module, file: File, example_input: Any, name: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsereg.errors import InputError
+
 Example = Tensor | tuple[Tensor, ...]
 
 
@@ -57,10 +59,35 @@ def quiet(names: tuple[str, ...], level: int) -> Iterator[None]:
 
 
 def doubled(inputs: Any) -> Any:
-    """Inputs, nested as they may be, with floating-point tensors in float64."""
-    return torch.utils._pytree.tree_map(
-        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
-    )
+    """Inputs, nested as they may be, with floating-point tensors in float64, complex ones in complex128."""
+    return torch.utils._pytree.tree_map_only(Tensor, in_double, inputs)
+
+
+def in_double(x: Tensor) -> Tensor:
+    """A tensor in float64, or complex128; one of whole numbers as it is."""
+    if x.is_complex():
+        return x.to(torch.complex128)
+    return x.double() if x.is_floating_point() else x
+
+
+def has_gradients(x: Tensor) -> bool:
+    """Whether a tensor is of numbers that can be trained."""
+    return x.is_floating_point() or x.is_complex()
+
+
+def check_steady(model: nn.Module, first: Any, second: Any) -> None:
+    """Raise if a network gave different answers in two calls in eval mode with the same example.
+
+    Raises:
+        InputError: it did.
+    """
+    pairs = zip(tensors_in(first), tensors_in(second), strict=False)
+    if not all(a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
+        raise InputError(
+            f"{type(model).__name__} answers differently when it is called twice in eval mode with the same"
+            " example: it draws random numbers there or changes its own state, so that nothing smaller can be"
+            " proved equal to it; leave that out in eval mode (where self.training is False)"
+        )
 
 
 def first_line(error: Exception) -> str:

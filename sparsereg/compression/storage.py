@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from sparsereg.archives import load_torch, not_finite, save_torch
 from sparsereg.compression import vocabulary
 from sparsereg.compression.compact import ORIGINAL
+from sparsereg.compression.running import has_gradients
 from sparsereg.compression.vocabulary import check_name, check_path, short
 from sparsereg.errors import DamagedFile, InputError
 
@@ -227,6 +228,8 @@ def _encode(value: Any) -> Any:
         return {"node": value.name}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
     if isinstance(value, slice):
         return {"slice": [_encode(v) for v in (value.start, value.stop, value.step)]}
     if isinstance(value, list):
@@ -323,7 +326,7 @@ class _Reader:
             if name not in own:
                 check_name(name, "a tensor of the network")
                 if name in trains:
-                    self.root.register_parameter(name, nn.Parameter(value, value.is_floating_point()))
+                    self.root.register_parameter(name, nn.Parameter(value, has_gradients(value)))
                 else:
                     self.root.register_buffer(name, value)
             elif value.shape != own[name].shape or value.is_floating_point() != own[name].is_floating_point():
@@ -413,6 +416,8 @@ class _Reader:
             if any(not isinstance(key, str | int) for key, _ in pairs):
                 raise InputError(f"{where!r} has the argument {short(value)}, whose keys are no names")
             return dict(pairs)
+        if kind == "complex" and not (len(content) == 2 and all(isinstance(v, float) for v in content)):
+            raise InputError(f"{where!r} has a complex number of {short(content)}")
         if kind == "slice" and len(content) != 3:
             raise InputError(f"{where!r} has a slice of {len(content)} parts")
         return _MAKE[kind]([self._decode(v, where, depth - 1) for v in content])
@@ -421,6 +426,7 @@ class _Reader:
 _MAKE: dict[str, Callable[[Any], Any]] = {
     "list": list,
     "tuple": tuple,
+    "complex": lambda parts: complex(*parts),
     "slice": lambda parts: slice(*parts),
     "dict": dict,
 }

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsereg.compression.running import doubled, evaluating, tensors_in
+from sparsereg.compression.running import check_steady, doubled, evaluating, in_double, tensors_in
 
 log = logging.getLogger(__name__)
 
@@ -37,36 +38,53 @@ def verify(
         kwargs: inputs by name.
 
     Raises:
+        InputError: the original answers differently in two calls.
         RuntimeError: the answers differ.
     """
     own = (args, dict(kwargs))
-    _widen(wide, _precision(model))
+    _widen(wide)
     tolerance_64 = ROUNDED_TOLERANCE if _rounds(smaller) else FLOAT64_TOLERANCE
     tolerance = max(TOLERANCE.get(_precision(model), 1e-3), tolerance_64)
     with evaluating(model):
-        batches = [own, *_noise_for(model, own)]
-        for given, named in batches:
-            leaves = [x for x in torch.utils._pytree.tree_leaves((given, named)) if isinstance(x, Tensor)]
-            exact = in_float64(model, given, named) if all(_supports_float64(x) for x in leaves) else None
-            own = model(*given, **named)
-            _compare(own, smaller(*given, **named), type(model).__name__, tolerance, exact)
+        for given, named in [own, *_noise_for(model, own)]:
+            exact, answer = exactly(model, given, named), model(*given, **named)
+            try:
+                _compare(answer, smaller(*given, **named), type(model).__name__, tolerance, exact)
+            except RuntimeError:
+                check_steady(model, answer, model(*given, **named))
+                raise
             if exact is not None:
                 given, named = doubled((given, named))
                 _compare(exact, wide(*given, **named), type(model).__name__, tolerance_64)
 
 
-def _widen(wide: nn.Module, own: torch.dtype) -> None:
-    """Let a network in float64 go there where the original, as it was traced, goes to its own precision."""
-    if not isinstance(wide, fx.GraphModule) or own is torch.float64:
-        return
+_WIDER = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
+    torch.complex64: torch.complex128,
+}
 
-    def widened(leaf: Any) -> Any:
-        return torch.float64 if leaf is own else leaf
 
-    for node in wide.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, widened)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, widened)
-    wide.recompile()
+def _wider(leaf: Any) -> Any:
+    return _WIDER.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
+
+
+def _widen(wide: nn.Module) -> None:
+    """Let a network in float64 stay there where the original, as it was traced, goes to less."""
+    if isinstance(wide, fx.GraphModule):
+        for node in wide.graph.nodes:
+            node.args = fx.node.map_aggregate(node.args, _wider)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, _wider)
+        wide.recompile()
+
+
+class Float64(TorchDispatchMode):
+    """Stays in float64 where a network goes to less by itself, as many norms and one-hot inputs do."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call an operation, with float64 where less is asked for."""
+        return func(*args, **{name: _wider(value) for name, value in (kwargs or {}).items()})
 
 
 def _rounds(smaller: nn.Module) -> bool:
@@ -79,28 +97,34 @@ def _precision(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def exactly(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any | None:
+    """What a network answers in float64; None if it, or the device, cannot go there."""
+    if not all(_supports_float64(x) for x in tensors_in((args, dict(kwargs)))):
+        return None
+    try:
+        return in_float64(model, args, kwargs)
+    except (RuntimeError, TypeError) as error:
+        log.debug("%s does not run in float64: %s", type(model).__name__, error)
+        return None
+
+
 def in_float64(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a network answers in float64; it and the inputs stay as they are."""
     given, named = doubled((args, dict(kwargs)))
-    with _with_float64_weights(model):
+    with _with_float64_weights(model), Float64():  # type: ignore[no-untyped-call]
         return model(*given, **named)
 
 
 @contextmanager
 def _with_float64_weights(model: nn.Module) -> Iterator[None]:
     """Give a network float64 weights for a while; afterwards it has the very tensors that it had."""
-    weights = [(p, p.data) for p in model.parameters() if p.is_floating_point()]
-    buffers = [
-        (m, name, b)
-        for m in model.modules()
-        for name, b in m._buffers.items()
-        if b is not None and b.is_floating_point()
-    ]
+    weights = [(p, p.data) for p in model.parameters()]
+    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
         for parameter, data in weights:
-            parameter.data = data.double()
+            parameter.data = in_double(data)
         for module, name, buffer in buffers:
-            module._buffers[name] = buffer.double()
+            module._buffers[name] = in_double(buffer)
         yield
     finally:
         for parameter, data in weights:
@@ -189,6 +213,7 @@ def difference(a: Tensor, b: Tensor) -> float:
         return float("inf")
     if not a.numel():
         return 0.0
+    a, b = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in (a, b))
     a, b = a.double(), b.double()
     finite = a.isfinite() & b.isfinite()
     alike = (a == b) | (a.isnan() & b.isnan())

@@ -79,12 +79,25 @@ _MAKERS = """
     new_full eye linspace sym_size
 """.split()  # noqa: SIM905
 """Operations that make a tensor, or a size, out of nothing that a rule would say anything about."""
+_WITHOUT_RULES = """
+    pairwise_distance mse_loss l1_loss smooth_l1_loss huber_loss cross_entropy_loss nll_loss nll_loss_nd
+    nll_loss_forward nll_loss2d_forward binary_cross_entropy binary_cross_entropy_with_logits kl_div
+    cross linalg_cross outer kron trace det logdet inverse linalg_inv linalg_inv_ex linalg_det linalg_slogdet
+    linalg_solve_ex linalg_matrix_norm cholesky linalg_cholesky_ex
+    bucketize searchsorted one_hot fold col2im affine_grid_generator max_unpool2d max_unpool3d
+    logaddexp logaddexp2 hypot heaviside copysign sinc lgamma digamma xlogy special_xlogy logit frac deg2rad
+    rad2deg isfinite isclose bitwise_xor bitwise_left_shift bitwise_right_shift logical_xor __lshift__
+    __rshift__ diff quantile nanmedian mode kthvalue aminmax std_mean count_nonzero dstack hsplit vsplit
+    dsplit scatter scatter_add scatter_reduce index_add index_copy index_put index_fill masked_scatter
+    broadcast_tensors select_scatter diagonal_scatter sgn meshgrid
+""".split()  # noqa: SIM905
+"""Further operations that compute tensors from tensors, and keep whatever meets them."""
 
 
 def _aten_functions() -> dict[str, Callable[..., Any]]:
     """The operations that a network is traced to: those that there are rules for, in all of their forms."""
     known: dict[str, Callable[..., Any]] = {}
-    for name in (*RULES, *_MAKERS):
+    for name in (*RULES, *_MAKERS, *_WITHOUT_RULES):
         packet = getattr(torch.ops.aten, name, None)
         for overload in packet.overloads() if packet is not None else ():
             function = getattr(packet, overload)
@@ -111,7 +124,7 @@ KEYWORDS = frozenset(
 WORDS = frozenset(
     """
     nearest linear bilinear bicubic trilinear area nearest-exact none tanh constant reflect replicate circular
-    zeros same valid floor trunc relu sum mean max shape dtype device
+    zeros same valid floor trunc relu sum mean max shape dtype device ortho forward backward ij xy
     """.split()  # noqa: SIM905
 )
 """Texts that a file may give as an argument."""
@@ -128,10 +141,12 @@ _ENLARGING = {"expand", "F.pad", "F.interpolate"} | {n for n in FUNCTIONS if "ad
 _EINSUM = ("torch.einsum", "aten.einsum.default")
 _SIZED = """
     pad expand repeat repeat_interleave tile broadcast_to zeros ones full empty arange eye linspace new_zeros
-    new_ones new_full
+    new_ones new_full one_hot fold col2im affine_grid_generator max_unpool2d max_unpool3d
 """.split()  # noqa: SIM905
 _ENLARGING |= {
-    n for n in FUNCTIONS if n.startswith("aten.") and (n.split(".")[1] in _SIZED or "upsample" in n)
+    n
+    for n in FUNCTIONS
+    if n.startswith("aten.") and (n.split(".")[1] in _SIZED or "upsample" in n or ".fft_" in n)
 }
 """Operations whose numbers, and not their input, say how large the result is."""
 
@@ -184,6 +199,9 @@ def _check_value(name: str, value: Any, depth: int) -> None:
             raise InputError(f"{name} has the argument {short(value)}, which is not on the list")
     elif isinstance(value, bool | float | torch.dtype | fx.Node) or value is None:
         pass
+    elif isinstance(value, complex):
+        if not (math.isfinite(value.real) and math.isfinite(value.imag)):
+            raise InputError(f"{name} has the argument {short(value)}, which is not finite")
     elif isinstance(value, int):
         if abs(value) > LARGEST:
             raise InputError(f"{name} has the argument {short(value)}, which is out of range")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sparsereg.compression.running import evaluating, first_line, tensors_in
+from sparsereg.compression.running import check_steady, evaluating, first_line
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.data.batches import LABELS, call, inputs_and_labels, moved, num_examples
 from sparsereg.data.form import arguments_of
@@ -59,13 +59,7 @@ def check_example(network: nn.Module, example: Any) -> Any:
             f"{name} cannot be called with this example ({described(example)}): {first_line(error)}; give one"
             " batch as its forward takes it: a tensor, a tuple of inputs, or a dictionary of inputs by name"
         ) from error
-    pairs = zip(tensors_in(first), tensors_in(second), strict=False)
-    if not all(a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
-        raise InputError(
-            f"{name} answers differently when it is called twice in eval mode with the same example: it"
-            " draws random numbers there or changes its own state, so that nothing smaller can be proved"
-            " equal to it; leave that out in eval mode (where self.training is False)"
-        )
+    check_steady(network, first, second)
     return example
 
 

@@ -331,3 +331,38 @@ def test_lengths_of_another_path_are_refused(kind, length, fits, refused, tmp_pa
         for n in refused:
             with pytest.raises(ValueError, match=rf"compacted for inputs of shape .*got \[3, {n}\]"):
                 small(torch.randint(0, 20, (3, n)))
+
+
+class Waveform(nn.Module):
+    """Frames of a waveform, put together by their number, as speech models do."""
+
+    def __init__(self, fixed=False):
+        super().__init__()
+        self.frames, self.head, self.fixed = nn.Conv1d(1, 12, 4, 4), nn.Linear(12, 3), fixed
+
+    def forward(self, x):
+        y = F.relu(self.frames(x.unsqueeze(1))).transpose(1, 2)
+        number = int(y.shape[1]) if self.fixed else y.shape[1]
+        return self.head(y.reshape(x.shape[0] * number, 12)).view(-1, number, 3) + x[:, :number, None]
+
+
+@torch.no_grad()
+def test_waveforms_may_be_longer_or_are_refused_in_one_line():
+    for fixed in (False, True):
+        network = gate(Waveform(fixed).eval(), torch.randn(2, 32))
+        next(m for m in network.modules() if isinstance(m, HardConcrete)).log_alpha[::2] = -10
+        smaller, longer = compact(network, torch.randn(2, 32)), torch.randn(3, 48)
+        assert smaller.head.in_features == 6
+        if fixed:
+            with pytest.raises(ValueError, match=r"of shape \[-1, 32\]"):
+                smaller(longer)
+        else:
+            torch.testing.assert_close(smaller(longer), network(longer))
+
+
+@torch.no_grad()
+def test_layers_of_features_take_them_with_any_number_of_axes_before():
+    network = gate(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(4, 6))
+    next(m for m in network.modules() if isinstance(m, HardConcrete)).log_alpha[::2] = -10
+    smaller, more = compact(network, torch.randn(4, 6)), torch.randn(2, 5, 6)
+    torch.testing.assert_close(smaller(more), network(more))

@@ -47,7 +47,7 @@ class Cut:
         for node, value in weights:
             self.weights[node] = self._weight(node, value)
             if node in normed:
-                sizes[normed[node]] = value.norm(dim=_normed_over(normed[node], value), keepdim=True)
+                sizes[normed[node]] = _size(value, _normed_over(normed[node], value))
         for node, whole in sizes.items():
             self._resize(node, whole)
 
@@ -59,7 +59,7 @@ class Cut:
         along = self.units.labeller.axes.weight_axes.get(v, [None] * whole.dim())[axis]
         if along is not None:
             whole = whole.index_select(axis, torch.from_numpy(np.flatnonzero(self.stays.numpy()[along])))
-        left = self.weights[v].norm(dim=over, keepdim=True)
+        left = _size(self.weights[v], over)
         self.weights[g] = self.weights[g] * torch.where(whole > 0, left / whole, 1).to(whole.dtype)
 
     def run(self, *inputs: Any) -> Any:
@@ -201,6 +201,11 @@ class Cut:
     def num_parameters(self) -> int:
         """Parameters that are left."""
         return sum(self.weights[n].numel() for n in self.program.parameters & self.serving)
+
+
+def _size(weight: Tensor, over: list[int]) -> Tensor:
+    found: Tensor = torch.linalg.vector_norm(weight, dim=over, keepdim=True)
+    return found
 
 
 def _normed_over(node: fx.Node, weight: Tensor) -> list[int]:

@@ -56,7 +56,7 @@ def entrances(program: Program) -> Iterator[Entrance]:
         of, picked = program.values[node].shape, None
         if after is not None and name_of(after) == "index_select":
             node, picked = after, program.weights.get(after.args[2])  # type: ignore[arg-type]
-        axis = _axis(program, node)
+        axis = axis_of_features(program, node)
         if axis and (node is not after or (picked is not None and node.args[1] == axis)):
             yield Entrance(source, node, axis, picked, of[axis])
 
@@ -67,7 +67,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return users[0] if len(users) == 1 else None
 
 
-def _axis(program: Program, start: fx.Node) -> int | None:
+def axis_of_features(program: Program, start: fx.Node) -> int | None:
     """The axis along which the first layer behind a tensor reads it; None if none does as it lies."""
     shape = program.values[start].shape
     waiting, seen = [start], {start}

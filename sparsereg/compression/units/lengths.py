@@ -68,11 +68,19 @@ def _limits(size: Any, example: int) -> tuple[int, int, int]:
     if not symbol.is_Symbol:
         return example, 0, 0
     step = _step(symbol, environment.guards)
-    if step is None:
+    if step is None or any(_says(guard.expr, symbol) for guard in environment.guards):
         return example, 0, 0
     bounds = environment.var_to_range[symbol]
     low = int(bounds.lower)
     return (ANY if low <= 2 else -low), (int(bounds.upper) if bounds.upper.is_Integer else 0), step
+
+
+def _says(rule: Any, symbol: Any) -> bool:
+    """Whether a rule says what comes of a size alone, such as the number of its windows."""
+    if type(rule).__name__ != "Equality":
+        return False
+    one, two = rule.args
+    return any(a.free_symbols == {symbol} and b.is_Integer and b != 0 for a, b in ((one, two), (two, one)))
 
 
 def _step(symbol: Any, guards: Sequence[Any]) -> int | None:

@@ -473,6 +473,17 @@ def _let_write_anew(graph: fx.Graph) -> None:
         if name.endswith("_") and not name.endswith("__") and hasattr(node.target, "_schema"):
             plain = getattr(torch.ops.aten, name[:-1], None)
             node.target = getattr(plain, node.target._overloadname or "default", node.target)
+        if name in ("copy", "copy_"):
+            _let_copy(graph, node)
+
+
+def _let_copy(graph: fx.Graph, node: fx.Node) -> None:
+    """Let a copy be what is copied in the size and type of what it is copied to: ``copy`` has no gradient."""
+    whole, source = node.args[:2]
+    with graph.inserting_before(node):
+        alike = graph.call_function(torch.ops.aten.type_as.default, (source, whole))
+    alike.meta.update(node.meta)
+    node.target, node.args, node.kwargs = torch.ops.aten.expand_as.default, (alike, whole), {}
 
 
 def at_least_two(x: Any) -> Any:
@@ -492,10 +503,8 @@ def _any_size(example: Any, maps: bool | None) -> torch.export.ShapesCollection:
     sizes = torch.export.ShapesCollection()
     for x in torch.utils._pytree.tree_leaves(example):
         if isinstance(x, Tensor) and x.dim():
-            tokens = x.dim() == 2 and not x.is_floating_point()
-            dims: tuple[int, ...] = (0, 1) if tokens or x.dim() == 3 else (0,)
-            dims = (0, *range(2, x.dim())) if maps and x.dim() > 3 else dims
-            dims = tuple(range(x.dim())) if maps is None else dims
+            all_ = maps is None or x.dim() < 4  # a number of features turns out to be one by itself
+            dims = tuple(range(x.dim())) if all_ else (0, *(range(2, x.dim()) if maps else ()))
             # A size of one is taken as it is in any case, which torch.export would say on stderr.
             sizes[x] = dict.fromkeys((d for d in dims if x.shape[d] > 1), torch.export.Dim.AUTO)
     return sizes

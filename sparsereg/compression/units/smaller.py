@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from sparsereg.compression.sizes import of_size
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.emit import Emitter
+from sparsereg.compression.units.entrances import axis_of_features
 from sparsereg.compression.units.gating import take_gates_off
 from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.lines import Bools
@@ -87,11 +88,9 @@ def fixed_sizes(
             continue
         sizes = Sizes.of(node.meta["val"].shape, value.shape)
         sizes.free(0)
-        tokens = value.dim() == 2 and not value.is_floating_point()
+        features = axis_of_features(program, node)
         for axis in range(1, value.dim()):
-            sequence = axis == 1 and (tokens or value.dim() == 3)
-            place = value.dim() > 3 and axis > 1
-            if not (sequence or place) or (place and free):
+            if axis == features or (value.dim() > 3 and (axis == 1 or free)):
                 sizes.free(axis)
         found[position] = sizes
     return found

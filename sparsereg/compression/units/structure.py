@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from sparsereg.compression.running import in_double
 from sparsereg.compression.units.costs import Costs
 from sparsereg.compression.units.gating import (
     GatedModule,
@@ -332,6 +333,8 @@ def constants_of(program: Program) -> dict[str, Tensor]:
 
 
 def _in(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if value.is_complex():
+        return in_double(value) if dtype is torch.float64 else value
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 

@@ -98,20 +98,62 @@ def test_products_with_turned_weights_are_layers():
     assert halved(Turned(), x) < 1e-12
 
 
-def test_weight_norms_do_not_see_what_is_gone():
-    def net():
-        convolution = nn.Conv1d(6, 8, 3)
-        return nn.Sequential(
-            nn.Conv1d(2, 6, 3),
-            nn.ReLU(),
-            nn.utils.parametrizations.weight_norm(convolution),
-            nn.ReLU(),
-            nn.Conv1d(8, 3, 3),
-        )
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_weight_norms_do_not_see_what_is_gone(dimensions):
+    convolution = nn.Conv1d if dimensions == 1 else nn.Conv2d
 
-    x = torch.randn(2, 2, 12)
+    def net():
+        normed = nn.utils.parametrizations.weight_norm(convolution(6, 8, 3))
+        return nn.Sequential(convolution(2, 6, 3), nn.ReLU(), normed, nn.ReLU(), convolution(8, 3, 3))
+
+    x = torch.randn(2, 2, *[12] * dimensions)
     assert set(free(net(), x).values()) == {6, 8}
     assert halved(net(), x) < 1e-12
+
+
+class Written(nn.Module):
+    """Einsums with dots, without a result, and of more than two factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 10), nn.Linear(9, 3)
+        self.w, self.v = nn.Parameter(torch.randn(10, 8)), nn.Parameter(torch.randn(10, 4))
+        self.three = nn.Parameter(torch.randn(4, 4, 5))
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        y, z = torch.einsum("...i, ij -> ...j", h, self.w), torch.einsum("abi,ij", h, self.v)
+        among = torch.einsum("bni,bmi", y, y)
+        mixed = torch.einsum("bni,ijk,bnj->bnk", z, self.three, z)
+        return self.head(torch.cat([torch.einsum("...nm,...mj->...nj", among, z), mixed], -1))
+
+
+def test_an_einsum_is_followed_however_it_is_written():
+    x = torch.randn(2, 5, 6)
+    assert sorted(free(Written(), x).values()) == [8, 10]
+    assert "einsum bni,ijk,bnj->bnk" in str(sparsereg.explain(Written(), x))
+    assert halved(Written(), x) < 1e-9
+
+
+class Graph(nn.Module):
+    """Attention over a graph: one weight for all heads makes what the vectors of each of them read."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.head = nn.Parameter(torch.randn(3, 6, 8)), nn.Linear(24, 4)
+        self.one, self.two = nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x):
+        h = torch.einsum("bni,hio->bhno", x, self.w)
+        one, two = (torch.einsum("bhno,ho->bhn", h, v) for v in (self.one, self.two))
+        shares = (one[..., None] + two[..., None, :]).tanh().softmax(-1)
+        return self.head(torch.einsum("bhnm,bhmo->bnho", shares, h).flatten(2))
+
+
+def test_heads_go_where_one_weight_makes_them_all():
+    x = torch.randn(2, 5, 6)
+    assert {3, 8} <= set(free(Graph(), x).values())
+    assert halved(Graph(), x) < 1e-9
 
 
 class Looked(nn.Module):
@@ -355,3 +397,27 @@ def test_sizes_that_do_not_serve_are_tried_in_silence(capfd):
     with pytest.raises(InputError, match="depends on the data"):
         free(Branch(3, 2), torch.randn(2, 3))
     assert capfd.readouterr() == ("", "")
+
+
+class Filled(nn.Module):
+    """Rows of a table of its own are written one after another, as caches and scans do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        made = torch.empty_like(h)
+        for place in range(x.shape[1]):
+            made[:, place] = h[:, : place + 1].mean(1)
+        return self.head(made)
+
+
+def test_what_is_written_in_place_trains_when_it_is_compacted():
+    gated = sparsereg.gate(Filled(), x := torch.randn(2, 4, 6)).eval()
+    with torch.no_grad():
+        next(m for m in gated.modules() if isinstance(m, sparsereg.HardConcrete)).log_alpha[:4] = -10
+    smaller = sparsereg.compact(gated, x)
+    smaller(x).sum().backward()
+    assert smaller.first.weight.grad.shape == (6, 6)

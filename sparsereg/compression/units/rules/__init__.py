@@ -10,6 +10,7 @@ from sparsereg.compression.units.rules import (  # noqa: F401  (each registers i
     products,
     recurrent,
     reductions,
+    spectra,
 )
 from sparsereg.compression.units.rules.table import RULES
 

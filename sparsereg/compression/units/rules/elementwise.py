@@ -15,7 +15,7 @@ from sparsereg.compression.units.rules.table import Dead, Labeller, rule
 ZERO_STAYS = """
     relu relu6 leaky_relu gelu silu tanh hardswish elu selu celu mish hardtanh abs neg sqrt sin asin atan sinh
     erf sign round floor ceil trunc expm1 log1p square softsign prelu rrelu hardshrink softshrink nan_to_num
-    tanhshrink real positive tan
+    tanhshrink real imag conj _conj resolve_conj resolve_neg positive tan
 """.split()  # noqa: SIM905
 """Functions with f(0) = 0."""
 _ZERO_MOVES = """
@@ -170,14 +170,6 @@ def as_large(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     else:
         x.dead[node] = Dead.ANYTHING if a["self"] in x.depends else Dead.CONSTANT
     return made
-
-
-@rule("copy")
-def copied(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
-    """The values of the second tensor in place of those of the first."""
-    if not isinstance(a["src"], fx.Node) or not _has(x, a["src"]):
-        x.dead[node] = Dead.ANYTHING if a["src"] in x.depends else Dead.CONSTANT
-    return _together(x, node, [a["self"], a["src"]])
 
 
 @rule("addcmul", "addcdiv", "lerp")

@@ -8,47 +8,45 @@ import numpy as np
 import torch
 from torch import fx
 
+from sparsereg.compression.running import has_gradients
 from sparsereg.compression.units.labels import FIRST, Grid, Ints, Labels, live, varying
 from sparsereg.compression.units.program import Call, name_of
 from sparsereg.compression.units.rules.grouped import of_scores, scores_of, selected, shares, values_of
 from sparsereg.compression.units.rules.mixing import dense, weight_behind
-from sparsereg.compression.units.rules.stacked import stack_of, stacked
+from sparsereg.compression.units.rules.stacked import letters_of, stack_of, stacked
 from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
 
-BATCH = "ABCDEFGH"
 
-
-def _matmul_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
-    """Of keys and values that heads share, what the heads that are left read."""
-    left, right = node.args[:2]
-    ranks = [cut.program.values[n].dim() for n in (left, right)]  # type: ignore[index]
-    if min(ranks) < 3 or left not in cut.labels or right not in cut.labels:
+def _product_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    """Of what several heads share, keys and values say, the part that the heads that are left read."""
+    read = letters_of(cut.program, node)
+    if read is None or any(source not in cut.labels for source, _ in read[:2]):
         return replaced(node)
-    wanted = [cut.alive_along(cut.labels[n], r - 3) for n, r in zip((left, right), ranks, strict=True)]
-    if len(wanted[0]) != len(wanted[1]) or torch.equal(*wanted):
-        return replaced(node)
-    both = wanted[0] & wanted[1]
-    left, right = (selected(cut, n, rank - 3, both) for n, rank in zip((left, right), ranks, strict=True))
-    return Call(node.target, (left, right, *node.args[2:]), node.kwargs)
+    sources = [source for source, _ in read[:2]]
+    for letter in dict.fromkeys(read[2]):
+        axes = [letters.find(letter) for _, letters in read[:2]]
+        if min(axes) < 0:
+            continue
+        wanted = [cut.alive_along(cut.labels[s], d) for (s, _), d in zip(read[:2], axes, strict=True)]
+        if len(wanted[0]) == len(wanted[1]) and not torch.equal(*wanted):
+            both = wanted[0] & wanted[1]
+            sources = [selected(cut, s, d, both) for s, d in zip(sources, axes, strict=True)]
+    if name_of(node) == "einsum":
+        return replaced(node, tensors=sources)
+    return Call(node.target, (*sources, *node.args[2:]), node.kwargs)
 
 
-@rule("matmul", "bmm", "mm", "mv", "dot", call=_matmul_call)
+@rule("matmul", "bmm", "mm", "mv", "dot", call=_product_call)
 def matmul(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """(..., m, k) times (..., k, n)."""
-    left, right = node.args[0], node.args[1]
     stack = stack_of(x.program, node)
     if stack is not None:
         return stacked(x, node, stack)
-    matrix = weight_behind(x, right)
+    matrix = weight_behind(x, node.args[1])
     if matrix is not None:
         weight, transposed = matrix
-        return dense(x, node, left, weight, None, *((0, 1) if transposed else (1, 0)))
-    ranks = [x.program.values[n].dim() for n in (left, right)]  # type: ignore[index]
-    one = "k" if ranks[0] == 1 else BATCH[-(ranks[0] - 2) :] * (ranks[0] > 2) + "mk"
-    two = "k" if ranks[1] == 1 else BATCH[-(ranks[1] - 2) :] * (ranks[1] > 2) + "kn"
-    batch = max(one[:-2], two[:-2], key=len)
-    out = batch + ("m" if ranks[0] > 1 else "") + ("n" if ranks[1] > 1 else "")
-    return Product(x, node, ((left, one), (right, two)), out).labels()
+        return dense(x, node, node.args[0], weight, None, *((0, 1) if transposed else (1, 0)))
+    return _product(x, node)
 
 
 @rule("baddbmm")
@@ -60,21 +58,24 @@ def baddbmm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     return made
 
 
-@rule("einsum")
+@rule("einsum", call=_product_call)
 def einsum(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels | None:
     """Any product of two tensors."""
     stack = stack_of(x.program, node)
     if stack is not None:
         return stacked(x, node, stack)
-    equation = str(a["equation"]).replace(" ", "")
-    operands = a["tensors"]
-    if len(operands) != 2 or "." in equation or "->" not in equation:
-        for operand in operands:
-            x.fix(operand, f"einsum {equation}", node)
+    if letters_of(x.program, node) is None:
+        for operand in a["tensors"]:
+            x.fix(operand, f"einsum {a['equation']}", node)
         return None
-    sides, out = equation.split("->")
-    one, two = sides.split(",")
-    return Product(x, node, ((operands[0], one), (operands[1], two)), out).labels()
+    return _product(x, node)
+
+
+def _product(x: Labeller, node: fx.Node) -> Labels:
+    read = letters_of(x.program, node)
+    assert read is not None
+    left, right, out = read
+    return Product(x, node, (left, right), out).labels()
 
 
 Operand = tuple[Any, str]
@@ -128,7 +129,7 @@ class Product:
         x = self.x
         if isinstance(source, fx.Node) and source in x.program.weights:
             value = x.program.weights[source]
-            if value.is_floating_point() and value.numel() > 1_000_000:
+            if has_gradients(value) and value.numel() > 1_000_000:
                 x.keep_weight(source, f"{self.name} reads it", self.node)
                 return x.labels(None, tuple(value.shape))
         return x.labels(source)

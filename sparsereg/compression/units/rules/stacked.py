@@ -1,4 +1,6 @@
-"""Weights of several experts in one tensor: the last two axes are those of a matrix, one for each expert.
+"""Weights in one tensor that products read: of several experts, say, or one matrix in an einsum.
+
+Of more than two axes the last two are those of a matrix, one for each expert, unless letters say others.
 
 Products read them whole, expert by expert, or picked by numbers that the data decide on. The experts are as
 large as each other: a unit goes in all of them. Which experts there are stays.
@@ -6,6 +8,7 @@ large as each other: a unit goes in all of them. Which experts there are stays.
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,49 +49,79 @@ def stack_of(program: Program, node: fx.Node) -> Stack | None:
     """Recognise a product with a stack of weights; None for any other operation."""
     if node.op != "call_function" or name_of(node) not in _PRODUCTS:
         return None
-    read = _letters(program, node)
+    read = letters_of(program, node)
     if read is None:
         return None
     left, right, out = read
     for (weight, own), (source, letters) in ((right, left), (left, right)):
-        base = _base(program, weight)
-        if base is None or _base(program, source) is not None:
+        least = 2 if name_of(node) == "einsum" else 3
+        base = _base(program, weight, least)
+        if base is None or _base(program, source, least) is not None:
             continue
         axis = {x: behind(program, weight, i)[1] for i, x in enumerate(own)}
-        inside = [x for x in own if axis[x] or program.values[weight].dim() < program.values[base].dim()]
-        summed = [x for x in inside if x in letters and x not in out]
-        made = [x for x in inside if x in out and x not in letters]
-        if len(summed) == len(made) == 1:
-            at, into = axis[made[0]], axis[summed[0]]
-            return Stack(base, at, into, (source, letters), summed[0], out, made[0])
+        experts = program.values[weight].dim() == program.values[base].dim() > 2
+        for inside in (own, [x for x in own if axis[x]]) if experts else (own,):
+            summed = [x for x in inside if x in letters and x not in out]
+            made = [x for x in inside if x in out and x not in letters]
+            if len(summed) == len(made) == 1:
+                at, into = axis[made[0]], axis[summed[0]]
+                return Stack(base, at, into, (source, letters), summed[0], out, made[0])
     return None
 
 
-def _base(program: Program, node: Any) -> fx.Node | None:
-    """The stack that a node is, or is picked from; None if it is neither."""
+def _base(program: Program, node: Any, least: int) -> fx.Node | None:
+    """The stack of so many axes that a node is, or is picked from; None if it is neither."""
     if not isinstance(node, fx.Node):
         return None
     found, _ = behind(program, node, -1)
-    stacked = found in program.parameters and program.values[found].dim() > 2
+    stacked = found in program.parameters and program.values[found].dim() >= least
     return found if stacked else None
 
 
-def _letters(program: Program, node: fx.Node) -> tuple[Operand, Operand, str] | None:
-    """Both factors with letters for their axes, and those of the product."""
-    if name_of(node) == "einsum":
-        a = bound(node)
-        equation, operands = str(a["equation"]).replace(" ", ""), a["tensors"]
-        if len(operands) != 2 or "." in equation or "->" not in equation:
-            return None
-        sides, out = equation.split("->")
-        one, two = sides.split(",")
-        return (operands[0], one), (operands[1], two), out
-    ranks = [program.values[n].dim() for n in node.args[:2] if isinstance(n, fx.Node)]
-    if len(ranks) != 2 or min(ranks) < 2:
+def letters_of(program: Program, node: fx.Node) -> tuple[Operand, Operand, str] | None:
+    """Both factors with letters for their axes, and those of the product; None of a product of another kind.
+
+    Args:
+        program: the network.
+        node: a matrix product or an einsum.
+    """
+    a = bound(node)
+    sources: Any = a["tensors"] if name_of(node) == "einsum" else node.args[:2]
+    ranks = [program.values[n].dim() for n in sources]
+    if len(ranks) != 2:
         return None
-    batch = "ABCDEFGH"
-    one, two = (batch[10 - r : 8] + own for r, own in zip(ranks, ("mk", "kn"), strict=True))
-    return (node.args[0], one), (node.args[1], two), max(one[:-2], two[:-2], key=len) + "mn"
+    if name_of(node) == "einsum":
+        one, two, out = written_out(str(a["equation"]), ranks)
+    else:
+        one, two = ("k" if r == 1 else _BATCH[10 - r :] + m for r, m in zip(ranks, ("mk", "kn"), strict=True))
+        out = max(one[:-2], two[:-2], key=len) + "m" * (ranks[0] > 1) + "n" * (ranks[1] > 1)
+    distinct = all(len(set(letters)) == len(letters) for letters in (one, two, out))
+    return ((sources[0], one), (sources[1], two), out) if distinct else None
+
+
+_BATCH = "ABCDEFGH"
+
+
+def written_out(equation: str, ranks: list[int]) -> list[str]:
+    """The letters of each factor of an einsum and of its result, with some for what dots stand for.
+
+    Args:
+        equation: of the einsum.
+        ranks: number of axes of each factor.
+
+    Example:
+        >>> written_out("...ij, jk", [4, 2])
+        ['abij', 'jk', 'abik']
+    """
+    sides, arrow, out = equation.replace(" ", "").partition("->")
+    factors = sides.split(",")
+    dotted = [rank - len(f) + 3 for f, rank in zip(factors, ranks, strict=True) if "..." in f]
+    dots = "".join([c for c in string.ascii_letters if c not in equation][: max(dotted, default=0)])
+    if not arrow:
+        once = sorted(c for c in set(sides) - {",", "."} if sides.count(c) == 1)
+        out = "..." * bool(dotted) + "".join(once)
+    own = [dots[len(dots) - (rank - len(f) + 3) :] for f, rank in zip(factors, ranks, strict=True)]
+    return [*(f.replace("...", d) for f, d in zip(factors, own, strict=True)), out.replace("...", dots)]
 
 
 def stacked(x: Labeller, node: fx.Node, stack: Stack) -> Labels:
