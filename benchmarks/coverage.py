@@ -18,6 +18,7 @@ import csv
 import json
 import multiprocessing
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--again", nargs="*", help="examine anew: these, or without names all that failed")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/coverage.csv"), help="the table")
     parser.add_argument("--page", type=Path, help="write the page there, as docs/coverage.md")
-    parser.add_argument("--seconds", type=float, default=900, help="each process may take")
+    parser.add_argument("--seconds", type=float, default=900, help="of one core each process may take")
     parser.add_argument("--gigabytes", type=float, default=12, help="each process may take")
     parser.add_argument("--processes", type=int, default=1, help="at a time")
     parser.add_argument("--by", nargs="+", choices=list(EXAMINERS), default=list(EXAMINERS))
@@ -166,11 +167,10 @@ class Running:
         self.prefix = "" if examiner is examined else "torch_pruning_"
         context = multiprocessing.get_context("fork")
         self.receives, sends = context.Pipe(duplex=False)
-        self.process = context.Process(target=_child, args=(sends, case, examiner, gigabytes))
+        self.process = context.Process(target=_child, args=(sends, case, examiner, seconds, gigabytes))
         self.process.start()
         sends.close()
-        self.seconds, self.gigabytes = seconds, gigabytes
-        self.until = time.monotonic() + seconds
+        self.seconds = seconds
 
     def result(self) -> dict[str, Any] | None:
         """What was found, or why nothing was; None while it runs."""
@@ -179,23 +179,24 @@ class Running:
                 found: dict[str, Any] = self.receives.recv()
             except EOFError:
                 self.process.join()
-                found = self._failed(f"the process ended with code {self.process.exitcode}")
-        elif time.monotonic() > self.until:
-            self.process.kill()
-            found = self._failed(f"it took more than {self.seconds:.0f} s")
+                found = {"why": self._ended(self.process.exitcode)}
         else:
             return None
         self.process.join()
         return {(k if k.startswith(self.prefix) else self.prefix + k): v for k, v in found.items()}
 
-    def _failed(self, why: str) -> dict[str, Any]:
-        return {"why": why}
+    def _ended(self, code: int | None) -> str:
+        if code == -signal.SIGXCPU:
+            return f"it took more than {self.seconds:.0f} s"
+        return f"the process ended with code {code}"
 
 
-def _child(sends: Any, case: Case, examiner: Callable[[Case], dict[str, Any]], gigabytes: float) -> None:
+def _child(
+    sends: Any, case: Case, examiner: Callable[[Case], dict[str, Any]], seconds: float, gigabytes: float
+) -> None:
     warnings.simplefilter("ignore")
-    limit = int(gigabytes * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    for limit, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_DATA, gigabytes * 2**30)):
+        resource.setrlimit(limit, (int(most), int(most) + 1))
     try:
         found = examiner(case)
     except MemoryError:
