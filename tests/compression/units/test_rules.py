@@ -421,3 +421,21 @@ def test_what_is_written_in_place_trains_when_it_is_compacted():
     smaller = sparsereg.compact(gated, x)
     smaller(x).sum().backward()
     assert smaller.first.weight.grad.shape == (6, 6)
+
+
+class Curves(nn.Module):
+    """A sum over features and over what each is spread to, as of networks of curves (KAN)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Parameter(torch.randn(6, 16, 5)), nn.Parameter(torch.randn(16, 3, 5))
+        self.register_buffer("knots", torch.linspace(-2, 2, 5))
+
+    def forward(self, x):
+        for weight in (self.first, self.last):
+            x = torch.einsum("bik,iok->bo", (x[..., None] - self.knots).square().neg().exp(), weight)
+        return x
+
+
+def test_a_sum_over_two_axes_of_a_weight_costs_what_it_takes():
+    assert sparsereg.count(Curves(), torch.randn(4, 6)).macs == 6 * 16 * 5 + 16 * 3 * 5

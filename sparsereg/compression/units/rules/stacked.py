@@ -63,7 +63,8 @@ def stack_of(program: Program, node: fx.Node) -> Stack | None:
         for inside in (own, [x for x in own if axis[x]]) if experts else (own,):
             summed = [x for x in inside if x in letters and x not in out]
             made = [x for x in inside if x in out and x not in letters]
-            if len(summed) == len(made) == 1:
+            over = [x for x in own if x in letters and x not in out]
+            if len(summed) == len(made) == 1 and summed == over:
                 at, into = axis[made[0]], axis[summed[0]]
                 return Stack(base, at, into, (source, letters), summed[0], out, made[0])
     return None
