@@ -134,9 +134,10 @@ def test_a_head_stays_with_the_probability_of_its_group_times_its_own():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_one_step_of_training_moves_every_gate(way):
+def test_training_moves_every_gate(way):
     gated = sparsereg.gate(network(way), X).train()
-    gated(X).square().sum().backward()
+    for _ in range(8):  # a draw of 0 or 1 has no slope
+        gated(X).square().sum().backward()
     for gate in hard_concretes(gated).values():
         assert gate.log_alpha.grad is not None
         assert gate.log_alpha.grad.isfinite().all()
