@@ -9,8 +9,8 @@ import sparsereg
 
 ROOT = Path(sparsereg.__file__).parent
 BELOW = (
-    "archives", "checks", "data", "device", "distributions", "errors", "files", "goal", "layers", "model",
-    "penalties", "summary",
+    "archives", "checks", "cost_target", "data", "device", "distributions", "errors", "files", "layers",
+    "model", "penalties", "summary",
 )  # fmt: skip
 UPWARD = {"penalties"}
 """Whose get_active_parameter_count compacts a network if it is given an example: only then, inside of it."""

@@ -76,11 +76,16 @@ def _limits(size: Any, example: int) -> tuple[int, int, int]:
 
 
 def _says(rule: Any, symbol: Any) -> bool:
-    """Whether a rule says what comes of a size alone, such as the number of its windows."""
+    """Whether a rule says what comes of a size alone, such as the number of its windows.
+
+    That something has the size 1 is asked wherever tensors are broadcast, and says nothing.
+    """
     if type(rule).__name__ != "Equality":
         return False
     one, two = rule.args
-    return any(a.free_symbols == {symbol} and b.is_Integer and b != 0 for a, b in ((one, two), (two, one)))
+    return any(
+        a.free_symbols == {symbol} and b.is_Integer and b not in (0, 1) for a, b in ((one, two), (two, one))
+    )
 
 
 def _step(symbol: Any, guards: Sequence[Any]) -> int | None:

@@ -46,7 +46,7 @@ def test_weights_of_every_format_are_the_same(suffix):
 
 
 def test_ids_that_stata_would_round_are_texts(tmp_path):
-    from sparsereg.files import write_table
+    from sparsereg.table_file import write_table
 
     table = pd.DataFrame({"id": [2**60 + 1, 5], "small": [2**31, 7], "name": ["ä", ""], "weight": [1.5, 2.5]})
     write_table(tmp_path / "w.dta", table)

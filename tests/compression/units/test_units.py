@@ -81,8 +81,8 @@ def test_an_operation_without_a_rule_keeps_what_it_touches():
             self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 2)
 
         def forward(self, x):
-            return self.c(torch.relu(self.b(torch.fft.fft(self.a(x)).real)))
+            return self.c(torch.relu(self.b(torch.special.bessel_j1(self.a(x)))))
 
     units = solved(Odd(), torch.randn(3, 4))
-    assert "fft_fft" in units.labeller.unknown
+    assert "special_bessel_j1" in units.labeller.unknown
     assert len(units.removable) == 8  # the units of the second layer

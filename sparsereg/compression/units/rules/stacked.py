@@ -64,7 +64,9 @@ def stack_of(program: Program, node: fx.Node) -> Stack | None:
             summed = [x for x in inside if x in letters and x not in out]
             made = [x for x in inside if x in out and x not in letters]
             over = [x for x in own if x in letters and x not in out]
-            if len(summed) == len(made) == 1 and summed == over:
+            # One matrix that sums over another axis than the last mixes places, whose units pass.
+            layer = len(own) > 2 or summed == [letters[-1]]
+            if len(summed) == len(made) == 1 and summed == over and layer:
                 at, into = axis[made[0]], axis[summed[0]]
                 return Stack(base, at, into, (source, letters), summed[0], out, made[0])
     return None
