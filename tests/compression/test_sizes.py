@@ -99,7 +99,7 @@ class DeadSkip(nn.Module):
     def forward(self, x):
         x = self.gate(F.relu(self.first(x)))
         skip = self.pool(F.relu(self.dead_gate(self.skip(x))))
-        x = F.interpolate(F.avg_pool2d(x, 3), size=skip.shape[2:])
+        x = F.interpolate(F.avg_pool2d(x, 2), size=skip.shape[2:])
         return self.last(x + skip)
 
 
@@ -331,6 +331,37 @@ def test_lengths_of_another_path_are_refused(kind, length, fits, refused, tmp_pa
         for n in refused:
             with pytest.raises(ValueError, match=rf"compacted for inputs of shape .*got \[3, {n}\]"):
                 small(torch.randint(0, 20, (3, n)))
+
+
+class Windows(nn.Module):
+    """What comes of a length decides on the path: whether one position is left, or an even number of them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.head = kind, nn.Linear(8, 3)
+        self.first, self.second = nn.Conv1d(2, 8, 3, 3, 1), nn.Conv1d(8, 8, 3, 2)
+
+    def forward(self, x):
+        y = F.relu(self.second(F.relu(self.first(x))))
+        if self.kind == "squeezed":
+            y = y.squeeze()
+            return self.head(y if y.dim() == 2 else y.transpose(1, 2))
+        other = y.shape[2] == 1 if self.kind == "one left" else y.shape[2] % 2 == 1
+        return self.head(y.mean(2)) if other else 2 * self.head(y.amax(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "length", "refused"),
+    [("squeezed", 9, [15, 30]), ("one left", 9, [15, 30]), ("even", 19, [25, 40])],
+)
+def test_lengths_of_which_something_else_comes_are_refused(kind, length, refused):
+    network = gate(Windows(kind).eval(), torch.randn(2, 2, length), droprate_init=0.05).eval()
+    smaller = compact(network, torch.randn(2, 2, length))
+    torch.testing.assert_close(smaller(x := torch.randn(3, 2, length)), network(x))
+    for n in refused:
+        with pytest.raises(ValueError, match=rf"compacted for inputs of shape .*got \[3, 2, {n}\]"):
+            smaller(torch.randn(3, 2, n))
 
 
 class Waveform(nn.Module):

@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 
 from sparsereg.compression.sizes import ANY
+
+TRIED = 48
+"""Sizes on either side on which rules are tried that are no range and no multiple."""
 
 
 @dataclass
@@ -67,37 +71,50 @@ def _limits(size: Any, example: int) -> tuple[int, int, int]:
     symbol, environment = size.node.expr, size.node.shape_env
     if not symbol.is_Symbol:
         return example, 0, 0
-    step = _step(symbol, environment.guards)
-    if step is None or any(_says(guard.expr, symbol) for guard in environment.guards):
+    rules = [g.expr for g in environment.guards if g.expr.free_symbols == {symbol}]
+    step = _step(symbol, rules)
+    if step is None:
         return example, 0, 0
     bounds = environment.var_to_range[symbol]
-    low = int(bounds.lower)
-    return (ANY if low <= 2 else -low), (int(bounds.upper) if bounds.upper.is_Integer else 0), step
+    low, most = int(bounds.lower), int(bounds.upper) if bounds.upper.is_Integer else 0
+    some = _some(example, low, most, step)
+    if not all(_holds(rule, symbol, n) for rule in _told(rules) for n in some):
+        return example, 0, 0
+    return (ANY if low <= 2 else -low), most, step
 
 
-def _says(rule: Any, symbol: Any) -> bool:
-    """Whether a rule says what comes of a size alone, such as the number of its windows.
+def _told(rules: Sequence[Any]) -> list[Any]:
+    """Rules that say what comes of a size, such as the number of its windows, or whether that is even.
 
-    That something has the size 1 is asked wherever tensors are broadcast, and says nothing.
+    Even that a map has one position left is such: squeezed it loses its axis. Least and largest sizes are in
+    the range of the symbol already.
     """
-    if type(rule).__name__ != "Equality":
+    return [r for r in rules if type(r).__name__ == "Equality" or r.find(_is_remainder)]
+
+
+def _some(example: int, low: int, most: int, step: int) -> list[int]:
+    """Sizes that seem to be allowed, to try rules on: small ones, those about the example, large ones."""
+    near = range(max(low, example - TRIED), example + TRIED)
+    sizes = {*range(low, low + TRIED), *near, *(example * n for n in (2, 3, 5, 10, 100))}
+    return [n for n in sizes if (not most or n <= most) and (not step or (n % abs(step) == 0) == (step > 0))]
+
+
+def _holds(rule: Any, symbol: Any, n: int) -> bool:
+    try:
+        return rule.subs(symbol, n) is sympy.true
+    except ZeroDivisionError:  # a remainder of a number of windows, of which there is none
         return False
-    one, two = rule.args
-    return any(
-        a.free_symbols == {symbol} and b.is_Integer and b not in (0, 1) for a, b in ((one, two), (two, one))
-    )
 
 
-def _step(symbol: Any, guards: Sequence[Any]) -> int | None:
+def _step(symbol: Any, rules: Sequence[Any]) -> int | None:
     """What a size was found to be a multiple of; negative: not to be; None: a rule of another kind."""
     multiple, others = 1, set()
-    for guard in guards:
-        parts = guard.expr.find(lambda part: type(part).__name__.endswith("Mod"))
-        own = [p for p in parts if p.args[0] == symbol and p.args[1].is_Integer]
+    for rule in rules:
+        own = [p for p in rule.find(_is_remainder) if p.args[0] == symbol and p.args[1].is_Integer]
         if not own:
             continue
-        number, told = int(own[0].args[1]), type(guard.expr).__name__
-        if guard.expr.args[1] != 0 or told not in ("Equality", "Unequality"):
+        number, told = int(own[0].args[1]), type(rule).__name__
+        if rule.args[1] != 0 or told not in ("Equality", "Unequality"):
             return None
         if told == "Equality":
             multiple = math.lcm(multiple, number)
@@ -106,3 +123,7 @@ def _step(symbol: Any, guards: Sequence[Any]) -> int | None:
     if not others:
         return multiple if multiple > 1 else 0
     return -others.pop() if multiple == 1 and len(others) == 1 else None
+
+
+def _is_remainder(part: Any) -> bool:
+    return type(part).__name__.endswith("Mod")
