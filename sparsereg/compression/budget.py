@@ -25,9 +25,9 @@ from torch import Tensor
 
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.parts import Part, parts_of
-from sparsereg.cost_target import Share, falling
 from sparsereg.distributions import HardConcrete, log_alpha_at, shift
 from sparsereg.errors import InputError
+from sparsereg.target_settings import Share, falling
 
 log = logging.getLogger(__name__)
 

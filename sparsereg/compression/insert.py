@@ -23,11 +23,11 @@ from sparsereg.compression.units.made import gate_names
 from sparsereg.compression.units.sites import WHOLE, Norm
 from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, traced_for
 from sparsereg.compression.units.together import draw_anew
-from sparsereg.cost_target import SHAPES
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
 from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
 from sparsereg.penalties import hard_concretes
+from sparsereg.target_settings import SHAPES
 
 DEFAULT = tuple(family for family in FAMILIES if family != "inputs")
 """What is gated if nothing is asked for; columns of the data have to be."""
@@ -127,13 +127,15 @@ def _gates(analysis: Analysis, vectors: list[Vector], factory: GateFactory, shap
     made: dict[Any, L0Gate] = {}
     found = {}
     # A factor of float32 in a network of float64 would be another one than what is folded into it.
-    precise = any(weight.dtype is torch.float64 for weight in analysis.program.weights.values())
+    weights = analysis.program.weights
+    precise = any(weights[node].dtype is torch.float64 for node in analysis.program.parameters)
     for vector in vectors:
         names = tuple(re.sub(r"\d+", "*", analysis.program.names[w]) for w in vector.sites)
         alike = shape == "uniform" and vector.family not in ("blocks", "experts")
         key = (vector.family, len(vector.choices), names) if alike else id(vector)
         if key not in made:
-            made[key] = shared_gate(factory, len(vector.choices)).to(torch.float64 if precise else None)
+            gate = shared_gate(factory, len(vector.choices))
+            made[key] = gate.double() if precise else gate
         found[id(vector)] = made[key]
     return found
 

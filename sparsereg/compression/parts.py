@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from sparsereg.compression.units.explain import FAMILIES
-from sparsereg.cost_target import Share
 from sparsereg.distributions import HardConcrete, log_alpha_at
 from sparsereg.errors import InputError
+from sparsereg.target_settings import Share
 
 
 def inside(path: str, pattern: str) -> bool:

@@ -70,8 +70,8 @@ def in_double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def has_gradients(x: Tensor) -> bool:
-    """Whether a tensor is of numbers that can be trained."""
+def can_train(x: Tensor) -> bool:
+    """Whether a tensor is of real or complex numbers, and not of whole ones or truth values."""
     return x.is_floating_point() or x.is_complex()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from sparsereg.archives import load_torch, not_finite, save_torch
 from sparsereg.compression import vocabulary
 from sparsereg.compression.compact import ORIGINAL
-from sparsereg.compression.running import has_gradients
+from sparsereg.compression.running import can_train
 from sparsereg.compression.vocabulary import check_name, check_path, short
 from sparsereg.errors import DamagedFile, InputError
 
@@ -326,7 +326,7 @@ class _Reader:
             if name not in own:
                 check_name(name, "a tensor of the network")
                 if name in trains:
-                    self.root.register_parameter(name, nn.Parameter(value, has_gradients(value)))
+                    self.root.register_parameter(name, nn.Parameter(value, can_train(value)))
                 else:
                     self.root.register_buffer(name, value)
             elif value.shape != own[name].shape or value.is_floating_point() != own[name].is_floating_point():

@@ -45,17 +45,18 @@ def verify(
     _widen(wide)
     tolerance_64 = ROUNDED_TOLERANCE if _rounds(smaller) else FLOAT64_TOLERANCE
     tolerance = max(TOLERANCE.get(_precision(model), 1e-3), tolerance_64)
+    name = type(model).__name__
     with evaluating(model):
         for given, named in [own, *_noise_for(model, own)]:
             exact, answer = exactly(model, given, named), model(*given, **named)
             try:
-                _compare(answer, smaller(*given, **named), type(model).__name__, tolerance, exact)
+                _compare(answer, smaller(*given, **named), name, tolerance, exact)
+                if exact is not None:
+                    wider, wider_named = doubled((given, named))
+                    _compare(exact, wide(*wider, **wider_named), name, tolerance_64)
             except RuntimeError:
                 check_steady(model, answer, model(*given, **named))
                 raise
-            if exact is not None:
-                given, named = doubled((given, named))
-                _compare(exact, wide(*given, **named), type(model).__name__, tolerance_64)
 
 
 _WIDER = {

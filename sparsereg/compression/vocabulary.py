@@ -83,13 +83,13 @@ _WITHOUT_RULES = """
     pairwise_distance mse_loss l1_loss smooth_l1_loss huber_loss cross_entropy_loss nll_loss nll_loss_nd
     nll_loss_forward nll_loss2d_forward binary_cross_entropy binary_cross_entropy_with_logits kl_div
     cross linalg_cross outer kron trace det logdet inverse linalg_inv linalg_inv_ex linalg_det linalg_slogdet
-    linalg_solve_ex linalg_matrix_norm cholesky linalg_cholesky_ex
-    bucketize searchsorted one_hot fold col2im affine_grid_generator max_unpool2d max_unpool3d
+    linalg_solve_ex linalg_matrix_norm linalg_cholesky_ex
+    bucketize searchsorted one_hot col2im affine_grid_generator max_unpool2d max_unpool3d
     logaddexp logaddexp2 hypot heaviside copysign sinc lgamma digamma xlogy special_xlogy logit frac deg2rad
     rad2deg isfinite isclose bitwise_xor bitwise_left_shift bitwise_right_shift logical_xor __lshift__
     __rshift__ diff quantile nanmedian mode kthvalue aminmax std_mean count_nonzero dstack hsplit vsplit
     dsplit scatter scatter_add scatter_reduce index_add index_copy index_put index_fill masked_scatter
-    broadcast_tensors select_scatter diagonal_scatter sgn meshgrid
+    broadcast_tensors diagonal_scatter sgn meshgrid
 """.split()  # noqa: SIM905
 """Further operations that compute tensors from tensors, and keep whatever meets them."""
 
@@ -141,7 +141,7 @@ _ENLARGING = {"expand", "F.pad", "F.interpolate"} | {n for n in FUNCTIONS if "ad
 _EINSUM = ("torch.einsum", "aten.einsum.default")
 _SIZED = """
     pad expand repeat repeat_interleave tile broadcast_to zeros ones full empty arange eye linspace new_zeros
-    new_ones new_full one_hot fold col2im affine_grid_generator max_unpool2d max_unpool3d
+    new_ones new_full one_hot col2im affine_grid_generator max_unpool2d max_unpool3d
 """.split()  # noqa: SIM905
 _ENLARGING |= {
     n

@@ -10,11 +10,11 @@ from sparsereg.compression.budget import Budget, least_share
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.timing.measured import latency_budget
 from sparsereg.compression.timing.runtimes import check_runtime, default_runtime
-from sparsereg.cost_target import MILLISECONDS, Parts, Share, Target, goal, part_goals
 from sparsereg.data.batches import moved
 from sparsereg.device import several_processes
 from sparsereg.errors import InputError
 from sparsereg.loops.reading import isolated
+from sparsereg.target_settings import MILLISECONDS, Parts, Share, Target, goal, part_goals
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Asked:
         runtime: where it is measured, see ``sparsereg.compression.timing.measured.latency_budget``.
         threads: that may compute in such a call.
         batch: examples in such a call.
-        target_params: shares of the parameters to remove from parts, see ``cost_target.part_goals``.
+        target_params: shares of the parameters to remove from parts, see ``target_settings.part_goals``.
         target_part_macs: shares of the multiply-accumulate operations of parts to keep.
 
     Raises:

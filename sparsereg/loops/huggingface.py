@@ -12,7 +12,6 @@ from transformers.trainer_callback import ExportableState
 
 from sparsereg.compression.insert import Choice
 from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS
-from sparsereg.cost_target import Parts, Target
 from sparsereg.data.batches import LABELS, moved
 from sparsereg.data.form import arguments_of
 from sparsereg.distributions import TEMPERATURE
@@ -21,6 +20,7 @@ from sparsereg.loops.groups import gated_weights, keep_rates_, regroup_
 from sparsereg.loops.plain import DROPRATE, Sparsifier, saved
 from sparsereg.loops.reading import ROWS, by_rule, device_of, isolated
 from sparsereg.model.batch_norm_statistics import estimate_batch_norm_, has_statistics
+from sparsereg.target_settings import Parts, Target
 
 STATE = "SparsifyTrainer"
 """Key in the state of a Trainer: the name of the class, as the Trainer stores it."""

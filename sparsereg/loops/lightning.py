@@ -20,7 +20,6 @@ from sparsereg.compression.insert import Choice, check_shape
 from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS
 from sparsereg.compression.running import evaluating, first_line
 from sparsereg.compression.units.together import draw_anew
-from sparsereg.cost_target import Parts, Target
 from sparsereg.data.batches import call
 from sparsereg.device import several_processes
 from sparsereg.distributions import TEMPERATURE
@@ -31,6 +30,7 @@ from sparsereg.loops.groups import follow_, gated_weights, keep_rates_, regroup_
 from sparsereg.loops.plain import DROPRATE, Sparsifier, saved
 from sparsereg.loops.reading import as_inputs, by_rule, few, isolated
 from sparsereg.model.batch_norm_statistics import has_statistics
+from sparsereg.target_settings import Parts, Target
 from sparsereg.training.batch_norm_data import estimation_batches
 from sparsereg.training.callbacks import BatchNormEstimation, ReproducibleEpochs
 from sparsereg.training.lightning import batches_anew, first_batch, gradient_scale, transferred

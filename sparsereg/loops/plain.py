@@ -18,7 +18,6 @@ from sparsereg.compression.insert import Choice, gate_
 from sparsereg.compression.oneshot.inputs import read_inputs
 from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS, start_in_one_shot_
 from sparsereg.compression.storage import save_compacted
-from sparsereg.cost_target import Parts, Target
 from sparsereg.data.batches import moved
 from sparsereg.device import several_processes
 from sparsereg.distributions import TEMPERATURE
@@ -26,6 +25,7 @@ from sparsereg.errors import InputError
 from sparsereg.loops.asked import Asked
 from sparsereg.loops.reading import check_example, device_of, isolated, like
 from sparsereg.model.batch_norm_statistics import estimate_batch_norm_
+from sparsereg.target_settings import Parts, Target
 
 log = logging.getLogger(__name__)
 

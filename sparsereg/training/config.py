@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from sparsereg.cost_target import SHAPES, Target
 from sparsereg.data.config import CONFIGS as SOURCES
 from sparsereg.data.kind import Data
 from sparsereg.data.kinds.cifar10 import Cifar10Data
@@ -33,6 +32,7 @@ from sparsereg.settings import (
     shown,
     within,
 )
+from sparsereg.target_settings import SHAPES, Target
 from sparsereg.temperature import Temperature
 from sparsereg.training.pick import Pick
 from sparsereg.training.schedules import SCHEDULES

@@ -13,8 +13,8 @@ from pytorch_lightning.callbacks import Callback
 from sparsereg.compression import Accountant
 from sparsereg.compression.budget import COSTS, Budget, Constraint
 from sparsereg.compression.timing.measured import MeasuredBudget, Megabytes, latency_budget
-from sparsereg.cost_target import Target, goal
 from sparsereg.settings import NOT_NEGATIVE, POSITIVE, setting, within
+from sparsereg.target_settings import Target, goal
 from sparsereg.training.averaging import WeightAverage
 from sparsereg.training.config import MEASURED, Training
 

@@ -133,6 +133,54 @@ def everything(step, fold):
     return fold.channels.kept[step.out]
 
 
+class InFloat32(nn.Module):
+    """Goes to float32 by itself, as norms and one-hot inputs of many networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(6, 8), L0Gate(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.gate(torch.relu(self.first(x))).to(torch.float32)
+        return self.last((y / y.square().mean(-1, keepdim=True).add(1).sqrt()).to(self.last.weight.dtype))
+
+
+def test_a_network_that_goes_to_float32_is_compared_in_float64(monkeypatch):
+    network = InFloat32().eval()
+    set_gates(network, "mixed")
+    x = torch.randn(4, 6)
+    compared = []
+
+    def seen(a, b):
+        compared.append((a.dtype, difference(a, b)))
+        return compared[-1][1]
+
+    monkeypatch.setattr("sparsereg.compression.verify.difference", seen)
+    compact(network, x)
+    exact = [d for dtype, d in compared if dtype is torch.float64]
+    assert exact
+    assert max(exact) < 1e-12
+
+
+class Drawn(nn.Module):
+    """Draws random numbers in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(6, 8), L0Gate(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.gate(torch.relu(self.first(x)))
+        return self.last(y + torch.randn_like(y))
+
+
+def test_random_numbers_in_eval_mode_are_the_users_to_mend():
+    network = Drawn().eval()
+    set_gates(network, "mixed")
+    with pytest.raises(InputError, match="Drawn answers differently when it is called twice"):
+        compact(network, torch.randn(4, 6))
+
+
 def test_dead_branch_leaves_the_concatenation():
     network, x = make("googlenet")
     set_gates(network, "all open")

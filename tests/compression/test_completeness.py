@@ -83,6 +83,14 @@ def test_every_operation_that_is_followed_can_be_kept_in_a_file():
             assert name in known, name
 
 
+def test_operations_without_rules_are_operations_that_nothing_else_lists():
+    for name in words._WITHOUT_RULES:
+        assert f"aten.{name}" in {function.rpartition(".")[0] for function in words.FUNCTIONS}, name
+        assert name not in RULES
+        assert name not in words._MAKERS
+    assert len(set(words._WITHOUT_RULES)) == len(words._WITHOUT_RULES)
+
+
 def test_every_move_has_its_rule():
     for name, kind in follow.FOLLOW.items():
         assert kind is not follow.move or name in RULES, name

@@ -11,12 +11,12 @@ from sparsereg import Sparsifier
 from sparsereg.compression import Accountant, count
 from sparsereg.compression.budget import Budget, meet_all_
 from sparsereg.compression.parts import inside, parts_of
-from sparsereg.cost_target import part_goals
 from sparsereg.data.form import Form
 from sparsereg.errors import InputError
 from sparsereg.model.transformer import Shape
 from sparsereg.model.vit import ViT
 from sparsereg.penalties import hard_concretes
+from sparsereg.target_settings import part_goals
 from sparsereg.zoo.networks import build
 
 IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ import sparsereg
 
 ROOT = Path(sparsereg.__file__).parent
 BELOW = (
-    "archives", "checks", "cost_target", "data", "device", "distributions", "errors", "files", "layers",
+    "archives", "checks", "target_settings", "data", "device", "distributions", "errors", "files", "layers",
     "model", "penalties", "summary",
 )  # fmt: skip
 UPWARD = {"penalties"}

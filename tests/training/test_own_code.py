@@ -174,7 +174,6 @@ def test_wrong_targets_are_one_line(run, own, given, message):
 
 
 def test_experiment_file_of_the_user(run, own, monkeypatch):
-    pytest.importorskip("onnxscript")
     monkeypatch.syspath_prepend(str(ROOT))
     configs = f"--config-dir={ROOT / 'examples' / 'configs'}"
     arguments = ["experiment=own", *QUICK, "logger=csv"]
@@ -201,6 +200,7 @@ def test_experiment_file_of_the_user(run, own, monkeypatch):
     resumed = run("train", *resume, *named, "optimizer._target_=torch.optim.NAdam")
     assert resumed.code == 0, resumed.err
     assert "callbacks.diary of the run is not taken from its checkpoint" in resumed.out + resumed.err
+    pytest.importorskip("onnxscript")
     tested = run("test", f"ckpt_path={resumed.folder}", *named, "export=onnx", "compact=true", "trainer=cpu")
     assert tested.code == 0, tested.err
 

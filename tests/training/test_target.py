@@ -11,9 +11,9 @@ from torch import nn
 
 from sparsereg.compression import Accountant, count, load_compacted
 from sparsereg.compression.budget import Constraint, Multiplier, exact_share, meet_
-from sparsereg.cost_target import falling
 from sparsereg.data.form import Form
 from sparsereg.penalties import expected_l0, hard_concretes
+from sparsereg.target_settings import falling
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.target import TargetSettings
 from sparsereg.zoo.networks import build

@@ -281,7 +281,7 @@ class _Keeping(fx.Interpreter):
         self.kept: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """As it is."""
+        """Run an operation; a wanted result without a derivative becomes one by which answers are derived."""
         result = super().run_node(n)
         if n in self.wanted:
             if not result.requires_grad:

@@ -12,9 +12,9 @@ from sparsereg.compression.insert import Choice, gate
 from sparsereg.compression.oneshot.importance import IMPORTANCE
 from sparsereg.compression.oneshot.inputs import read_inputs
 from sparsereg.compression.oneshot.ranked import BATCH, LEFTOVER, Ranked, opened_
-from sparsereg.cost_target import Parts, goal, part_goals
 from sparsereg.errors import nearest
 from sparsereg.penalties import hard_concretes
+from sparsereg.target_settings import Parts, goal, part_goals
 
 
 def shrink(

@@ -22,9 +22,9 @@ from sparsereg.compression.oneshot.repair import repaired
 from sparsereg.compression.running import evaluating
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.structure import structure_of
-from sparsereg.cost_target import Share
 from sparsereg.distributions import HardConcrete, shift
 from sparsereg.penalties import hard_concretes
+from sparsereg.target_settings import Share
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class Ranked:
     """Says which units of a network are worth least for what they cost, once for all sizes.
 
     The order is that of the Lagrangian, worth - multiplier * E[cost], whose multiplier grows: of each gate
-    the worth over the slope of the expected cost. Of ``leftover`` there are two orders, and at each size the
-    one is taken after which the answers differ less from the whole network's.
+    the worth over the slope of the expected cost. Of ``leftover`` there are two orders: at each size the
+    second is taken where the answers after it are clearly nearer to the whole network's, see ``CLEARLY``.
 
     Args:
         network: with gates, all wide open; left as it is.

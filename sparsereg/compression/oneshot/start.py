@@ -11,9 +11,9 @@ from sparsereg.compression.compact import compact
 from sparsereg.compression.oneshot.origins import Places
 from sparsereg.compression.oneshot.ranked import Ranked, opened_
 from sparsereg.compression.oneshot.readers import readers
-from sparsereg.cost_target import Share
 from sparsereg.distributions import HardConcrete
 from sparsereg.penalties import hard_concretes
+from sparsereg.target_settings import Share
 
 BATCH, NUM_INPUTS = 64, 1024
 """Inputs of one step, and how many are looked at."""

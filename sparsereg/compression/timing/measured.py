@@ -33,9 +33,9 @@ from sparsereg.compression.timing.runtimes import (
 from sparsereg.compression.timing.times import Clock, seconds_in_a_row
 from sparsereg.compression.timing.widths import Widths
 from sparsereg.compression.units.explain import inputs_of
-from sparsereg.cost_target import Share
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
+from sparsereg.target_settings import Share
 
 log = logging.getLogger(__name__)
 

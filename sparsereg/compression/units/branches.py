@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from sparsereg.compression.running import has_gradients
+from sparsereg.compression.running import can_train
 from sparsereg.compression.units.program import Program, bound, name_of
 from sparsereg.compression.units.rules.elementwise import PRODUCTS, QUOTIENTS, ZERO_STAYS
 from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES
@@ -154,7 +154,7 @@ class Branches:
             learnt = node in self.program.parameters  # a table that is none, as of angles, makes no branch
             if node in self.program.made and not self.program.made[node].gates:
                 return None
-            return {node} if learnt and has_gradients(self.program.weights[node]) else None
+            return {node} if learnt and can_train(self.program.weights[node]) else None
         if node in path:
             return set()
         if node.op != "call_function" or self._bit[node] & shared:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.running import has_gradients
+from sparsereg.compression.running import can_train
 from sparsereg.compression.sizes import of_size
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.lengths import Sizes
@@ -229,7 +229,7 @@ class Emitter:
         if node not in self.parameters:
             value = self.cut.weights[node].clone()
             trains = node in self.program.parameters
-            self.parameters[node] = nn.Parameter(value, has_gradients(value)) if trains else value
+            self.parameters[node] = nn.Parameter(value, can_train(value)) if trains else value
         return self.parameters[node]
 
     # --- recurrent layers -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.running import has_gradients
+from sparsereg.compression.running import can_train
 from sparsereg.compression.units.cut import averages
 from sparsereg.compression.units.labels import FIRST, Ints, varying
 from sparsereg.compression.units.program import Program, bound, module_of, name_of
@@ -110,7 +110,7 @@ class Sites:
     def _before(self, node: fx.Node) -> list[Any]:
         """Note the weights that make a tensor, or return the tensors that it is made from."""
         if node in self.program.weights:
-            if has_gradients(self.program.weights[node]):  # no index
+            if can_train(self.program.weights[node]):  # no index
                 self.axis.setdefault(node, -1)
             return []
         if node in self.labeller.through:
@@ -176,7 +176,7 @@ class Sites:
         return max(able, key=rank)
 
     def _zero(self, node: fx.Node) -> bool:
-        weight = node in self.program.weights and has_gradients(self.program.weights[node])
+        weight = node in self.program.weights and can_train(self.program.weights[node])
         zero = self.labeller.dead.get(node, Dead.ZERO) is Dead.ZERO
         return self._labelled(node) and (weight or zero)
 

@@ -147,11 +147,6 @@ def _conv_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     return replaced(node, groups=come // left[1])
 
 
-def _in_out(transposed: bool) -> tuple[int, int]:
-    """The axes of the kernel along which a convolution reads and makes channels."""
-    return (0, 1) if transposed else (1, 0)
-
-
 def _free_axes(a: dict[str, Any], axis: int, kernel: torch.Size) -> set[int]:
     """Axes of maps whose positions a convolution takes one by one, and does not add any to."""
     found = set(range(axis))
@@ -189,17 +184,16 @@ def convolution(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     whole = x.program.values[weight]
     axis = len(shape) - whole.dim() + 1
     groups, transposed = _groups(a), _transposed(node, a)
+    into, out = (0, 1) if transposed else (1, 0)
     each = groups > 1 and groups == x.program.values[source].shape[axis]
-    passed = _passed(
-        x, node, source, _free_axes(a, axis, whole.shape[2:]), (weight, *_in_out(transposed)), bias
-    )
+    passed = _passed(x, node, source, _free_axes(a, axis, whole.shape[2:]), (weight, into, out), bias)
     if passed is not None:
         return passed
-    columns = ((weight, 0 if transposed else 1),) if groups == 1 else ()
+    columns = ((weight, into),) if groups == 1 else ()
     read = x.read(source, (axis,), node, name_of(node), sums=not each, columns=columns)
     if groups == 1:
-        x.weight(weight, 0 if transposed else 1, read, node)
-        units = x.weight(weight, 1 if transposed else 0, None, node)
+        x.weight(weight, into, read, node)
+        units = x.weight(weight, out, None, node)
     else:
         units = _grouped(x, node, weight, read, groups, transposed)
     if isinstance(bias, fx.Node):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.running import has_gradients
+from sparsereg.compression.running import can_train
 from sparsereg.compression.units.labels import Labels, compacted, varying
 from sparsereg.compression.units.program import Call, Scaled, bound, name_of, plain_call
 from sparsereg.compression.units.rules.elementwise import pair
@@ -58,7 +58,7 @@ def _moved(x: Labeller, node: fx.Node, floats: bool = False) -> Any:
     def swap(source: fx.Node) -> Any:
         nonlocal first
         value = x.program.values[source]
-        if isinstance(value, Tensor) and (has_gradients(value) or first):
+        if isinstance(value, Tensor) and (can_train(value) or first):
             first = False
             labels = x.labels(source)
             return labels.double() if floats else labels

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from sparsereg.compression.running import has_gradients
+from sparsereg.compression.running import can_train
 from sparsereg.compression.units.labels import FIRST, Grid, Ints, Labels, live, varying
 from sparsereg.compression.units.program import Call, name_of
 from sparsereg.compression.units.rules.grouped import of_scores, scores_of, selected, shares, values_of
@@ -46,7 +46,9 @@ def matmul(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     if matrix is not None:
         weight, transposed = matrix
         return dense(x, node, node.args[0], weight, None, *((0, 1) if transposed else (1, 0)))
-    return _product(x, node)
+    read = letters_of(x.program, node)
+    assert read is not None
+    return Product(x, node, read[:2], read[2]).labels()
 
 
 @rule("baddbmm")
@@ -64,18 +66,12 @@ def einsum(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels | None:
     stack = stack_of(x.program, node)
     if stack is not None:
         return stacked(x, node, stack)
-    if letters_of(x.program, node) is None:
+    read = letters_of(x.program, node)
+    if read is None:
         for operand in a["tensors"]:
             x.fix(operand, f"einsum {a['equation']}", node)
         return None
-    return _product(x, node)
-
-
-def _product(x: Labeller, node: fx.Node) -> Labels:
-    read = letters_of(x.program, node)
-    assert read is not None
-    left, right, out = read
-    return Product(x, node, (left, right), out).labels()
+    return Product(x, node, read[:2], read[2]).labels()
 
 
 Operand = tuple[Any, str]
@@ -129,7 +125,7 @@ class Product:
         x = self.x
         if isinstance(source, fx.Node) and source in x.program.weights:
             value = x.program.weights[source]
-            if has_gradients(value) and value.numel() > 1_000_000:
+            if can_train(value) and value.numel() > 1_000_000:
                 x.keep_weight(source, f"{self.name} reads it", self.node)
                 return x.labels(None, tuple(value.shape))
         return x.labels(source)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.running import has_gradients
+from sparsereg.compression.running import can_train
 from sparsereg.compression.units.entrances import entrances
 from sparsereg.compression.units.labels import FIRST, Axes, Ints, Labels, along, compacted, live, stored
 from sparsereg.compression.units.program import Call, Program, bound, name_of
@@ -288,7 +288,7 @@ class Labeller:
     def raw(self, source: fx.Node) -> Labels:
         """Labels of a weight that is added, multiplied or looked up: each element is its own unit."""
         value = self.program.weights[source]
-        if not has_gradients(value) or value.numel() == 1:  # one number for all goes with none
+        if not can_train(value) or value.numel() == 1:  # one number for all goes with none
             return live(value.shape)
         if read_by_rows(self.program, source):
             return along(self.weight(source, 0, None, source), 0, value.shape)
@@ -592,4 +592,4 @@ def _is_weight(program: Program, source: fx.Node) -> bool:
     source = weight_of(source)
     if source.op == "call_function" and name_of(source) in TURNS:
         source = source.args[0]  # type: ignore[assignment]
-    return source in program.weights and has_gradients(program.weights[source])
+    return source in program.weights and can_train(program.weights[source])

@@ -1,4 +1,4 @@
-"""What a network may cost in the end, and how fast it gets there."""
+"""The keys of ``target:``, what a network may cost in the end and how fast it gets there."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
