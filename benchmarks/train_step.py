@@ -2,12 +2,11 @@
 
     python -m benchmarks.train_step [--batch-size 128] [--steps 12] [--rounds 3] [--data F.npz]
 
-1. Everything included (data, augmentation, steps, logging): a Lightning run of the plain version of this
-   file against train.py's, in processes that take turns, so that a drift of the machine's speed hits both.
-   The plain version is what the tutorial that the network comes from does: PIL images, torchvision
-   transforms, a DataLoader with worker processes, gates drawn for each image and multiplied to the
-   activations, a log entry per step.
-2. The gates alone: steps with and without gates take turns in one process; medians of their ratio.
+Everything included (data, augmentation, steps, logging): a Lightning run of the plain version of this file
+against train.py's, in processes that take turns, so that a drift of the machine's speed hits both. The plain
+version is what the tutorial that the network comes from does: PIL images, torchvision transforms, a
+DataLoader with worker processes, gates drawn for each image and multiplied to the activations, a log entry
+per step. What gates alone cost says ``benchmarks.gate_step``.
 
 Prints a table. Without --data the images are random bytes, which take the same time.
 """
@@ -165,49 +164,6 @@ def fit(module: pl.LightningModule, data: dict[str, Any], steps: int, folder: Pa
     return clock.seconds()
 
 
-def gate_overhead(batch_size: int, steps: int) -> dict[str, tuple[float, float]]:
-    """Return (seconds per step, median ratio to the step without gates) of each kind of gating."""
-    from sparsereg.distributions import draw_together
-    from sparsereg.model.basic_l0_blocks import L0Gate
-    from sparsereg.model.googlenet import GoogleNet
-    from sparsereg.penalties import l_c0
-    from sparsereg.training.trainers import tune_process
-
-    tune_process()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kinds = {
-        "without gates": {"gate": "none"},
-        "gate=branches": {"gate": "branches"},
-        "gate=all": {"gate": "all"},
-        "gate=branches sampling=example": {"gate": "branches", "sampling": "example"},
-    }
-    nets = {k: GoogleNet(**v).to(device, memory_format=torch.channels_last).train() for k, v in kinds.items()}  # type: ignore[arg-type]
-    optimizers = {k: torch.optim.AdamW(net.parameters(), 1e-3, fused=True) for k, net in nets.items()}
-    images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (batch_size,), device=device)
-    seconds: dict[str, list[float]] = {k: [] for k in kinds}
-    for _ in range(steps + WARM_UP):
-        for kind, net in nets.items():
-            start = time.perf_counter()
-            gates = [m.gates for m in net.modules() if isinstance(m, L0Gate)]
-            if "example" not in kind:
-                draw_together(gates)
-            loss = F.cross_entropy(net(images), labels)
-            if gates:
-                loss = loss + l_c0(net)
-            optimizers[kind].zero_grad()
-            loss.backward()
-            optimizers[kind].step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[kind].append(time.perf_counter() - start)
-    base = np.array(seconds["without gates"][WARM_UP:])
-    return {
-        k: (statistics.median(v[WARM_UP:]), float(np.median(np.array(v[WARM_UP:]) / base)))
-        for k, v in seconds.items()
-    }
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -242,9 +198,6 @@ def main() -> None:
         print(f"{kind:38s} {statistics.median(values):16.3f} {min(values):8.3f} {max(values):8.3f}")
     ratio = statistics.median(p / o for p, o in zip(seconds["plain"], seconds["ours"], strict=True))
     print(f"{'plain / ours, median of rounds':38s} {ratio:16.2f}")
-    print(f"\n{'the gates alone (alternating steps)':38s} {'s/step (median)':>16s} {'ratio':>8s}")
-    for kind, (value, relative) in gate_overhead(args.batch_size, args.steps).items():
-        print(f"{kind:38s} {value:16.3f} {relative:8.3f}")
 
 
 def one(args: argparse.Namespace, folder: Path) -> float:

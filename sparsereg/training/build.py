@@ -1,13 +1,13 @@
 """From settings to the objects of a run: data, network, LightningModule."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsereg import data as data_sources
 from sparsereg import own_code
@@ -226,7 +226,21 @@ def build_teacher(cfg: Training, data: RunData) -> Distillation | None:
         if settings["num_images"]:
             taken = form_of(cfg, data).taken_by(teacher).inputs
             estimate_batch_norm_(teacher, (only(x, taken) for x in data.estimation_batches(**settings)))
-    return Distillation(teacher, d.weight, d.temperature)
+    return Distillation(teacher, d.weight, d.temperature, unchanging(data))
+
+
+_KEPT_BYTES = 2**28
+"""Memory that a teacher's answers to all training images may take."""
+
+
+def unchanging(data: RunData) -> Callable[[], Iterator[Tensor]] | None:
+    """Give batches of all training images if each epoch shows them as they are and has few classes."""
+    if not isinstance(data, ImageDataModule) or data.form.task != "classification":
+        return None
+    changed = data.augmentation is not None and not data.augmentation.identity
+    if changed or 4 * data.num_train * data.num_classes > _KEPT_BYTES:
+        return None
+    return lambda: data.estimation_batches(data.num_train)
 
 
 def _teacher_of_own_code(cfg: Training, checkpoint: Checkpoint) -> Network | None:

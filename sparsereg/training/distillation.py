@@ -3,7 +3,8 @@
 Source: Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,20 +24,45 @@ class Distillation:
         teacher: of the same task; put into eval mode.
         weight: of the divergence, in [0, 1]; cross-entropy gets the rest.
         temperature: by which both networks' logits are divided, > 0.
+        unchanging: gives batches of all images that training shows again and again as they are, always in the
+            same order, since how an answer is rounded can depend on its neighbours. On a CPU the teacher is
+            asked once for each of them. None: it is asked in every step.
     """
 
-    def __init__(self, teacher: nn.Module, weight: float, temperature: float) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        weight: float,
+        temperature: float,
+        unchanging: Callable[[], Iterable[Tensor]] | None = None,
+    ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.weight = weight
         self.temperature = temperature
+        self._unchanging = unchanging
+        self._kept: dict[bytes, Tensor] = {}
 
     @torch.no_grad()
     def answer(self, inputs: Inputs) -> Any:
         """Return what the teacher answers to a batch as the pupil saw it."""
+        if isinstance(inputs, Tensor) and inputs.device.type == "cpu":
+            self._ask_once()
+            found = [self._kept.get(key) for key in _keys(inputs)] if self._kept else [None]
+            known = [answer for answer in found if answer is not None]
+            if len(known) == len(found):
+                return torch.stack(known)
         device = next(iter(inputs.values())).device if isinstance(inputs, Mapping) else inputs.device
         if next(self.teacher.parameters()).device != device:
             self.teacher.to(device)
         return call(self.teacher, inputs)
+
+    def _ask_once(self) -> None:
+        """Keep the answers to all images that are said to come again as they are."""
+        batches, self._unchanging = self._unchanging, None
+        for batch in () if batches is None else batches():
+            answers = call(self.teacher, batch)
+            if isinstance(answers, Tensor):
+                self._kept.update(zip(_keys(batch), answers.unbind(), strict=True))
 
     def mixed(self, loss: Tensor, logits: Tensor, taught: Tensor) -> Tensor:
         """Return (1 - weight) loss + weight T^2 KL(teacher || pupil), a scalar.
@@ -53,3 +79,8 @@ class Distillation:
         num_predictions = logits.numel() / logits.shape[1]
         divergence = F.kl_div(learned, taught, reduction="sum", log_target=True) / num_predictions
         return (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence
+
+
+def _keys(images: Tensor) -> list[bytes]:
+    """Name each image by its content."""
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.numpy()]

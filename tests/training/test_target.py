@@ -11,9 +11,11 @@ from torch import nn
 
 from sparsereg.compression import Accountant, count, load_compacted
 from sparsereg.compression.budget import Constraint, Multiplier, exact_share, meet_
+from sparsereg.data import build as data_of
 from sparsereg.data.form import Form
 from sparsereg.penalties import expected_l0, hard_concretes
 from sparsereg.target_settings import falling
+from sparsereg.training.build import unchanging
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.target import TargetSettings
 from sparsereg.zoo.networks import build
@@ -168,6 +170,36 @@ def test_distillation_is_cross_entropy_or_divergence_at_its_ends():
         Distillation(teacher, 1.0, 2.0).mixed(loss, logits, teacher(x)), expected, atol=1e-6
     )
     assert not any(p.requires_grad for p in teacher.parameters())
+
+
+class _Asked(nn.Linear):
+    times = 0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.times += len(input)
+        return super().forward(input)
+
+
+def test_a_teacher_is_asked_once_about_images_that_do_not_change():
+    teacher, images = _Asked(4, 3), torch.randn(6, 4)
+    taught = Distillation(teacher, 1.0, 2.0, lambda: iter(images.split(4)))
+    for order in torch.randperm(6).split(3):
+        assert torch.equal(
+            taught.answer(images[order]), nn.functional.linear(images, *teacher.parameters())[order]
+        )
+    assert teacher.times == 6
+    other = torch.randn(3, 4)
+    assert torch.equal(taught.answer(other), teacher(other))
+
+
+@pytest.mark.parametrize("translate", [0.0, 1.0])
+def test_only_images_that_do_not_change_are_asked_about_once(translate: float):
+    data = data_of({"name": "digits", "augment": {"translate": translate}})
+    data.setup()
+    batches = unchanging(data)
+    assert (batches is None) == (translate > 0)
+    if batches is not None:
+        assert sum(map(len, batches())) == data.num_train
 
 
 RECIPE = ["model=lenet300", "trainer.max_epochs=3", "optimizer.gate_lr_ratio=20"]
