@@ -397,3 +397,51 @@ def test_layers_of_features_take_them_with_any_number_of_axes_before():
     next(m for m in network.modules() if isinstance(m, HardConcrete)).log_alpha[::2] = -10
     smaller, more = compact(network, torch.randn(4, 6)), torch.randn(2, 5, 6)
     torch.testing.assert_close(smaller(more), network(more))
+
+
+class Batch(nn.Module):
+    """Asks for the number of examples, as the token of a class or the first state of a cell do."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.layer, self.cell, self.head = nn.Linear(4, 8), nn.Linear(12, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        if self.kind == "token":
+            x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        if self.kind == "state":
+            state = x.new_zeros(x.shape[0], 8)
+            for step in range(3):
+                state = torch.tanh(self.cell(torch.cat([x[:, step], state], 1)))
+            return self.head(state)
+        if self.kind == "one by one":  # which Python unrolls
+            return torch.stack([self.head(F.relu(self.layer(example))) for example in x]).sum(1)
+        if self.kind == "number":
+            return self.head(F.relu(self.layer(x)).sum(1) / float(len(x)))
+        return self.head(F.relu(self.layer(F.pad(x, (0, 0, 0, 1)))).sum(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["token", "state", "plain"])
+def test_any_number_of_examples_is_taken(kind):
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4)
+    network = gate(Batch(kind).eval(), x[:2]).eval()
+    set_gates(network, "random")
+    smaller = compact(network, x[:2])
+    for n in (1, 2, 5):
+        torch.testing.assert_close(smaller(x[:n]), network(x[:n]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["one by one", "number"])
+def test_another_number_of_examples_than_the_network_was_followed_for_is_refused(kind):
+    x = torch.randn(5, 3, 4)
+    network = gate(Batch(kind).eval(), x[:2]).eval()
+    set_gates(network, "random")
+    smaller = compact(network, x[:2])
+    torch.testing.assert_close(smaller(x[:2]), network(x[:2]))
+    with pytest.raises(ValueError, match=r"compacted for inputs of shape \[2, .*got \[5, 3, 4\]"):
+        smaller(x)

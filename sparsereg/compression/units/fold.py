@@ -19,7 +19,16 @@ from sparsereg.compression.units.emit import Emitter
 from sparsereg.compression.units.flow import COMPUTED, CONSTANT, DEAD, Flow
 from sparsereg.compression.units.labels import FIRST, Labels
 from sparsereg.compression.units.lengths import Sizes
-from sparsereg.compression.units.program import Call, Ready, bound, module_of, name_of, op_name
+from sparsereg.compression.units.program import (
+    Call,
+    Ready,
+    bound,
+    has_one_batch_size,
+    module_of,
+    name_of,
+    op_name,
+    takes_any_batch,
+)
 from sparsereg.compression.units.rules.moves import COPIES
 from sparsereg.compression.units.rules.recurrent import BLOCKS, starts_at_zero
 from sparsereg.compression.units.rules.table import JOINS, rule_of
@@ -397,7 +406,8 @@ class Folder(Emitter):
                 for s, own in zip(node.meta["val"].shape, value.shape, strict=True)
             ]
             sizes = Sizes.of(shape, value.shape)
-            sizes.free(0)
+            if not has_one_batch_size(node) or takes_any_batch(self.model, self.program):
+                sizes.free(0)
             chosen = {
                 axis
                 for (source, axis) in ((s.sources[0], s.axis) for s in self.flow.steps if self._chooses(s))

@@ -5,10 +5,12 @@ Every tensor of the graph is computed once, so that its shape, and the numbers o
 
 from __future__ import annotations
 
+import builtins
 import io
 import logging
 import re
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
@@ -51,6 +53,7 @@ class Program:
         inputs: the placeholders of the user's inputs, in order.
         example: what they were.
         returns: how the flat results are put together, as torch.utils._pytree says it.
+        takes: likewise how the flat inputs are.
         made: how those of the weights are computed that are none of the network's own.
     """
 
@@ -62,6 +65,7 @@ class Program:
     inputs: list[fx.Node]
     example: tuple[Any, ...] = field(default=(), repr=False)
     returns: Any = None
+    takes: Any = None
     made: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -333,6 +337,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], map
         inputs,
         tuple(flat),
         exported.call_spec.out_spec,
+        exported.call_spec.in_spec,
     )
 
     def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -415,6 +420,8 @@ def _export(
         exported = torch.export.export(
             model, wide[0], wide[1] or None, dynamic_shapes=_any_size(wide, maps), strict=False
         )
+        if any(map(has_one_batch_size, _inputs(exported))):
+            exported = _with_lengths_as_sizes(model, wide, maps) or exported
     except Exception:
         pair = (args, kwargs)
         try:
@@ -425,6 +432,35 @@ def _export(
         exported = exported.run_decompositions({})
     _let_write_anew(exported.graph)
     return exported, *pair
+
+
+def _inputs(exported: torch.export.ExportedProgram) -> list[fx.Node]:
+    """The tensors that a call gives to an exported network."""
+    named = set(exported.graph_signature.user_inputs)
+    return [n for n in exported.graph.nodes if n.name in named and isinstance(n.meta.get("val"), Tensor)]
+
+
+def _with_lengths_as_sizes(
+    model: nn.Module, wide: Any, maps: bool | None
+) -> torch.export.ExportedProgram | None:
+    """Export a network that asks ``len(x)`` for the size of its batch; None if that does not serve.
+
+    Python makes a number of a length, which is the example's for all calls then.
+    """
+    length = builtins.len
+
+    def size(x: Any) -> Any:
+        return x.shape[0] if isinstance(x, Tensor) and x.dim() else length(x)
+
+    try:
+        builtins.len = size
+        return torch.export.export(
+            model, wide[0], wide[1] or None, dynamic_shapes=_any_size(wide, maps), strict=False
+        )
+    except Exception:
+        return None
+    finally:
+        builtins.len = length
 
 
 def _writes_into_what_others_read(graph: fx.Graph) -> bool:
@@ -464,6 +500,49 @@ def exported_graph(model: nn.Module, args: Any, kwargs: Any) -> fx.Graph | None:
             return graph
         except InputError:
             return None
+
+
+def has_one_batch_size(node: fx.Node) -> bool:
+    """Whether an input was traced for the number of examples that it had."""
+    shape = node.meta["val"].shape
+    return len(shape) > 0 and (isinstance(shape[0], int) or not shape[0].node.expr.free_symbols)
+
+
+def same_operations(model: nn.Module, program: Program, args: Any, kwargs: Any) -> bool:
+    """Whether a network calls the same operations, with the same numbers, on other inputs.
+
+    Args:
+        model: that was traced.
+        program: what was traced.
+        args: other positional inputs.
+        kwargs: other inputs by name.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = exported_graph(model, args, kwargs)
+    if graph is None:
+        return False
+    own = [n for n in program.graph.nodes if n.op == "call_function"]
+    others = [n for n in graph.nodes if n.op == "call_function"]
+    return len(own) == len(others) and all(map(_alike, own, others))
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    def numbers(node: fx.Node) -> Any:
+        return fx.node.map_arg((node.args, node.kwargs), lambda n: None)
+
+    return a.target == b.target and bool(numbers(a) == numbers(b))
+
+
+def takes_any_batch(model: nn.Module, program: Program) -> bool:
+    """Whether a network takes any number of examples, though it was traced for that of its example."""
+    args, kwargs = torch.utils._pytree.tree_unflatten(list(program.example), program.takes)
+    doubled = torch.utils._pytree.tree_map(_doubled, (args, kwargs))
+    return same_operations(model, program, *doubled)
+
+
+def _doubled(x: Any) -> Any:
+    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x
 
 
 def _let_write_anew(graph: fx.Graph) -> None:

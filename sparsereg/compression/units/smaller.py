@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from sparsereg.compression.units.entrances import axis_of_features
 from sparsereg.compression.units.gating import take_gates_off
 from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.lines import Bools
-from sparsereg.compression.units.program import exported_graph
+from sparsereg.compression.units.program import has_one_batch_size, same_operations, takes_any_batch
 from sparsereg.compression.units.structure import Structure, plain_module
 
 
@@ -81,18 +80,18 @@ def fixed_sizes(
     if known is not None:
         return known
     free = _free_positions(model, structure, args, kwargs)
+    tensors = {n: v for n in program.inputs if isinstance(v := program.values[n], Tensor) and v.dim()}
+    any_batch = not any(map(has_one_batch_size, tensors)) or takes_any_batch(_bare(model), program)
     found = {}
-    for position, node in enumerate(program.inputs):
-        value = program.values[node]
-        if not isinstance(value, Tensor) or not value.dim():
-            continue
+    for node, value in tensors.items():
         sizes = Sizes.of(node.meta["val"].shape, value.shape)
-        sizes.free(0)
+        if any_batch or not has_one_batch_size(node):
+            sizes.free(0)
         features = axis_of_features(program, node)
         for axis in range(1, value.dim()):
             if axis == features or (value.dim() > 3 and (axis == 1 or free)):
                 sizes.free(axis)
-        found[position] = sizes
+        found[program.inputs.index(node)] = sizes
     return found
 
 
@@ -113,18 +112,16 @@ def _free_positions(
         isinstance(x, Tensor) and x.dim() > 3 for x in torch.utils._pytree.tree_leaves((args, kwargs))
     ):
         return True
-    tensors = (*model.parameters(), *model.buffers())
-    bare = copy.deepcopy(model, {id(t): t for t in tensors})  # which share them: their values are not asked
-    take_gates_off(bare, plain_module)
     wider = torch.utils._pytree.tree_map(_wider, (args, dict(kwargs)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graph = exported_graph(bare, *wider)
-    if graph is None:
-        return False
-    own = [n for n in structure.analysis.program.graph.nodes if n.op == "call_function"]
-    others = [n for n in graph.nodes if n.op == "call_function"]
-    return len(own) == len(others) and all(_alike(a, b) for a, b in zip(own, others, strict=True))
+    return same_operations(_bare(model), structure.analysis.program, *wider)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """A network without its gates, whose weights it shares."""
+    tensors = (*model.parameters(), *model.buffers())
+    bare = copy.deepcopy(model, {id(t): t for t in tensors})
+    take_gates_off(bare, plain_module)
+    return bare
 
 
 def _wider(x: Any) -> Any:
@@ -135,10 +132,3 @@ def _wider(x: Any) -> Any:
         index = torch.arange(x.shape[axis] + 32, device=x.device) % x.shape[axis]
         x = x.index_select(axis, index)
     return x
-
-
-def _alike(a: fx.Node, b: fx.Node) -> bool:
-    def shape(node: fx.Node) -> Any:
-        return fx.node.map_arg((node.args, node.kwargs), lambda n: None)
-
-    return a.target == b.target and bool(shape(a) == shape(b))

@@ -53,7 +53,8 @@ def cell(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
 
 def _zeros_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     labels = cut.labels[node]
-    return replaced(node, size=[left_of(cut, labels, i, size) for i, size in enumerate(a["size"])])
+    sizes = bound(node)["size"]  # sizes that differ from call to call are nodes there
+    return replaced(node, size=[left_of(cut, labels, i, size) for i, size in enumerate(sizes)])
 
 
 @rule(*STARTS, call=_zeros_call)
