@@ -420,6 +420,8 @@ class Batch(nn.Module):
             return torch.stack([self.head(F.relu(self.layer(example))) for example in x]).sum(1)
         if self.kind == "number":
             return self.head(F.relu(self.layer(x)).sum(1) / float(len(x)))
+        if self.kind == "tensor":
+            return self.head(F.relu(self.layer(x)).sum(1) / torch.tensor(float(len(x))))
         return self.head(F.relu(self.layer(F.pad(x, (0, 0, 0, 1)))).sum(1))
 
 
@@ -436,7 +438,7 @@ def test_any_number_of_examples_is_taken(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["one by one", "number"])
+@pytest.mark.parametrize("kind", ["one by one", "number", "tensor"])
 def test_another_number_of_examples_than_the_network_was_followed_for_is_refused(kind):
     x = torch.randn(5, 3, 4)
     network = gate(Batch(kind).eval(), x[:2]).eval()
@@ -445,3 +447,29 @@ def test_another_number_of_examples_than_the_network_was_followed_for_is_refused
     torch.testing.assert_close(smaller(x[:2]), network(x[:2]))
     with pytest.raises(ValueError, match=r"compacted for inputs of shape \[2, .*got \[5, 3, 4\]"):
         smaller(x)
+
+
+class Maps(nn.Module):
+    """Fills maps up, or divides by their size."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.conv, self.head = kind, nn.Conv2d(2, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        if self.kind == "filled up":
+            x = F.pad(x, (0, -x.shape[3] % 8, 0, -x.shape[2] % 8), value=1.0)
+        y = self.head(F.relu(self.conv(x)).sum((2, 3)))
+        return y / torch.tensor(float(x.shape[2])) if self.kind == "divided" else y
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "sizes"), [("filled up", [19, 41]), ("divided", [8, 48])])
+def test_maps_that_decide_on_numbers_have_one_size(kind, sizes):
+    x = torch.randn(2, 2, 16, 16)
+    network = gate(Maps(kind).eval(), x).eval()
+    smaller = compact(network, x)
+    torch.testing.assert_close(smaller(x), network(x))
+    for n in sizes:
+        with pytest.raises(ValueError, match=rf"compacted for inputs of shape .*got \[2, 2, {n}, {n}\]"):
+            smaller(torch.randn(2, 2, n, n))

@@ -492,12 +492,12 @@ def _is_view(node: fx.Node) -> bool:
     return alias is not None and not alias.is_write
 
 
-def exported_graph(model: nn.Module, args: Any, kwargs: Any) -> fx.Graph | None:
-    """The graph of a network on an example; None if it cannot be traced."""
-    with evaluating(model):
+def _exported(model: nn.Module, args: Any, kwargs: Any) -> torch.export.ExportedProgram | None:
+    """A network as it is exported on an example; None if it cannot be traced."""
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            graph: fx.Graph = _export(model, args, kwargs)[0].graph
-            return graph
+            return _export(model, args, kwargs)[0]
         except InputError:
             return None
 
@@ -508,7 +508,7 @@ def has_one_batch_size(node: fx.Node) -> bool:
     return len(shape) > 0 and (isinstance(shape[0], int) or not shape[0].node.expr.free_symbols)
 
 
-def same_operations(model: nn.Module, program: Program, args: Any, kwargs: Any) -> bool:
+def same_operations(model: nn.Module, program: Program, args: Any, kwargs: Any) -> bool | None:
     """Whether a network calls the same operations, with the same numbers, on other inputs.
 
     Args:
@@ -516,15 +516,20 @@ def same_operations(model: nn.Module, program: Program, args: Any, kwargs: Any) 
         program: what was traced.
         args: other positional inputs.
         kwargs: other inputs by name.
+
+    Returns:
+        None if the network cannot be traced on them, since it does not take them, say.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graph = exported_graph(model, args, kwargs)
-    if graph is None:
-        return False
+    exported = _exported(model, args, kwargs)
+    if exported is None:
+        return None
     own = [n for n in program.graph.nodes if n.op == "call_function"]
-    others = [n for n in graph.nodes if n.op == "call_function"]
-    return len(own) == len(others) and all(map(_alike, own, others))
+    others = [n for n in exported.graph.nodes if n.op == "call_function"]
+    if len(own) != len(others) or not all(map(_alike, own, others)):
+        return False
+    # A number that was written into a tensor.
+    known = {name: program.weights[n] for n, name in program.names.items() if name in exported.constants}
+    return all(torch.equal(known[name], exported.constants[name].to(known[name])) for name in known)
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
@@ -538,7 +543,7 @@ def takes_any_batch(model: nn.Module, program: Program) -> bool:
     """Whether a network takes any number of examples, though it was traced for that of its example."""
     args, kwargs = torch.utils._pytree.tree_unflatten(list(program.example), program.takes)
     doubled = torch.utils._pytree.tree_map(_doubled, (args, kwargs))
-    return same_operations(model, program, *doubled)
+    return bool(same_operations(model, program, *doubled))
 
 
 def _doubled(x: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,8 +112,14 @@ def _free_positions(
         isinstance(x, Tensor) and x.dim() > 3 for x in torch.utils._pytree.tree_leaves((args, kwargs))
     ):
         return True
-    wider = torch.utils._pytree.tree_map(_wider, (args, dict(kwargs)))
-    return same_operations(_bare(model), structure.analysis.program, *wider)
+    bare, program = _bare(model), structure.analysis.program
+
+    def same(size: Callable[[int], int]) -> bool | None:
+        changed = torch.utils._pytree.tree_map(lambda x: _resized(x, size), (args, dict(kwargs)))
+        return same_operations(bare, program, *changed)
+
+    # Larger by what most networks halve, and smaller by what they do not: maps may be filled up, for example.
+    return bool(same(lambda n: n + 32)) and same(lambda n: n // 2 + 1) is not False
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -124,11 +130,11 @@ def _bare(model: nn.Module) -> nn.Module:
     return bare
 
 
-def _wider(x: Any) -> Any:
-    """The same on a larger map."""
+def _resized(x: Any, size: Callable[[int], int]) -> Any:
+    """The same on maps of other sizes."""
     if not isinstance(x, Tensor) or x.dim() < 4:
         return x
     for axis in range(2, x.dim()):
-        index = torch.arange(x.shape[axis] + 32, device=x.device) % x.shape[axis]
+        index = torch.arange(size(x.shape[axis]), device=x.device) % x.shape[axis]
         x = x.index_select(axis, index)
     return x
