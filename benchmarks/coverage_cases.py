@@ -349,6 +349,9 @@ TYPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("AutoModelForCausalLM", GROUPED),
     "mistral": ("AutoModelForCausalLM", {**GROUPED, "sliding_window": 4}),
     "mixtral": ("AutoModelForCausalLM", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("AutoModelForCausalLM", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("AutoModelForCausalLM", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": ("AutoModelForCausalLM", {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": ("AutoModelForCausalLM", GROUPED),
     "qwen3": ("AutoModelForCausalLM", {**GROUPED, "head_dim": 8}),
     "gemma": ("AutoModelForCausalLM", {**GROUPED, "head_dim": 8}),
@@ -482,7 +485,12 @@ def _huggingface(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
     head, settings = TYPES[name]
     config = transformers.AutoConfig.for_model(name, **settings)
-    if name == "mixtral":  # the products of its experts in one call know no float64
+    if name in (
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+        "gpt_oss",
+    ):  # the products of its experts in one call know no float64
         config._experts_implementation = "batched_mm"
     kind = getattr(transformers, head)
     network = kind.from_config(config) if head.startswith("Auto") else kind(config)

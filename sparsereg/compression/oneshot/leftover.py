@@ -194,7 +194,7 @@ class _Fit:
 def _tables(
     network: nn.Module, structure: Structure, example: Any, batches: Sequence[Any], some: Sequence[Any]
 ) -> list[_Table]:
-    """A table for each tensor that layers sum over, whose units can go; none if these are too wide."""
+    """A table for each tensor that layers sum over, whose units can go; none if all these are too wide."""
     small = compact(network, example, check=False)
     analysis = structure.analysis
     nodes = {name: node for node, name in analysis.program.names.items()}
@@ -209,7 +209,7 @@ def _tables(
                 found.setdefault(reader.reads, []).append(reader)
                 columns.setdefault(reader.reads, own)
     matrices = [[r.matrix(small.get_parameter(r.weight))[0] for r in together] for together in found.values()]
-    if sum(len(own[0]) ** 2 for own in matrices) > LARGEST:
+    if not matrices or sum(len(own[0]) ** 2 for own in matrices) > LARGEST:
         return []
     sense = _senses(small, [r for together in found.values() for r in together], some)
     senses = [[sense[r] for r in together] for together in found.values()]

@@ -196,7 +196,7 @@ class Ranked:
         costs = dict(zip(structure.paths, slopes, strict=True))
         orders = leftover(self._met, structure, self.example, self.batches, self._few, costs)
         if not orders:
-            log.info("layers too wide to say what a repair would leave over: units are ranked by gradient")
+            log.info("no layers, or too wide ones, to say what a repair would leave over: ranked by gradient")
         return [torch.cat([order[path] for path in structure.paths]) for order in orders]
 
 

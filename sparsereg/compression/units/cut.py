@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import BLANK, Labels, along
 from sparsereg.compression.units.program import Call, Program, bound, name_of, plain_call
+from sparsereg.compression.units.rules.experts import calls_without
 from sparsereg.compression.units.rules.table import read_by_rows, rule_of
 from sparsereg.compression.units.solve import Units
 
@@ -34,6 +35,8 @@ class Cut:
         self.stays = torch.from_numpy(units.alive(self.gone))
         self.passed = units.branches.passed(self.gone)
         self.serving = self._serving()
+        hidden = {n for one in units.labeller.axes.experts for n in one.hidden if self.passed.get(n)}
+        self.instead = {n: other for n in hidden if (other := self.passed.pop(n)) is not None}
         self.entrances = self._entrances()
         self.labels: dict[Any, Any] = {n: v for n, v in units.labeller.axes.of.items() if v is not None}
         self.labels |= self._rows()
@@ -114,7 +117,8 @@ class Cut:
             wanted = node in self.serving and node in self.labels and node not in self.entrances
             if wanted and rule is not None and rule.call is not None:
                 found[node] = rule.call(self, node, self.program.arguments(node))
-        return found
+        experts = self.units.labeller.axes.experts
+        return found | calls_without(self.program, experts, self.stays, found, self.instead)
 
     def alive_along(self, labels: Labels, axis: int) -> Tensor:
         """Which positions along an axis are left, (size,)."""

@@ -53,6 +53,7 @@ class Emitter:
         self.layers: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {}
         self.parameters: dict[fx.Node, nn.Parameter | Tensor] = {}
         self.attributes: dict[fx.Node, str] = {}
+        self.indices: dict[int, tuple[Tensor, Any]] = {}
         self._device: fx.Node | None = None
 
     def module(self) -> fx.GraphModule:
@@ -179,7 +180,7 @@ class Emitter:
         if isinstance(leaf, fx.Node):
             return self._weight(leaf) if leaf in self.program.weights else self.made[leaf]
         if isinstance(leaf, Tensor):
-            return self._buffer("index", leaf)
+            return self._index(leaf)
         if isinstance(leaf, torch.device):
             return self._where()
         return None if leaf == sys.maxsize else leaf  # the end of a slice that has none
@@ -214,6 +215,12 @@ class Emitter:
         like = next(self.model.parameters(), value)
         self.root.register_buffer(free, value.to(like.device))
         return self.graph.get_attr(free)
+
+    def _index(self, value: Tensor) -> fx.Node:
+        """A tensor of indices, once for all operations that read it."""
+        if id(value) not in self.indices:
+            self.indices[id(value)] = value, self._buffer("index", value).target
+        return self.graph.get_attr(self.indices[id(value)][1])
 
     def _free(self, name: str) -> str:
         taken = {*self.root._modules, *self.root._parameters, *self.root._buffers, *reserved(fx.GraphModule)}

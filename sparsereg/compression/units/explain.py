@@ -332,6 +332,10 @@ def families(units: Units) -> dict[int, str]:
                 found[choice] = "width"
     _name_heads(units, found)
     found.update(dict.fromkeys(units.features, "inputs"))
+    found.update(dict.fromkeys(units.experts, "experts"))
+    for table in units.labeller.kept_rows:
+        rows = axes.weight_axes.get(table, [None])[0]
+        found.update((c, "experts") for unit in (() if rows is None else rows) for c in units.of(int(unit)))
     found.update((branch.choice, _kind(branch)) for branch in units.branches.found)
     return found
 

@@ -52,6 +52,25 @@ class Nested:
     own: Ints
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Experts that a router picks: rows of several tables.
+
+    Attributes:
+        units: one for each expert, (experts,).
+        tables: weights whose rows they are.
+        makers: those whose rows are zero where an expert is gone.
+        picks: operations that look rows up, with the indices by which they do.
+        hidden: tensors that are zero where an expert is gone, with the same indices, along their first axes.
+    """
+
+    units: Ints
+    tables: tuple[fx.Node, ...]
+    makers: tuple[fx.Node, ...]
+    picks: dict[fx.Node, fx.Node]
+    hidden: dict[fx.Node, fx.Node]
+
+
 @dataclass
 class Unions:
     """Disjoint sets of units, as an array of representatives that is brought up to date in bulk."""
@@ -105,6 +124,7 @@ class Axes:
         heads: units that stand for attention heads, and whether some of them share their keys.
         inputs: for inputs whose features are units: the tensor, the axis and the units.
         shapes: results of operations that give a tensor another shape, which has to stay rectangular.
+        experts: rows of tables that routers pick.
         products: runs of units that stay while both of two others do: the first, and the two of each.
     """
 
@@ -123,12 +143,17 @@ class Axes:
         self.inputs: list[tuple[fx.Node, int, Ints]] = []
         self.shapes: list[tuple[fx.Node, Labels]] = []
         self.products: list[tuple[int, Ints, Ints]] = []
+        self.experts: list[Experts] = []
 
     def fresh(self, size: int, node: fx.Node, axis: int) -> Ints:
         """New units made by a weight (or input) along one of its axes."""
         units = self.sets.new(size)
         self.owner.append((int(units[0]) if size else -1, node, axis))
         return units
+
+    def picks_experts(self, node: fx.Node) -> bool:
+        """Whether an operation looks up experts that a router has picked."""
+        return any(node in one.picks for one in self.experts)
 
     def both(self, a: Ints, b: Ints) -> Ints:
         """New units of which each stays while a[i] and b[i] do; ``LIVE`` where one of these is."""

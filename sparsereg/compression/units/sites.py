@@ -82,6 +82,17 @@ class Sites:
                 self._ask_one(sources)
         for node in self.program.calls:
             self._mean(node)
+        self._experts()
+
+    def _experts(self) -> None:
+        """Gates of experts that a router picks lie across those of what the same weights make."""
+        for one in self.labeller.axes.experts:
+            taken = [maker for maker in one.makers if self.columns.get(maker, 0) != 0]
+            if taken:
+                why = "the weights that make what it gives have their gates on columns"
+                self.labeller.axes.fix(one.units, why, taken[0])
+            else:
+                self.columns.update(dict.fromkeys(one.makers, 0))
 
     def _recurrent(self, node: fx.Node) -> None:
         """The rows of the candidates, and of the projections behind them."""
@@ -120,6 +131,10 @@ class Sites:
             self.axis.setdefault(stack.weight, stack.made)
             return []
         name = name_of(node).rstrip("_")
+        if self.labeller.axes.picks_experts(node) and name != "embedding":
+            if self.program.values[node.args[0]].dim() == 2:  # type: ignore[index]
+                self.axis.setdefault(node.args[0], 1)  # type: ignore[arg-type]
+            return []
         if name == "linear" and picked(self.program, bound(node)["weight"]):
             weight, axis = behind(self.program, bound(node)["weight"], 0)
             self.axis.setdefault(weight, axis)

@@ -225,6 +225,11 @@ class Units:
         own = [self.of(int(u)) for _, _, units in self.labeller.axes.inputs for u in units]
         return set().union(*own)
 
+    @property
+    def experts(self) -> set[int]:
+        """The choices that experts are which a router picks."""
+        return set().union(*(self.of(int(u)) for one in self.labeller.axes.experts for u in one.units))
+
     def alive(self, gone: set[int]) -> np.ndarray:
         """Which units stay when some choices are gone, (units,); ``BLANK`` and ``LIVE`` do."""
         stays = np.ones(len(self.roots), dtype=bool)

@@ -96,7 +96,7 @@ class Analysis:
     def sides(self, weight: fx.Node) -> list[bool]:
         """Whether a weight takes gates on what it makes (False), and on columns that it reads (True)."""
         makes, reads = (weight in axes for axes in (self.sites.axis, self.sites.columns))
-        if makes and reads and self.axis_of(weight) == self.axis_of(weight, True):
+        if makes and reads and self.sites.axis[weight] in (-1, self.sites.columns[weight]):
             return [False]  # a table of embeddings that is that of the last layer, too
         return [side for side in (False, True) if (reads if side else makes)]
 
@@ -426,7 +426,7 @@ def _matched(
         sizes: places of each gate; a place behind the last one stands for what it leaves alone.
     """
     matched: dict[int, Place] = {}
-    branches = {branch.choice for branch in analysis.units.branches.found}
+    wholes = {branch.choice for branch in analysis.units.branches.found} | analysis.units.experts
     features = analysis.units.features
     program = analysis.program
     names = {name: node for node in program.names for name in gate_names(program, node)}
@@ -444,7 +444,7 @@ def _matched(
                 whole = any(name in path for name in BRANCH_GATES)
                 for place in np.unique(places[places < sizes[path]]).tolist():
                     for choice in by_elements.get(tuple(np.flatnonzero(places == place).tolist()), ()):
-                        if (choice in branches) is whole and (choice in features) is (INPUT_GATE in path):
+                        if (choice in wholes) is whole and (choice in features) is (INPUT_GATE in path):
                             matched.setdefault(choice, (path, place))
     return matched
 

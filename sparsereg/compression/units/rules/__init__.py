@@ -4,6 +4,7 @@ from sparsereg.compression.units.rules import (  # noqa: F401  (each registers i
     attention,
     cells,
     elementwise,
+    experts,
     mixing,
     moves,
     norms,

@@ -28,6 +28,13 @@ _SUMS = ("add", "sub", "rsub", "maximum", "minimum", "__and__", "__or__", "bitwi
 PRODUCTS = ("mul", "multiply")
 QUOTIENTS = ("div", "true_divide", "divide", "floor_divide", "remainder", "fmod", "atan2")
 
+_RUNNING = ("cumsum", "cumprod")
+ELEMENTS = {
+    *(*ZERO_STAYS, *_SUMS, *PRODUCTS, *QUOTIENTS, "where", "addcmul", "addcdiv", "lerp"),
+    *(name for name in _ZERO_MOVES if name not in _RUNNING),
+}
+"""Functions of elements at the same place."""
+
 
 @rule(*ZERO_STAYS)
 def zero_stays(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:

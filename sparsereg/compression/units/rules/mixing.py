@@ -249,7 +249,8 @@ def embedding_bag(x: Labeller, node: fx.Node, a: dict[str, Any]) -> tuple[Labels
 
 def _columns(x: Labeller, node: fx.Node, table: Any) -> Ints:
     """Units along the width of a table, of which single rows are read."""
-    x.axes.fix(x.weight(table, 0, None, node), "tokens are looked up in it", node)
+    if not x.axes.picks_experts(node):
+        x.axes.fix(x.weight(table, 0, None, node), "tokens are looked up in it", node)
     x.dead[node] = Dead.ZERO
     return x.weight(table, 1, None, node)
 

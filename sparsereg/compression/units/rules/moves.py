@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.running import can_train
-from sparsereg.compression.units.labels import Labels, compacted, varying
+from sparsereg.compression.units.labels import Labels, along, compacted, varying
 from sparsereg.compression.units.program import Call, Scaled, bound, name_of, plain_call
 from sparsereg.compression.units.rules.elementwise import pair
 from sparsereg.compression.units.rules.mixing import is_turned_weight
@@ -215,6 +215,8 @@ def _gather_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
 @rule("gather", call=_gather_call)
 def gather(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Elements that an index names along one axis; along it all stays."""
+    if x.axes.picks_experts(node):
+        return _rows(x, node)
     labels = x.labels(node.args[0])
     if a["dim"] % labels.dim() in varying(labels):
         x.axes.fix(labels, "gather looks up places along it", node)
@@ -276,7 +278,18 @@ def scattered(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule("index", call=_index_call)
 def indexed(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Positions that a tensor of indices names."""
-    return None if picked(x.program, node) else _moved(x, node)
+    return (
+        _rows(x, node) if x.axes.picks_experts(node) else None if picked(x.program, node) else _moved(x, node)
+    )
+
+
+def _rows(x: Labeller, node: fx.Node) -> Labels | None:
+    """What is picked of a table of experts: one that is no stack of matrices has units along its width."""
+    table: Any = node.args[0]
+    if x.program.values[table].dim() != 2:
+        return None
+    x.dead[node] = Dead.ZERO
+    return along(x.weight(table, 1, None, node), -1, x.program.values[node].shape)
 
 
 def _index_select_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
@@ -293,7 +306,7 @@ def _index_select_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
 @rule("index_select", call=_index_select_call)
 def selected_by_index(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Positions that an index names along one axis."""
-    return None if picked(x.program, node) else _moved(x, node)
+    return indexed(x, node, a)
 
 
 @rule(*_ON_FLOATS)

@@ -3,7 +3,7 @@
 Of more than two axes the last two are those of a matrix, one for each expert, unless letters say others.
 
 Products read them whole, expert by expert, or picked by numbers that the data decide on. The experts are as
-large as each other: a unit goes in all of them. Which experts there are stays.
+large as each other: a unit goes in all of them. Which experts there are: ``experts``.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def stack_of(program: Program, node: fx.Node) -> Stack | None:
         if base is None or _base(program, source, least) is not None:
             continue
         axis = {x: behind(program, weight, i)[1] for i, x in enumerate(own)}
-        experts = program.values[weight].dim() == program.values[base].dim() > 2
-        for inside in (own, [x for x in own if axis[x]]) if experts else (own,):
+        stack = program.values[base].dim() > 2
+        for inside in (own, [x for x in own if axis[x] > 0]) if stack else (own,):
             summed = [x for x in inside if x in letters and x not in out]
             made = [x for x in inside if x in out and x not in letters]
             over = [x for x in own if x in letters and x not in out]

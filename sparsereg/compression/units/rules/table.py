@@ -69,6 +69,8 @@ class Rule:
 
 RULES: dict[str, Rule] = {}
 """Rules by the name of the operation in ``torch.ops.aten``, without a trailing underscore."""
+BEFORE: list[Callable[[Labeller], None]] = []
+"""What looks at a whole program before its operations are visited."""
 TURNS = ("t", "transpose", "permute", "numpy_T", "mT", "swapaxes", "swapdims")
 """Operations that turn a matrix around."""
 PICKS = ("select", "index", "index_select", *TURNS)
@@ -111,6 +113,7 @@ class Labeller:
         through: for products with units along axes of both factors, the factors that have to be zero.
         columns: for weights that read features of inputs, or units that are not zero when they are gone, the
             axis of their columns, which take the gates.
+        kept_rows: tables of whose rows none can go, with the reason and the operation that keeps them.
         shared: for labels of scores of heads that share keys, those of the head and of its group.
 
     Args:
@@ -128,15 +131,29 @@ class Labeller:
         self.columns: dict[fx.Node, int] = {}
         self.shared: dict[int, tuple[int, int]] = {}
         self.through: dict[fx.Node, tuple[Any, ...]] = {}
+        self.kept_rows: dict[fx.Node, tuple[str, fx.Node]] = {}
         self.depends = self._depends()
+        for look in BEFORE:
+            look(self)
         for node in program.inputs:
             self._enter(node)
         for node in program.calls:
             self._visit(node)
             self._enter(node)
+        self._keep_rows()
         self._keep_mixed_inputs()
         self._join_what_nobody_reads()
         self._keep_outputs()
+
+    def _keep_rows(self) -> None:
+        """Experts that have to stay are units, too, so that the reason is known."""
+        for table, (why, node) in list(self.kept_rows.items()):
+            axes = self.axes.weight_axes.get(table)
+            if axes is None or axes[0] is not None:
+                del self.kept_rows[table]
+            else:
+                axes[0] = self.axes.fresh(self.program.values[table].shape[0], table, 0)
+                self.axes.fix(axes[0], why, node)
 
     def _depends(self) -> set[fx.Node]:
         found = set(self.program.inputs)
