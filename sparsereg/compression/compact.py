@@ -10,6 +10,7 @@ from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.flow import ATTRIBUTE as FLOW
 from sparsereg.compression.units.flow import flow_of
 from sparsereg.compression.units.fold import folded
+from sparsereg.compression.units.program import BEFORE
 from sparsereg.compression.units.smaller import smaller
 from sparsereg.compression.units.structure import ATTRIBUTE as UNITS
 from sparsereg.compression.units.structure import structure_of
@@ -69,6 +70,8 @@ def compact(
         full = flow.full
     if check:
         verify(model, made, wide[0], args, kwargs)
+    if structure is not None and isinstance(model, fx.GraphModule):
+        made.meta[BEFORE] = structure
     made.meta[ORIGINAL] = original_size(model) or {"parameters": full[0], "macs": full[1]}
     return made
 

@@ -15,16 +15,16 @@ from typing import Any
 
 from torch import fx
 
-from sparsereg.compression import benchmark, fuse, save_compacted
+from sparsereg.compression import benchmark, fuse, load_compacted, save_compacted
 from sparsereg.files import write_atomically, write_json, write_text
-from sparsereg.training.pick import Pick
+from sparsereg.training.pick import COLUMNS, Pick
 from sparsereg.training.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
 FOLDER = "front"
 TIMING = 0.2
-"""Seconds for which each network is timed."""
+"""Seconds for which each network is timed, with the others in turn."""
 
 
 def place_of(folder: Path, size: float) -> Path:
@@ -41,30 +41,46 @@ def keep(
     folder: Path,
     size: float,
     network: fx.GraphModule,
-    example: Any,
     figures: Mapping[str, Any],
     notes: Mapping[str, Any],
 ) -> None:
-    """Time the network of a size, and write it and its figures.
+    """Write the network of a size and its figures.
 
     Args:
         folder: of the run.
         size: share of the cost that is gone.
         network: in eval mode, on the CPU.
-        example: one example as it takes it.
-        figures: of the network, without its latency.
+        figures: of the network, the latency not among them yet.
         notes: kept with it.
     """
-    timed = benchmark({"network": fuse(network)}, example, batch_sizes=(1,), seconds=TIMING)
-    costs = {"parameters", "macs", "sparsity"}
-    first, rest = ({k: v for k, v in figures.items() if (k in costs) is here} for here in (True, False))
-    latency = 1e3 * min(row.seconds for row in timed.rows)
-    row = {"size": size, **first, "latency_ms": latency, **rest}
+    row = {"size": size, **figures}
     place = place_of(folder, size)
     place.mkdir(parents=True, exist_ok=True)
     write_atomically(place / "compacted.pt", lambda p: save_compacted(network, p, {**notes, "size": size}))
     write_json(place / "figures.json", row)  # last: a size without it is made again
     log.info("front: %s", ", ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None))
+
+
+def time_(folder: Path, networks: Mapping[float, fx.GraphModule], example: Any) -> None:
+    """Time the sizes that have not been timed yet, against each other, and add that to their figures.
+
+    Args:
+        folder: of the run.
+        networks: by size, those that are in memory, in eval mode, on the CPU.
+        example: one example as they take it.
+    """
+    rows = {place: json.loads(place.read_text()) for place in (folder / FOLDER).glob("*/figures.json")}
+    left = {place: row for place, row in rows.items() if row.get("latency_ms") is None}
+    small = {
+        str(place): fuse(networks.get(row["size"]) or load_compacted(place.with_name("compacted.pt")))
+        for place, row in left.items()
+    }
+    if not small:
+        return
+    timed = benchmark(small, example, batch_sizes=(1,), seconds=TIMING * len(small))
+    for place, row in left.items():
+        latency = 1e3 * min(line.seconds for line in timed.rows if line.model == str(place))
+        write_json(place, {**row, "latency_ms": latency})
 
 
 def take_over(folder: Path, before: Path) -> None:
@@ -88,7 +104,7 @@ def finished(folder: Path, task: Task, pick: Pick | None, dense: Mapping[str, An
     """
     files = sorted((folder / FOLDER).glob("*/figures.json"), key=lambda p: float(p.parent.name))
     rows = [json.loads(path.read_text()) for path in files]
-    columns = list(rows[0])
+    columns = [*COLUMNS, *(column for column in rows[0] if column not in COLUMNS)]
     lines = [
         ",".join(columns),
         *(",".join("" if r[c] is None else repr(r[c]) for c in columns) for r in rows),

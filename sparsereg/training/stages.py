@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.utilities.apply_func import move_data_to_device
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import fx, nn
@@ -26,7 +27,9 @@ from sparsereg.compression import Accountant, compact, load_compacted, storage
 from sparsereg.compression.compact import ORIGINAL, original_size
 from sparsereg.compression.oneshot.ranked import Ranked, opened_
 from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS, start_in_one_shot_
-from sparsereg.data.batches import only
+from sparsereg.compression.running import evaluating, tensors_in
+from sparsereg.compression.verify import difference
+from sparsereg.data.batches import call, only
 from sparsereg.data.own import RunData
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
@@ -53,6 +56,8 @@ log = logging.getLogger(__name__)
 
 UNDER_GATES = {"last.ckpt": "gated.ckpt", "best.ckpt": "gated_best.ckpt"}
 """Names that the checkpoints of the gated stage get when fine-tuning takes theirs."""
+EQUAL = 1e-4
+"""Largest difference of answers, as a share of their spread, that rounding explains."""
 
 
 @dataclass
@@ -72,6 +77,8 @@ class Stage:
         teacher: for distillation.
         resumed: what this stage goes on from; None if it starts.
         before: of fine-tuning, the stage under gates.
+        gated: of a front, a copy of the network as it was built, with gates: what a trace has said of it
+            holds for any weights.
     """
 
     cfg: Training
@@ -86,6 +93,7 @@ class Stage:
     teacher: Distillation | None
     resumed: Checkpoint | None = None
     before: FirstStage | None = None
+    gated: nn.Module | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -140,15 +148,16 @@ def begin(cfg: Training, data: RunData, checkpoint: Checkpoint | None, outputs: 
         load_all_weights_(net, resumed)
     if resumed is None:
         _one_shot_(cfg, net, data, checkpoint)
-    accountant = None
+    accountant = gated = None
     if cfg.front:
-        _gated(cfg, data, net)  # so that it is said before anything is trained if nothing can go
+        gated = _gated(cfg, data, net)  # so that it is said before anything is trained if nothing can go
         accountant = PlainAccountant(net, build.example_input(data, net))
     structure = None if checkpoint is None else checkpoint.structure
     teacher = build.build_teacher(cfg, data)
     stage_cfg = cfg if before is None else finetuning_config(cfg, cfg.finetune.epochs)
     folder = lambda: trainers.claim_run_folder(outputs)  # noqa: E731
     stage = _assemble(stage_cfg, data, net, structure, teacher, folder, before, resumed, accountant)
+    stage.gated = gated
     stage.module.batch_norm_is_current = build.statistics_fit(cfg, net, checkpoint)
     if resumed is not None and cfg.front and resumed.epoch == cfg.trainer.max_epochs:
         front.take_over(stage.folder, resumed.path.parent.parent)  # of the same weights
@@ -263,13 +272,14 @@ def _front(first: Stage, dense: Mapping[str, Any]) -> dict[str, Any]:
     """
     cfg, task = first.cfg, first.module.task
     net: nn.Module = first.net
-    left = front.missing(first.folder, cfg.front)
+    left, made = front.missing(first.folder, cfg.front), {}
     for size in cfg.front:
         if size in left:
             log.info("front: size %g", size)
-            net = _size(first, size, _smaller(first, net.eval(), size))
+            net = made[size] = _size(first, size, _smaller(first, net.eval(), size))
         elif left:
             net = load_compacted(front.place_of(first.folder, size) / "compacted.pt")
+    front.time_(first.folder, made, build.example_input(first.data, net.cpu().eval()))
     pick = None if cfg.pick is None else Pick.read(cfg.pick, task.figures)
     return front.finished(first.folder, task, pick, dense)
 
@@ -284,6 +294,30 @@ def _gated(cfg: Training, data: RunData, net: nn.Module) -> nn.Module:
     return with_gates(net, form, cfg.model.said, {"shape": cfg.shape, **cfg.model.limits})
 
 
+def _with_gates(first: Stage, net: nn.Module) -> nn.Module:
+    """The network of a run, or what is left of it, with gates."""
+    known = first.gated
+    if known is not None and net is first.net and _takes_over_(known, net):
+        example = build.example_input(first.data, net)
+        with torch.no_grad(), evaluating(net, known):
+            wanted, found = (tensors_in(call(n, example)) for n in (net, opened_(known)))
+        # Anything but tensors that training has changed, such as numbers, is not known there.
+        if all(difference(a, b) <= EQUAL for a, b in zip(wanted, found, strict=True)):
+            return known
+    return _gated(first.cfg, first.data, net)
+
+
+@torch.no_grad()
+def _takes_over_(known: nn.Module, net: nn.Module) -> bool:
+    """Give a copy with gates the tensors of a network; False if it has others."""
+    theirs = {**dict(known.named_parameters()), **dict(known.named_buffers())}
+    for name, value in (*net.named_parameters(), *net.named_buffers()):
+        if name not in theirs or theirs[name].shape != value.shape:
+            return False
+        theirs[name].copy_(value)
+    return True
+
+
 def _smaller(first: Stage, net: nn.Module, size: float) -> fx.GraphModule:
     """Take units out of a network in one shot, until a share of what the first one cost is gone.
 
@@ -293,7 +327,7 @@ def _smaller(first: Stage, net: nn.Module, size: float) -> fx.GraphModule:
         size: the share.
     """
     cfg, device = first.cfg, first.module.device
-    whole = opened_(_gated(cfg, first.data, net.cpu()).eval()).to(device)
+    whole = opened_(_with_gates(first, net.cpu()).eval()).to(device)
     example = build.example_input(first.data, whole)
     inputs = first.data.estimation_batches(NUM_INPUTS, BATCH)
     batches = [only(move_data_to_device(x, device), example) for x in inputs]
@@ -308,7 +342,11 @@ def _smaller(first: Stage, net: nn.Module, size: float) -> fx.GraphModule:
 def _size(first: Stage, size: float, small: fx.GraphModule) -> fx.GraphModule:
     """Fine-tune, test and keep the network of one size; return it."""
     cfg = finetuning_config(first.cfg, first.cfg.epochs_of_a_size)
-    cfg = replace(cfg, trainer=replace(cfg.trainer, enable_checkpointing=False), logger=NoLogger())
+    trainer = replace(cfg.trainer, enable_checkpointing=False)
+    if not cfg.callbacks.others and trainer.check_val_every_n_epoch and not trainer.val_check_interval:
+        # Nobody asks what is measured before the end.
+        trainer = replace(trainer, check_val_every_n_epoch=max(1, cfg.trainer.max_epochs or 1))
+    cfg = replace(cfg, trainer=trainer, logger=NoLogger())
     net, place = build.in_memory_format(cfg, small).train(), front.place_of(first.folder, size)
     accountant = PlainAccountant(net, build.example_input(first.data, net))
     structure = storage.describe(small)
@@ -329,7 +367,7 @@ def _size(first: Stage, size: float, small: fx.GraphModule) -> fx.GraphModule:
         "data": first.data.describe(),
         "checkpoint": str(first.checkpoints / "last.ckpt"),
     }
-    front.keep(first.folder, size, small, build.example_input(first.data, small), row, notes)
+    front.keep(first.folder, size, small, row, notes)
     return small
 
 

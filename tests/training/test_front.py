@@ -1,12 +1,18 @@
 """The front from one run: every size is met, from the network that a plain run trains, and it goes on."""
 
+import copy
 import csv
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sparsereg.compression import load_compacted
+from sparsereg.compression.timing import runtimes
+from sparsereg.compression.units import program
 from sparsereg.errors import InputError
 from sparsereg.settings import read
+from sparsereg.training import stages
 from sparsereg.training.config import Training
 from sparsereg.training.pick import Pick
 
@@ -116,3 +122,41 @@ def test_picks_are_read():
 def test_a_front_takes_the_place_of_the_lambda_of_an_experiment():
     settings = read(Training, {"front": [0.5, 0.7], "lambda_l0": None})
     assert settings.front == (0.5, 0.7)
+
+
+def test_what_a_trace_and_a_file_say_is_kept_for_later_sizes(run, tiny, monkeypatch):
+    traced, written = [], []
+    export, write = program._export, runtimes.write_onnx
+    monkeypatch.setattr(program, "_export", lambda *given: traced.append(1) or export(*given))
+    monkeypatch.setattr(runtimes, "write_onnx", lambda *given: written.append(1) or write(*given))
+    made = run("train", *tiny, *FRONT, "model=sparse_mlp", "front=[0.3,0.5,0.7,0.8]")
+    assert made.code == 0, made.err
+    assert len(traced) == 3  # the network, on larger maps, too, and the first one that is compacted
+    assert len(written) == 1
+    assert all(row["latency_ms"] > 0 for row in rows(made))
+
+
+class Fading(torch.nn.Module):
+    """A network whose answers follow a number that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.times = torch.nn.Linear(3, 2), 1.0
+
+    def forward(self, x):
+        return self.times * self.layer(x)
+
+
+def test_gates_of_the_start_serve_the_trained_network_if_it_answers_so(monkeypatch):
+    net = Fading()
+    known = copy.deepcopy(net)
+    first = SimpleNamespace(net=net, gated=known, cfg=None, data=None)
+    monkeypatch.setattr(stages, "_gated", lambda *_: "anew")
+    monkeypatch.setattr(stages.build, "example_input", lambda *_: torch.ones(2, 3))
+    with torch.no_grad():
+        net.layer.weight.mul_(2)
+    assert stages._with_gates(first, net) is known
+    assert torch.equal(known.layer.weight, net.layer.weight)
+    assert stages._with_gates(first, Fading()) == "anew"  # what is left of it
+    net.times = 0.5
+    assert stages._with_gates(first, net) == "anew"

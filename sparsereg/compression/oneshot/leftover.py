@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from sparsereg.compression.compact import compact
 from sparsereg.compression.oneshot.importance import random_sum
 from sparsereg.compression.oneshot.least_squares import Sums
 from sparsereg.compression.oneshot.readers import Reader, readers
@@ -42,9 +41,8 @@ ROWS = 8192
 
 
 def leftover(
-    network: nn.Module,
+    small: fx.GraphModule,
     structure: Structure,
-    example: Any,
     batches: Sequence[Any],
     some: Sequence[Any],
     slopes: dict[str, Tensor],
@@ -55,9 +53,8 @@ def leftover(
     twice the memory of ``LARGEST`` numbers at most.
 
     Args:
-        network: with all gates of ``structure`` open, in eval mode.
-        structure: of it.
-        example: see ``compact``.
+        small: the network, compacted with all gates of ``structure`` open.
+        structure: of the network.
         batches: of inputs, by which layers are fitted.
         some: those in which the network's answers are derived.
         slopes: what each gate's unit costs, by the path of the gates.
@@ -66,7 +63,7 @@ def leftover(
         By the path of the gates, float64; that by shares of the layers first, then that by the answers. None
         at all if the layers are too wide for this.
     """
-    tables = _tables(network, structure, example, batches, some)
+    tables = _tables(small, structure, batches, some)
     sizes = [slopes[path].numel() for path in structure.paths]
     starts = dict(zip(structure.paths, itertools.accumulate([0, *sizes]), strict=False))
     cost = torch.cat([slopes[path].double().flatten().cpu() for path in structure.paths]).clamp(min=1e-12)
@@ -192,10 +189,9 @@ class _Fit:
 
 
 def _tables(
-    network: nn.Module, structure: Structure, example: Any, batches: Sequence[Any], some: Sequence[Any]
+    small: fx.GraphModule, structure: Structure, batches: Sequence[Any], some: Sequence[Any]
 ) -> list[_Table]:
     """A table for each tensor that layers sum over, whose units can go; none if all these are too wide."""
-    small = compact(network, example, check=False)
     analysis = structure.analysis
     nodes = {name: node for node, name in analysis.program.names.items()}
     found: dict[Any, list[Reader]] = {}

@@ -18,7 +18,7 @@ from sparsereg.compression.oneshot.importance import IMPORTANCE
 from sparsereg.compression.oneshot.inputs import together
 from sparsereg.compression.oneshot.leftover import leftover
 from sparsereg.compression.oneshot.origins import OPEN, Origins
-from sparsereg.compression.oneshot.repair import repaired
+from sparsereg.compression.oneshot.repair import Student, Teacher
 from sparsereg.compression.running import evaluating
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.structure import structure_of
@@ -73,11 +73,10 @@ class Ranked:
         self._few = batches[: -(-FOR_IMPORTANCE // BATCH)]
         with evaluating(network):
             self.whole = twin(network)
-        compact(self.whole, example, check=False)  # what it finds out once, all copies know
+        self._teacher = Teacher(self.whole, example)  # what it finds out once, all copies know
         self._met = twin(self.whole)
         self._accountant = Accountant(self._met, example)
         self._parts = [held.part for held in Budget(self._accountant, cost, 1.0, 0.0, 0.0, shares).parts]
-        self._origins: Origins | None = None
         ratios = self._ratios(importance, torch.Generator().manual_seed(seed))
         self._orders = [_places(ratio, self._accountant.gates) for ratio in ratios]
 
@@ -89,9 +88,7 @@ class Ranked:
     @property
     def origins(self) -> Origins:
         """Where weights of compacted networks stand in the whole one; traced when it is asked for."""
-        if self._origins is None:
-            self._origins = Origins(self.whole, self.example)
-        return self._origins
+        return self._teacher.origins
 
     def smaller(
         self, kept: float, at_once: int = 1, round_to: int = 1, repair: bool = True, progress: bool = False
@@ -112,17 +109,20 @@ class Ranked:
             is left of it, compacted.
         """
         gates = self._accountant.gates
-        found: list[tuple[float, list[Tensor], fx.GraphModule]] = []
+        found: list[tuple[float, list[Tensor], Student]] = []
         for places in self._orders:
             reached = self._meet_(places, kept, at_once)
             now = [g.log_alpha.clone() for g in gates]
             if not any(all(map(torch.equal, now, others)) for _, others, _ in found):
-                found.append((reached, now, self._compacted(round_to, repair, progress)))
-        reached, locations, small = found[self._nearest([small for *_, small in found])]
+                found.append((reached, now, self._student(round_to, repair)))
+        students = [student for *_, student in found]
+        if repair:
+            self._teacher.repair_(students, self.batches, self.seed, progress)
+        reached, locations, student = found[self._nearest([s.network for s in students])]
         for g, location in zip(gates, locations, strict=True):
             _set_(g, location)
         log.info("%.1f %% of the %s stay", 100 * reached, self.cost or "whole network")
-        return self._met, small
+        return self._met, student.network
 
     def _meet_(self, places: Sequence[Tensor], kept: float, at_once: int) -> float:
         """Open or shut all gates, in an order; return the share of the cost that stays."""
@@ -134,26 +134,17 @@ class Ranked:
             _set_(g, torch.where(g.median() > 0, OPEN, -OPEN))
         return reached
 
-    def _compacted(self, round_to: int, repair: bool, progress: bool) -> fx.GraphModule:
-        """What the gates leave, fitted to what the whole network gave."""
-        if not repair:
-            return compact(self._met, self.example, round_to=round_to)
-        return repaired(
-            self.whole,
-            self._met,
-            self.example,
-            self.batches,
-            round_to=round_to,
-            seed=self.seed,
-            progress=progress,
-            origins=self.origins,
-        )
+    def _student(self, round_to: int, repair: bool) -> Student:
+        """What the gates leave; where its weights stand is known if they are to be repaired."""
+        if repair:
+            return self._teacher.student(self._met, round_to)
+        return Student(compact(self._met, self.example, round_to=round_to), {})
 
     def _nearest(self, networks: Sequence[nn.Module]) -> int:
         """Which of some networks answers most like the whole one, its place; the first unless clearly."""
         if len(networks) == 1:
             return 0
-        left = unexplained(self.whole, networks, self._few)
+        left = unexplained(self._teacher.network, networks, self._few)
         shown = ", ".join(f"{share:.3g}" for share in left)
         log.info("shares of the answers' variance that are lost in each order: %s", shown)
         best = left.index(min(left))
@@ -194,7 +185,7 @@ class Ranked:
         if structure is None:
             return []
         costs = dict(zip(structure.paths, slopes, strict=True))
-        orders = leftover(self._met, structure, self.example, self.batches, self._few, costs)
+        orders = leftover(self._teacher.network, structure, self.batches, self._few, costs)
         if not orders:
             log.info("no layers, or too wide ones, to say what a repair would leave over: ranked by gradient")
         return [torch.cat([order[path] for path in structure.paths]) for order in orders]

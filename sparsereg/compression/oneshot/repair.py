@@ -8,9 +8,11 @@ Source: B. Hassibi, D. Stork, "Second order derivatives for network pruning: Opt
 the least squares; here by whole layers, with the ridge chosen on inputs that were held out.
 """
 
+import functools
 import importlib.util
+import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +66,6 @@ def repaired(
     round_to: int = 1,
     seed: int = 0,
     progress: bool = True,
-    origins: Origins | None = None,
 ) -> fx.GraphModule:
     """Compact a network and fit its layers to what they gave before some of its gates were shut.
 
@@ -77,7 +78,6 @@ def repaired(
         round_to: see ``compact``.
         seed: of the places of maps and texts that are drawn where there are more than a layer needs.
         progress: show a bar on a terminal.
-        origins: of a network with these gates, where several are repaired: it takes a trace.
 
     Returns:
         What ``compact(after)`` returns, with other weights of the same shapes.
@@ -91,17 +91,86 @@ def repaired(
         >>> repaired(net, net, x[:1], [x])(x).shape
         torch.Size([32, 3])
     """
-    student = compact(after, example_input, round_to=round_to)
-    teacher = compact(before, example_input, check=False)
-    told = Origins(before, example_input) if origins is None else origins
-    sources = told.of(before), told.of(after, round_to)
-    tasks = _tasks(teacher, student, *sources)
-    given = list(batches)
-    if sum(examples(b) for b in given) < FEWEST:
-        log.warning("a repair needs %d inputs or more: give data, not one example", FEWEST)
-        return student
-    _Repair(teacher, student, given, torch.Generator().manual_seed(seed)).run(tasks, progress)
-    return student
+    teacher = Teacher(before, example_input)
+    student = teacher.student(after, round_to)
+    teacher.repair_([student], list(batches), seed, progress)
+    return student.network
+
+
+@dataclass(frozen=True)
+class Student:
+    """What is left of a network.
+
+    Attributes:
+        network: compacted.
+        places: of its weights in those of the whole one.
+    """
+
+    network: fx.GraphModule
+    places: Places
+
+
+class Teacher:
+    """A network whose answers are wanted of what is left of it when gates are shut.
+
+    Args:
+        before: the network, with gates; left as it is.
+        example: see ``compact``.
+
+    Attributes:
+        network: compacted.
+    """
+
+    def __init__(self, before: nn.Module, example: Example) -> None:
+        self._before, self._example = before, example
+        self.network = compact(before, example, check=False).requires_grad_(False)
+
+    @functools.cached_property
+    def origins(self) -> Origins:
+        """Where weights of compacted networks stand in the whole one; traced when it is asked for."""
+        return Origins(self._before, self._example)
+
+    @functools.cached_property
+    def _places(self) -> Places:
+        return self.origins.of(self._before)
+
+    def student(self, after: nn.Module, round_to: int = 1) -> Student:
+        """Compact the network with more of its gates shut.
+
+        Args:
+            after: the network with these gates; left as it is.
+            round_to: see ``compact``.
+        """
+        small = compact(after, self._example, round_to=round_to)
+        return Student(small, self.origins.of(after, round_to))
+
+    def repair_(self, students: Sequence[Student], batches: list[Any], seed: int, progress: bool) -> None:
+        """Fit the layers of several students, on one way through the teacher where memory allows it.
+
+        Args:
+            students: changed in place.
+            batches: of inputs.
+            seed: of the places that are drawn, for each student the same.
+            progress: show a bar on a terminal.
+        """
+        if sum(examples(b) for b in batches) < FEWEST:
+            log.warning("a repair needs %d inputs or more: give data, not one example", FEWEST)
+            return
+        peak = Route(self.network).start(batches[0]).peak() * len(batches)  # that of a student is not larger
+        keeps = 2 * peak <= MEMORY
+        together = max(1, min(len(students), MEMORY // max(1, peak) - 1)) if keeps else 1
+        for i in range(0, len(students), together):
+            inputs = _Inputs(batches, keeps)
+            own = [
+                _Repair(
+                    _tasks(self.network, s.network, self._places, s.places),
+                    s.network,
+                    inputs,
+                    torch.Generator().manual_seed(seed),
+                )
+                for s in students[i : i + together]
+            ]
+            _run(self.network, own, inputs, progress)
 
 
 def _tasks(teacher: fx.GraphModule, student: fx.GraphModule, before: Places, after: Places) -> list[_Task]:
@@ -148,115 +217,144 @@ def _bar(total: int, shown: bool) -> Iterator[Any]:
         yield bar
 
 
+class _Inputs:
+    """Batches on their way through networks.
+
+    Args:
+        batches: of inputs.
+        keeps: whether they all are on their way at once; else each starts anew for every layer.
+    """
+
+    def __init__(self, batches: Sequence[Any], keeps: bool) -> None:
+        self.batches = batches
+        self.first = [0, *itertools.accumulate(examples(batch) for batch in batches)]
+        self._keeps = keeps
+
+    def through(self, network: fx.GraphModule) -> Callable[[int], Walk]:
+        """Return what gives the walk of each batch through a network."""
+        route = Route(network)
+
+        def start(i: int) -> Walk:
+            return route.start(self.batches[i])
+
+        return functools.cache(start) if self._keeps else start
+
+
+def _run(teacher: fx.GraphModule, repairs: "Sequence[_Repair]", inputs: _Inputs, progress: bool) -> None:
+    """Repair the layers of networks, one after the other in the order in which the teacher runs them."""
+    walk = inputs.through(teacher)
+    targets = {target for repair in repairs for target in repair.tasks}
+    order = [node for node in teacher.graph.nodes if node in targets]
+    with _bar(len(order), progress) as bar:
+        for target in order:
+            started = [(repair, *repair.start(target)) for repair in repairs if target in repair.tasks]
+            for i in range(len(inputs.batches)):
+                wanted = walk(i).after(target)
+                for repair, train, held in started:
+                    repair.add(i, target, wanted, train, held)
+            for repair, train, held in started:
+                repair.solve(target, train, held)
+            bar.update(1)
+    for repair in repairs:
+        done = f"{repair.changed} of {len(repair.tasks)}"
+        log.info("%s layers repaired on %d inputs", done, inputs.first[-1])
+
+
 class _Repair:
     """Fits the layers of one network to those of another.
 
     Args:
-        teacher: gives what is wanted.
+        tasks: its layers.
         student: changed in place.
-        batches: of inputs.
+        inputs: of both networks.
         generator: draws places.
+
+    Attributes:
+        changed: how many layers have other weights than before.
     """
 
     def __init__(
-        self, teacher: fx.GraphModule, student: fx.GraphModule, batches: list[Any], generator: torch.Generator
+        self, tasks: Sequence[_Task], student: fx.GraphModule, inputs: _Inputs, generator: torch.Generator
     ) -> None:
-        self.student = student
-        self.routes = Route(teacher), Route(student)
-        self.batches = batches
-        self.generator = generator
-        self.first = [0]
-        for batch in batches:
-            self.first.append(self.first[-1] + examples(batch))
-        self._walks: dict[int, tuple[Walk, Walk]] = {}
-        self._keeps = self._fits_in_memory()
+        self.tasks = {task.target: task for task in tasks}
+        self.changed = 0
+        self._student = student
+        self._inputs = inputs
+        self._walk = inputs.through(student)
+        self._generator = generator
 
-    def run(self, tasks: Sequence[_Task], progress: bool) -> None:
-        """Repair layers, one after the other."""
-        changed = 0
-        with _bar(len(tasks), progress) as bar:
-            for task in tasks:
-                train, held = self._none(task)
-                for i in range(len(self.batches)):
-                    self._add(i, task, train, held)
-                changed += self._solve(task, train, held)
-                bar.update(1)
-        log.info("%d of %d layers repaired on %d inputs", changed, len(tasks), self.first[-1])
-
-    def _fits_in_memory(self) -> bool:
-        needed = sum(route.start(self.batches[0]).peak() for route in self.routes)
-        return needed * len(self.batches) <= MEMORY
-
-    def _walk(self, i: int) -> tuple[Walk, Walk]:
-        if not self._keeps:
-            return self.routes[0].start(self.batches[i]), self.routes[1].start(self.batches[i])
-        if i not in self._walks:
-            self._walks[i] = self.routes[0].start(self.batches[i]), self.routes[1].start(self.batches[i])
-        return self._walks[i]
-
-    def _constant(self, task: _Task) -> bool:
-        return task.reader.bias is not None or task.reader.norm is not None
-
-    def _none(self, task: _Task) -> tuple[Sums, Sums]:
-        weights = self._weights(task)
-        groups, inputs, outputs = weights.shape
+    def start(self, target: fx.Node) -> tuple[Sums, Sums]:
+        """Sums over no rows of a layer: those that it is fitted by, and those that are held out."""
+        weights = self._weights(self.tasks[target])
+        groups, size, outputs = weights.shape
         return (
-            Sums.none(groups, inputs, outputs, weights.device),
-            Sums.none(groups, inputs, outputs, weights.device),
+            Sums.none(groups, size, outputs, weights.device),
+            Sums.none(groups, size, outputs, weights.device),
         )
 
-    def _weights(self, task: _Task) -> Tensor:
-        """Weights and constant of a layer that are fitted, (groups, inputs, outputs)."""
-        reader = task.reader
-        matrix = reader.matrix(self.student.get_parameter(reader.weight))
-        if self._constant(task):
-            groups, _, outputs = matrix.shape
-            bias = matrix.new_zeros(groups, 1, outputs)
-            if reader.bias is not None:
-                bias = self.student.get_parameter(reader.bias).detach().double().view(groups, 1, outputs)
-            matrix = torch.cat([matrix, bias], 1)
-        return matrix[:, :, task.places >= 0] if reader.groups == 1 else matrix
+    def add(self, i: int, target: fx.Node, wanted: Tensor, train: Sums, held: Sums) -> None:
+        """Add what one batch shows of a layer.
 
-    def _add(self, i: int, task: _Task, train: Sums, held: Sums) -> None:
-        """Add what one batch shows of a layer."""
-        teacher, student = self._walk(i)
+        Args:
+            i: place of the batch.
+            target: the layer in the teacher.
+            wanted: what it gives there.
+            train: sums that the layer is fitted by.
+            held: those that are held out.
+        """
+        task = self.tasks[target]
         reader = task.reader
         axis = -1 if reader.layer is None else 1
-        chosen = task.places[task.places >= 0].to(next(self.student.parameters()).device)
-        wanted = teacher.after(task.target).index_select(axis, chosen)
-        most = -(-max(ROWS * train.gram.shape[1], LEAST_ROWS) // len(self.batches))
-        read = student.before(reader.node, reader.source)
-        x, y, example = reader.rows(read, wanted, most, self.generator)
+        chosen = task.places[task.places >= 0].to(wanted.device)
+        most = -(-max(ROWS * train.gram.shape[1], LEAST_ROWS) // len(self._inputs.batches))
+        read = self._walk(i).before(reader.node, reader.source)
+        x, y, example = reader.rows(read, wanted.index_select(axis, chosen), most, self._generator)
         if self._constant(task):
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
-        out = (example + self.first[i]) % HELD == HELD - 1
+        out = (example + self._inputs.first[i]) % HELD == HELD - 1
         for part, mine in ((train, ~out), (held, out)):
             part.add_(x[:, mine], y[:, mine])
 
     @torch.no_grad()
-    def _solve(self, task: _Task, train: Sums, held: Sums) -> bool:
-        """Give a layer the weights that its sums ask for; False if it keeps those that it has."""
+    def solve(self, target: fx.Node, train: Sums, held: Sums) -> None:
+        """Give a layer the weights that its sums ask for, if there are better ones than those that it has."""
+        task = self.tasks[target]
         reader = task.reader
         constant = self._constant(task)
         found = solve(train, held, self._weights(task), constant) if held.rows else None
         if found is None:
-            return False
-        weight = self.student.get_parameter(reader.weight)
+            return
+        self.changed += 1
+        weight = self._student.get_parameter(reader.weight)
         matrix = reader.matrix(weight)
         known = slice(None) if reader.groups > 1 else (task.places >= 0).to(weight.device)
         matrix[:, :, known] = found[:, : matrix.shape[1]]
         weight.copy_(reader.shaped(matrix, weight))
         if constant:
             self._set_constant(reader, known, found[:, -1])
-        return True
+
+    def _constant(self, task: _Task) -> bool:
+        return task.reader.bias is not None or task.reader.norm is not None
+
+    def _weights(self, task: _Task) -> Tensor:
+        """Weights and constant of a layer that are fitted, (groups, inputs, outputs)."""
+        reader = task.reader
+        matrix = reader.matrix(self._student.get_parameter(reader.weight))
+        if self._constant(task):
+            groups, _, outputs = matrix.shape
+            bias = matrix.new_zeros(groups, 1, outputs)
+            if reader.bias is not None:
+                bias = self._student.get_parameter(reader.bias).detach().double().view(groups, 1, outputs)
+            matrix = torch.cat([matrix, bias], 1)
+        return matrix[:, :, task.places >= 0] if reader.groups == 1 else matrix
 
     def _set_constant(self, reader: Reader, known: Any, constant: Tensor) -> None:
         """Put a constant of each output, (groups, outputs), where the network has a place for it."""
         if reader.bias is not None:
-            bias = self.student.get_parameter(reader.bias)
+            bias = self._student.get_parameter(reader.bias)
             bias[known] = constant.flatten().to(bias)
             return
         assert reader.norm is not None
-        mean = self.student.get_submodule(reader.norm).running_mean
+        mean = self._student.get_submodule(reader.norm).running_mean
         assert isinstance(mean, Tensor)
         mean[known] -= constant.flatten().to(mean)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from sparsereg.compression.deploy import Flat, flat_inputs, write_onnx
+from sparsereg.compression.alike import alike
+from sparsereg.compression.deploy import Flat, flat_inputs, onnx_like, write_onnx
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.errors import InputError
 
@@ -37,6 +38,8 @@ class Loaded:
 
 class Loaders:
     """Makes networks run; remembers the ONNX file of each network in memory, which takes seconds to write.
+
+    Of networks that run the same operations one file is written, which the others fill with their weights.
 
     Args:
         example_input: a batch as the networks take it.
@@ -96,12 +99,23 @@ class Loaders:
         if isinstance(source, Path):
             return source.read_bytes()
         key = id(source), any_length
+        if key not in self._onnx and (made := self._like_another(source, any_length)) is not None:
+            self._onnx[key] = source, made
         if key not in self._onnx:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "network.onnx"
                 write_onnx(source, self.example_input, path, any_length)
                 self._onnx[key] = source, path.read_bytes()
         return self._onnx[key][1]
+
+    def _like_another(self, network: Source, any_length: bool) -> bytes | None:
+        """The file of a network that runs the operations of one whose file there is."""
+        for (_, length), (other, content) in self._onnx.items():
+            if length != any_length or not isinstance(network, fx.GraphModule):
+                continue
+            if isinstance(other, fx.GraphModule) and alike(network, other):
+                return onnx_like(content, network, self.example_input)
+        return None
 
 
 def check_runtime(runtime: str) -> None:

@@ -6,6 +6,7 @@ Every tensor of the graph is computed once, so that its shape, and the numbers o
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import io
 import logging
 import re
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.running import evaluating, quiet
+from sparsereg.compression.alike import operations
+from sparsereg.compression.running import evaluating, quiet, tensors_in
 from sparsereg.compression.units.recurrent_shapes import recurrent_in_one
 from sparsereg.errors import InputError
 
@@ -55,6 +57,7 @@ class Program:
         returns: how the flat results are put together, as torch.utils._pytree says it.
         takes: likewise how the flat inputs are.
         made: how those of the weights are computed that are none of the network's own.
+        said: the operations of a compacted network by its own word, see ``sparsereg.compression.alike``.
     """
 
     graph: fx.Graph
@@ -67,6 +70,7 @@ class Program:
     returns: Any = None
     takes: Any = None
     made: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
+    said: list[Any] | None = field(default=None, repr=False)
 
     @property
     def calls(self) -> Iterator[fx.Node]:
@@ -138,6 +142,18 @@ class Program:
         """Number of examples: the first size of the first input that has one."""
         sizes = [x.shape[0] for x in self.example if isinstance(x, Tensor) and x.dim()]
         return int(sizes[0]) if sizes else 1
+
+    @torch.no_grad()
+    def run_on_example(self) -> None:
+        """Find what each node gives on the example."""
+
+        def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+            self.values[node] = plain_call(node, args, kwargs)
+            return self.values[node]
+
+        self.run(self.weights, *self.example, call=call)
+        self.values.update(self.weights)
+        self.values.update(zip(self.inputs, self.example, strict=True))
 
     def forget(self) -> None:
         """Keep the shapes of what was computed and no numbers but whole ones, such as indices."""
@@ -270,8 +286,13 @@ def module_of(node: fx.Node) -> str:
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
     """Export a network and run it once; see `_traced`.
 
+    A network that was made from a compacted one often runs the same operations, of which it knows the trace.
     Networks that enlarge maps to a size, as those for segmentation do, are followed for maps of any size.
     """
+    if isinstance(model, fx.GraphModule) and (before := model.meta.get(BEFORE)) is not None:
+        again = _with_other_weights(before.analysis.program, model, args, kwargs)
+        if again is not None:
+            return again
     program = _traced(model, args, kwargs, maps=False)
     names = {name_of(node) for node in program.calls}
     if not any("upsample" in name for name in names) or names & _FIXED:
@@ -280,6 +301,43 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
         return _traced(model, args, kwargs, maps=True)
     except InputError:
         return program
+
+
+BEFORE = "before"
+"""Key in the ``meta`` of a compacted network: the structure of the compacted one that it was made from."""
+
+
+def _with_other_weights(
+    program: Program, model: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Program | None:
+    """The program of a network that runs the operations of another one; None if it runs others.
+
+    Args:
+        program: of the other one.
+        model: the network.
+        args: positional inputs of one example batch.
+        kwargs: inputs by name.
+    """
+    pair = torch.utils._pytree.tree_map(at_least_two, (args, kwargs))
+    flat = torch.utils._pytree.tree_leaves(pair)
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    shapes = [
+        [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in e] for e in (flat, program.example)
+    ]
+    names = set(program.names.values()) == set(own)  # none stands for several
+    if program.made or not names or shapes[0] != shapes[1] or program.said != operations(model):
+        return None
+    weights = {node: own[name].detach() for node, name in program.names.items()}
+    made = dataclasses.replace(program, weights=weights, values={}, example=tuple(flat))
+    try:
+        with evaluating(model):
+            answers = tensors_in(model(*pair[0], **pair[1]))
+            made.run_on_example()
+    except RuntimeError as error:  # a size that a trace has written into an operation
+        logger.debug("the trace of the network before does not serve: %s", error)
+        return None
+    found = tensors_in(made.values_of_output)
+    return made if all(map(torch.equal, answers, found)) else None
 
 
 def trace_any_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -338,16 +396,9 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], map
         tuple(flat),
         exported.call_spec.out_spec,
         exported.call_spec.in_spec,
+        said=operations(model) if isinstance(model, fx.GraphModule) else None,
     )
-
-    def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
-        program.values[node] = plain_call(node, args, kwargs)
-        return program.values[node]
-
-    with torch.no_grad():
-        program.run(weights, *flat, call=call)
-    program.values.update(weights)
-    program.values.update(zip(inputs, flat, strict=True))
+    program.run_on_example()
     return program
 
 

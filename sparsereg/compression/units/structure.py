@@ -238,8 +238,9 @@ class Structure:
     def stays(self, model: nn.Module) -> Bools:
         """Which choices stay with a network's gates as they are, (choices,); of each axis something does."""
         stays = np.ones(len(self.analysis.costs.choices), dtype=bool)
+        medians = self._medians(model)
         for path, (choices, places) in self._by_gate.items():
-            stays[choices] = self._values(model, path)[places] != 0
+            stays[choices] = medians[path][places] != 0
         return self.analysis.costs.revived(stays)
 
     def gone(self, stays: Bools) -> set[int]:
@@ -266,8 +267,19 @@ class Structure:
         return gate
 
     @torch.no_grad()
-    def _values(self, model: nn.Module, path: str) -> np.ndarray:
-        return np.asarray(self._gate(model, path).median().cpu().numpy())
+    def _medians(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """The medians of all gates; those of one shape at once, since there can be hundreds of small ones."""
+        alike: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+        for path in self.paths:
+            gate = self._gate(model, path)
+            key = (gate.temperature, gate.gamma, gate.zeta, gate.log_alpha.dtype)
+            alike.setdefault(key, {})[path] = gate.log_alpha
+        found: dict[str, np.ndarray] = {}
+        for (*shape, _), own in alike.items():
+            medians = gate_median(torch.cat([a.flatten() for a in own.values()]), *shape).cpu()
+            parts = medians.split([a.numel() for a in own.values()])
+            found |= {path: part.numpy() for path, part in zip(own, parts, strict=True)}
+        return found
 
     def weights(self, model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[fx.Node, Tensor]]:
         """The network's weights with its gates multiplied in, as eval mode has them, one after another.

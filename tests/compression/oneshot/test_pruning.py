@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparsereg
-from sparsereg.compression import count, is_compacted, load_compacted, original_size, save_compacted
+from sparsereg.compression import compact, count, is_compacted, load_compacted, original_size, save_compacted
 from sparsereg.compression.oneshot.inputs import AT_ONCE, NUMBERS, read_inputs, together
 from sparsereg.compression.oneshot.leftover import leftover
 from sparsereg.compression.oneshot.ranked import Ranked, opened_
@@ -153,9 +153,9 @@ class Two(nn.Module):
 
 def orders_of(model):
     network = opened_(sparsereg.gate(model, X[:1]).eval())
-    structure = structure_of(network, (X[:1],), {})
+    structure, small = structure_of(network, (X[:1],), {}), compact(network, X[:1])
     slopes = {p: torch.ones_like(g.log_alpha) for p, g in hard_concretes(network).items()}
-    return [torch.cat(list(o.values())) for o in leftover(network, structure, X[:1], [X], [X], slopes)]
+    return [torch.cat(list(o.values())) for o in leftover(small, structure, [X], [X], slopes)]
 
 
 def test_layers_that_read_the_same_say_together_which_unit_they_or_the_answers_miss_least():
