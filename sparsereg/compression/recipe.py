@@ -154,7 +154,12 @@ def _of_config(original: nn.Module, values: dict[str, Any]) -> nn.Module:
     more = {}
     if "add_pooling_layer" in inspect.signature(cls.__init__).parameters:
         more["add_pooling_layer"] = getattr(original, "pooler", None) is not None
-    made: nn.Module = cls(type(config)(**{**config.to_dict(), **values}), **more)
+    wanted = type(config)(**{**config.to_dict(), **values})
+    # How operations are computed is no part of what a configuration saves.
+    for how in ("_attn_implementation", "_experts_implementation"):
+        if getattr(config, how, None) is not None:
+            setattr(wanted, how, getattr(config, how))
+    made: nn.Module = cls(wanted, **more)
     return made
 
 

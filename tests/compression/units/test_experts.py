@@ -16,6 +16,7 @@ from sparsereg.compression import (
     export,
     gate,
     load_compacted,
+    restore_class,
     save_compacted,
 )
 from sparsereg.compression.oneshot.pruning import shrink
@@ -450,3 +451,15 @@ def test_experts_that_the_data_dispatch_are_named_with_what_to_do():
     ) as refused:
         gate(tiny("eager"), example)
     assert "\n" not in str(refused.value)
+
+
+@torch.no_grad()
+def test_a_mixture_with_fewer_hidden_units_goes_back_to_its_class():
+    network = tiny("batched_mm")
+    gated = gate(network, ids(2, 6), families=["units"], jitter=0.0).eval()
+    for gates in hard_concretes(gated).values():
+        gates.log_alpha.fill_(10.0)[::2] = -10.0
+    restored = restore_class(gated, network, ids(2, 6))
+    assert restored.config.intermediate_size == network.config.intermediate_size // 2
+    assert restored.config._experts_implementation == "batched_mm"
+    torch.testing.assert_close(restored(**ids(3, 9))["logits"], gated(**ids(3, 9))["logits"])
