@@ -146,7 +146,7 @@ class BatchNormEstimation(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the checkpoint is written, where there was no validation."""
-        if self._is_current(pl_module) or not trainer.checkpoint_callbacks:
+        if self._is_current(pl_module):
             return
         with contextlib.nullcontext() if self.average is None else self.average.in_place(pl_module):
             self._estimate(trainer, pl_module)
