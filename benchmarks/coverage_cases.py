@@ -480,17 +480,16 @@ def huggingface_cases() -> list[Case]:
     return [Case("huggingface", name, name.replace("-", "_"), _huggingface) for name in TYPES]
 
 
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
+"""Types whose experts are computed in one call by default, which knows no float64."""
+
+
 def _huggingface(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     import transformers
 
     head, settings = TYPES[name]
     config = transformers.AutoConfig.for_model(name, **settings)
-    if name in (
-        "mixtral",
-        "qwen2_moe",
-        "qwen3_moe",
-        "gpt_oss",
-    ):  # the products of its experts in one call know no float64
+    if name in MIXTURES:
         config._experts_implementation = "batched_mm"
     kind = getattr(transformers, head)
     network = kind.from_config(config) if head.startswith("Auto") else kind(config)

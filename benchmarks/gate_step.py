@@ -32,7 +32,7 @@ class Case:
     """A network and a batch of it.
 
     Attributes:
-        network: in training mode.
+        network: without gates.
         batch: its positional inputs.
         logits: what of its result the loss is of, (predictions, classes).
         sizes: of the batch, in words.

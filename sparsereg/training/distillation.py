@@ -45,16 +45,24 @@ class Distillation:
     @torch.no_grad()
     def answer(self, inputs: Inputs) -> Any:
         """Return what the teacher answers to a batch as the pupil saw it."""
-        if isinstance(inputs, Tensor) and inputs.device.type == "cpu":
-            self._ask_once()
-            found = [self._kept.get(key) for key in _keys(inputs)] if self._kept else [None]
-            known = [answer for answer in found if answer is not None]
-            if len(known) == len(found):
-                return torch.stack(known)
+        kept = self._kept_for(inputs)
+        if kept is not None:
+            return kept
         device = next(iter(inputs.values())).device if isinstance(inputs, Mapping) else inputs.device
         if next(self.teacher.parameters()).device != device:
             self.teacher.to(device)
         return call(self.teacher, inputs)
+
+    def _kept_for(self, inputs: Inputs) -> Tensor | None:
+        """The answers that are kept for a batch; None if there are not all of them."""
+        if not isinstance(inputs, Tensor) or inputs.device.type != "cpu":
+            return None
+        self._ask_once()
+        if not self._kept:
+            return None
+        found = [self._kept.get(key) for key in _keys(inputs)]
+        known = [answer for answer in found if answer is not None]
+        return torch.stack(known) if len(known) == len(found) else None
 
     def _ask_once(self) -> None:
         """Keep the answers to all images that are said to come again as they are."""
@@ -83,4 +91,5 @@ class Distillation:
 
 def _keys(images: Tensor) -> list[bytes]:
     """Name each image by its content."""
-    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.numpy()]
+    content = images.contiguous().view(torch.uint8).numpy()  # NumPy has no bfloat16
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in content]

@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 UNDER_GATES = {"last.ckpt": "gated.ckpt", "best.ckpt": "gated_best.ckpt"}
 """Names that the checkpoints of the gated stage get when fine-tuning takes theirs."""
-EQUAL = 1e-4
+ROUNDING = 1e-4
 """Largest difference of answers, as a share of their spread, that rounding explains."""
 
 
@@ -302,7 +302,7 @@ def _with_gates(first: Stage, net: nn.Module) -> nn.Module:
         with torch.no_grad(), evaluating(net, known):
             wanted, found = (tensors_in(call(n, example)) for n in (net, opened_(known)))
         # Anything but tensors that training has changed, such as numbers, is not known there.
-        if all(difference(a, b) <= EQUAL for a, b in zip(wanted, found, strict=True)):
+        if all(difference(a, b) <= ROUNDING for a, b in zip(wanted, found, strict=True)):
             return known
     return _gated(first.cfg, first.data, net)
 

@@ -190,6 +190,8 @@ def test_a_teacher_is_asked_once_about_images_that_do_not_change():
     assert teacher.times == 6
     other = torch.randn(3, 4)
     assert torch.equal(taught.answer(other), teacher(other))
+    teacher.to(torch.bfloat16)
+    assert taught.answer(other.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("translate", [0.0, 1.0])

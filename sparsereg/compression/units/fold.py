@@ -396,6 +396,8 @@ class Folder(Emitter):
     def _fixed(self) -> dict[int, Sizes]:
         """The sizes that inputs may have, by the input's position."""
         counted = self._counted_symbols()
+        tensors = [n for n in self.program.inputs if isinstance(self.program.values[n], Tensor)]
+        any_batch = not any(map(has_one_batch_size, tensors)) or takes_any_batch(self.model, self.program)
         found = {}
         for position, node in enumerate(self.program.inputs):
             value = self.program.values[node]
@@ -406,7 +408,7 @@ class Folder(Emitter):
                 for s, own in zip(node.meta["val"].shape, value.shape, strict=True)
             ]
             sizes = Sizes.of(shape, value.shape)
-            if not has_one_batch_size(node) or takes_any_batch(self.model, self.program):
+            if any_batch or not has_one_batch_size(node):
                 sizes.free(0)
             chosen = {
                 axis

@@ -13,7 +13,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -467,12 +467,16 @@ def _export(
     # A size of one cannot be told from no size.
     pair = torch.utils._pytree.tree_map(at_least_two, (args, kwargs))
     wide = torch.utils._pytree.tree_map(_two_places, pair) if maps is None else pair
+
+    def of_any_size() -> torch.export.ExportedProgram:
+        sizes = _any_size(wide, maps)
+        return torch.export.export(model, wide[0], wide[1] or None, dynamic_shapes=sizes, strict=False)
+
     try:
-        exported = torch.export.export(
-            model, wide[0], wide[1] or None, dynamic_shapes=_any_size(wide, maps), strict=False
-        )
+        exported = of_any_size()
         if any(map(has_one_batch_size, _inputs(exported))):
-            exported = _with_lengths_as_sizes(model, wide, maps) or exported
+            with suppress(Exception), _lengths_as_sizes():
+                exported = of_any_size()
     except Exception:
         pair = (args, kwargs)
         try:
@@ -491,25 +495,20 @@ def _inputs(exported: torch.export.ExportedProgram) -> list[fx.Node]:
     return [n for n in exported.graph.nodes if n.name in named and isinstance(n.meta.get("val"), Tensor)]
 
 
-def _with_lengths_as_sizes(
-    model: nn.Module, wide: Any, maps: bool | None
-) -> torch.export.ExportedProgram | None:
-    """Export a network that asks ``len(x)`` for the size of its batch; None if that does not serve.
+@contextmanager
+def _lengths_as_sizes() -> Iterator[None]:
+    """Within this context ``len(x)`` of a tensor is the size that it is traced with.
 
-    Python makes a number of a length, which is the example's for all calls then.
+    Python itself makes a number of a length, which is the example's for all calls then.
     """
     length = builtins.len
 
     def size(x: Any) -> Any:
         return x.shape[0] if isinstance(x, Tensor) and x.dim() else length(x)
 
+    builtins.len = size
     try:
-        builtins.len = size
-        return torch.export.export(
-            model, wide[0], wide[1] or None, dynamic_shapes=_any_size(wide, maps), strict=False
-        )
-    except Exception:
-        return None
+        yield
     finally:
         builtins.len = length
 
@@ -576,14 +575,14 @@ def same_operations(model: nn.Module, program: Program, args: Any, kwargs: Any) 
         return None
     own = [n for n in program.graph.nodes if n.op == "call_function"]
     others = [n for n in exported.graph.nodes if n.op == "call_function"]
-    if len(own) != len(others) or not all(map(_alike, own, others)):
+    if len(own) != len(others) or not all(map(_same_call, own, others)):
         return False
     # A number that was written into a tensor.
     known = {name: program.weights[n] for n, name in program.names.items() if name in exported.constants}
     return all(torch.equal(known[name], exported.constants[name].to(known[name])) for name in known)
 
 
-def _alike(a: fx.Node, b: fx.Node) -> bool:
+def _same_call(a: fx.Node, b: fx.Node) -> bool:
     def numbers(node: fx.Node) -> Any:
         return fx.node.map_arg((node.args, node.kwargs), lambda n: None)
 
