@@ -25,6 +25,7 @@ from torch import fx, nn
 
 from sparsereg.compression import Accountant, compact, load_compacted, storage
 from sparsereg.compression.compact import ORIGINAL, original_size
+from sparsereg.compression.oneshot.leftover import WAYS
 from sparsereg.compression.oneshot.ranked import Ranked, opened_
 from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS, start_in_one_shot_
 from sparsereg.compression.running import evaluating, tensors_in
@@ -56,6 +57,8 @@ log = logging.getLogger(__name__)
 
 UNDER_GATES = {"last.ckpt": "gated.ckpt", "best.ckpt": "gated_best.ckpt"}
 """Names that the checkpoints of the gated stage get when fine-tuning takes theirs."""
+ORDER = "order"
+"""Key in the notes of a size of a front: in which order its units went, where one was clearly better."""
 ROUNDING = 1e-4
 """Largest difference of answers, as a share of their spread, that rounding explains."""
 
@@ -331,12 +334,20 @@ def _smaller(first: Stage, net: nn.Module, size: float) -> fx.GraphModule:
     example = build.example_input(first.data, whole)
     inputs = first.data.estimation_batches(NUM_INPUTS, BATCH)
     batches = [only(move_data_to_device(x, device), example) for x in inputs]
-    ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed)
+    before = None if net is first.net else _order(net)
+    ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed, order=before)
     original = original_size(net) or ranked.sizes
     left = (1 - size) * original[cfg.front_cost] / ranked.sizes[cfg.front_cost]
     _, small = ranked.smaller(left, cfg.target.round_to)
-    small.meta[ORIGINAL] = original
+    small.meta |= {ORIGINAL: original, "notes": {ORDER: ranked.order}}
     return small
+
+
+def _order(net: nn.Module) -> int | None:
+    """The order in which units of a size of a front went; None where none was clearly better."""
+    notes = net.meta.get("notes") if isinstance(net, fx.GraphModule) else None
+    known = notes.get(ORDER) if isinstance(notes, dict) else None
+    return next((order for order in range(WAYS) if order == known), None)
 
 
 def _size(first: Stage, size: float, small: fx.GraphModule) -> fx.GraphModule:
@@ -366,6 +377,7 @@ def _size(first: Stage, size: float, small: fx.GraphModule) -> fx.GraphModule:
         **stage.module.notes.form.taken_by(small).described(),
         "data": first.data.describe(),
         "checkpoint": str(first.checkpoints / "last.ckpt"),
+        **small.meta["notes"],
     }
     front.keep(first.folder, size, small, row, notes)
     return small

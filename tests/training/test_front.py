@@ -2,12 +2,14 @@
 
 import copy
 import csv
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sparsereg.compression import load_compacted
+from sparsereg.compression.oneshot import ranked
 from sparsereg.compression.timing import runtimes
 from sparsereg.compression.units import program
 from sparsereg.errors import InputError
@@ -134,6 +136,26 @@ def test_what_a_trace_and_a_file_say_is_kept_for_later_sizes(run, tiny, monkeypa
     assert len(traced) == 3  # the network, on larger maps, too, and the first one that is compacted
     assert len(written) == 1
     assert all(row["latency_ms"] > 0 for row in rows(made))
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_an_order_that_was_clearly_better_serves_later_sizes(run, tiny, monkeypatch, better):
+    shares = [[0.1, 0.2], [0.2, 0.1]][better]
+    monkeypatch.setattr(ranked, "unexplained", lambda *_: shares)
+    found, orders = [], ranked.leftover
+    monkeypatch.setattr(ranked, "leftover", lambda *given: found.append(list(given[-1])) or orders(*given))
+    made = run("train", *tiny, *FRONT)
+    assert made.code == 0, made.err
+    assert found == [[0, 1], [better], [better]]
+    whole = [load_compacted(made.folder / "front" / size / "compacted.pt") for size in ("0.3", "0.6", "0.8")]
+    assert [net.meta["notes"]["order"] for net in whole] == [better] * 3
+    shutil.rmtree(made.folder / "front" / "0.8")  # as if it was cut off before
+    (made.folder / "results.json").unlink()
+    again = run("train", f"ckpt_path={made.last}", "resume_training=true")
+    assert again.code == 0, again.err
+    assert found[3:] == [[better]]  # it is known from the file
+    anew = load_compacted(again.folder / "front" / "0.8" / "compacted.pt")
+    assert_same_weights(whole[2].state_dict(), anew.state_dict())
 
 
 class Fading(torch.nn.Module):

@@ -46,10 +46,11 @@ def leftover(
     batches: Sequence[Any],
     some: Sequence[Any],
     slopes: dict[str, Tensor],
+    ways: Sequence[int] = range(WAYS),
 ) -> list[dict[str, Tensor]]:
     """Return when each unit goes, in each order: the place in it, NaN for units that no layer sums over.
 
-    Both orders share the covariances. While one is found, there is one more copy of them, so that they take
+    The orders share the covariances. While one is found, there is one more copy of them, so that they take
     twice the memory of ``LARGEST`` numbers at most.
 
     Args:
@@ -58,10 +59,11 @@ def leftover(
         batches: of inputs, by which layers are fitted.
         some: those in which the network's answers are derived.
         slopes: what each gate's unit costs, by the path of the gates.
+        ways: the orders to find; 0 is that by shares of the layers, 1 that by the answers.
 
     Returns:
-        By the path of the gates, float64; that by shares of the layers first, then that by the answers. None
-        at all if the layers are too wide for this.
+        By the path of the gates, float64, for each of ``ways``. None at all if the layers are too wide for
+        this.
     """
     tables = _tables(small, structure, batches, some)
     sizes = [slopes[path].numel() for path in structure.paths]
@@ -69,7 +71,7 @@ def leftover(
     cost = torch.cat([slopes[path].double().flatten().cpu() for path in structure.paths]).clamp(min=1e-12)
     seen = [[starts[path] + place for path, place in table.gates] for table in tables]
     found = []
-    for way in range(WAYS if tables else 0):
+    for way in ways if tables else ():
         order = _order([_Fit(table, way) for table in tables], seen, cost)
         found.append(dict(zip(structure.paths, order.split(sizes), strict=True)))
     return found

@@ -16,7 +16,7 @@ from sparsereg.compression.count import Accountant
 from sparsereg.compression.oneshot.answers import unexplained
 from sparsereg.compression.oneshot.importance import IMPORTANCE
 from sparsereg.compression.oneshot.inputs import together
-from sparsereg.compression.oneshot.leftover import leftover
+from sparsereg.compression.oneshot.leftover import WAYS, leftover
 from sparsereg.compression.oneshot.origins import OPEN, Origins
 from sparsereg.compression.oneshot.repair import Student, Teacher
 from sparsereg.compression.running import evaluating
@@ -46,6 +46,7 @@ class Ranked:
     The order is that of the Lagrangian, worth - multiplier * E[cost], whose multiplier grows: of each gate
     the worth over the slope of the expected cost. Of ``leftover`` there are two orders: at each size the
     second is taken where the answers after it are clearly nearer to the whole network's, see ``CLEARLY``.
+    Whoever makes more sizes, each from the one before, may keep to the one that was clearly nearer once.
 
     Args:
         network: with gates, all wide open; left as it is.
@@ -56,6 +57,10 @@ class Ranked:
             with gates of the author's own it is ``gradient``.
         seed: of what is drawn.
         shares: what parts of the network may cost.
+        order: of the two of ``leftover`` the only one to be found, 0 or 1; None finds both.
+
+    Attributes:
+        order: the one that was given, or was clearly nearer at the last size; None as long as none was.
     """
 
     def __init__(
@@ -67,8 +72,9 @@ class Ranked:
         importance: str = LEFTOVER,
         seed: int = 0,
         shares: Sequence[Share] = (),
+        order: int | None = None,
     ) -> None:
-        self.example, self.cost, self.seed = example, cost, seed
+        self.example, self.cost, self.seed, self.order = example, cost, seed, order
         self.batches = together(batches)
         self._few = batches[: -(-FOR_IMPORTANCE // BATCH)]
         with evaluating(network):
@@ -148,7 +154,8 @@ class Ranked:
         shown = ", ".join(f"{share:.3g}" for share in left)
         log.info("shares of the answers' variance that are lost in each order: %s", shown)
         best = left.index(min(left))
-        return best if left[0] > CLEARLY * left[best] else 0
+        self.order = best if max(left) > CLEARLY * left[best] else None
+        return self.order or 0
 
     def _ratios(self, importance: str, generator: torch.Generator) -> list[Tensor]:
         """In each order, what each gate's unit is worth for its cost, or when it goes; (gates,)."""
@@ -185,7 +192,8 @@ class Ranked:
         if structure is None:
             return []
         costs = dict(zip(structure.paths, slopes, strict=True))
-        orders = leftover(self._teacher.network, structure, self.batches, self._few, costs)
+        ways = range(WAYS) if self.order is None else [self.order]
+        orders = leftover(self._teacher.network, structure, self.batches, self._few, costs, ways)
         if not orders:
             log.info("no layers, or too wide ones, to say what a repair would leave over: ranked by gradient")
         return [torch.cat([order[path] for path in structure.paths]) for order in orders]

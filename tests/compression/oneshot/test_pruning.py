@@ -180,9 +180,29 @@ def test_layers_that_read_the_same_say_together_which_unit_they_or_the_answers_m
 def test_another_order_is_taken_only_where_it_is_clearly_better(monkeypatch):
     network = opened_(sparsereg.gate(net(), X[:1]).eval())
     ranked = Ranked(network, X[:1], "parameters", [X])
-    for left, taken in {(0.5, 0.46): 0, (0.5, 0.45): 1, (0.45, 0.5): 0, (0.0, 0.0): 0, (0.1, 0.0): 1}.items():
+    cases = [
+        (0.5, 0.46, 0, None),
+        (0.5, 0.45, 1, 1),
+        (0.45, 0.5, 0, 0),
+        (0.0, 0.0, 0, None),
+        (0.1, 0.0, 1, 1),
+    ]
+    for *left, taken, known in cases:
         monkeypatch.setattr("sparsereg.compression.oneshot.ranked.unexplained", lambda *_, left=left: [*left])
-        assert ranked._nearest([network, network]) == taken
+        assert ranked._nearest([network, network]) == (known or 0)
+        assert ranked.order == known
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_an_order_that_is_known_to_be_better_is_the_only_one(order):
+    network = opened_(sparsereg.gate(net(), X[:1]).eval())
+    both = Ranked(network, X[:1], "parameters", [X])
+    one = Ranked(network, X[:1], "parameters", [X], order=order)
+    assert len(both._orders) == 2
+    assert len(one._orders) == 1
+    assert all(map(torch.equal, one._orders[0], both._orders[order]))
+    one.smaller(0.5)
+    assert one.order == order
 
 
 @pytest.mark.parametrize("repair", [True, False])
