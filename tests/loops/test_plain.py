@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import sparsereg
 from sparsereg import Sparsifier
@@ -324,6 +326,46 @@ def test_wrong_use_is_said_in_one_line(changes, says):
         Sparsifier(model, given.pop("example"), **given)
     assert "\n" not in str(caught.value).partition("nothing to gate:")[0]
     assert not hard_concretes(model)
+
+
+class Raw(nn.Module):
+    """A detector up to where it selects boxes."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.backbone, self.head = detector.backbone, detector.head
+
+    def forward(self, images):
+        return self.head([self.backbone(images)])
+
+
+def test_a_detector_learns_by_its_own_losses():
+    torch.manual_seed(0)
+    conv = [nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()]
+    backbone = nn.Sequential(*conv)
+    backbone.out_channels = 32
+    anchors = AnchorGenerator(((8, 16),), ((0.5, 1.0, 2.0),))
+    detector = RetinaNet(backbone, 3, anchor_generator=anchors, min_size=32, max_size=32)
+    images = torch.rand(4, 3, 32, 32)
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 20.0, 20.0]]), "labels": torch.tensor([1])}] * 4
+    sparsifier = Sparsifier(Raw(detector), images, target_macs=0.5, steps=6)
+    detector.backbone, detector.head = sparsifier.model.backbone, sparsifier.model.head
+    detector.backbone.out_channels = 32
+    optimizer = torch.optim.AdamW(sparsifier.parameter_groups(1e-3))
+    before = {name: g.log_alpha.clone() for name, g in hard_concretes(detector).items()}
+    for _ in range(6):
+        loss = sparsifier.loss(sum(detector.train()(list(images), targets).values()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        sparsifier.step()
+    assert all(not torch.equal(g.log_alpha, before[name]) for name, g in hard_concretes(detector).items())
+    small = sparsifier.finish([images])
+    count = sparsereg.count(sparsifier.model, images)
+    assert count.compacted_macs <= 0.5 * count.macs
+    with torch.no_grad():
+        for name, answer in Raw(detector.eval())(images).items():
+            torch.testing.assert_close(small(images)[name], answer, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_without_what_the_example_has():

@@ -8,8 +8,9 @@ the cost of one product of the size of the weights.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -74,25 +75,77 @@ GATED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class SharedGates(HardConcrete):
-    """Gates that several layers share: in training all of them get one draw in each pass of the network."""
+    """Gates that several layers share: in training all of them get one draw in each pass of the network.
+
+    A draw ends with the next pass of the network, or when a gradient has gone through it, so that parts of a
+    network may be called one by one.
+    """
 
     _held: Tensor | None = None
     _hand_out: Callable[[], None] | None = None
-    """Sets ``_held`` of all gates that were drawn together."""
+    """Sets ``_held`` of all gates that are drawn together, or what does that next."""
 
     def forward(self, input_shape: Any = None, generator: torch.Generator | None = None) -> Tensor:
         """See `HardConcrete.forward`."""
         if not self.training or generator is not None or input_shape is not None:
             return super().forward(input_shape, generator)
-        if self._held is None and self._hand_out is not None:
+        while not serves(self._held, self) and self._hand_out is not None:
             self._hand_out()
-        if self._held is None:
+        if self._held is None or not serves(self._held, self):
+            check_no_gradient_is_under_way()
             self._held = super().forward()
+            once(self._held, self, SharedGates._forget)
         return self._held
+
+    def _forget(self) -> None:
+        self._held = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one pass and its graph.
         return {**super().__getstate__(), "_held": None, "_hand_out": None}
+
+
+def serves(draw: Tensor | None, gates: HardConcrete) -> bool:
+    """Whether a draw gives a gradient to the locations of gates, if one is wanted."""
+    if draw is None:
+        return False
+    return draw.requires_grad or not torch.is_grad_enabled() or not gates.log_alpha.requires_grad
+
+
+def check_no_gradient_is_under_way() -> None:
+    """Refuse to draw gates in a backward pass, which would compute a part of the network with other gates.
+
+    Raises:
+        RuntimeError: a checkpoint that nests backward passes computes the part.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "the gates of this pass are gone, since a gradient went through them, and a part of the network"
+            " is computed again in the backward pass: use torch.utils.checkpoint with use_reentrant=False"
+        )
+
+
+T = TypeVar("T")
+
+
+def once(draw: Tensor, owner: T, forget: Callable[[T], None]) -> None:
+    """Let gates be forgotten when a gradient has gone through their draw, whose graph is gone then.
+
+    Args:
+        draw: of the gates.
+        owner: of the draw; not kept alive.
+        forget: is given the owner.
+    """
+    if not draw.requires_grad or torch.compiler.is_compiling():
+        return
+    known = weakref.ref(owner)
+
+    def spent(grad: Tensor) -> None:
+        found = known()
+        if found is not None:
+            forget(found)
+
+    draw.register_hook(spent)
 
 
 def shared_gate(factory: GateFactory, size: int) -> L0Gate:
@@ -141,11 +194,13 @@ class Given(NamedTuple):
         factors: for each parameter what multiplies it, of shapes that are broadcast to it.
         spread: what its input is enlarged by, if it is a normalisation.
         gate: one of its gates.
+        draw: of all gates.
     """
 
     factors: dict[str, list[Tensor]]
     spread: Spread | None
     gate: L0Gate
+    draw: Tensor
 
 
 class _Enlarged(torch.autograd.Function):
@@ -256,7 +311,9 @@ class GatedModule(nn.Module):
     def _gated_drawn(self) -> Given | None:
         """What the gates gave in this pass of the whole network; None where they are asked one by one."""
         given = self._gated_given
-        return given if given is not None and given.gate.training else None
+        if given is None or not given.gate.training:
+            return None
+        return given if given.draw.requires_grad or serves(given.draw, given.gate.gates) else None
 
     def _gated_factors(self, name: str) -> list[Tensor]:
         """What the gates multiply a parameter by, of shapes that are broadcast to it."""

@@ -9,12 +9,20 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sparsereg.compression.units.gating import GatedModule, Given, SharedGates, Spread
+from sparsereg.compression.units.gating import (
+    GatedModule,
+    Given,
+    SharedGates,
+    Spread,
+    check_no_gradient_is_under_way,
+    once,
+)
 from sparsereg.distributions import sample
 from sparsereg.model.basic_l0_blocks import L0Gate
 
@@ -24,7 +32,28 @@ def draw_anew(network: nn.Module, args: Any) -> None:
     known = network.__dict__.get("_together")
     if not isinstance(known, Together) or not known.fits():
         known = network.__dict__["_together"] = Together(network)
-    known.draw()
+    z = known.draw()
+    if z is not None:
+        once(z, network, draw_later)
+
+
+def draw_later(network: nn.Module) -> None:
+    """Forget what was drawn; gates that are asked before the next pass are drawn anew then."""
+    again = functools.partial(_draw_for, weakref.ref(network))
+    known = network.__dict__.get("_together")
+    modules = (*known.gates, *known.modules) if isinstance(known, Together) else network.modules()
+    for module in modules:
+        if isinstance(module, SharedGates):
+            module.__dict__.update(_held=None, _hand_out=again)  # past nn.Module, which looks for parameters
+        elif isinstance(module, GatedModule):
+            module.__dict__["_gated_given"] = None
+
+
+def _draw_for(known: weakref.ref[nn.Module]) -> None:
+    network = known()
+    assert network is not None
+    check_no_gradient_is_under_way()
+    draw_anew(network, None)
 
 
 class _Slot(NamedTuple):
@@ -136,21 +165,26 @@ class Together:
                 torch.tensor(self.sizes, device=device)
             )
 
-    def draw(self) -> None:
-        """Draw all gates and hand them out, in training; else take back what was handed out."""
+    def draw(self) -> Tensor | None:
+        """Draw all gates and hand them out, in training; else take back what was handed out.
+
+        Returns:
+            The draw of all; None if each is drawn by itself, or none.
+        """
         for gate in self.gates:
             gate.__dict__.update(_held=None, _hand_out=None)  # past nn.Module, which looks for parameters
         for module in self.modules:
             module.__dict__["_gated_given"] = None
         devices = {gate.log_alpha.device for gate in self.gates}
         if len(devices) != 1 or not all(gate.training for gate in self.gates):
-            return
+            return None
         z = self._sample()
         hand_out = functools.partial(self._hold, z)
         for gate in self.gates:
             gate.__dict__["_hand_out"] = hand_out
         if self.slots:
             self._hand_out(torch.cat([z, z.new_ones(1)]).to(self.dtype))
+        return z
 
     def _hold(self, z: Tensor) -> None:
         """Give each vector of gates its draw, for modules that ask by themselves."""
@@ -171,7 +205,7 @@ class Together:
         if self.undone:
             factors = factors / stretches.index_select(0, self.scaled)
         given = {
-            id(m): Given({}, spreads.get(self.group.get(id(m), -1)), gate)
+            id(m): Given({}, spreads.get(self.group.get(id(m), -1)), gate, z)
             for m, gate in zip(self.modules, self.first, strict=True)
         }
         for slot, part in zip(self.slots, factors.split(self.sizes), strict=True):

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 import torchvision
 from torch import nn
 
@@ -165,6 +166,71 @@ def test_layers_that_share_a_gate_get_one_draw_in_a_pass(gated):
     assert torch.equal(drawn, bn2.gate.gates())
     network(example("resnet18"))
     assert not torch.equal(drawn, bn1.gate.gates())
+
+
+class Coder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4))
+        self.decode = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+
+def coder():
+    torch.manual_seed(0)
+    return gate(Coder(), torch.zeros(2, 8), jitter=0.0).train()
+
+
+X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_parts_that_are_called_one_by_one_share_a_draw_until_a_gradient_has_gone_through_it():
+    network = coder()
+    answers = []
+    for _ in range(4):
+        answers.append(network.decode(network.encode(X)))
+        assert torch.equal(network.decode(network.encode(X)), answers[-1])
+        answers[-1].square().mean().backward()
+    assert all(not torch.equal(a, answers[0]) for a in answers[1:])
+    assert all(g.log_alpha.grad.abs().max() > 0 for g in hard_concretes(network).values())
+
+
+def test_parts_that_are_called_one_by_one_draw_as_the_whole_network_does():
+    one, other = coder(), coder()
+    for network, answer in ((one, one), (other, lambda x: other.decode(other.encode(x)))):
+        torch.manual_seed(1)
+        for _ in range(3):
+            answer(X).square().mean().backward()
+        network.last = [g.log_alpha.grad for g in hard_concretes(network).values()]
+    assert all(map(torch.equal, one.last, other.last))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_gates_learn_after_a_pass_without_gradients(whole):
+    network = coder()
+    with torch.no_grad():
+        (network if whole else network.encode)(X)
+    network.decode(network.encode(X)).square().mean().backward()
+    assert all(g.log_alpha.grad.abs().max() > 0 for g in hard_concretes(network).values())
+
+
+def test_parts_that_are_computed_again_get_the_gates_of_their_pass_or_are_refused():
+    plain, again = coder(), coder()
+    for network in (plain, again):
+        torch.manual_seed(1)
+        network(X)
+    plain.decode(plain.encode(X)).square().mean().backward()
+    hidden = torch.utils.checkpoint.checkpoint(again.encode, X, use_reentrant=False)
+    torch.utils.checkpoint.checkpoint(again.decode, hidden, use_reentrant=False).square().mean().backward()
+    for one, other in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    x = X.clone().requires_grad_()
+    hidden = torch.utils.checkpoint.checkpoint(again.encode, x, use_reentrant=True)
+    answer = torch.utils.checkpoint.checkpoint(again.decode, hidden, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use torch.utils.checkpoint with use_reentrant=False"):
+        answer.square().mean().backward()
 
 
 @pytest.mark.parametrize("name", ["vision transformer", "decoder", "encoder", "convnext"])
