@@ -13,7 +13,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,7 +33,7 @@ from sparsereg.compression.timing.runtimes import (
 from sparsereg.compression.timing.times import Clock, seconds_in_a_row
 from sparsereg.compression.timing.widths import Widths
 from sparsereg.compression.units.explain import inputs_of
-from sparsereg.distributions import HardConcrete
+from sparsereg.distributions import HardConcrete, gate_median
 from sparsereg.errors import InputError
 from sparsereg.target_settings import Share
 
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 TOLERANCE = 0.02
 """How far what is measured at the end may be from what was asked for, as a share of it."""
 _TRIALS = 12
+_LAYERS = 3
+"""Times that layers which make too large steps are held while others go on."""
 _SESSIONS = (4, 24)
 """Fewest and most sessions in which one network is timed."""
 _PRECISION = 0.004
@@ -390,16 +392,43 @@ class MeasuredBudget(Budget):
 
     def _meet(self) -> None:
         gates, cost = self.accountant.gates, self.measured
-        before = [gate.log_alpha.clone() for gate in gates]
-        found: list[tuple[float, float, list[Tensor]]] = []
+        start = [gate.log_alpha.clone() for gate in gates]
+        found = self._search(start)
+        for _ in range(_LAYERS):
+            nearest = min(found, key=lambda one: one.error)
+            held = None if nearest.error <= TOLERANCE else self._without_step(start, found)
+            if held is None:
+                break
+            start = held
+            found += self._search(start)
+        nearest = min(found, key=lambda one: one.error)
+        self.reached, self.met = nearest.value, True
+        _restore(gates, nearest.gates)
+        if nearest.error > TOLERANCE:
+            log.warning(
+                "%s=%g: the nearest that was found is %.4g %s; single gates cost more than 2 %% here",
+                cost.key,
+                self.target,
+                self.reached,
+                cost.unit,
+            )
+
+    def _search(self, start: Sequence[Tensor]) -> list["_Trial"]:
+        """Correct the share that the model may keep until what is measured is what was asked for.
+
+        Args:
+            start: locations of the gates, whose order is kept.
+        """
+        gates, cost = self.accountant.gates, self.measured
+        found: list[_Trial] = []
         low, high, kept = cost.floor / cost.full, 1.0, self.kept
         for _ in range(_TRIALS):
-            _restore(gates, before)
+            _restore(gates, start)
             parts = [part.part for part in self.parts]
             meet_all_(self.accountant, self.exact_share, kept, parts, self.round_to)
             value = cost.measure(self._compacted(), self.target)
             error = value / self.target - 1
-            found.append((abs(error), value, [gate.log_alpha.clone() for gate in gates]))
+            found.append(_Trial(abs(error), value, [gate.log_alpha.clone() for gate in gates]))
             log.info("%s=%g: measured %.4g %s", cost.key, self.target, value, cost.unit)
             if abs(error) <= TOLERANCE / 4:
                 break
@@ -408,17 +437,45 @@ class MeasuredBudget(Budget):
             kept = nearer if low < nearer < high else (low + high) / 2
             if high - low < 1e-4:
                 break
-        error, self.reached, best = min(found, key=lambda one: one[0])
-        _restore(gates, best)
-        self.met = True
-        if error > TOLERANCE:
-            log.warning(
-                "%s=%g: the nearest that was found is %.4g %s; single gates cost more than 2 %% here",
-                cost.key,
-                self.target,
-                self.reached,
-                cost.unit,
-            )
+        return found
+
+    def _without_step(self, start: Sequence[Tensor], found: Sequence["_Trial"]) -> list[Tensor] | None:
+        """Locations with which a layer that makes too large a step to the target stays below it.
+
+        Kernels compute channels in blocks, so that one more can cost much; others then fill what is left.
+
+        Args:
+            start: locations that the steps were made from.
+            found: what was measured.
+
+        Returns:
+            Locations; None if all that was measured is on one side of the target.
+        """
+        below = max((t for t in found if t.value <= self.target), key=lambda t: t.value, default=None)
+        above = min((t for t in found if t.value > self.target), key=lambda t: t.value, default=None)
+        if below is None or above is None:
+            return None
+        held = []
+        for location, one, other, gate in zip(
+            start, below.gates, above.gates, self.accountant.gates, strict=True
+        ):
+            open_, later = (gate_median(v, *gate._shape) > 0 for v in (one, other))
+            held.append(location if torch.equal(open_, later) else torch.where(open_, location, -_WIDE_OPEN))
+        return held
+
+
+class _Trial(NamedTuple):
+    """A network that was measured.
+
+    Attributes:
+        error: how far it is from the target, as a share of it.
+        value: what was measured.
+        gates: their locations.
+    """
+
+    error: float
+    value: float
+    gates: list[Tensor]
 
 
 def _answers(network: fx.GraphModule) -> bool:
@@ -438,7 +495,7 @@ def _plain_tensors() -> Iterator[None]:
         yield
 
 
-def _restore(gates: list[HardConcrete], values: list[Tensor]) -> None:
+def _restore(gates: list[HardConcrete], values: Sequence[Tensor]) -> None:
     for gate, value in zip(gates, values, strict=True):
         gate.log_alpha.copy_(value)
 

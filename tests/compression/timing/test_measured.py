@@ -145,6 +145,32 @@ def test_what_cannot_be_met_is_said(accountant, caplog):
     assert "the nearest that was found is" in caplog.text
 
 
+def test_a_layer_that_costs_by_blocks_is_held_and_others_fill_what_is_left(caplog):
+    torch.manual_seed(0)
+    x = torch.ones(1, 6)
+    network = gate(
+        nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)), x
+    )
+    counted = Accountant(network, x)
+    with torch.no_grad():
+        for g in counted.gates:  # both layers lose units in turns
+            g.log_alpha.copy_(torch.linspace(-3, 3, 64))
+
+    class Blocks(Megabytes):
+        def measure(self, network, target=math.nan):
+            first, second = [m.out_features for m in network.modules() if isinstance(m, nn.Linear)][:2]
+            return 10.0 * -(-first // 16) + 0.1 * second
+
+    cost = Blocks(counted, x, batch=1)
+    budget = MeasuredBudget(counted, cost, 24.5, x)  # two blocks, and 45 of the second layer
+    with caplog.at_level(logging.WARNING):
+        budget.meet()
+    assert budget.reached == pytest.approx(24.5, rel=0.02)
+    widths = [int((g.median() > 0).sum()) for g in counted.gates]
+    assert 16 < widths[0] <= 32
+    assert "the nearest that was found" not in caplog.text
+
+
 @pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
 def test_milliseconds(accountant, runtime, tmp_path, monkeypatch):
     if runtime == "onnxruntime":
