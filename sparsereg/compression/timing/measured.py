@@ -393,14 +393,15 @@ class MeasuredBudget(Budget):
     def _meet(self) -> None:
         gates, cost = self.accountant.gates, self.measured
         start = [gate.log_alpha.clone() for gate in gates]
-        found = self._search(start)
+        known: dict[bytes, float] = {}
+        found = self._search(start, known)
         for _ in range(_LAYERS):
             nearest = min(found, key=lambda one: one.error)
             held = None if nearest.error <= TOLERANCE else self._without_step(start, found)
             if held is None:
                 break
             start = held
-            found += self._search(start)
+            found += self._search(start, known)
         nearest = min(found, key=lambda one: one.error)
         self.reached, self.met = nearest.value, True
         _restore(gates, nearest.gates)
@@ -413,11 +414,12 @@ class MeasuredBudget(Budget):
                 cost.unit,
             )
 
-    def _search(self, start: Sequence[Tensor]) -> list["_Trial"]:
+    def _search(self, start: Sequence[Tensor], known: dict[bytes, float]) -> list["_Trial"]:
         """Correct the share that the model may keep until what is measured is what was asked for.
 
         Args:
             start: locations of the gates, whose order is kept.
+            known: what was measured, by the gates that are open; added to.
         """
         gates, cost = self.accountant.gates, self.measured
         found: list[_Trial] = []
@@ -426,10 +428,13 @@ class MeasuredBudget(Budget):
             _restore(gates, start)
             parts = [part.part for part in self.parts]
             meet_all_(self.accountant, self.exact_share, kept, parts, self.round_to)
-            value = cost.measure(self._compacted(), self.target)
+            open_ = torch.cat([gate.median().flatten() > 0 for gate in gates]).cpu().numpy().tobytes()
+            if open_ not in known:
+                known[open_] = cost.measure(self._compacted(), self.target)
+                log.info("%s=%g: measured %.4g %s", cost.key, self.target, known[open_], cost.unit)
+            value = known[open_]
             error = value / self.target - 1
             found.append(_Trial(abs(error), value, [gate.log_alpha.clone() for gate in gates]))
-            log.info("%s=%g: measured %.4g %s", cost.key, self.target, value, cost.unit)
             if abs(error) <= TOLERANCE / 4:
                 break
             low, high = (low, kept) if error > 0 else (kept, high)

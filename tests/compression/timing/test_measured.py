@@ -156,8 +156,11 @@ def test_a_layer_that_costs_by_blocks_is_held_and_others_fill_what_is_left(caplo
         for g in counted.gates:  # both layers lose units in turns
             g.log_alpha.copy_(torch.linspace(-3, 3, 64))
 
+    measured = []
+
     class Blocks(Megabytes):
         def measure(self, network, target=math.nan):
+            measured.append(network)
             first, second = [m.out_features for m in network.modules() if isinstance(m, nn.Linear)][:2]
             return 10.0 * -(-first // 16) + 0.1 * second
 
@@ -168,6 +171,8 @@ def test_a_layer_that_costs_by_blocks_is_held_and_others_fill_what_is_left(caplo
     assert budget.reached == pytest.approx(24.5, rel=0.02)
     widths = [int((g.median() > 0).sum()) for g in counted.gates]
     assert 16 < widths[0] <= 32
+    sizes = [tuple(m.out_features for m in n.modules() if isinstance(m, nn.Linear)) for n in measured]
+    assert len(set(sizes)) == len(sizes)  # none is measured twice
     assert "the nearest that was found" not in caplog.text
 
 
