@@ -138,7 +138,7 @@ def test_what_a_trace_and_a_file_say_is_kept_for_later_sizes(run, tiny, monkeypa
     assert all(row["latency_ms"] > 0 for row in rows(made))
 
 
-@pytest.mark.parametrize("better", [0, 1])
+@pytest.mark.parametrize("better", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_order_that_was_clearly_better_serves_later_sizes(run, tiny, monkeypatch, better):
     shares = [[0.1, 0.2], [0.2, 0.1]][better]
     monkeypatch.setattr(ranked, "unexplained", lambda *_: shares)
