@@ -22,7 +22,7 @@ from sparsereg.compression.units.gating import GATED, gate_layer_, put_gate, sha
 from sparsereg.compression.units.made import gate_names
 from sparsereg.compression.units.sites import WHOLE, Norm
 from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, traced_for
-from sparsereg.compression.units.together import draw_anew, draw_later
+from sparsereg.compression.units.together import Together, draw_anew
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
 from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
@@ -119,7 +119,7 @@ def gate_(
     }
     model.__dict__[ATTRIBUTE] = Structure(analysis, places, traced_for(model, args, kwargs))
     model.register_forward_pre_hook(draw_anew)
-    draw_later(model)
+    Together.of(model).forget()
     logger.info("%d gates in %d groups of %s now", len(places), len(vectors), type(model).__name__)
 
 

@@ -82,15 +82,15 @@ class SharedGates(HardConcrete):
     """
 
     _held: Tensor | None = None
-    _hand_out: Callable[[], None] | None = None
-    """Sets ``_held`` of all gates that are drawn together, or what does that next."""
+    _together: Any = None
+    """Draws all gates of the network."""
 
     def forward(self, input_shape: Any = None, generator: torch.Generator | None = None) -> Tensor:
         """See `HardConcrete.forward`."""
         if not self.training or generator is not None or input_shape is not None:
             return super().forward(input_shape, generator)
-        while not serves(self._held, self) and self._hand_out is not None:
-            self._hand_out()
+        if not serves(self._held, self) and self._together is not None:
+            self._together.hold(self)
         if self._held is None or not serves(self._held, self):
             check_no_gradient_is_under_way()
             self._held = super().forward()
@@ -102,7 +102,7 @@ class SharedGates(HardConcrete):
 
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one pass and its graph.
-        return {**super().__getstate__(), "_held": None, "_hand_out": None}
+        return {**super().__getstate__(), "_held": None, "_together": None}
 
 
 def serves(draw: Tensor | None, gates: HardConcrete) -> bool:

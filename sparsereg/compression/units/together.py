@@ -6,7 +6,6 @@ are drawn in one operation of each kind, and one gather makes what all weights a
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import weakref
@@ -22,6 +21,7 @@ from sparsereg.compression.units.gating import (
     Spread,
     check_no_gradient_is_under_way,
     once,
+    serves,
 )
 from sparsereg.distributions import sample
 from sparsereg.model.basic_l0_blocks import L0Gate
@@ -29,31 +29,7 @@ from sparsereg.model.basic_l0_blocks import L0Gate
 
 def draw_anew(network: nn.Module, args: Any) -> None:
     """Draw gates for a pass, in training; forget the draws of the last one. A hook before each pass."""
-    known = network.__dict__.get("_together")
-    if not isinstance(known, Together) or not known.fits():
-        known = network.__dict__["_together"] = Together(network)
-    z = known.draw()
-    if z is not None:
-        once(z, network, draw_later)
-
-
-def draw_later(network: nn.Module) -> None:
-    """Forget what was drawn; gates that are asked before the next pass are drawn anew then."""
-    again = functools.partial(_draw_for, weakref.ref(network))
-    known = network.__dict__.get("_together")
-    modules = (*known.gates, *known.modules) if isinstance(known, Together) else network.modules()
-    for module in modules:
-        if isinstance(module, SharedGates):
-            module.__dict__.update(_held=None, _hand_out=again)  # past nn.Module, which looks for parameters
-        elif isinstance(module, GatedModule):
-            module.__dict__["_gated_given"] = None
-
-
-def _draw_for(known: weakref.ref[nn.Module]) -> None:
-    network = known()
-    assert network is not None
-    check_no_gradient_is_under_way()
-    draw_anew(network, None)
+    Together.of(network).draw()
 
 
 class _Slot(NamedTuple):
@@ -76,10 +52,17 @@ class Together:
     """All gates that modules of a network read their weights through.
 
     Args:
-        network: with gates.
+        network: with gates; parts of it may live longer.
+
+    Attributes:
+        drawn: what all gates were drawn as; None if that is to be done.
+        apart: whether each vector of gates is drawn by itself.
     """
 
     def __init__(self, network: nn.Module) -> None:
+        self.network = weakref.ref(network)
+        self.drawn: Tensor | None = None
+        self.apart = False
         self.gates = [m for m in network.modules() if isinstance(m, SharedGates)]
         self.modules = [m for m in network.modules() if isinstance(m, GatedModule)]
         self.first = [next(c for c in m.children() if isinstance(c, L0Gate)) for m in self.modules]
@@ -95,6 +78,14 @@ class Together:
         depth = max((len(slot.columns) for slot in self.slots), default=0)
         self.index = [self._row(n) for n in range(depth)]
         self._norms()
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Together:
+        """Those of a network; found anew if it is no longer what it was."""
+        known = network.__dict__.get("_together")
+        if not isinstance(known, cls) or not known.fits():
+            known = network.__dict__["_together"] = cls(network)
+        return known
 
     def __reduce__(self) -> Any:
         return type(None), ()  # copies of a network find their own
@@ -165,31 +156,43 @@ class Together:
                 torch.tensor(self.sizes, device=device)
             )
 
-    def draw(self) -> Tensor | None:
-        """Draw all gates and hand them out, in training; else take back what was handed out.
-
-        Returns:
-            The draw of all; None if each is drawn by itself, or none.
-        """
-        for gate in self.gates:
-            gate.__dict__.update(_held=None, _hand_out=None)  # past nn.Module, which looks for parameters
-        for module in self.modules:
-            module.__dict__["_gated_given"] = None
+    def draw(self) -> None:
+        """Draw all gates and hand them out, in training; else take back what was handed out."""
+        self.forget()
         devices = {gate.log_alpha.device for gate in self.gates}
-        if len(devices) != 1 or not all(gate.training for gate in self.gates):
-            return None
-        z = self._sample()
-        hand_out = functools.partial(self._hold, z)
-        for gate in self.gates:
-            gate.__dict__["_hand_out"] = hand_out
+        self.apart = len(devices) != 1 or not all(gate.training for gate in self.gates)
+        if self.apart:
+            return
+        self.drawn = z = self._sample()
+        once(z, self, Together.forget)
         if self.slots:
             self._hand_out(torch.cat([z, z.new_ones(1)]).to(self.dtype))
-        return z
 
-    def _hold(self, z: Tensor) -> None:
-        """Give each vector of gates its draw, for modules that ask by themselves."""
-        for gate, part in zip(self.gates, z.split(self.lengths), strict=True):
-            gate.__dict__.update(_held=part.to(gate.log_alpha.dtype), _hand_out=None)
+    def forget(self) -> None:
+        """Take back what was handed out; gates that are asked before the next pass are drawn anew then."""
+        self.drawn, self.apart = None, False
+        for gate in self.gates:
+            gate.__dict__.update(_held=None, _together=self)  # past nn.Module, which looks for parameters
+        for module in self.modules:
+            module.__dict__["_gated_given"] = None
+
+    def hold(self, asked: SharedGates) -> None:
+        """Give each vector of gates its draw, for modules that ask by themselves; draw if that is to be done.
+
+        Args:
+            asked: gates that are asked for.
+        """
+        known: Together = self
+        if not serves(self.drawn, asked) and not self.apart:
+            check_no_gradient_is_under_way()
+            network = self.network()
+            known = self if network is None else Together.of(network)
+            if known.fits():
+                known.draw()
+        if known.drawn is None:
+            return
+        for gate, part in zip(known.gates, known.drawn.split(known.lengths), strict=True):
+            gate.__dict__["_held"] = part.to(gate.log_alpha.dtype)
 
     def _sample(self) -> Tensor:
         shapes = {gate._shape for gate in self.gates}

@@ -1,4 +1,5 @@
 import copy
+import gc
 import pickle
 
 import pytest
@@ -214,6 +215,20 @@ def test_gates_learn_after_a_pass_without_gradients(whole):
         (network if whole else network.encode)(X)
     network.decode(network.encode(X)).square().mean().backward()
     assert all(g.log_alpha.grad.abs().max() > 0 for g in hard_concretes(network).values())
+
+
+def test_parts_outlive_the_network_that_was_gated():
+    network = coder()
+    encode, decode = network.encode, network.decode
+    network(X)
+    del network
+    gc.collect()
+    found = []
+    for _ in range(3):
+        found.append(decode(encode(X)))
+        assert torch.equal(decode(encode(X)), found[-1])
+        found[-1].sum().backward()
+    assert not torch.equal(found[1], found[2])
 
 
 def test_parts_that_are_computed_again_get_the_gates_of_their_pass_or_are_refused():
