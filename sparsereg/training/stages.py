@@ -334,8 +334,8 @@ def _smaller(first: Stage, net: nn.Module, size: float) -> fx.GraphModule:
     example = build.example_input(first.data, whole)
     inputs = first.data.estimation_batches(NUM_INPUTS, BATCH)
     batches = [only(move_data_to_device(x, device), example) for x in inputs]
-    before = None if net is first.net else _order(net)
-    ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed, order=before)
+    better = None if net is first.net else _order(net)
+    ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed, order=better)
     original = original_size(net) or ranked.sizes
     left = (1 - size) * original[cfg.front_cost] / ranked.sizes[cfg.front_cost]
     _, small = ranked.smaller(left, cfg.target.round_to)

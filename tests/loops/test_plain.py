@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import detection
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import sparsereg
 from sparsereg import Sparsifier
 from sparsereg.compression.batch_norm_folding import fuse
+from sparsereg.compression.running import tensors_in
 from sparsereg.compression.timing.measured import TOLERANCE
 from sparsereg.errors import InputError
 from sparsereg.loops.reading import like
@@ -336,7 +338,53 @@ class Raw(nn.Module):
         self.backbone, self.head = detector.backbone, detector.head
 
     def forward(self, images):
-        return self.head([self.backbone(images)])
+        maps = self.backbone(images)
+        return self.head(list(maps.values()) if isinstance(maps, dict) else [maps])
+
+
+PLAIN = {"weights": None, "weights_backbone": None}
+DETECTORS = {
+    "retinanet_resnet50_fpn": 128,
+    "retinanet_resnet50_fpn_v2": 128,
+    "fcos_resnet50_fpn": 128,
+    "ssd300_vgg16": 300,
+    "ssdlite320_mobilenet_v3_large": 320,
+    "fasterrcnn_mobilenet_v3_large_fpn": 128,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DETECTORS)
+@torch.no_grad()
+def test_detectors_are_halved_in_front_of_the_selection_of_boxes(name):
+    torch.manual_seed(0)
+    detector = getattr(detection, name)(**PLAIN).eval().double()
+    if hasattr(detector, "rpn"):
+        detector.head = detector.rpn.head
+    half(Raw(detector), torch.randn(2, 3, DETECTORS[name], DETECTORS[name], dtype=torch.float64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "size"), [("box", 7), ("mask", 14), ("keypoint", 14)])
+@torch.no_grad()
+def test_heads_of_regions_are_halved(part, size):
+    torch.manual_seed(0)
+    kind = {"box": "fasterrcnn", "mask": "maskrcnn", "keypoint": "keypointrcnn"}[part]
+    heads = getattr(detection, f"{kind}_resnet50_fpn")(**PLAIN).eval().double().roi_heads
+    network = nn.Sequential(getattr(heads, f"{part}_head"), getattr(heads, f"{part}_predictor"))
+    half(network, torch.randn(3, 256, size, size, dtype=torch.float64))
+
+
+def half(network, x):
+    """Shut a random half of the gates of a network; what is left gives the same."""
+    gated = sparsereg.gate(network, x)
+    for gates in hard_concretes(gated).values():
+        gates.log_alpha.copy_(torch.where(torch.rand_like(gates.log_alpha) < 0.5, -20.0, 20.0))
+    small = sparsereg.compact(gated, x)
+    assert sum(p.numel() for p in small.parameters()) < 0.6 * sum(p.numel() for p in network.parameters())
+    more = torch.cat([x, x[:1]])  # another number of examples
+    for one, other in zip(tensors_in(small(more)), tensors_in(gated(more)), strict=True):
+        assert (one - other).abs().max() <= 1e-9 * other.std()
 
 
 def test_a_detector_learns_by_its_own_losses():

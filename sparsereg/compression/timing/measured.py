@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 TOLERANCE = 0.02
 """How far what is measured at the end may be from what was asked for, as a share of it."""
 _TRIALS = 12
+"""Most shares that are tried in one search."""
 _LAYERS = 3
 """Times that layers which make too large steps are held while others go on."""
 _SESSIONS = (4, 24)
@@ -395,14 +396,14 @@ class MeasuredBudget(Budget):
         start = [gate.log_alpha.clone() for gate in gates]
         known: dict[bytes, float] = {}
         found = self._search(start, known)
+        nearest = min(found, key=lambda one: one.error)
         for _ in range(_LAYERS):
-            nearest = min(found, key=lambda one: one.error)
             held = None if nearest.error <= TOLERANCE else self._without_step(start, found)
             if held is None:
                 break
             start = held
             found += self._search(start, known)
-        nearest = min(found, key=lambda one: one.error)
+            nearest = min(found, key=lambda one: one.error)
         self.reached, self.met = nearest.value, True
         _restore(gates, nearest.gates)
         if nearest.error > TOLERANCE:

@@ -313,7 +313,7 @@ class GatedModule(nn.Module):
         given = self._gated_given
         if given is None or not given.gate.training:
             return None
-        return given if given.draw.requires_grad or serves(given.draw, given.gate.gates) else None
+        return given if serves(given.draw, given.gate.gates) else None
 
     def _gated_factors(self, name: str) -> list[Tensor]:
         """What the gates multiply a parameter by, of shapes that are broadcast to it."""
