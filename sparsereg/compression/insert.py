@@ -111,6 +111,8 @@ def gate_(
         )
     gates = _gates(analysis, vectors, factory, shape)
     _Inserter(model, analysis, vectors, gates).insert()
+    for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoder)):
+        encoder.use_nested_tensor = False  # sequences without their padding, which no norm with gates takes
     paths = {id(m): name for name, m in model.named_modules() if isinstance(m, HardConcrete)}
     places = {
         choice: (paths[id(gates[id(v)].gates)], place)

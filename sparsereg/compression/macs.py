@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsereg.compression.running import fused_attention
+
 aten = torch.ops.aten
 
 
@@ -57,10 +59,5 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 @contextmanager
 def counting() -> Iterator[FlopCounterMode]:
     """Count floating-point operations; attention does not take its fused paths, of which nothing is seen."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-            yield counter
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with fused_attention(False), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        yield counter

@@ -19,7 +19,8 @@ Example = Tensor | tuple[Tensor, ...]
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode is put back afterwards.
 
-    Decoders of transformers do not hand out their keys and values meanwhile (``config.use_cache``).
+    Decoders of transformers do not hand out their keys and values meanwhile (``config.use_cache``), and
+    encoders of PyTorch compute what stands in place of padding, as they do where they learn.
     """
     modes = [(m, m.training) for model in models for m in model.modules()]
     caching = _caching(models)
@@ -28,13 +29,24 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             config.use_cache = False
         for model in models:
             model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), fused_attention(False):
             yield
     finally:
         for module, training in modes:
             module.training = training
         for config in caching:
             config.use_cache = True
+
+
+@contextmanager
+def fused_attention(allowed: bool) -> Iterator[None]:
+    """Let layers of ``torch.nn.TransformerEncoder`` be one operation, which leaves padding out, or not."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _caching(models: tuple[nn.Module, ...]) -> list[Any]:

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsereg.compression.oneshot.inputs import split
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.gating import GatedModule, shared_gate_of
 from sparsereg.distributions import HardConcrete
 
 DRAWS = 4
-"""Directions of the answers that are drawn for each batch."""
+"""Directions of the answers that are drawn for each batch, each for a part of it: what they cost is the
+examples, how well they say it is their number."""
 
 Gates = Sequence[HardConcrete]
 Importance = Callable[[nn.Module, Gates, Sequence[Any], torch.Generator], list[Tensor]]
@@ -95,20 +97,16 @@ def _derivatives(
 ) -> Iterator[Tensor]:
     """Derivatives of random sums of answers by all gates end to end, float64."""
     locations = [g.log_alpha for g in gates]
-    for batch in batches:
-        args, kwargs = inputs_of(batch)
+    parts = [(part, -(-DRAWS // len(own))) for own in (split(b, DRAWS) for b in batches) for part in own]
+    for part, draws in parts:
+        args, kwargs = inputs_of(part)
         answers = torch.utils._pytree.tree_leaves(network(*args, **kwargs))
         answers = [a for a in answers if isinstance(a, Tensor) and a.requires_grad]
-        for draw in range(DRAWS):
+        for draw in range(draws):
             total = torch.stack([random_sum(a, generator) for a in answers]).sum()
-            slopes = torch.autograd.grad(
-                total,
-                locations,
-                retain_graph=draw + 1 < DRAWS,
-                allow_unused=True,
-            )
-            parts = [torch.zeros_like(a) if s is None else s for a, s in zip(locations, slopes, strict=True)]
-            yield torch.cat([p.flatten() for p in parts]).double()
+            slopes = torch.autograd.grad(total, locations, retain_graph=draw + 1 < draws, allow_unused=True)
+            known = [torch.zeros_like(a) if s is None else s for a, s in zip(locations, slopes, strict=True)]
+            yield torch.cat([s.flatten() for s in known]).double()
 
 
 def random_sum(answers: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,8 @@ def read_inputs(model: nn.Module, data: Any, num_inputs: int, batch_size: int) -
     return found
 
 
+FEWEST = 8
+"""Examples of a part of a batch: the answers' spread is known from so many."""
 AT_ONCE, NUMBERS = 512, 2**17
 """Examples, and numbers in them, up to which small batches are put together."""
 
@@ -97,6 +100,14 @@ def examples(inputs: Any) -> int:
     """Number of examples of a batch: the first size of its first tensor."""
     leaves = [x for x in torch.utils._pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
     return int(leaves[0].shape[0]) if leaves else 0
+
+
+def split(inputs: Any, parts: int) -> list[Any]:
+    """A batch in so many parts, fewer where these had less than ``FEWEST`` examples."""
+    size = examples(inputs)
+    parts = max(1, min(parts, size // FEWEST))
+    ends = [size * i // parts for i in range(parts + 1)]
+    return [_part(inputs, size, *pair) for pair in itertools.pairwise(ends)] if parts > 1 else [inputs]
 
 
 def _is_batch(data: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from sparsereg.compression.macs import counting
 from sparsereg.compression.units.branches import ALWAYS, Ways
+from sparsereg.compression.units.einsums import written_out
 from sparsereg.compression.units.labels import Ints
 from sparsereg.compression.units.lines import Alternatives, Bools, Lines, Sizes
 from sparsereg.compression.units.program import Program, bound, name_of, plain_call
@@ -268,13 +269,19 @@ def _einsum(program: Program, node: fx.Node) -> Products:
     if stack_of(program, node) is not None:
         return _matmul(program, node)
     a = bound(node)
-    equation, operands = str(a["equation"]).replace(" ", ""), a["tensors"]
-    if len(operands) != 2 or "." in equation or "->" not in equation:
+    operands = a["tensors"]
+    if len(operands) != 2:
         return [(float(_counted(program, node)), [])]
+    one, two, out = written_out(str(a["equation"]), [n_dim(program, n) for n in operands])
+    # What is summed of one factor alone is summed before; a product without a sum does not count.
+    shared = {*one} & {*two}
+    if shared <= {*out}:
+        return []
     where: dict[str, Axis] = {}
-    for letters, operand in zip(equation.split("->")[0].split(","), operands, strict=True):
+    for letters, operand in zip((one, two), operands, strict=True):
         for d, letter in enumerate(letters):
-            if letter not in where or program.values[operand].shape[d] > 1:
+            long = letter not in where or program.values[operand].shape[d] > 1
+            if long and letter in {*out} | shared:
                 where[letter] = (operand, d)
     return [(1.0, list(where.values()))]
 

@@ -93,6 +93,12 @@ class Unions:
                 return found
             found = above
 
+    def root(self, unit: int) -> int:
+        """Representative of one unit."""
+        while (above := int(self.parent[unit])) != unit:
+            unit = above
+        return unit
+
     def unite(self, a: Ints, b: Ints) -> None:
         """Put a[i] and b[i] into one set, for all i."""
         a, b = np.ravel(a), np.ravel(b)

@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import transformer
 
 from sparsereg.compression.alike import operations
 from sparsereg.compression.running import evaluating, quiet, tensors_in
+from sparsereg.compression.units.einsums import in_pairs
 from sparsereg.compression.units.recurrent_shapes import recurrent_in_one
 from sparsereg.errors import InputError
 
@@ -458,8 +460,23 @@ def _in_silence() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _masks_as_given() -> Iterator[None]:
+    """Within this context torch.nn.Transformer does not look whether a mask is causal.
+
+    It does to compute less, not to answer otherwise; a trace, which knows no values, could not go on.
+    """
+    looks = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = looks
+
+
 @_in_silence()
 @recurrent_in_one()
+@_masks_as_given()
 def _export(
     model: nn.Module, args: Any, kwargs: Any, maps: bool | None = False
 ) -> tuple[torch.export.ExportedProgram, Any, Any]:
@@ -486,6 +503,7 @@ def _export(
     if _writes_into_what_others_read(exported.graph):
         exported = exported.run_decompositions({})
     _let_write_anew(exported.graph)
+    in_pairs(exported.graph)
     return exported, *pair
 
 

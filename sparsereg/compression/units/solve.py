@@ -54,7 +54,7 @@ class Solver:
 
     def of(self, unit: int) -> Choices:
         """The choices on which a unit depends."""
-        root = int(self.choices.find(np.array([unit]))[0])
+        root = self.choices.root(unit)
         if root not in self.split:
             return frozenset([root])
         return frozenset().union(*(self.of(part) for part in self.split[root]))
@@ -154,7 +154,10 @@ class Solver:
 
     def _rows(self, units: Ints, rows: Ints) -> None:
         """Each row's own unit stays iff its row does."""
-        for line, row in zip(units, rows, strict=True):
+        roots = self.choices.find(np.column_stack([units, rows]))
+        _, first = np.unique(roots, axis=0, return_index=True)
+        for i in np.sort(first).tolist():  # rows that are alike say the same
+            line, row = units[i], rows[i]
             inside = [self.of(int(u)) for u in np.unique(line) if u >= FIRST]
             if not inside:
                 continue

@@ -231,6 +231,39 @@ def test_parts_outlive_the_network_that_was_gated():
     assert not torch.equal(found[1], found[2])
 
 
+class Padded(nn.Module):
+    """What PyTorch's own transformer does with sequences that end early."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(15, 16), nn.Linear(16, 15)
+        self.transformer = nn.Transformer(16, 4, 2, 2, 32, batch_first=True)
+
+    def forward(self, source, target):
+        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        x, y = self.embed(source), self.embed(target)
+        padding = {"src_key_padding_mask": source == 0, "memory_key_padding_mask": source == 0}
+        return self.head(self.transformer(x, y, tgt_mask=causal, **padding)), self.transformer.encoder(
+            x, src_key_padding_mask=source == 0
+        )
+
+
+def test_a_transformer_of_pytorch_answers_alike_with_and_without_gradients_where_there_is_padding():
+    source, target = torch.randint(1, 15, (3, 6)), torch.randint(1, 15, (3, 5))
+    source[1, 4:] = source[2, 2:] = 0
+    network = sparsereg.gate(Padded(), (source, target)).eval()
+    for gates in hard_concretes(network).values():
+        gates.log_alpha.data.uniform_(-0.5, 3.0)
+        gates.log_alpha.data[: gates.log_alpha.numel() // 2] = -10
+    wanted = network(source, target)
+    with torch.no_grad():
+        found = network(source, target)
+        smaller = sparsereg.compact(network, (source, target))(source, target)
+    for one, two, three in zip(wanted, found, smaller, strict=True):
+        assert (one - two).abs().max() < 1e-5
+        assert (one - three).abs().max() < 1e-5
+
+
 def test_parts_that_are_computed_again_get_the_gates_of_their_pass_or_are_refused():
     plain, again = coder(), coder()
     for network in (plain, again):

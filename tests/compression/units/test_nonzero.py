@@ -498,15 +498,20 @@ class Linear(nn.Module):
         b, n, _ = x.shape
         q, k, v = (f(x).view(b, n, 3, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
         q, k = self.function(q), self.function(k)
+        size = 1 + q @ k.sum(2).unsqueeze(-1) if self.normed else None
         if self.named:
-            y = torch.einsum("bhnd,bhde->bhne", q, torch.einsum("bhnd,bhne->bhde", k, v))
+            states = torch.einsum("bhnd,bhne->bhde", k, v)
+            if size is None:
+                y = torch.einsum("bhnd,bhde->bhne", q, states)
+            else:
+                y = torch.einsum("...nd, ...de, ...n -> ...ne", q, states, 1 / size.squeeze(-1))
         else:
             y = q @ (k.transpose(-1, -2) @ v)
-        y = y / (1 + q @ k.sum(2).unsqueeze(-1)) if self.normed else y
+            y = y if size is None else y / size
         return self.leave(x + self.out(y.transpose(1, 2).reshape(b, n, 24)))
 
 
-@pytest.mark.parametrize("settings", [{}, {"named": True}, {"normed": True}])
+@pytest.mark.parametrize("settings", [{}, {"named": True}, {"normed": True}, {"named": True, "normed": True}])
 def test_products_with_units_along_axes_of_both_factors(settings):
     assert exact(Linear(F.relu, **settings), x(2, 5, 5)) == [1, 3, 4, 8, 12]
 

@@ -8,12 +8,12 @@ large as each other: a unit goes in all of them. Which experts there are: ``expe
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 
+from sparsereg.compression.units.einsums import written_out
 from sparsereg.compression.units.labels import Labels, along
 from sparsereg.compression.units.program import Program, bound, name_of
 from sparsereg.compression.units.rules.table import Dead, Labeller, behind
@@ -103,28 +103,6 @@ def letters_of(program: Program, node: fx.Node) -> tuple[Operand, Operand, str] 
 
 
 _BATCH = "ABCDEFGH"
-
-
-def written_out(equation: str, ranks: list[int]) -> list[str]:
-    """The letters of each factor of an einsum and of its result, with some for what dots stand for.
-
-    Args:
-        equation: of the einsum.
-        ranks: number of axes of each factor.
-
-    Example:
-        >>> written_out("...ij, jk", [4, 2])
-        ['abij', 'jk', 'abik']
-    """
-    sides, arrow, out = equation.replace(" ", "").partition("->")
-    factors = sides.split(",")
-    dotted = [rank - len(f) + 3 for f, rank in zip(factors, ranks, strict=True) if "..." in f]
-    dots = "".join([c for c in string.ascii_letters if c not in equation][: max(dotted, default=0)])
-    if not arrow:
-        once = sorted(c for c in set(sides) - {",", "."} if sides.count(c) == 1)
-        out = "..." * bool(dotted) + "".join(once)
-    own = [dots[len(dots) - (rank - len(f) + 3) :] for f, rank in zip(factors, ranks, strict=True)]
-    return [*(f.replace("...", d) for f, d in zip(factors, own, strict=True)), out.replace("...", dots)]
 
 
 def stacked(x: Labeller, node: fx.Node, stack: Stack) -> Labels:
