@@ -20,6 +20,7 @@ from sparsereg.compression import (
     save_compacted,
 )
 from sparsereg.compression.oneshot.pruning import shrink
+from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 
 TOKENS = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
@@ -463,3 +464,24 @@ def test_a_mixture_with_fewer_hidden_units_goes_back_to_its_class():
     assert restored.config.intermediate_size == network.config.intermediate_size // 2
     assert restored.config._experts_implementation == "batched_mm"
     torch.testing.assert_close(restored(**ids(3, 9))["logits"], gated(**ids(3, 9))["logits"])
+
+
+class Sorted(nn.Module):
+    """Experts that are layers, each of which gets its tokens of all, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(7, 12), nn.Linear(12, 3)
+        self.weight = nn.Parameter(torch.randn(3, 12, 12))
+
+    def forward(self, x, expert):
+        sizes = F.one_hot(expert, 3).sum(0).tolist()
+        parts = self.into(x).relu()[expert.argsort()].split(sizes)
+        return self.out(torch.cat([F.linear(part, w) for part, w in zip(parts, self.weight, strict=True)]))
+
+
+def test_an_expert_that_gets_nothing_of_the_example_is_named():
+    with pytest.raises(
+        InputError, match=r"linear in test_experts.py:\d+: nothing of the example comes so far"
+    ):
+        gate(Sorted(), (TOKENS, torch.tensor([0, 2, 2, 0, 2, 2])))

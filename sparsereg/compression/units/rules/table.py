@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from sparsereg.compression.running import can_train
 from sparsereg.compression.units.entrances import entrances
 from sparsereg.compression.units.labels import FIRST, Axes, Ints, Labels, along, compacted, live, stored
-from sparsereg.compression.units.program import Call, Program, bound, name_of
+from sparsereg.compression.units.program import Call, Program, bound, name_of, place_of
+from sparsereg.errors import InputError
 
 
 class Dead(IntEnum):
@@ -412,6 +413,11 @@ class Labeller:
                 the axis along which these lie.
         """
         labels = self.labels(source)
+        if labels.numel() == 0:
+            raise InputError(
+                f"{what} in {place_of(node)}: nothing of the example comes so far, as where an expert gets no"
+                " token; give a larger example"
+            )
         found = self.axes.reduce(labels, keep, what, node)
         zero = not isinstance(source, fx.Node) or self.dead.get(source, Dead.ZERO) is Dead.ZERO
         if (self._of_inputs(found) or (sums and not zero)) and self._take_columns(columns):
