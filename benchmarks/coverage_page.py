@@ -45,7 +45,8 @@ stopped.
 Torch-Pruning halves the same networks with random importance, as its documentation shows: the layers that
 make the output stay, and it is told the number of heads of modules that have `qkv` and `num_heads`. What it
 gives is compared with the whole network in which the weights that it removed are zero and LayerNorm and
-RMSNorm take means over what stays.
+RMSNorm take means over what stays. Where it took too long, the row says how many seconds it had, of a core
+that was shared with another process; no network of the list takes `gate` and `compact` together that long.
 """
 
 

@@ -1,6 +1,8 @@
 """What holds for all tests."""
 
 import logging
+import os
+import random
 import signal
 from collections.abc import Iterator
 
@@ -16,6 +18,19 @@ jaxtyping.install_import_hook(CHECKED, "tests.arrays.check_arrays")
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+
+SAMPLE = os.environ.get("SAMPLE", "0")
+"""Which of the costly tests run with those that are not slow: another word, another quarter of them."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let three of four costly tests be slow ones."""
+    for item in items:
+        drawn = random.Random(f"{SAMPLE} {item.nodeid}").random() < 0.25
+        if item.get_closest_marker("costly") and not drawn:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

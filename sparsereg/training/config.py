@@ -397,7 +397,7 @@ class Training(Settings):
     )
     front_epochs: int | None = setting(
         None,
-        "of fine-tuning at each size of the front; null: finetune.epochs, or a sixth of the epochs",
+        "of fine-tuning at each size of the front; null: finetune.epochs, or a quarter of the epochs",
         count(0),
     )
     pick: str | None = setting(
@@ -452,8 +452,8 @@ class Training(Settings):
     @property
     def epochs_of_a_size(self) -> int:
         """Of fine-tuning at each size of a front."""
-        sixth = max(1, round((self.trainer.max_epochs or 0) / 6))
-        return self.finetune.epochs or sixth if self.front_epochs is None else self.front_epochs
+        quarter = max(1, round((self.trainer.max_epochs or 0) / 4))
+        return self.finetune.epochs or quarter if self.front_epochs is None else self.front_epochs
 
     @property
     def compacts(self) -> bool:

@@ -97,6 +97,7 @@ def test_another_network_is_traced_anew(monkeypatch, change):
         assert programs._with_other_weights(before, second, (X[:1, :, :7],), {}) is None
 
 
+@pytest.mark.costly
 def test_one_file_is_written_for_networks_that_are_alike(monkeypatch):
     pytest.importorskip("onnxruntime")
     written = []
@@ -111,6 +112,7 @@ def test_one_file_is_written_for_networks_that_are_alike(monkeypatch):
     assert len(written) == 2  # the last one runs other operations
 
 
+@pytest.mark.costly
 def test_a_file_that_gives_other_answers_is_written_anew(monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr("sparsereg.compression.timing.runtimes.alike", lambda *_: True)

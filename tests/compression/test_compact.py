@@ -67,6 +67,7 @@ def check(network: nn.Module, x: torch.Tensor, wide: nn.Module | None = None) ->
     return smaller
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", PATTERNS_OF)
 def test_same_answers_and_counted_size(name):
     network, _ = make(name)
@@ -181,6 +182,7 @@ def test_random_numbers_in_eval_mode_are_the_users_to_mend():
         compact(network, torch.randn(4, 6))
 
 
+@pytest.mark.costly
 def test_dead_branch_leaves_the_concatenation():
     network, x = make("googlenet")
     set_gates(network, "all open")
@@ -268,6 +270,7 @@ def test_googlenet_has_260650_weights():
         assert count(GoogleNet(gate=which), torch.zeros(1, 3, 32, 32)).parameters == 260_650
 
 
+@pytest.mark.costly
 def test_accountant_follows_gates_weights_and_devices():
     network, x = make("googlenet")
     accountant = Accountant(network, x)
@@ -301,6 +304,7 @@ def test_compacted_network_trains():
     optimizer.step()
 
 
+@pytest.mark.costly
 def test_compacted_network_learns_as_the_gated_one_would():
     """With gates that are fully open or shut, BatchNorm and all: one step of training agrees."""
     network, x = make("googlenet", batch=8)
@@ -335,6 +339,7 @@ def test_half_precision():
     assert all(p.dtype == torch.bfloat16 for p in smaller.parameters())
 
 
+@pytest.mark.costly
 def test_compacting_twice_changes_nothing():
     network, x = make("mobilenet_v3")
     set_gates(network, "few open")

@@ -128,6 +128,7 @@ def channelwise():
         yield pytest.param(cls, arguments.get(name, ()), rank, id=name)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("cls", "arguments", "rank"), list(channelwise()))
 def test_every_module_on_channels_is_compacted_and_kept_in_a_file(cls, arguments, rank, tmp_path):
     torch.manual_seed(0)

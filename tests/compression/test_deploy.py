@@ -38,6 +38,7 @@ np.save(sys.argv[3], y)
 """
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_fresh_process_without_sparsereg_gives_the_same_answers(suffix, tmp_path):
     if suffix == ".onnx":
@@ -68,6 +69,7 @@ def test_many_networks_are_exported(name, suffix, tmp_path):
         export(network, x, tmp_path / f"n{suffix}")  # checks itself
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", NETWORKS)
 def test_fusing_keeps_the_answers(name):
     network, x = make(name)
@@ -147,6 +149,7 @@ class Named(nn.Module):
         return {"logits": self.last(self.first(x).relu()) * mask.float(), "mask": mask}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".xml"])
 def test_inputs_by_name(suffix, tmp_path):
     pytest.importorskip("onnxruntime")
@@ -180,6 +183,7 @@ class Tones(nn.Module):
         return self.head(self.b(self.a(x).relu().transpose(1, 2))[0].mean(1))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 def test_files_take_sequences_of_other_lengths(suffix, tmp_path):
     if suffix == ".onnx":
@@ -195,6 +199,7 @@ def test_files_take_sequences_of_other_lengths(suffix, tmp_path):
         assert difference(network(other), file.answer(other)[0]) < 1e-4
 
 
+@pytest.mark.costly
 def test_a_file_for_one_length_is_written_where_others_get_other_answers(tmp_path, monkeypatch, caplog):
     """As if an exporter had written the example's length into the file."""
     network, x = Tones().eval(), torch.randn(1, 4, 60)

@@ -13,6 +13,7 @@ from tests.compression.networks import NETWORKS, make, set_gates
 EXACT = [n for n in NETWORKS if n not in ("grouped", "mobilenet_v3", "layers")]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_the_exact_count_in_the_limit(name, seed):
@@ -88,6 +89,7 @@ def test_a_gate_that_is_shared_counts_once():
     assert accountant.expected_parameters().item() == pytest.approx(full.parameters - lost, rel=1e-6)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["lenet5", "functional"])
 def test_right_on_average(name):
     """The mean over random patterns of sure gates, drawn with P(z > 0)."""

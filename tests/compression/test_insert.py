@@ -30,6 +30,7 @@ def test_original_weights_load_and_open_gates_change_nothing():
     assert not gated.training
 
 
+@pytest.mark.costly
 def test_residual_sums_share_a_gate():
     gated = gate(resnet(), X)
     stage = gated.layer1
@@ -42,6 +43,7 @@ def test_residual_sums_share_a_gate():
     assert len(hard_concretes(inner)) == 8
 
 
+@pytest.mark.costly
 def test_every_closed_channel_goes():
     """With half of all gates shut, half of every layer that can go goes, also before residual sums."""
     gated = gate(resnet(), X)
@@ -55,6 +57,7 @@ def test_every_closed_channel_goes():
     assert smaller.fc.in_features == 256
 
 
+@pytest.mark.costly
 def test_depthwise_and_excitation_get_one_gate_for_their_channels():
     gated = gate(torchvision.models.mobilenet_v3_small(num_classes=5).eval(), X)
     block = gated.features[4].block  # expand, depthwise, squeeze-and-excitation, project
@@ -69,6 +72,7 @@ def test_depthwise_and_excitation_get_one_gate_for_their_channels():
         assert smaller.get_submodule(f"features.4.{name}").out_channels == width
 
 
+@pytest.mark.costly
 def test_layers_by_pattern_list_and_function():
     def gates(layers):
         return set(hard_concretes(gate(resnet(), X, layers)))
@@ -89,6 +93,7 @@ def test_layers_by_pattern_list_and_function():
         gate(gate(resnet(), X), X)
 
 
+@pytest.mark.costly
 def test_settings_reach_the_gates():
     gated = gate(resnet(), X, droprate_init=0.05, temperature=0.5, jitter=0.0, sampling="example")
     g = gated.bn1.gate

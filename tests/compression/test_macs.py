@@ -48,6 +48,7 @@ RECURRENT = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", RECURRENT)
 def test_recurrent_layers(name, batch):
@@ -145,6 +146,7 @@ class Cell(nn.Module):
         return self.layer(x)[0]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name, batch):

@@ -65,6 +65,7 @@ def test_the_cost_of_modules_is_that_of_their_weights():
     assert float(part.expected().detach()) == pytest.approx(part.exact(), abs=1e-9)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("seed", "removed"), [(0, 0.5), (1, 0.7), (2, 0.25)])
 def test_parts_are_met_exactly_beside_the_whole(seed, removed):
     net = gated(seed)
@@ -93,6 +94,7 @@ def test_the_part_alone_leaves_other_gates_as_they_are():
     assert held.parts[0].part.exact() == 0.5
 
 
+@pytest.mark.costly
 def test_what_the_whole_allows_less_of_is_below_its_own_budget():
     net = gated()
     held = budget(net, "macs", 0.2, params="blocks.*.mlp:0.1", macs="blocks.0:0.9")
@@ -102,6 +104,7 @@ def test_what_the_whole_allows_less_of_is_below_its_own_budget():
     assert all(part.part.exact() <= part.kept for part in held.parts)
 
 
+@pytest.mark.costly
 def test_half_of_the_heads_is_half_of_them_whatever_the_width_is():
     net = gated()
     held = budget(
@@ -128,6 +131,7 @@ def trained(steps, **target):
     return sparsifier
 
 
+@pytest.mark.costly
 def test_each_part_has_a_multiplier_of_its_own_while_it_trains():
     sparsifier = trained(60, target_macs=0.5, target_params={"blocks.*.mlp": 0.7, "heads": 0.5})
     scalars = sparsifier.budget.constraint.scalars
@@ -141,6 +145,7 @@ def test_each_part_has_a_multiplier_of_its_own_while_it_trains():
     torch.testing.assert_close(small(x), sparsifier.model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.costly
 def test_a_state_holds_the_parts_and_knows_others():
     one = trained(7, target_params={"heads": 0.5})
     other = Sparsifier(vit(), IMAGES, steps=7, target_params={"heads": 0.5})
@@ -151,6 +156,7 @@ def test_a_state_holds_the_parts_and_knows_others():
         Sparsifier(vit(), IMAGES, steps=7, target_macs=0.5).load_state_dict(one.state_dict())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
@@ -189,6 +195,7 @@ def test_gates_of_an_author_have_parts_by_name_but_no_families():
         Budget(accountant, None, 1.0, *GAINS, part_goals("heads:0.5", None))
 
 
+@pytest.mark.costly
 def test_in_one_shot():
     torch.manual_seed(1)
     net, x = vit(), torch.randn(64, 1, 8, 8)

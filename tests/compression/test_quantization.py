@@ -20,6 +20,7 @@ def exported(tmp_path):
     return network.eval(), x, export(network, x, tmp_path / "n.onnx")
 
 
+@pytest.mark.costly
 def test_weights_are_integers_and_answers_are_near(exported, tmp_path):
     network, x, path = exported
     batches = [torch.randn(16, *x.shape[1:]) for _ in range(2)]
@@ -40,6 +41,7 @@ def test_weights_are_integers_and_answers_are_near(exported, tmp_path):
     assert 0 < error < 0.1
 
 
+@pytest.mark.costly
 def test_an_outlier_in_the_calibration_makes_it_coarser(exported, tmp_path):
     network, x, path = exported
     batch = torch.randn(16, *x.shape[1:])

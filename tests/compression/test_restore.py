@@ -42,6 +42,7 @@ def vision_transformer():
     return torchvision.models.VisionTransformer(16, 4, 2, 3, 24, 40, num_classes=5).eval()
 
 
+@pytest.mark.costly
 def test_a_decoder_that_hands_out_keys_and_values_needs_no_other_configuration():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
@@ -59,6 +60,7 @@ def test_a_decoder_that_hands_out_keys_and_values_needs_no_other_configuration()
     assert list(small(**example)) == ["logits"]
 
 
+@pytest.mark.costly
 def test_hidden_units_of_torchvision():
     original = vision_transformer()
     nn.init.normal_(original.heads.head.weight)
@@ -71,6 +73,7 @@ def test_hidden_units_of_torchvision():
     assert same(gated, restore_class(compact(gated, IMAGES), original, IMAGES), IMAGES) < 1e-5
 
 
+@pytest.mark.costly
 def test_a_ragged_shape_is_refused_with_the_layers_that_differ():
     original = vision_transformer()
     nn.init.normal_(original.heads.head.weight)
@@ -148,6 +151,7 @@ STOCK = """
 """.split()  # noqa: SIM905
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", slowly(STOCK, ("efficientnet_b0", "efficientnet_v2_s", "regnet_y_400mf")))
 def test_how_a_network_of_torchvision_was_made_is_known(name):
     original = torchvision.models.get_model(name, weights=None, num_classes=7)
@@ -199,6 +203,7 @@ def shut_a_quarter_(network):
         gates.log_alpha.copy_(torch.where((places % 4 == 1) & (len(places) >= 4), -10.0, 10.0))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_networks_of_convolutions_by_settings_in_their_arguments(name):
     build, families, layers = CONVOLUTIONS[name]
@@ -213,6 +218,7 @@ def test_networks_of_convolutions_by_settings_in_their_arguments(name):
     assert left == count(gated, x).compacted_parameters < sum(p.numel() for p in original.parameters())
 
 
+@pytest.mark.costly
 def test_layers_that_are_gone_as_a_whole():
     original, example = llama(num_hidden_layers=3), {"input_ids": IDS}
     gated = gate(original, example, families="blocks", jitter=0.0)
@@ -250,6 +256,7 @@ HUGGINGFACE = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", HUGGINGFACE)
 def test_models_of_transformers_know_their_new_configuration(case, tmp_path):
     build, family, part, places, expected = HUGGINGFACE[case]
@@ -267,6 +274,7 @@ def test_models_of_transformers_know_their_new_configuration(case, tmp_path):
     assert sum(p.numel() for p in again.parameters()) <= sum(p.numel() for p in original.parameters())
 
 
+@pytest.mark.costly
 def test_networks_of_timm():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -298,6 +306,7 @@ def test_smaller_heads_keep_the_scale_of_the_original_ones():
     assert same(gated, restored, example) < 1e-5
 
 
+@pytest.mark.costly
 def test_frequencies_of_rotary_positions_are_those_of_the_class():
     """With some pairs gone the frequencies are no longer what the class makes of the size of a head."""
     original = llama()
@@ -308,6 +317,7 @@ def test_frequencies_of_rotary_positions_are_those_of_the_class():
         restore_class(gated, original, example)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("build", [llama, bert])
 def test_a_uniform_shape_always_comes_back(build):
     original, example = build(), {"input_ids": IDS}
@@ -360,6 +370,7 @@ TYPES = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "name", slowly(TYPES, ("RobertaForMaskedLM", "MistralForCausalLM", "Qwen2ForCausalLM"))
 )
@@ -392,6 +403,7 @@ def test_shapes_are_known():
         gate(Plain(5).eval(), torch.randn(2, 5), shape="even")
 
 
+@pytest.mark.costly
 def test_what_a_class_refuses_is_said():
     original, example = llama(), {"input_ids": IDS}
     gated = gate(original, example, families="width")

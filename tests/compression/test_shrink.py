@@ -48,6 +48,7 @@ def loss_of(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return net(x).square().sum() + l_c0(net)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SHRINK)
 def test_answers_gradients_and_steps_of_the_original(name, seed):
@@ -75,6 +76,7 @@ def test_answers_gradients_and_steps_of_the_original(name, seed):
         assert net.state_dict()[key].shape == value.shape, key
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["googlenet", "lenet300", "resnet18"])
 def test_what_is_cut_off_comes_back_untouched(name):
     net, x = make(name, 0, one_kind=True)
@@ -137,6 +139,7 @@ def test_gates_on_single_weights_cannot_leave():
     assert removable_gates(live_of(net, torch.zeros(1, 1, 4, 4))) == []
 
 
+@pytest.mark.costly
 def test_the_memory_format_survives():
     # A convolution of one input channel and 1x1 kernels look alike in both formats.
     net = GoogleNet(in_channels=1, gate="all").to(memory_format=torch.channels_last)

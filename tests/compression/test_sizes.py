@@ -254,6 +254,7 @@ SEGMENTATION = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", slowly(SEGMENTATION, ("deeplabv3_mobilenet_v3_large",)))
 def test_segmentation_networks_are_gated_compacted_and_counted(name, tmp_path):
     """Their last step brings the map to the image's size, and their answer is a dictionary."""
@@ -306,6 +307,7 @@ class Reads(nn.Module):
         return self.head(F.relu(self.hidden(h)))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("kind", "length", "fits", "refused"),
     [
@@ -437,6 +439,7 @@ def test_any_number_of_examples_is_taken(kind):
         torch.testing.assert_close(smaller(x[:n]), network(x[:n]))
 
 
+@pytest.mark.costly
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["one by one", "number", "tensor"])
 def test_another_number_of_examples_than_the_network_was_followed_for_is_refused(kind):

@@ -12,6 +12,7 @@ from sparsereg.errors import InputError
 from tests.compression.networks import NETWORKS, make, set_gates
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", NETWORKS)
 def test_round_trip(name, tmp_path):
     network, x = make(name)
@@ -29,6 +30,7 @@ def test_round_trip(name, tmp_path):
     assert torch.equal(load_compacted(path)(x), smaller(x))
 
 
+@pytest.mark.costly
 def test_keeps_the_size_of_the_first_network(tmp_path):
     network, x = make("googlenet")
     full = count(network, x)
@@ -51,6 +53,7 @@ def test_loaded_network_trains_and_frozen_weights_stay_frozen(tmp_path):
     assert loaded.classifier.bias.grad is not None
 
 
+@pytest.mark.costly
 def test_loads_where_only_pytorch_knows_how(tmp_path):
     """The structure is JSON and the weights are tensors: nothing of sparsereg is pickled."""
     network, x = make("residual")

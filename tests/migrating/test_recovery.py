@@ -57,6 +57,7 @@ def ours():
     return np.array([recovered(SparseL0Linear, seed) for seed in SEEDS])
 
 
+@pytest.mark.costly
 def test_recall_and_precision_are_at_least_those_of_the_original():
     some = random.Random(0).sample(range(len(SEEDS)), 5)
     found = np.array([recovered(SparseL0Linear, SEEDS[i]) for i in some])

@@ -34,6 +34,7 @@ def task():
     )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", against.METHODS)
 def test_each_method_makes_a_smaller_network_that_answers(task, method, tmp_path):
     row = against.run("toy", task, method, 0.5, 0, tmp_path)

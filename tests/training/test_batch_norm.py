@@ -59,6 +59,7 @@ def test_no_batches_and_no_norms():
     assert estimate_batch_norm_(nn.Linear(2, 2), []) == 0
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", [[], ["without_using_gate=true"]], ids=["gated", "plain"])
 def test_training_estimates_them_unless_told_not_to(run, tiny, kind):
     for num_images, batches_seen in ((32, 2), (0, 5)):  # of 16 images; an epoch has 72 training images
@@ -86,6 +87,7 @@ def batches_of(weights: dict[str, torch.Tensor]) -> set[int]:
     return {int(n) for key, n in weights.items() if key.endswith("num_batches_tracked")}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "settings",
     [
@@ -107,6 +109,7 @@ def test_what_is_saved_has_the_statistics_of_its_weights(run, tiny, settings):
     assert tested.results["val_acc"] == trained.results["val_acc"]
 
 
+@pytest.mark.costly
 def test_statistics_that_lag_behind_do_not_spoil_the_accuracy(run, tiny):
     """A momentum of 0.01 has seen a twentieth of the way after five steps."""
     network = ["model=torchvision", "model.name=mobilenet_v3_small", "model.small_images=true"]
@@ -117,6 +120,7 @@ def test_statistics_that_lag_behind_do_not_spoil_the_accuracy(run, tiny):
     assert batches_of(trained.weights()) == {2}
 
 
+@pytest.mark.costly
 def test_weights_that_nothing_trained_keep_their_statistics(run, tiny):
     trained = run("train", *tiny, "without_using_gate=true", "trainer.max_epochs=1")
     common = [f"ckpt_path={trained.last}", "trainer.max_epochs=0", "trainer=cpu"]
@@ -125,6 +129,7 @@ def test_weights_that_nothing_trained_keep_their_statistics(run, tiny):
     assert kept.results["test_acc"] == trained.results["test_acc"]
 
 
+@pytest.mark.costly
 def test_a_teacher_has_the_statistics_of_its_weights(run, tiny, monkeypatch):
     from sparsereg.training import build
 

@@ -3,11 +3,13 @@
 import os
 import resource
 
+import pytest
 import torch
 
 from sparsereg.files import LEFTOVER
 
 
+@pytest.mark.costly
 def test_a_checkpoint_is_written_beside_its_place(run, tiny, tmp_path, monkeypatch):
     """Nothing goes through the folder of temporary files, which may be another disk."""
     nowhere = tmp_path / "nowhere"
@@ -23,6 +25,7 @@ def test_a_checkpoint_is_written_beside_its_place(run, tiny, tmp_path, monkeypat
         torch.load(path, weights_only=True)
 
 
+@pytest.mark.costly
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(run, tiny):
     first = run("train", *tiny, "trainer.max_epochs=1")
     before = first.last.read_bytes()
@@ -41,6 +44,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(run, tiny):
     assert not [n for n in written if n.startswith(LEFTOVER) or n.endswith(".ckpt")]
 
 
+@pytest.mark.costly
 def test_a_flipped_bit_is_refused_by_every_reader(run, tiny):
     first = run("train", *tiny, "trainer.max_epochs=1")
     data = bytearray(first.last.read_bytes())

@@ -48,6 +48,7 @@ WEIGHTS = [
 ]
 
 
+@pytest.mark.costly
 def test_weights_that_do_not_fit(run, trained, tmp_path):
     content = torch.load(trained.last, weights_only=True)
     path = tmp_path / "changed.ckpt"
@@ -103,6 +104,7 @@ def test_any_place_may_be_wrong(run, trained, tmp_path, change):
     check(run, trained, tmp_path, change, slice(None))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("change", QUICK)
 def test_some_places_may_be_wrong(run, trained, tmp_path, change):
     check(run, trained, tmp_path, change, slice(None, None, 46))

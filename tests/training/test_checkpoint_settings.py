@@ -82,6 +82,7 @@ def test_a_resumed_run_takes_numbers_from_the_trainer_settings_and_nothing_else(
     assert "trainer.devices was 7, is 1" in resumed.err
 
 
+@pytest.mark.costly
 def test_a_checkpoint_names_no_class(run, trained, tmp_path):
     evil = {"_target_": "pathlib.Path.touch", "self": str(tmp_path / "touched")}
     for group in ("model", "data", "optimizer", "temperature", "trainer", "callbacks", "logger"):
@@ -102,6 +103,7 @@ def test_a_checkpoint_names_no_class(run, trained, tmp_path):
     assert not list(tmp_path.glob("touched*"))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -36,6 +36,7 @@ def sizes(monkeypatch):
     return found
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "model",
     [["model=lenet300"], pytest.param(["model=googlenet", "model.gate=all"], marks=pytest.mark.slow)],
@@ -57,6 +58,7 @@ def test_resumed_across_a_compaction_it_is_the_same_run(run, tiny, sizes, model)
         assert all(torch.equal(v, optimizer[i][k]) for k, v in state.items())
 
 
+@pytest.mark.costly
 def test_counts_are_those_of_the_original(run, tiny, sizes):
     trained = run("train", *tiny, *CLOSING, "trainer.max_epochs=4")
     full = trained.results["parameters"] + trained.results["gates"]
@@ -86,6 +88,7 @@ def test_validation_amid_an_epoch_a_target_and_fine_tuning(run, tiny, sizes):
     assert sizes[3] < sizes[0]
 
 
+@pytest.mark.costly
 def test_wrong_input(run, tiny):
     for arguments, message in (
         (["callbacks.compact_every_n_epochs=-1"], "an integer >= 0"),

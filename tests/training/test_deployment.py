@@ -25,6 +25,7 @@ def trained(trained_once, tiny):
     )
 
 
+@pytest.mark.costly
 def test_it_measures_the_network_that_training_measured(run, trained):
     tested = run("test", f"ckpt_path={trained.last}", "trainer.enable_progress_bar=false")
     assert tested.code == 0, tested.err
@@ -107,6 +108,7 @@ def tuned(trained_once, tiny):
     return trained_once(*tiny, *settings, "finetune.epochs=1", "optimizer.warmup_epochs=0")
 
 
+@pytest.mark.costly
 def test_one_file_is_named_by_results_page_and_terminal(run, tuned):
     rows = {row["name"]: row for row in tuned.results["artefacts"]}
     assert list(rows) == ["dense", "gated", "tuned"]
@@ -198,6 +200,7 @@ def test_the_next_free_name_minds_files_of_its_own_kind(tmp_path):
     assert free_path(tmp_path / "compacted.xml").name == "compacted-2.xml"
 
 
+@pytest.mark.costly
 def test_wrong_input(run, trained):
     for arguments, message in (
         ([], "give the checkpoint to test"),

@@ -41,6 +41,7 @@ def one_batch(name: str, tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_runs_one_batch(run, tmp_path, name):
     outcome = run("train", *one_batch(name, tmp_path))
@@ -86,6 +87,7 @@ def test_row_without_its_first_row_is_refused_in_one_line(run, tmp_path):
     assert not Path("outputs/train/tblog").exists()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs" / "debug").glob("*.yaml")))
 def test_debug_runs(run, tiny, name):
     short = ["trainer.max_epochs=1"] if name == "overfit" else []

@@ -11,6 +11,7 @@ def plain(trained_once, tiny):
     return trained_once(*tiny, "trainer.max_epochs=1", "without_using_gate=true")
 
 
+@pytest.mark.costly
 def test_gates_open_at_droprate_init_and_are_named(run, tiny, plain):
     tuned = run(
         "train",
@@ -28,6 +29,7 @@ def test_gates_open_at_droprate_init_and_are_named(run, tiny, plain):
     assert tuned.results["parameters"] == plain.results["parameters"]
 
 
+@pytest.mark.costly
 def test_fine_tuning_starts_from_the_weights(run, tiny, plain):
     tuned = run("train", f"ckpt_path={plain.last}", "droprate_init=0.05", "trainer.max_epochs=1", *tiny[6:])
     assert tuned.code == 0, tuned.err
@@ -48,6 +50,7 @@ def test_a_plain_run_counts_no_gates(plain):
     assert results["compacted_parameters"] == results["parameters"]
 
 
+@pytest.mark.costly
 def test_checkpoints_that_do_not_fit(run, tiny, plain, tmp_path):
     gated = run("train", *tiny, "trainer.max_epochs=1")
     cases = {

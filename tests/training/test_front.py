@@ -58,6 +58,7 @@ def test_every_size_is_met_and_the_run_is_the_same(run, tiny):
     assert made.results["ship"] == picked["file"].replace("front/0.8", "checkpoints")
 
 
+@pytest.mark.costly
 def test_a_run_that_was_cut_off_makes_what_is_missing(run, tiny):
     part = run("train", *tiny, *FRONT)
     assert part.results["ship"] is None  # nobody has picked
@@ -79,6 +80,7 @@ def test_a_run_that_trains_on_makes_all_sizes_anew(run, tiny):
     assert all(a["latency_ms"] != b["latency_ms"] for a, b in zip(rows(more), rows(part), strict=True))
 
 
+@pytest.mark.costly
 def test_a_trained_network_gets_a_front_without_training(run, tiny):
     trained = run("train", *tiny, *(a for a in FRONT if "front" not in a), "without_using_gate=true")
     made = run("train", f"ckpt_path={trained.folder}", *tiny, "front=[0.5]", "trainer.max_epochs=0",
@@ -88,6 +90,7 @@ def test_a_trained_network_gets_a_front_without_training(run, tiny):
     assert rows(made)[0]["size"] <= rows(made)[0]["sparsity"] <= 0.52
 
 
+@pytest.mark.costly
 def test_nothing_that_fits_is_said_and_all_is_written(run, tiny):
     made = run("train", *tiny, *FRONT, "pick=parameters<=10")
     assert made.code == 3
@@ -126,6 +129,7 @@ def test_a_front_takes_the_place_of_the_lambda_of_an_experiment():
     assert settings.front == (0.5, 0.7)
 
 
+@pytest.mark.costly
 def test_what_a_trace_and_a_file_say_is_kept_for_later_sizes(run, tiny, monkeypatch):
     traced, written = [], []
     export, write = program._export, runtimes.write_onnx
@@ -138,6 +142,7 @@ def test_what_a_trace_and_a_file_say_is_kept_for_later_sizes(run, tiny, monkeypa
     assert all(row["latency_ms"] > 0 for row in rows(made))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("better", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_order_that_was_clearly_better_serves_later_sizes(run, tiny, monkeypatch, better):
     shares = [[0.1, 0.2], [0.2, 0.1]][better]

@@ -16,6 +16,7 @@ QUIET = ["trainer.enable_progress_bar=false", "callbacks.batch_norm.num_images=3
 GATED = {"googlenet", "lenet300", "lenet5", "sparse_mlp", "torchvision"}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("model", sorted(GATED))
 def test_every_network_trains_and_is_tested(run, tmp_path, model):
     grey = write_images(tmp_path / "grey.npz", channels=1, size=12)

@@ -19,6 +19,7 @@ def tuned(trained_once, tiny):
     return trained_once(*tiny, *STORY)
 
 
+@pytest.mark.costly
 def test_a_run_is_found_by_its_folder_its_last_checkpoint_and_its_results(run, tuned):
     assert tuned.code == 0, tuned.err
     results = tuned.results
@@ -52,6 +53,7 @@ def test_the_best_gated_network_is_the_one_that_was_tuned_when_asked_for(run, ti
         assert tested.results["checkpoint"] == best.results["checkpoint"]
 
 
+@pytest.mark.costly
 def test_a_folder_serves_wherever_a_checkpoint_does(run, tiny, tuned, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(tuned.folder, moved)
@@ -129,6 +131,7 @@ MOMENTS = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("settings", "moments"),
     [
@@ -199,6 +202,7 @@ def test_what_has_finished_says_so_and_may_be_given_more(run, tuned):
     assert longer.results["epochs"] == 3
 
 
+@pytest.mark.costly
 def test_a_finished_run_may_be_fine_tuned_later(run, tiny, tuned):
     gated = run("train", *tiny, *STORY, "finetune.epochs=0")
     later = run("train", f"ckpt_path={gated.folder}", "resume_training=true", "finetune.epochs=2")

@@ -67,6 +67,7 @@ def own(tmp_path, monkeypatch):
         __import__("sys").modules.pop(name, None)
 
 
+@pytest.mark.costly
 def test_network_is_gated_and_gets_what_its_signature_names(run, own):
     trained = run("train", *QUICK, *SMALL, NET, "model.hidden=24")
     assert trained.code == 0, trained.err
@@ -173,6 +174,7 @@ def test_wrong_targets_are_one_line(run, own, given, message):
     assert not list(own.glob("outputs/train/tblog/*/version_*"))
 
 
+@pytest.mark.costly
 def test_experiment_file_of_the_user(run, own, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     configs = f"--config-dir={ROOT / 'examples' / 'configs'}"
@@ -205,6 +207,7 @@ def test_experiment_file_of_the_user(run, own, monkeypatch):
     assert tested.code == 0, tested.err
 
 
+@pytest.mark.costly
 def test_nothing_of_a_checkpoint_is_looked_up(run, own, monkeypatch):
     """Each place of a configuration names code: nothing is imported, and the user is told."""
     trained = run("train", *QUICK, *SMALL, "model=lenet300", "optimizer=sgd_cosine")
@@ -239,6 +242,7 @@ def test_calls():
         own_code.check_repeated(code, {"a._target_": "x.Y"}, "F")
 
 
+@pytest.mark.costly
 def test_sweep_knows_when_own_code_has_changed(run, own):
     sweep = ["train", "-m", *QUICK, *SMALL, NET, "model.hidden=8,12"]
     assert run(*sweep).code == 0
@@ -344,6 +348,7 @@ def test_one_cycle_knows_how_long_it_is(run, schedules):
     assert "it moves the momentum, too" in momentum.err
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("optimizer", [[], ["optimizer._target_=torch.optim.NAdam"]])
 def test_a_run_with_its_own_schedule_is_resumed(run, schedules, optimizer):
     """2 + 2 epochs are 4, with the schedule named again; no checkpoint names it."""

@@ -37,6 +37,7 @@ def test_two_and_two_epochs_are_four(run, tiny, gated):
         assert all(torch.equal(v, optimizer[i][k]) for k, v in state.items())
 
 
+@pytest.mark.costly
 def test_the_same_seed_gives_the_same_run(run, tiny):
     one = run("train", *tiny, "trainer.max_epochs=1", "seed=3")
     two = run("train", *tiny, "trainer.max_epochs=1", "seed=3")
@@ -89,6 +90,7 @@ def test_best_checkpoint_survives_a_resume(run, tiny):
     assert resumed.results["val_acc"] is not None
 
 
+@pytest.mark.costly
 def test_the_best_checkpoint_is_tested_when_asked_for(run, tiny):
     outcome = run("train", *tiny, "trainer.max_epochs=3", "test_checkpoint=best")
     assert outcome.code == 0, outcome.err

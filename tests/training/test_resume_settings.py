@@ -47,6 +47,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.costly
 def test_what_would_be_another_run_is_refused(run, tiny):
     done = run("train", *tiny, *NETWORK, "trainer.max_epochs=1")
     command = [f"ckpt_path={done.folder}", "resume_training=true", "trainer.max_epochs=2"]

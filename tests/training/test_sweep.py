@@ -147,6 +147,7 @@ class Sweeps:
         monkeypatch.setattr(SweepReport, "on_job_end", recorded)
 
 
+@pytest.mark.costly
 def test_a_sweeper_gets_the_objective(run, tiny, monkeypatch):
     sweeps = Sweeps(monkeypatch)
     sweep = ["-m", *tiny, "trainer.max_epochs=1", "logger=none"]
@@ -163,6 +164,7 @@ def test_a_sweeper_gets_the_objective(run, tiny, monkeypatch):
     assert sweeps.values[-1] == pytest.approx(pd.read_csv(calibrated.path)["max_are"][0], rel=1e-14)
 
 
+@pytest.mark.costly
 def test_a_job_that_is_started_again_goes_on(run, tiny, tmp_path, monkeypatch):
     """As SLURM does with a job that it has taken the machine from: the same job in the same folder."""
     started = run("train", *tiny, "trainer.max_epochs=1", "lambda_l0=2")

@@ -225,6 +225,7 @@ def test_gates_that_had_no_time_are_said_to_have_had_none(run, tiny):
     assert "the gates have not come near the target" in short.err
 
 
+@pytest.mark.costly
 def test_gates_keep_their_learning_rate_under_a_target(run, tiny):
     schedule = ["trainer.max_epochs=4", "optimizer.schedule_epochs=4", "optimizer.warmup_epochs=0"]
     for target, falls in (("target_sparsity=0.5", False), ("lambda_l0=2", True)):
@@ -242,6 +243,7 @@ def test_target_macs_of_a_network_with_concatenations(run, tiny):
     assert 0.39 <= kept <= 0.4
 
 
+@pytest.mark.costly
 def test_without_validation_images_and_with_averaged_weights(run, tiny):
     for more in (["data.val_size=0"], ["ema_decay=0.9"], ["ema_decay=0.9", "data.val_size=0"]):
         done = run("train", *tiny, *RECIPE, "target_sparsity=0.9", *more)
@@ -252,6 +254,7 @@ def test_without_validation_images_and_with_averaged_weights(run, tiny):
         assert tested.results["exact_sparsity"] == done.results["exact_sparsity"]
 
 
+@pytest.mark.costly
 def test_finetuning_trains_the_compacted_network(run, tiny):
     done = run("train", *tiny, *RECIPE, "target_sparsity=0.9", "finetune.epochs=2")
     assert done.code == 0, done.err
@@ -270,6 +273,7 @@ def test_finetuning_trains_the_compacted_network(run, tiny):
     assert resumed.results["epochs"] == done.results["epochs"]
 
 
+@pytest.mark.costly
 def test_teacher_shapes_the_pupil_and_stays_out_of_its_checkpoint(run, tiny):
     teacher = run("train", *tiny, "model=lenet300", "without_using_gate=true", "trainer.max_epochs=1")
     command = [*tiny, *RECIPE, f"distill.ckpt_path={teacher.last}"]
@@ -280,6 +284,7 @@ def test_teacher_shapes_the_pupil_and_stays_out_of_its_checkpoint(run, tiny):
     assert not torch.equal(taught.weights()["net.fc1.weight"], untaught.weights()["net.fc1.weight"])
 
 
+@pytest.mark.costly
 def test_averaged_weights_differ_from_the_last_and_resume(run, tiny):
     settings = [*tiny, "model=lenet300", "ema_decay=0.9", "temperature=linear"]
     four = run("train", *settings, "trainer.max_epochs=4")
@@ -295,6 +300,7 @@ def test_averaged_weights_differ_from_the_last_and_resume(run, tiny):
         assert torch.equal(value, resumed.weights()[name]), name
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("model", [["model=lenet300"], ["model=vit", "model.width=24", "model.depth=2"]])
 def test_one_shot_takes_units_out_before_the_first_epoch(run, tiny, model):
     plain = run("train", *tiny, *model, "without_using_gate=true", "trainer.max_epochs=2")
@@ -371,6 +377,7 @@ def test_parts_that_are_not_there(run, tiny, tmp_path):
 VIT = ["model=vit", "model.width=24", "model.depth=2", "trainer.max_epochs=3", "optimizer.gate_lr_ratio=20"]
 
 
+@pytest.mark.costly
 def test_parts_of_a_network_have_targets_of_their_own(run, tiny):
     parts = ["target.params=[blocks.*.mlp:0.5,heads:0.25]", "target_macs=0.6"]
     done = run("train", *tiny, *VIT, *parts)

@@ -27,6 +27,7 @@ def text(tmp_path):
     return ["data=text", f"data.path={tmp_path / 'words.txt'}"]
 
 
+@pytest.mark.costly
 def test_a_language_model_is_trained_tested_and_resumed_bitwise(run, text):
     given = [*text, *TINY, *SHORT, *QUICK]
     whole = run("train", *given, "trainer.max_epochs=2", "optimizer.warmup_epochs=0")
@@ -90,6 +91,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("given", "said"), PAIRS)
 def test_what_does_not_go_together_is_one_line(run, tmp_path, given, said):
     (tmp_path / "bytes").write_bytes(bytes(range(256)) * 40)
@@ -114,6 +116,7 @@ def masks(tmp_path):
     return ["data=npz", f"data.path={tmp_path / 'masks.npz'}", "data.batch_size=8"]
 
 
+@pytest.mark.costly
 def test_masks_are_learnt(run, masks):
     given = [*masks, "model=unet", "model.width=8", "model.depth=2", *QUICK, "trainer.max_epochs=15"]
     trained = run(
@@ -133,6 +136,7 @@ def test_masks_are_learnt(run, masks):
     )
 
 
+@pytest.mark.costly
 def test_segmentation_networks_of_torchvision(run, masks):
     name = "model.name=lraspp_mobilenet_v3_large"
     trained = run("train", *masks, "model=torchvision", name, *QUICK, "trainer.max_epochs=1")
@@ -141,6 +145,7 @@ def test_segmentation_networks_of_torchvision(run, masks):
     refused(run("train", *masks, "model=torchvision", *QUICK), "no segmentation network of that name")
 
 
+@pytest.mark.costly
 def test_texts_with_classes(run, tmp_path):
     rows = ["text,label"]
     rng = np.random.default_rng(0)
@@ -255,6 +260,7 @@ def test_dictionaries_go_in_and_out(run, own):
     assert tested.results["test_acc"] == trained.results["test_acc"]
 
 
+@pytest.mark.costly
 def test_a_task_of_the_users(run, own):
     task = "task._target_=own_things.Regression"
     given = [*OWN, "data.kind=float", *QUICK]

@@ -46,6 +46,7 @@ def at_a_terminal(command, folder, columns=80):
     return [line for line in re.split(r"[\r\n]+", said.decode()) if line.strip()], told
 
 
+@pytest.mark.costly
 def test_a_run_at_a_terminal_shows_three_figures_in_its_width(tmp_path, images, tiny):
     given = [*tiny, "model=lenet300", "trainer.max_epochs=2", "trainer.enable_progress_bar=true"]
     lines, told = at_a_terminal(["train.py", *last_of_each(tuple(given))], tmp_path, 60)
@@ -91,6 +92,7 @@ def test_figures(metrics, text):
     assert figures(metrics) == text
 
 
+@pytest.mark.costly
 def test_a_calibration_at_a_terminal(tmp_path):
     settings = ["problem.households=300", "problem.targets=60", "plots=false", "tensorboard=false",
                 "holdout.groups=null", "num_households=40", "epochs=20", "method=pruning"]  # fmt: skip

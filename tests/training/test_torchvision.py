@@ -19,6 +19,7 @@ def quick(tiny: list[str]) -> list[str]:
     return [*tiny, *MODEL, "data.batch_size=32", "trainer.max_epochs=1"]
 
 
+@pytest.mark.costly
 def test_resnet18_from_training_to_the_file_that_is_shipped(run, quick):
     trained = run("train", *quick, "lambda_l0=30", "optimizer.lr=0.05", "optimizer.warmup_epochs=0")
     assert trained.code == 0, trained.err
@@ -33,6 +34,7 @@ def test_resnet18_from_training_to_the_file_that_is_shipped(run, quick):
     assert sum(p.numel() for p in net.parameters()) == tested.results["compacted_parameters"]
 
 
+@pytest.mark.costly
 def test_it_is_resumed_and_fine_tuned_from_a_plain_one(run, quick):
     plain = run("train", *quick, "without_using_gate=true")
     assert plain.code == 0, plain.err
@@ -48,6 +50,7 @@ def test_it_is_resumed_and_fine_tuned_from_a_plain_one(run, quick):
     assert "is of model=resnet18, not of model=resnet34" in other.err
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "name", slowly(["mobilenet_v2", "densenet121", "squeezenet1_1", "vgg11_bn"], ("densenet121",))
 )
@@ -74,6 +77,7 @@ def test_small_images_are_not_shrunk_by_the_stem():
         torchvision_network("vgg11", 10, (3, 32, 32), small_images=True)
 
 
+@pytest.mark.costly
 def test_wrong_input(run, quick, tmp_path):
     for arguments, message in (
         (["model.name=resnet81"], "did you mean 'resnet18'"),

@@ -277,6 +277,7 @@ def test_levels_that_were_reconciled_are_all_met(how):
     assert (nation.target == nation.reconciled_target).all() == (how == "proportional")
 
 
+@pytest.mark.costly
 def test_exactly_so_many_pairs_are_kept():
     households, _ = write(targets=with_levels, crosswalk=SHARES)
     GROUPS.to_csv("G.csv", index=False)

@@ -96,6 +96,7 @@ def test_by_default_they_are_not_used_where_a_target_has_none(tolerance):
     assert (asked / "weights.csv").read_text() != (without / "weights.csv").read_text()
 
 
+@pytest.mark.costly
 def test_what_costs_more_than_the_tolerance_is_not_kept():
     """The largest weight that is allowed is met without own columns, and not with them."""
     write(tolerance="2%")
@@ -112,6 +113,7 @@ def test_what_costs_more_than_the_tolerance_is_not_kept():
         assert (held / "weights.csv").read_text() == (without / "weights.csv").read_text()
 
 
+@pytest.mark.costly
 def test_the_sweep_and_the_hold_out_tell_all_that_is_needed_at_every_number():
     write(tolerance="2%")
     folder, results = run(*BASE[:-1], "holdout.folds=3")

@@ -98,6 +98,7 @@ def test_repair_helps_on_new_inputs():
     assert error[0] < 0.5 * error[1]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["lenet5", pytest.param("googlenet", marks=pytest.mark.slow), "mlp"])
 def test_networks_with_gates_shrink_from_what_they_are(name):
     model, x = make(name).eval(), inputs(name, 16)
@@ -205,6 +206,7 @@ def test_an_order_that_is_known_to_be_better_is_the_only_one(order):
     assert one.order == order
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("repair", [True, False])
 def test_of_two_orders_the_one_is_taken_whose_answers_are_nearer(monkeypatch, repair):
     model, found = net(), {}

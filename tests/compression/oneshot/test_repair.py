@@ -120,6 +120,7 @@ def test_it_does_the_same_with_little_memory(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["lenet300", "lenet5", pytest.param("googlenet", marks=pytest.mark.slow)])
 def test_gates_of_the_author_s_own(name):
     before, x = make(name).eval(), inputs(name, 48)

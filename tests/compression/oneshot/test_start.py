@@ -48,6 +48,7 @@ def made(name):
     return network.eval(), x
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_is_what_shrink_returns(name):
     network, x = made(name)

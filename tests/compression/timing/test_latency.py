@@ -50,6 +50,7 @@ def test_modes_come_back_and_the_plot_is_a_file(tmp_path):
     assert found.rows[0].low == found.rows[0].high
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_networks_and_files_in_other_runtimes(runtime, tmp_path):
     for package in RUNTIMES[runtime]:
@@ -66,6 +67,7 @@ def test_networks_and_files_in_other_runtimes(runtime, tmp_path):
     assert "1 thread," in found.settings
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "runtime", ["eager", pytest.param("compiled", marks=pytest.mark.slow), "onnxruntime", "openvino"]
 )

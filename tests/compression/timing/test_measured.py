@@ -49,6 +49,7 @@ def test_the_peak_is_what_is_alive_at_once():
     assert peak_megabytes(compact(Branches(), x), x) == pytest.approx(4e-6 * 2 * (10 + 100 + 20))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_megabytes_are_met(accountant, share):
     counted, x = accountant
@@ -78,6 +79,7 @@ class Crooked(Megabytes):
         return super().measure(network) ** 0.6 * (1 + 0.002 * noise)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_a_model_that_is_wrong_is_corrected_by_what_is_measured(accountant, share):
     counted, x = accountant
@@ -125,6 +127,7 @@ def test_branches_that_may_all_go_leave_the_smallest_network():
         MeasuredBudget(counted, Megabytes(counted, x, batch=1), 1e-9, x)
 
 
+@pytest.mark.costly
 def test_what_cannot_be_met_is_said(accountant, caplog):
     counted, x = accountant
     cost = Megabytes(counted, x, batch=1)
@@ -159,6 +162,7 @@ def two_layers():
     return counted, x
 
 
+@pytest.mark.costly
 def test_a_layer_that_costs_by_blocks_is_held_and_others_fill_what_is_left(caplog):
     counted, x = two_layers()
     measured = []
@@ -181,6 +185,7 @@ def test_a_layer_that_costs_by_blocks_is_held_and_others_fill_what_is_left(caplo
     assert "the nearest that was found" not in caplog.text
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
 def test_milliseconds(accountant, runtime, tmp_path, monkeypatch):
     if runtime == "onnxruntime":

@@ -126,6 +126,7 @@ def example_of(name):
     return OWN[name][1] if name in OWN else NETWORKS[name][1]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", [*OWN, *FOUND])
 @torch.no_grad()
 def test_any_of_the_branches_can_go(name):
@@ -154,6 +155,7 @@ def shut_some_(network, seed):
         gates.log_alpha.copy_(3 * torch.randn(gates.log_alpha.shape, generator=generator))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", [*OWN, "vision transformer", "encoder"])
 def test_gated_networks_are_compacted_to_the_counted_size(name, seed, tmp_path):
@@ -169,6 +171,7 @@ def test_gated_networks_are_compacted_to_the_counted_size(name, seed, tmp_path):
             assert difference(a, b) < 1e-5
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["nested", "parallel", "experts"])
 @torch.no_grad()
 def test_branches_go_in_all_combinations(name):

@@ -15,6 +15,7 @@ NETWORKS = {
 """Small ones of kinds that have little in common."""
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", [f"{library} {n}" for library, ns in NETWORKS.items() for n in ns.split()])
 def test_half_of_a_network_equals_the_masked_one(name):
     library, name = name.split()
@@ -67,6 +68,7 @@ def dies(case):
     os._exit(7)
 
 
+@pytest.mark.costly
 def test_a_process_that_takes_too_long_or_dies_is_one_line():
     case = Case("timm", "small", "smalls", small)
     jobs = [(case, endless), (case, dies)]

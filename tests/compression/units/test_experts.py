@@ -246,6 +246,7 @@ WAYS = """
 """.split()  # noqa: SIM905
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("way", WAYS)
 def test_experts_that_a_router_picks_go(way):
     network = picked(way)
@@ -281,6 +282,7 @@ def test_expected_experts_are_those_of_all_draws():
     assert count(gated, WIDE).compacted_parameters == whole - 4 * per_expert
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("way", ["index", "scaled", "one_after_the_other"])
 def test_experts_go_with_all_else(way):
     gated = gate(picked(way), WIDE, jitter=0.0)
@@ -420,6 +422,7 @@ def ids(batch, length):
     return {"input_ids": torch.randint(0, 40, (batch, length), generator=torch.Generator().manual_seed(0))}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_experts_of_transformers_go(kind):
     network = tiny("batched_mm", kind).double()

@@ -53,6 +53,7 @@ def test_channels_and_what_they_are_tied_to():
     assert outputs.reason["fc.weight"] == "it reaches the output"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_parameter_is_explained_in_known_words(name):
     network = build(name)

@@ -64,6 +64,7 @@ def test_gates_of_a_network_in_float64_are_folded_to_its_last_digits(name):
         assert difference(first(network(x)), first(small(x))) < 1e-12
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["vision transformer", "resnet18"])
 def test_a_network_in_bfloat16_stays_in_bfloat16(name):
     x = example(name).bfloat16()
@@ -76,6 +77,7 @@ def test_a_network_in_bfloat16_stays_in_bfloat16(name):
         assert difference(first(network(x)).float(), first(small(x)).float()) < 0.1
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", NETWORKS)
 def test_open_gates_change_nothing(gated, name):
     network = gated(name)
@@ -87,6 +89,7 @@ def test_open_gates_change_nothing(gated, name):
     assert all(k.endswith(("gates.log_alpha", "gates._extra_state")) for k in found.missing_keys)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", NETWORKS)
 def test_compacted_network_has_the_counted_size_and_the_same_answers(gated, name):
     network = gated(name)

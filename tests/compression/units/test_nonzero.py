@@ -574,6 +574,7 @@ class HeadsInTheBatch(nn.Module):
         return self.leave(torch.cat(made.split(len(x), 0), 2))
 
 
+@pytest.mark.costly
 def test_heads_in_the_batch_lose_the_same_places():
     assert exact(HeadsInTheBatch(), x(3, 6, 5)) == [4, 4, 8]
 

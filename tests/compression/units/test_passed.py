@@ -98,6 +98,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("layer", LAYERS)
 def test_channels_of_a_spatial_gate_go_one_by_one(layer):
     network, x = gmlp(LAYERS[layer]), torch.randn(2, TOKENS, 5)
@@ -127,6 +128,7 @@ def test_of_two_axes_the_longer_one_goes():
         assert halved(network, x) < 1e-12
 
 
+@pytest.mark.costly
 @torch.no_grad()
 @pytest.mark.parametrize("layer", ["conv", "linear", "product"])
 def test_what_is_left_of_a_gmlp_is_counted_and_gives_the_same_answers(layer):

@@ -176,6 +176,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", INPUTS)
 def test_features_that_nobody_reads_leave_at_the_entrance(name, tmp_path):
     torch.manual_seed(0)

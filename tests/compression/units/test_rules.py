@@ -368,6 +368,7 @@ class Scores(nn.Module):
         return self.head(self.out((products.softmax(-1) @ values).transpose(1, 2).reshape(-1, 6, 24)))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "kind", ["learnt", "learnt for each example", "one bias for all heads", "mixed", "own"]
 )

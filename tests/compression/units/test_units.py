@@ -33,6 +33,7 @@ def random_half(units, seed):
     return gone
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
