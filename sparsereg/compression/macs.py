@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsereg.compression.running import fused_attention
+from sparsereg.compression.running import without_fused_attention
 
 aten = torch.ops.aten
 
@@ -59,5 +59,5 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 @contextmanager
 def counting() -> Iterator[FlopCounterMode]:
     """Count floating-point operations; attention does not take its fused paths, of which nothing is seen."""
-    with fused_attention(False), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    with without_fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         yield counter

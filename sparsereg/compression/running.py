@@ -29,7 +29,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             config.use_cache = False
         for model in models:
             model.eval()
-        with torch.no_grad(), fused_attention(False):
+        with torch.no_grad(), without_fused_attention():
             yield
     finally:
         for module, training in modes:
@@ -39,10 +39,10 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def fused_attention(allowed: bool) -> Iterator[None]:
-    """Let layers of ``torch.nn.TransformerEncoder`` be one operation, which leaves padding out, or not."""
+def without_fused_attention() -> Iterator[None]:
+    """Let no layer of ``torch.nn.TransformerEncoder`` be one operation, which leaves padding out."""
     before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(allowed)
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:

@@ -12,8 +12,8 @@ from sparsereg.compression.units.gating import GatedModule, shared_gate_of
 from sparsereg.distributions import HardConcrete
 
 DRAWS = 4
-"""Directions of the answers that are drawn for each batch, each for a part of it: what they cost is the
-examples, how well they say it is their number."""
+"""Directions of the answers that are drawn for each batch, each for a part of it: the more there are, the
+less noise is in what they say, and the fewer examples each goes through, the less they cost."""
 
 Gates = Sequence[HardConcrete]
 Importance = Callable[[nn.Module, Gates, Sequence[Any], torch.Generator], list[Tensor]]

@@ -51,8 +51,8 @@ def read_inputs(model: nn.Module, data: Any, num_inputs: int, batch_size: int) -
     return found
 
 
-FEWEST = 8
-"""Examples of a part of a batch: the answers' spread is known from so many."""
+PART = 8
+"""Fewest examples of a part of a batch: the answers' spread is known from so many."""
 AT_ONCE, NUMBERS = 512, 2**17
 """Examples, and numbers in them, up to which small batches are put together."""
 
@@ -103,9 +103,9 @@ def examples(inputs: Any) -> int:
 
 
 def split(inputs: Any, parts: int) -> list[Any]:
-    """A batch in so many parts, fewer where these had less than ``FEWEST`` examples."""
+    """A batch in so many parts, fewer where these had less than ``PART`` examples."""
     size = examples(inputs)
-    parts = max(1, min(parts, size // FEWEST))
+    parts = max(1, min(parts, size // PART))
     ends = [size * i // parts for i in range(parts + 1)]
     return [_part(inputs, size, *pair) for pair in itertools.pairwise(ends)] if parts > 1 else [inputs]
 
