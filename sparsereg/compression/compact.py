@@ -1,11 +1,9 @@
 """From a network with gates to a smaller one without: the same answers, plain torch.nn modules."""
 
-import copy
-
 import torch
 from torch import fx, nn
 
-from sparsereg.compression.running import Example
+from sparsereg.compression.running import Example, copied
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.flow import ATTRIBUTE as FLOW
 from sparsereg.compression.units.flow import flow_of
@@ -94,7 +92,7 @@ def twin(model: nn.Module) -> nn.Module:
 
     Copies of traced networks forget it otherwise.
     """
-    made = copy.deepcopy(model)
+    made = copied(model)
     known = {key: model.__dict__[key] for key in (UNITS, FLOW) if key in model.__dict__}
     made.__dict__.update(known)
     return made

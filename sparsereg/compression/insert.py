@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import fnmatch
 import itertools
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from sparsereg.compression.running import copied
 from sparsereg.compression.units.explain import FAMILIES, explanation, inputs_of
 from sparsereg.compression.units.explain import families as kinds
 from sparsereg.compression.units.gating import GATED, gate_layer_, put_gate, shared_gate
@@ -24,7 +24,6 @@ from sparsereg.compression.units.sites import WHOLE, Norm
 from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, traced_for
 from sparsereg.compression.units.together import Together, draw_anew
 from sparsereg.distributions import HardConcrete
-from sparsereg.errors import InputError
 from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
 from sparsereg.penalties import hard_concretes
 from sparsereg.target_settings import SHAPES
@@ -78,7 +77,7 @@ def gate(
         torch.Size([1, 2, 2, 2])
     """
     _check_plain(model)
-    gated = _copied(model)
+    gated = copied(model)
     gate_(gated, example_input, layers, families=families, residual=residual, shape=shape, **gate_settings)
     return gated
 
@@ -152,16 +151,6 @@ def check_shape(shape: str) -> str:
     if shape not in SHAPES:
         raise ValueError(f"shape: unknown {shape!r}; known are {', '.join(SHAPES)}")
     return shape
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
-        raise InputError(
-            f"{type(model).__name__} cannot be copied: a module keeps a tensor that is computed, as"
-            " torch.nn.utils.weight_norm does; use torch.nn.utils.parametrizations.weight_norm, or remove it"
-        ) from error
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -327,16 +316,18 @@ class _Inserter:
     def _simple(self) -> dict[str, Vector]:
         """Layers of PyTorch with one gate for each of their outputs, in order."""
         per_module: dict[str, list[tuple[fx.Node, list[Vector]]]] = {}
+        computed = set()  # their weights, from others that take the gates
         for site, vectors in self.of_site.items():
-            for path, _ in self._holders(site):
+            for path, name in self._holders(site):
                 per_module.setdefault(path, []).append((site, vectors))
+                computed |= {path} if name not in ("weight", "bias") else set()
         normed = {self.first[norm.module] for norm in self.analysis.sites.norms}
         fused = self._fused()
         found = {}
         for path, sites in per_module.items():
             module = self.network.get_submodule(path)
             alike = all(len(v) == 1 and v[0] is sites[0][1][0] for _, v in sites)
-            whole = type(module) in GATED and path not in normed | fused and alike
+            whole = type(module) in GATED and path not in normed | fused | computed and alike
             if whole and all(self._in_order(site, sites[0][1][0]) for site, _ in sites):
                 found[path] = sites[0][1][0]
         return found

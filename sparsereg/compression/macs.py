@@ -43,6 +43,11 @@ def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> i
     return 2 * _size(query[:-1]) * int(key[-2]) * int(query[-1] + value[-1])
 
 
+def _deformable(x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+    """As a convolution of the same kernel: reading between the places of a map is counted nowhere."""
+    return 2 * _size(out_shape) * _size(weight[1:])
+
+
 FORMULAS: dict[Any, Callable[..., int]] = {
     aten.mv: _matrix_times_vector,
     aten.addmv: _added_matrix_times_vector,
@@ -59,5 +64,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 @contextmanager
 def counting() -> Iterator[FlopCounterMode]:
     """Count floating-point operations; attention does not take its fused paths, of which nothing is seen."""
-    with without_fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    formulas = dict(FORMULAS)
+    if hasattr(torch.ops.torchvision, "deform_conv2d"):  # only once torchvision is imported
+        formulas[torch.ops.torchvision.deform_conv2d] = _deformable
+    with without_fused_attention(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         yield counter

@@ -1,11 +1,12 @@
 """Running a network for what it tells, without disturbing it."""
 
+import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 from sparsereg.errors import InputError
 
 Example = Tensor | tuple[Tensor, ...]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @contextmanager
@@ -36,6 +38,18 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = training
         for config in caching:
             config.use_cache = True
+
+
+def copied(model: Network, known: Mapping[int, Any] | None = None) -> Network:
+    """A copy of a network. What its modules keep of a pass, as attention maps, is copied without its graph.
+
+    Args:
+        model: left as it is.
+        known: what takes the place of some objects in it, by their ``id``.
+    """
+    kept = [torch.utils._pytree.tree_leaves(list(m.__dict__.values())) for m in model.modules()]
+    computed = [x for leaves in kept for x in leaves if isinstance(x, Tensor) and not x.is_leaf]
+    return copy.deepcopy(model, {**{id(x): x.detach().clone() for x in computed}, **(known or {})})
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def of_size(
     fits = x.dim() == len(sizes)
     if fits:
         for found, wanted in zip(x.shape, sizes):  # noqa: B905 (TorchScript knows no strict)
-            fits = fits and (found == wanted or found >= -wanted > 0)
+            fits = fits and (found == wanted or wanted == -1 or found >= -wanted > 0)
     if fits and most is not None:
         for found, wanted in zip(x.shape, most):  # noqa: B905
             fits = fits and (wanted == 0 or found <= wanted)

@@ -359,8 +359,10 @@ class _Reader:
         self.nodes[name] = self.graph.create_node(op, found, given, by_name, name)
 
     def _check_placeholder(self, target: Any, args: Any, kwargs: Any) -> str:
-        if args or kwargs or any(node.op != "placeholder" for node in self.nodes.values()):
-            raise InputError("the inputs must be the first operations and have no arguments")
+        if len(args) > 1 or kwargs or any(node.op != "placeholder" for node in self.nodes.values()):
+            raise InputError("the inputs must be the first operations and have one default at most")
+        if any(not isinstance(default, bool | int | float | None) for default in args):
+            raise InputError(f"the default of {short(target)} is no number")
         if any(node.target == target for node in self.nodes.values()):
             raise InputError(f"two inputs are called {short(target)}")
         return check_name(target, "an input")

@@ -136,6 +136,8 @@ DTYPES = {
     )
 }
 """Types of numbers that a file may name, and that its tensors may have."""
+_KEYS = r"[\w .:/+\-]{1,200}"
+"""Texts that a dictionary may have as keys, in what a network is given and in what it returns."""
 _ARITHMETIC = {name for name in FUNCTIONS if name.startswith("operator.") and name != "operator.getitem"}
 _ENLARGING = {"expand", "F.pad", "F.interpolate"} | {n for n in FUNCTIONS if "adaptive" in n}
 _EINSUM = ("torch.einsum", "aten.einsum.default")
@@ -195,7 +197,8 @@ def _check_value(name: str, value: Any, depth: int) -> None:
         equation = name in ("torch.einsum", "aten.einsum.default") and re.fullmatch(
             r"[A-Za-z.,>\- ]{1,200}", value
         )
-        if value not in WORDS and not equation:
+        key = name == "operator.getitem" and re.fullmatch(_KEYS, value)
+        if value not in WORDS and not equation and not key:
             raise InputError(f"{name} has the argument {short(value)}, which is not on the list")
     elif isinstance(value, bool | float | torch.dtype | fx.Node) or value is None:
         pass
@@ -239,7 +242,7 @@ def check_result(value: Any, depth: int = DEEPEST) -> None:
         raise InputError("the result has lists in lists without end")
     if isinstance(value, dict):
         for key in value:
-            if not _whole(key) and not (isinstance(key, str) and re.fullmatch(r"[\w .:/+\-]{1,200}", key)):
+            if not _whole(key) and not (isinstance(key, str) and re.fullmatch(_KEYS, key)):
                 raise InputError(f"the result has the key {short(key)}, which is not a plain name")
         value = list(value.values())
     if isinstance(value, list | tuple):

@@ -1,6 +1,5 @@
 """A network that gets smaller in a training loop of your own: `Sparsifier`."""
 
-import copy
 import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from sparsereg.compression.count import Accountant
 from sparsereg.compression.insert import Choice, gate_
 from sparsereg.compression.oneshot.inputs import read_inputs
 from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS, start_in_one_shot_
+from sparsereg.compression.running import copied
 from sparsereg.compression.storage import save_compacted
 from sparsereg.data.batches import moved
 from sparsereg.device import several_processes
@@ -135,7 +135,7 @@ class Sparsifier:
             target_part_macs,
         )
         self.example = check_example(model, example)
-        self.model = model if inplace else copy.deepcopy(model)
+        self.model = model if inplace else copied(model)
         gate_(
             self.model,
             self.example,

@@ -6,7 +6,6 @@ from torch import nn
 from sparsereg.compression import compact, count, gate
 from sparsereg.compression.verify import difference
 from sparsereg.distributions import HardConcrete
-from sparsereg.errors import InputError
 from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.penalties import hard_concretes
 from tests.compression.networks import dense, make, set_gates
@@ -160,8 +159,39 @@ def test_make_is_reproducible():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_network_that_cannot_be_copied_is_refused_in_one_line():
-    network = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2))
-    network(torch.ones(2, 4))
-    with pytest.raises(InputError, match=r"Sequential cannot be copied: .*parametrizations"):
-        gate(network, torch.ones(2, 4))
+@pytest.mark.parametrize("dim", [0, 1])
+def test_weights_that_a_hook_computes_take_gates_where_they_are_computed_from(dim):
+    network = nn.Sequential(
+        nn.utils.weight_norm(nn.Linear(4, 6), dim=dim), nn.ReLU(), nn.Linear(6, 2)
+    ).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    network(x)  # from here on it holds a weight that belongs to the graph of this call
+    gated = gate(network, x).eval()
+    (gates,) = hard_concretes(gated).values()
+    gates.log_alpha.data[::2] = -10
+    gated(x).sum().backward()
+    smaller = compact(gated, x)
+    assert smaller.get_submodule("2").in_features == 3
+    assert (smaller(x) - gated(x)).abs().max() < 1e-12
+
+
+class Keeping(nn.Module):
+    """Keeps what it has made, as attention maps are kept for a look at them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.seen = nn.Linear(4, 6), nn.Linear(6, 2), []
+
+    def forward(self, x):
+        self.last = torch.relu(self.a(x))
+        self.seen.append(self.last)
+        return self.b(self.last)
+
+
+def test_what_modules_keep_of_a_pass_is_copied_without_its_graph():
+    network, x = Keeping(), torch.randn(3, 4)
+    network(x)
+    gated = gate(network, x)
+    gated(x).sum().backward()
+    assert compact(gated, x)(x).shape == (3, 2)
+    assert network.last.requires_grad

@@ -2,13 +2,15 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from sparsereg.compression import compact, count, is_compacted, load_compacted, save_compacted
+from sparsereg.compression import compact, count, gate, is_compacted, load_compacted, save_compacted
 from sparsereg.errors import InputError
+from sparsereg.penalties import hard_concretes
 from tests.compression.networks import NETWORKS, make, set_gates
 
 
@@ -114,3 +116,56 @@ def test_what_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(InputError, match="bessel_j0"):
         save_compacted(compact(Sorts(), torch.randn(2, 3)), tmp_path / "c.pt")
     assert not list(tmp_path.iterdir())
+
+
+class Batch(nn.Module):
+    """Takes lists and dictionaries of tensors, and something optional before something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = nn.ModuleList(nn.Linear(size, 12) for size in (4, 6))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, parts, flag=None, more=None, scale=2.0):
+        hidden = [torch.relu(read(part)) for read, part in zip(self.read, parts, strict=True)]
+        return self.head(sum(hidden)) * scale * more["a"]["b"]
+
+
+def test_inputs_in_lists_and_dictionaries(tmp_path):
+    def batch(n):
+        return [torch.randn(n, 4), torch.randn(n, 6)], None, {"a": {"b": torch.rand(n, 1)}}
+
+    network = gate(Batch(), batch(2))
+    for gates in hard_concretes(network).values():
+        gates.log_alpha.data[::2] = -10
+    smaller = compact(network.eval(), batch(2))
+    again = load_compacted(save_compacted(smaller, tmp_path / "compacted.pt"))
+    other = batch(5)
+    torch.testing.assert_close(network(*other), smaller(*other))
+    assert torch.equal(smaller(*other), again(*other))
+    named = {"parts": other[0], "more": other[2]}
+    assert torch.equal(again(**named), again(*other))
+    gated = gate(again, other).eval()
+    torch.testing.assert_close(compact(gated, other)(*other), gated(*other))
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+def test_a_dataclass_that_pytorch_does_not_know_is_returned():
+    class Answers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return Answer(self.b(torch.relu(self.a(x))))
+
+    x = torch.randn(3, 4)
+    network = gate(Answers(), x).eval()
+    found = compact(network, x)(x)
+    assert isinstance(found, Answer)
+    torch.testing.assert_close(found.logits, network(x).logits)

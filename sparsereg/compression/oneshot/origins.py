@@ -1,12 +1,10 @@
 """Where the weights of a compacted network come from: which rows and columns of the original's they are."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from sparsereg.compression.compact import compact
-from sparsereg.compression.running import Example, doubled
+from sparsereg.compression.running import Example, copied, doubled
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.smaller import fixed_sizes, smaller
 from sparsereg.compression.units.structure import structure_of
@@ -35,7 +33,7 @@ class Origins:
     """
 
     def __init__(self, model: nn.Module, example_input: Example) -> None:
-        self._told = copy.deepcopy(model).double()
+        self._told = copied(model).double()
         self._example, given = example_input, inputs_of(example_input)
         self._structure = structure_of(model, *given)
         if self._structure is not None and self._structure.fixed is None:

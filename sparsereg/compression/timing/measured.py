@@ -6,7 +6,6 @@ and nothing depends on it being right in between: at the end the compacted netwo
 model's share is corrected, and the gates are set anew, until what was measured is what was asked for.
 """
 
-import copy
 import logging
 import math
 import statistics
@@ -22,6 +21,7 @@ from sparsereg.compression.batch_norm_folding import fuse
 from sparsereg.compression.budget import Budget, meet_all_
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant
+from sparsereg.compression.running import copied
 from sparsereg.compression.timing.runtimes import (
     Loaded,
     Loaders,
@@ -383,7 +383,7 @@ class MeasuredBudget(Budget):
     def _compacted(self) -> fx.GraphModule:
         model = self.accountant.model
         if next(model.parameters()).device.type != "cpu":
-            model = copy.deepcopy(model).cpu()
+            model = copied(model).cpu()
         return fuse(compact(model, self.example_input, check=False))
 
     def meet(self) -> None:

@@ -22,7 +22,7 @@ from sparsereg.compression.units.labels import Ints
 from sparsereg.compression.units.lines import Alternatives, Bools, Lines, Sizes
 from sparsereg.compression.units.program import Program, bound, name_of, plain_call
 from sparsereg.compression.units.rules.cells import CELLS
-from sparsereg.compression.units.rules.recurrent import BLOCKS
+from sparsereg.compression.units.rules.recurrent import BLOCKS, Pass, goes_by_units, passes
 from sparsereg.compression.units.rules.stacked import stack_of
 from sparsereg.compression.units.rules.table import weight_of
 from sparsereg.compression.units.solve import Units
@@ -69,6 +69,7 @@ class Costs:
         used = [n for n in self.program.weights if n in self.program.parameters and self._ways[n]]
         self.parameters = [self._term(n, 1.0, [(n, d) for d in range(n_dim(self.program, n))]) for n in used]
         self.macs = [t for node in self.program.calls if self._ways[node] for t in self._macs(node)]
+        self._projections = [self._projection(p) for node in self.program.calls for p in _projecting(node)]
         self.sizes = Sizes(self._lines, (branch.choice for branch in units.branches.found))
         self._serves = Alternatives(list(self._way_ids), self.sizes.place)
         self._arrays = {id(part): _Arrays(part) for part in (self.parameters, self.macs)}
@@ -88,7 +89,10 @@ class Costs:
         return self.sizes.choices
 
     def revived(self, stays: Bools) -> Bools:
-        """Choices that stay where none would be left along an axis of a weight: there the first one stays."""
+        """Choices that stay where none would be left along an axis of a weight: there the first one stays.
+
+        So do the first hidden units of an LSTM with projections, which torch.nn wants to be more than these.
+        """
         stays = stays.copy()
         counts = self.sizes.counts(stays)
         for term in self.parameters:
@@ -97,6 +101,12 @@ class Costs:
                     first = self._lines.sets[self._lines.lines[line][0]]
                     stays[[self.sizes.place[c] for c in first]] = True
                     counts = self.sizes.counts(stays)
+        for units, projected in self._projections:
+            for unit in self._lines.lines[units]:
+                if counts[units] > counts[projected]:
+                    break
+                stays[[self.sizes.place[c] for c in self._lines.sets[unit]]] = True
+                counts = self.sizes.counts(stays)
         for choices in self.units.branches.alternatives:
             own = [self.sizes.place[c] for c in choices]
             stays[own[0]] |= not stays[own].any()
@@ -134,6 +144,12 @@ class Costs:
         parts = (self._arrays[id(part)] for part in (self.parameters, self.macs))
         parameters, macs = (part.expected(probability, counts, serves) for part in parts)
         return parameters, macs
+
+    def _projection(self, one: Pass) -> tuple[int, int]:
+        """The lines of what a projection reads, and of what it makes."""
+        assert one.projection is not None
+        read, made = (self._lines.line(self._line(one.projection, axis)) for axis in (1, 0))
+        return read, made
 
     def _term(self, node: fx.Node, factor: float, axes: list[Axis]) -> Term:
         arrays = [self._line(*axis) for axis in axes]
@@ -227,6 +243,13 @@ def _all(program: Program, node: fx.Node) -> list[Axis]:
     return [(node, d) for d in range(n_dim(program, node))]
 
 
+def _projecting(node: fx.Node) -> list[Pass]:
+    """The layers and directions of an LSTM with projections."""
+    if name_of(node) not in BLOCKS or not goes_by_units(node):
+        return []
+    return [one for one in passes(node) if one.projection is not None]
+
+
 Products = list[tuple[float, list[Axis]]]
 
 
@@ -316,7 +339,7 @@ _PRODUCTS: dict[str, Callable[[Program, fx.Node], Products]] = {
     **dict.fromkeys(BLOCKS, _layers),
     **dict.fromkeys(CELLS, _cell),
     **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot"), _matmul),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "deform_conv2d"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
 }
 """Over which axes each kind of product runs."""

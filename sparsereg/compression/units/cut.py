@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from sparsereg.compression.units.labels import BLANK, Labels, along
 from sparsereg.compression.units.program import Call, Program, bound, name_of, plain_call
 from sparsereg.compression.units.rules.experts import calls_without
-from sparsereg.compression.units.rules.table import read_by_rows, rule_of
+from sparsereg.compression.units.rules.table import normed_by_lines, read_by_rows, rule_of
 from sparsereg.compression.units.solve import Units
 
 
@@ -44,7 +44,7 @@ class Cut:
 
     def use(self, weights: Iterable[tuple[fx.Node, Tensor]]) -> None:
         """Cut other weights, such as those with gates multiplied in."""
-        normed = {bound(n)["v"]: n for n in self.program.calls if name_of(n) == "_weight_norm"}
+        normed = {bound(n)["v"]: n for n in self.program.calls if normed_by_lines(n)}
         sizes: dict[fx.Node, Tensor] = {}
         self.weights = {}
         for node, value in weights:
@@ -121,7 +121,9 @@ class Cut:
         return found | calls_without(self.program, experts, self.stays, found, self.instead)
 
     def alive_along(self, labels: Labels, axis: int) -> Tensor:
-        """Which positions along an axis are left, (size,)."""
+        """Which positions along an axis are left, (size,); all where they are alike."""
+        if labels.stride(axis) == 0 and labels.shape[axis] > 1:
+            return torch.ones(labels.shape[axis], dtype=torch.bool)
         for other in range(labels.dim()):
             if other != axis and labels.stride(other) == 0 and labels.shape[other]:
                 labels = labels.narrow(other, 0, 1)
@@ -158,7 +160,7 @@ class Cut:
         This is what a smaller network has to equal.
         """
         zeroed = {node: self._zeroed(node, value) for node, value in self.program.weights.items()}
-        normed = {bound(node)["v"] for node in self.program.calls if name_of(node) == "_weight_norm"}
+        normed = {bound(node)["v"] for node in self.program.calls if normed_by_lines(node)}
         zeroed |= {v: self.program.weights[v] for v in normed}
         for branch in self.units.branches.found:
             if branch.choice in self.gone:
@@ -178,7 +180,7 @@ class Cut:
 
     def _masked_call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A mean, or a norm, over the units that stay; of normed weights, zeros where units are gone."""
-        if name_of(node) == "_weight_norm":
+        if normed_by_lines(node):
             return self._zeroed(bound(node)["v"], plain_call(node, args, kwargs))
         dims = [] if self.is_of_all(node) else averages(node)
         labels = self.labels.get(node.args[0]) if dims else None

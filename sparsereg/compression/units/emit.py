@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from types import FunctionType
 from typing import Any
@@ -17,8 +18,17 @@ from sparsereg.compression.sizes import of_size
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.program import Call, Ready, Scaled, Selected, bound, module_of, op_name
-from sparsereg.compression.units.rules.recurrent import BLOCKS, KINDS, Pass, passes, starts_at_zero
+from sparsereg.compression.units.rules.recurrent import (
+    BLOCKS,
+    KINDS,
+    Pass,
+    apart,
+    goes_by_units,
+    last_states,
+    passes,
+)
 from sparsereg.compression.vocabulary import reserved
+from sparsereg.errors import InputError
 
 _PLACES = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy")
 _VIEWS = ("view", "_unsafe_view")
@@ -75,18 +85,39 @@ class Emitter:
     # --- inputs and the result --------------------------------------------------------------------------
 
     def _inputs(self) -> None:
-        for node in self.program.inputs:
-            value = self.program.values[node]
-            if isinstance(value, Tensor):
-                self.made[node] = self.graph.placeholder(node.name)
+        tree = torch.utils._pytree.tree_unflatten(self.program.inputs, self.program.takes)
+        given = _by_name(self.model, *tree)
+        several, optional = [], False
+        for name, value in given:
+            plain = self.program.values[value] if isinstance(value, fx.Node) else None
+            optional |= isinstance(value, fx.Node) and not isinstance(plain, Tensor)
+            # Python takes no argument without a default behind one that has one.
+            default = {"default_value": None if isinstance(plain, Tensor) else plain} if optional else {}
+            if isinstance(value, fx.Node):
+                self.made[value] = self.graph.placeholder(value.name, **default)
             else:
-                self.made[node] = self.graph.placeholder(node.name, default_value=value)
+                several.append((self.graph.placeholder(name, **default), value))
+        for whole, parts in several:
+            self._unpack(whole, parts)
         for position, sizes in self.fixed.items():
             node = self.program.inputs[position]
             if sizes.arguments:
                 self.made[node] = self.graph.call_function(of_size, (self.made[node], *sizes.arguments))
         for node in self.program.inputs:
             self.made[node] = self._entered(node, self.made[node])
+
+    def _unpack(self, whole: fx.Node, parts: Any) -> None:
+        """Take the tensors out of a list, tuple or dictionary that is one input of the network."""
+        if isinstance(parts, fx.Node):
+            self.made[parts] = whole
+            return
+        if not isinstance(parts, Mapping | list | tuple):
+            raise InputError(
+                f"{type(self.model).__name__} is given a {type(parts).__name__}: a smaller network takes"
+                " tensors, and lists, tuples and dictionaries of them"
+            )
+        for key, part in parts.items() if isinstance(parts, Mapping) else enumerate(parts):
+            self._unpack(self.graph.call_function(operator.getitem, (whole, key)), part)
 
     def _entered(self, node: fx.Node, made: Any) -> Any:
         """The features of an input that are read, of all that come in."""
@@ -134,7 +165,7 @@ class Emitter:
     # --- operations -------------------------------------------------------------------------------------
 
     def _operation(self, node: fx.Node) -> Any:
-        if op_name(node.target) in BLOCKS and starts_at_zero(node):
+        if op_name(node.target) in BLOCKS and goes_by_units(node):
             return self._recurrent(node)
         call = self.cut.calls.get(node) or Call(node.target, node.args, node.kwargs)
         name = op_name(call.target)
@@ -261,7 +292,10 @@ class Emitter:
             x = self._call(torch.ops.aten.cat.default, outs, -1) if len(outs) > 1 else outs[0]
             if a["dropout"] and layer + 1 < int(a["num_layers"]):
                 x = self._dropped(float(a["dropout"]), x)
-        return [x, *(list(part) for part in zip(*lasts, strict=True))]
+        whole = {state.args[1] for state in last_states(node) if not apart(state)}
+        states = [list(part) for part in zip(*lasts, strict=True)]
+        stack = torch.ops.aten.stack.default
+        return [x, *(self._call(stack, s) if i in whole else s for i, s in enumerate(states, 1))]
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
         return self.graph.call_function(target, args)
@@ -393,6 +427,16 @@ class Emitter:
                 owner.add_module(parent, nn.Module())
             owner = owner.get_submodule(parent)
         owner.add_module(last, module)
+
+
+def _by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The inputs of a network with the names under which its forward pass has them."""
+    names = []
+    for parameter in inspect.signature(model.forward).parameters.values():
+        several = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+        names += [f"{parameter.name}_{i}" for i in range(len(args))] if several else [parameter.name]
+    names += [f"input_{i}" for i in range(len(names), len(args))]
+    return zip((*names[: len(args)], *kwargs), (*args, *kwargs.values()), strict=True)
 
 
 def _place_of(one: Pass) -> str:

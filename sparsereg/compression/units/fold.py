@@ -30,7 +30,7 @@ from sparsereg.compression.units.program import (
     takes_any_batch,
 )
 from sparsereg.compression.units.rules.moves import COPIES
-from sparsereg.compression.units.rules.recurrent import BLOCKS, starts_at_zero
+from sparsereg.compression.units.rules.recurrent import BLOCKS, goes_by_units
 from sparsereg.compression.units.rules.table import JOINS, rule_of
 from sparsereg.compression.units.steps.single import Gate, Take
 from sparsereg.compression.units.steps.table import Channels, Mask, Result, Step, Vector
@@ -159,7 +159,7 @@ class Folder(Emitter):
 
     def _step(self, node: fx.Node) -> Any:
         step = self.flow.follower.maker.get(node)
-        if op_name(node.target) in BLOCKS and starts_at_zero(node):
+        if op_name(node.target) in BLOCKS and goes_by_units(node):
             return self._layers(node)
         if step is not None:
             return step.write(self)

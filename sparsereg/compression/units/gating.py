@@ -203,6 +203,24 @@ class Given(NamedTuple):
     draw: Tensor
 
 
+def _enlarged(x: Tensor, far: Tensor, share: Tensor, axis: int) -> Tensor:
+    if axis < 0:
+        lines = x.movedim(axis, -1)
+        return torch.lerp((lines @ share).unsqueeze(-1), lines, far).movedim(-1, axis)
+    mean = x.flatten(2).mean(2) @ share
+    return torch.lerp(mean.view(-1, *[1] * (x.dim() - 1)), x, far.view(1, -1, *[1] * (x.dim() - 2)))
+
+
+def enlarged(x: Tensor, spread: Spread, axis: int) -> Tensor:
+    """The input of a normalisation between its mean and beyond itself, see `_Enlarged`.
+
+    Transforms of torch.func take no function with a gradient of its own, but the expression.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return _enlarged(x, spread.far.to(x.dtype), spread.share.to(x.dtype), axis)
+    return _Enlarged.apply(x, spread, axis)  # type: ignore[no-any-return]
+
+
 class _Enlarged(torch.autograd.Function):
     """The input of a normalisation between its mean and beyond itself, along one axis.
 
@@ -215,11 +233,7 @@ class _Enlarged(torch.autograd.Function):
         far, rest, share = (part.to(x.dtype) for part in spread[:3])
         ctx.axis = axis
         ctx.save_for_backward(far, rest, share)
-        if axis < 0:
-            lines = x.movedim(axis, -1)
-            return torch.lerp((lines @ share).unsqueeze(-1), lines, far).movedim(-1, axis)
-        mean = x.flatten(2).mean(2) @ share
-        return torch.lerp(mean.view(-1, *[1] * (x.dim() - 1)), x, far.view(1, -1, *[1] * (x.dim() - 2)))
+        return _enlarged(x, far, share, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -365,7 +379,7 @@ class GatedModule(nn.Module):
         spread = self._gated_spread()
         if centred:
             with torch.autocast(x.device.type, enabled=False):  # which takes products in bfloat16
-                return _Enlarged.apply(x, spread, axis)  # type: ignore[no-any-return]
+                return enlarged(x, spread, axis)
         shape = [1] * x.dim()
         shape[axis] = -1
         return x * spread.far.to(x.dtype).view(shape)
@@ -455,6 +469,9 @@ def _open_layer_norm(module: Any, x: Tensor) -> Tensor:
     if spread.far.dtype != dtype:
         spread = Spread(*(part.to(dtype) for part in spread))
     bias = None if bias is None else bias.to(dtype)
+    if torch._C._are_functorch_transforms_active():
+        filled = enlarged(x.to(dtype), spread, -1)
+        return F.layer_norm(filled, weight.shape, weight.to(dtype), bias, module.eps)
     return _OpenLayerNorm.apply(x.to(dtype), weight.to(dtype), bias, spread, module.eps)  # type: ignore[no-any-return]
 
 

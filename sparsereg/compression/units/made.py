@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from sparsereg.compression.running import evaluating
 from sparsereg.compression.units.program import Program, bound, called, name_of
-from sparsereg.compression.units.rules.table import JOINS, MOVING
+from sparsereg.compression.units.rules.table import JOINS, MOVING, normed_by_lines, out_axis
 
 _READS = {
     "linear": ("weight", 0),
@@ -29,8 +29,6 @@ _READS = {
 }
 """Operations that read a weight: what they call it, and its axis of units that they make."""
 _MATRICES = ("mat2", "other")
-_NORM = "_weight_norm"
-"""Has a rule of its own, which keeps what is normed and its size apart."""
 _SAME = ("flatten", "view", "reshape", "expand", "clone", "alias", "contiguous", "detach")
 """Operations that leave all elements where they are if the shape stays."""
 _ALIKE = 1e-9
@@ -108,6 +106,7 @@ def _computed_weight(program: Program, node: fx.Node) -> tuple[fx.Node | None, i
     """What a layer reads as its weight if an operation gives it; its axis of units that the layer makes."""
     key, axis = _READS.get(name_of(node), ("", 0))
     source = bound(node)[key] if key else None
+    axis = out_axis(node, axis)
     if not isinstance(source, fx.Node) or source.op != "call_function":
         return None, axis
     value = program.values[source]
@@ -116,9 +115,12 @@ def _computed_weight(program: Program, node: fx.Node) -> tuple[fx.Node | None, i
 
 
 def _is_computed(behind: list[fx.Node]) -> bool:
-    """Whether operations do more than rules know of weights: than move them, or norm them."""
-    names = {name_of(n).rstrip("_") for n in behind}
-    return bool(names - (MOVING - set(JOINS)) - {_NORM})
+    """Whether operations do more than rules know of weights: than move them, or norm them line by line.
+
+    Norms of lines have a rule of their own, which keeps what is normed and its size apart.
+    """
+    names = {name_of(n).rstrip("_") for n in behind if not normed_by_lines(n)}
+    return bool(names - (MOVING - set(JOINS)))
 
 
 def _behind(program: Program, source: fx.Node) -> list[fx.Node]:

@@ -7,9 +7,8 @@ elements which gate multiplies.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.running import evaluating
+from sparsereg.compression.running import copied
 from sparsereg.compression.units.labels import Ints
 from sparsereg.compression.units.program import Call, Program, called, module_of, name_of, trace_any_size
 from sparsereg.compression.units.rules.moves import COPIES
@@ -117,12 +116,12 @@ def place(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     Raises:
         InputError: the network cannot be traced, or a gate does something else than multiply.
     """
-    bare = copy.deepcopy(model)
+    bare = copied(model)
     for module in bare.modules():
         if isinstance(module, HardConcrete):
             module.__class__ = _Leaf
             module.log_alpha.data.fill_(1.0)
-    program = _traced(bare, args, dict(kwargs))
+    program = trace_any_size(bare, args, dict(kwargs))
     _refuse_what_drops(model, program)
     paths: dict[int, str] = {}
     known = {}
@@ -136,33 +135,6 @@ def place(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     _Folder(placed, model).fold()
     program.forget()
     return placed
-
-
-def _traced(bare: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-    """Trace a network; classes in which it returns several tensors are made known to PyTorch first."""
-    try:
-        return trace_any_size(bare, args, kwargs)
-    except InputError:
-        with evaluating(bare):
-            kinds = {type(part) for part in _dataclasses_in(_tried(bare, args, kwargs))}
-        if not kinds:
-            raise
-        for kind in kinds:
-            torch.export.register_dataclass(kind)
-    return trace_any_size(bare, args, kwargs)
-
-
-def _tried(bare: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    try:
-        return bare(*args, **kwargs)
-    except Exception:
-        return None
-
-
-def _dataclasses_in(result: Any) -> list[Any]:
-    """Parts of a result that PyTorch does not know how to take apart."""
-    leaves = torch.utils._pytree.tree_leaves(result)
-    return [leaf for leaf in leaves if is_dataclass(leaf) and not isinstance(leaf, type)]
 
 
 def _refuse_what_drops(model: nn.Module, program: Program) -> None:

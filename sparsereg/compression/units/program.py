@@ -10,6 +10,7 @@ import dataclasses
 import io
 import logging
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -497,7 +498,11 @@ def _export(
     except Exception:
         pair = (args, kwargs)
         try:
+            if _made_known(model, args, kwargs):
+                return _export(model, args, kwargs, maps)
             exported = torch.export.export(model, args, kwargs or None, strict=False)
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(_why(model, error)) from error
     if _writes_into_what_others_read(exported.graph):
@@ -505,6 +510,18 @@ def _export(
     _let_write_anew(exported.graph)
     in_pairs(exported.graph)
     return exported, *pair
+
+
+def _made_known(model: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Make dataclasses known to PyTorch in which a network returns several tensors; whether there are any."""
+    kinds = {
+        type(leaf)
+        for leaf in torch.utils._pytree.tree_leaves(model(*args, **kwargs))
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+    }
+    for kind in kinds:
+        torch.export.register_dataclass(kind)
+    return bool(kinds)
 
 
 def _inputs(exported: torch.export.ExportedProgram) -> list[fx.Node]:
@@ -627,6 +644,8 @@ def _let_write_anew(graph: fx.Graph) -> None:
             node.target = getattr(plain, node.target._overloadname or "default", node.target)
         if name in ("copy", "copy_"):
             _let_copy(graph, node)
+        if name == "slice_scatter" and node.meta["val"].is_complex():
+            _let_join(graph, node)
 
 
 def _let_copy(graph: fx.Graph, node: fx.Node) -> None:
@@ -636,6 +655,27 @@ def _let_copy(graph: fx.Graph, node: fx.Node) -> None:
         alike = graph.call_function(torch.ops.aten.type_as.default, (source, whole))
     alike.meta.update(node.meta)
     node.target, node.args, node.kwargs = torch.ops.aten.expand_as.default, (alike, whole), {}
+
+
+def _let_join(graph: fx.Graph, node: fx.Node) -> None:
+    """Put a complex tensor together of what is written into it and the rest: the write has no gradient."""
+    whole, source, dim, start, end, step = bound(node).values()
+    if step != 1:
+        return
+    before = [(0, start)] if start not in (0, None) else []
+    behind = [(end, sys.maxsize)] if end not in (sys.maxsize, None) else []
+    with graph.inserting_before(node):
+        parts = [graph.call_function(torch.ops.aten.slice.Tensor, (whole, dim, *e)) for e in before + behind]
+    for part in parts:
+        part.meta.update(node.meta)
+        ends = (_size_of(a) for a in part.args[1:])
+        part.meta["val"] = torch.ops.aten.slice.Tensor(whole.meta["val"], *ends)
+    parts.insert(len(before), source)
+    node.target, node.args, node.kwargs = torch.ops.aten.cat.default, (parts, dim), {}
+
+
+def _size_of(size: Any) -> Any:
+    return size.meta["val"] if isinstance(size, fx.Node) else size
 
 
 def at_least_two(x: Any) -> Any:

@@ -23,7 +23,7 @@ from sparsereg.compression.units.rules.elementwise import PRODUCTS, QUOTIENTS
 from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES, weight_behind
 from sparsereg.compression.units.rules.recurrent import BLOCKS, candidate_rows, passes
 from sparsereg.compression.units.rules.stacked import stack_of
-from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, behind, picked, scaled
+from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, behind, out_axis, picked, scaled
 
 WHOLE = -2
 """In place of an axis: all of a weight takes the same gates."""
@@ -145,7 +145,7 @@ class Sites:
             self.axis.setdefault(weight, 0 if turned else 1)
             return []
         if name in MAKERS:
-            out = 1 if "transpose" in name else _OUT_AXIS.get(name, 0)
+            out = out_axis(node, 1 if "transpose" in name else _OUT_AXIS.get(name, 0))
             made = [scaled(bound(node).get(key), out) for key in MAKERS[name]]
             found = [w for w in made if w in self.program.weights]
             for weight in found:
@@ -276,8 +276,10 @@ class Sites:
         centred = by_hand or kinds <= {"layer_norm", "group_norm", "native_layer_norm"}
         if not centred and kinds != {"rms_norm"} and not _mean_of_squares(node):
             return None
-        if name_of(node) == "group_norm":
+        if name_of(node) == "group_norm" or (centred and len(averages(node)) > 1):
             axis = axis + self.program.values[next(iter(sources))].dim()
+            if axis != 1 or averages(node)[0] != 1:  # its mean is over all that lies behind the batch
+                return None
         able = all(_factor(weight, inside) for weight in weights)
         multiply = [weight for weight in weights if not _adds(weight, inside)]
         alone = len(weights) == len(multiply) == 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from sparsereg.compression.running import copied
 from sparsereg.compression.sizes import of_size
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.emit import Emitter
@@ -101,6 +101,8 @@ def _known_sizes(model: nn.Module) -> dict[int, Sizes] | None:
         return None
     inputs = [node for node in model.graph.nodes if node.op == "placeholder"]
     said = {n.args[0]: Sizes.said(*n.args[1:]) for n in model.graph.nodes if n.target is of_size}
+    if not set(said) <= set(inputs):  # parts of what it is given as one
+        return None
     return {place: said[node] for place, node in enumerate(inputs) if node in said}
 
 
@@ -125,7 +127,7 @@ def _free_positions(
 def _bare(model: nn.Module) -> nn.Module:
     """A network without its gates, whose weights it shares."""
     tensors = (*model.parameters(), *model.buffers())
-    bare = copy.deepcopy(model, {id(t): t for t in tensors})
+    bare = copied(model, {id(t): t for t in tensors})
     take_gates_off(bare, plain_module)
     return bare
 

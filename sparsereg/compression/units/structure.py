@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.running import in_double
+from sparsereg.compression.running import copied, in_double
 from sparsereg.compression.units.costs import Costs
 from sparsereg.compression.units.gating import (
     GatedModule,
@@ -362,7 +361,7 @@ def structure_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     traced = traced_for(model, args, kwargs)
     if isinstance(known, Structure) and known.traced == traced:
         return known
-    bare = copy.deepcopy(model)
+    bare = copied(model)
     found = sited(bare)
     take_gates_off(bare, plain_module)
     sizes = {name: m.gate_size[0] for name, m in model.named_modules() if isinstance(m, SharedGates)}

@@ -51,6 +51,23 @@ def set_(network, value):
         gates.log_alpha.fill_(value)
 
 
+def test_transforms_of_torch_func_go_through_norms_with_gates():
+    network = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 2)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    gated = gate(network, x, jitter=0.0).eval()
+    shuffle_(gated)
+    gated(x).square().sum().backward()
+    weights = {name: p.detach() for name, p in gated.named_parameters()}
+
+    def loss(w, one):
+        return torch.func.functional_call(gated, w, (one[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    for name, p in gated.named_parameters():
+        if p.grad is not None and not name.endswith("log_alpha"):
+            torch.testing.assert_close(each[name].sum(0), p.grad)
+
+
 def first(answer):
     return tensors_in(answer)[0]
 

@@ -131,6 +131,41 @@ def test_a_recurrent_network_trains_on_after_compaction():
     assert all(p.grad is not None for p in smaller.parameters())
 
 
+class Projected(nn.Module):
+    """Projections of two directions, whose last states are read as one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(5, 16, 2, proj_size=6, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        out, (last, _) = self.lstm(x)
+        return self.head(out), last
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("left", [10, 3])
+def test_last_states_stay_one_tensor_and_hidden_units_more_than_their_projections(left):
+    network = gate(Projected().eval(), SEQUENCES, jitter=0.0)
+    hidden = [g for g in hard_concretes(network).values() if g.log_alpha.numel() == 16]
+    for i, gates in enumerate(hidden):
+        gates.log_alpha.data[left + i :] = -10.0
+    smaller = compact(network, SEQUENCES)
+    assert smaller(SEQUENCES)[1].shape == (4, 3, 6)
+    assert count(network, SEQUENCES).compacted_parameters == sum(p.numel() for p in smaller.parameters())
+    for one, two in zip(network(SEQUENCES), smaller(SEQUENCES), strict=True):
+        assert difference(one, two) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_recurrent_weights_that_are_computed_stay():
+    gru = nn.utils.weight_norm(nn.GRU(5, 6, batch_first=True), "weight_hh_l0")
+    explanation = sparsereg.explain(gru, SEQUENCES)
+    assert "or its weights are computed" in str(explanation)
+    assert not explanation.removable
+
+
 def test_states_that_are_given_keep_a_layer_whole():
     example = (SEQUENCES, torch.randn(1, 3, 6))
     explanation = sparsereg.explain(GivenStates(), example)

@@ -5,6 +5,7 @@ from torch import nn
 
 import sparsereg
 from sparsereg.compression import load_compacted, save_compacted
+from sparsereg.penalties import hard_concretes
 from tests.compression.units.test_rules import free, halved
 
 
@@ -103,3 +104,30 @@ def test_complex_weights_lose_units_and_are_compared_in_full_precision():
     assert smaller.weight.shape == (4, 4, 3)
     smaller(x).sum().backward()
     assert smaller.weight.grad is not None
+
+
+class Written(nn.Module):
+    """Frequencies that are filtered and written among zeros, as Fourier neural operators do it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lift, self.skip, self.head = nn.Linear(3, 12), nn.Conv1d(12, 12, 1), nn.Linear(12, 2)
+        self.filters = nn.Parameter(torch.randn(12, 12, 4, 2))
+
+    def forward(self, x):
+        x = self.lift(x).transpose(1, 2)
+        found, made = torch.fft.rfft(x), torch.zeros(len(x), 12, x.shape[-1] // 2 + 1, dtype=torch.complex128)
+        made[:, :, 1:5] = torch.einsum("bim,iom->bom", found[:, :, :4], torch.view_as_complex(self.filters))
+        x = torch.tanh(torch.fft.irfft(made, n=x.shape[-1]) + self.skip(x))
+        return self.head(x.transpose(1, 2))
+
+
+def test_frequencies_that_are_written_among_zeros_have_gradients():
+    example = torch.randn(2, 10, 3, dtype=torch.float64)
+    network = sparsereg.gate(Written().double(), example).eval()
+    for gates in hard_concretes(network).values():
+        gates.log_alpha.data[::2] = -10
+    smaller = sparsereg.compact(network, example)
+    assert (smaller(example) - network(example)).abs().max() < 1e-12
+    smaller.train()(example).sum().backward()
+    assert all(p.grad is not None for p in smaller.parameters())

@@ -76,5 +76,7 @@ def _read_along(node: fx.Node) -> Iterator[int]:
             yield -1
         elif name in ("conv1d", "conv2d", "conv3d") and user.args[0] is node:
             yield 1
+        elif name == "deform_conv2d" and bound(user)["bias"] is node:  # torchvision's place of none
+            yield 0
         elif name == "cat":
             yield from _read_along(user)

@@ -15,6 +15,7 @@ from sparsereg.compression.units.rules.table import (
     Dead,
     Labeller,
     Smaller,
+    normed_by_lines,
     replaced,
     rule,
     weight_of,
@@ -26,7 +27,7 @@ MAKERS: dict[str, tuple[str, ...]] = {
     "embedding": ("weight",),
     "embedding_bag": ("weight",),
     "bilinear": ("weight", "bias"),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), ("weight", "bias")),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "deform_conv2d"), ("weight", "bias")),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ("weight", "bias")),
     **dict.fromkeys(("batch_norm", "layer_norm", "rms_norm", "group_norm"), ("weight", "bias")),
     **dict.fromkeys(("instance_norm", "cudnn_batch_norm", "native_batch_norm"), ("weight", "bias")),
@@ -213,19 +214,45 @@ def _grouped(x: Labeller, node: fx.Node, weight: Any, read: Ints, groups: int, t
         x.weight(weight, 0, read, node)
         x.axes.fix(read, "a grouped transposed convolution reads it", node)
         return np.full(groups * outs, LIVE)
-    units = x.weight(weight, 0, None, node)
-    rows = read if ins == 1 else x.axes.sets.new(groups)
-    x.axes.grids.append(Grid(units.reshape(groups, outs), rows))
-    if ins > 1:
-        inside = x.weight(weight, 1, None, node)
+    units, rows = x.weight(weight, 0, None, node), x.axes.sets.new(groups)
+    inside = x.weight(weight, 1, None, node) if ins > 1 else np.full(1, LIVE)
+    if (read < FIRST).any():
+        for own in (read, rows, inside):
+            x.axes.fix(own, f"{name_of(node)} reads what cannot go by groups", node)
+    elif ins == 1:
+        rows = read
+    else:
         x.axes.grids.append(Grid(read.reshape(groups, ins), rows))
         x.axes.grids.append(Grid(read.reshape(groups, ins).T, inside))
+    x.axes.grids.append(Grid(units.reshape(groups, outs), rows))
     return units
+
+
+@rule("deform_conv2d")
+def deformable(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """A convolution of torchvision that reads at places which others say, all of which stay."""
+    for key in ("offset", "mask"):
+        x.fix(a[key], f"deform_conv2d reads its {key}", node)
+    weight, shape = a["weight"], x.program.values[node].shape
+    read = x.read(a["input"], (1,), node, name_of(node))
+    units = x.weight(weight, 0, None, node)
+    if a["groups"] > 1:
+        x.axes.fix(units, "deform_conv2d has groups", node)
+    if max(a["groups"], a["offset_groups"]) > 1:
+        x.axes.fix(read, "deform_conv2d has groups", node)
+    else:
+        x.weight(weight, 1, read, node)
+    x.weight(a["bias"], 0, units, node)
+    x.dead[node] = Dead.ZERO
+    return along(units, 1, shape)
 
 
 @rule("_weight_norm")
 def weight_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
     """g v / |v|, the norm taken over all axes but one: zeros in v do not change it."""
+    if not normed_by_lines(node):
+        x.keep_weight(a["v"], "weight_norm takes one norm of all of it", node)
+        return
     axis = a["dim"] % x.program.values[a["v"]].dim()
     if axis < 2:  # of a convolution's kernel nothing goes
         x.weight(a["g"], axis, x.weight(a["v"], axis, None, node), node)

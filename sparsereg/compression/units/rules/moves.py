@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.running import can_train
-from sparsereg.compression.units.labels import Labels, along, compacted, varying
+from sparsereg.compression.units.labels import Labels, along, compacted, live, varying
 from sparsereg.compression.units.program import Call, Scaled, bound, name_of, plain_call
 from sparsereg.compression.units.rules.elementwise import pair
 from sparsereg.compression.units.rules.mixing import is_turned_weight
@@ -36,8 +36,8 @@ COPIES = """
     alpha_dropout feature_alpha_dropout float double half
 """.split()  # noqa: SIM905
 _MOVES = """
-    transpose permute movedim moveaxis swapaxes swapdims t numpy_T mT unsqueeze squeeze roll flip cat concat
-    concatenate stack unbind getitem repeat repeat_interleave tril triu narrow diagonal
+    transpose permute movedim moveaxis swapaxes swapdims t numpy_T mT unsqueeze squeeze flip cat concat
+    concatenate getitem repeat repeat_interleave tril triu diagonal
     rot90 tile broadcast_to hstack vstack column_stack take_along_dim
 """.split()  # noqa: SIM905
 _VIEWS = """
@@ -115,7 +115,7 @@ def _slice_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     chosen[slice(a["start"], a["end"], a["step"])] = True
     index = chosen[alive].nonzero().flatten()
     if len(index) and len(index) == int(index[-1] - index[0]) + 1:
-        return replaced(node, dim=axis, start=int(index[0]), end=int(index[-1]) + 1, step=1)
+        return Call(torch.ops.aten.slice.Tensor, (node.args[0], axis, int(index[0]), int(index[-1]) + 1))
     return Call(torch.ops.aten.index_select.default, (node.args[0], axis, index))
 
 
@@ -142,9 +142,9 @@ def _index_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
         if alive is None or bool(alive.all()):
             indices.append(source)
             continue
-        indices.append(
-            (alive.long().cumsum(0) - 1)[_read_still(cut, node, cut.program.values[source], alive)]
-        )
+        index = cut.program.values[source]
+        index = index.nonzero().flatten() if index.dtype is torch.bool else index
+        indices.append((alive.long().cumsum(0) - 1)[_read_still(cut, node, index, alive)])
     return replaced(node, indices=indices)
 
 
@@ -176,10 +176,86 @@ def moved(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Elements at other places."""
     if is_turned_weight(x, node) or picked(x.program, node):
         return None
+    _keep_places(x, node, a)
     made = _moved(x, node)
     if name_of(node) in CATS and _join(x, node, a):
         made = torch.from_numpy(x.axes.sets.find(made.numpy())).int()
     return made
+
+
+def _keep_places(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
+    """Units stay along axes whose places an operation does not treat alike."""
+    name, source = name_of(node), node.args[0]
+    labels = x.labels(source) if isinstance(source, fx.Node) else live(())
+    axes: tuple[int, ...] = ()
+    if name in ("tril", "triu"):
+        axes = (-2, -1)
+    elif name == "diagonal":
+        axes = (a["dim1"], a["dim2"])
+    elif name == "take_along_dim" or (name == "repeat_interleave" and isinstance(a.get("repeats"), fx.Node)):
+        axes = tuple(range(labels.dim())) if a.get("dim") is None else (a["dim"],)
+    elif name == "unfold":
+        axes = (a["dimension"],)
+    elif name == "pad":
+        axes = tuple(-1 - i // 2 for i, more in enumerate(a["pad"]) if isinstance(more, int) and more < 0)
+    elif name in _ON_FLOATS:
+        axes = tuple(range(2, labels.dim()))
+    if axes and {axis % labels.dim() for axis in axes} & varying(labels):
+        x.axes.fix(labels, f"{name} does not treat all places along it alike", node)
+
+
+def _roll_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    """As many of the places that are left come to the front as did."""
+    labels, shifts = cut.labels[node.args[0]], list(bound(node)["shifts"])
+    for i, (shift, axis) in enumerate(zip(a["shifts"], a["dims"], strict=True)):
+        alive = cut.alive_along(labels, axis)
+        if not bool(alive.all()):
+            shifts[i] = int(alive[len(alive) - shift % len(alive) :].sum())
+    return replaced(node, shifts=shifts)
+
+
+@rule("roll", call=_roll_call)
+def rolled(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Elements moved along axes, the last ones to the front; without an axis nothing goes."""
+    if not a["dims"]:
+        x.fix(node.args[0], "roll moves it over all axes", node)
+    return _moved(x, node)
+
+
+def _stack_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    """Of what lies one behind the other, the tensors that are left."""
+    labels = cut.labels[node]
+    alive = cut.alive_along(labels, a["dim"] % labels.dim())
+    if not bool(alive.any()):
+        return replaced(node)
+    return replaced(node, tensors=[t for t, here in zip(a["tensors"], alive, strict=True) if here])
+
+
+@rule("stack", call=_stack_call)
+def stacked(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Tensors one behind the other along a new axis: all have the same places left along theirs."""
+    made = _moved(x, node)
+    x.axes.shapes.append((node, made))
+    return made
+
+
+def unbound(x: Tensor, dim: int, places: list[int]) -> tuple[Tensor, ...]:
+    """What is left of the parts that ``torch.unbind`` gives; of those that are gone nobody reads anything."""
+    return tuple(torch.ops.aten.select.int(x, dim, place) for place in places)
+
+
+def _unbind_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    labels = cut.labels[node.args[0]]
+    alive = cut.alive_along(labels, a["dim"] % labels.dim())
+    if bool(alive.all()):
+        return replaced(node)
+    return Call(unbound, (node.args[0], a["dim"], (alive.long().cumsum(0) - 1).clamp(min=0).tolist()))
+
+
+@rule("unbind", call=_unbind_call)
+def unbind(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
+    """The positions along an axis, one by one."""
+    return _moved(x, node)
 
 
 def _join(x: Labeller, node: fx.Node, a: dict[str, Any]) -> bool:
@@ -229,6 +305,13 @@ def parts(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     return _moved(x, node)
 
 
+def _narrow_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    if not isinstance(a["start"], int):
+        return replaced(node)
+    return _slice_call(cut, node, {**a, "end": a["start"] + a["length"], "step": 1})
+
+
+@rule("narrow", call=_narrow_call)
 @rule("slice", call=_slice_call)
 def sliced(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """A part of a tensor along an axis."""
@@ -277,10 +360,19 @@ def scattered(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
 
 @rule("index", call=_index_call)
 def indexed(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Positions that a tensor of indices names."""
-    return (
-        _rows(x, node) if x.axes.picks_experts(node) else None if picked(x.program, node) else _moved(x, node)
-    )
+    """Positions that a tensor of indices names, or a mask."""
+    indices = [x.program.values[n] for n in a.get("indices", ()) if isinstance(n, fx.Node)]
+    if any(index.dtype is torch.bool and index.dim() > 1 for index in indices):
+        x.fix(node.args[0], "index by a mask of several axes", node)
+        return None
+    if x.axes.picks_experts(node):
+        return _rows(x, node)
+    if picked(x.program, node):
+        return None
+    made = _moved(x, node)
+    if any(index.dim() > 1 for index in indices):
+        x.axes.shapes.append((node, made))
+    return made
 
 
 def _rows(x: Labeller, node: fx.Node) -> Labels | None:
@@ -314,7 +406,14 @@ def moved_as_floats(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Elements at other places, by operations that know floating-point numbers only."""
     if name_of(node) == "pad" and a.get("value"):
         x.dead[node] = max(x.dead[node], Dead.CONSTANT)
-    return _moved(x, node, floats=True)
+    _keep_places(x, node, a)
+    made = _moved(x, node, floats=True)
+    if name_of(node) == "pixel_shuffle":  # the places that become one channel go together
+        x.axes.reduce(made, (made.dim() - 3,), "pixel_shuffle", node)
+    if name_of(node) == "channel_shuffle":
+        units = x.axes.reduce(made, (1,), "channel_shuffle", node).reshape(-1, a["groups"])
+        x.axes.equal(units, units[:, :1], "channel_shuffle", node)
+    return made
 
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
@@ -330,4 +429,4 @@ def shapes_only(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
 
 
 MOVING.update(COPIES, _MOVES, _VIEWS, SPLITS)
-MOVING.update(("slice", "select", "index", "index_select", "gather"))
+MOVING.update(("stack", "slice", "select", "index", "index_select", "gather", "roll", "unbind", "narrow"))

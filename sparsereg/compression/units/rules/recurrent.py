@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression.units.labels import Ints, along
 from sparsereg.compression.units.program import Call, bound, name_of
-from sparsereg.compression.units.rules.table import ZEROS, Dead, Labeller, Smaller, replaced, rule
+from sparsereg.compression.units.rules.table import ZEROS, Dead, Labeller, Smaller, replaced, rule, weight_of
 
 BLOCKS = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """Blocks of rows that the weights of each kind have."""
@@ -66,10 +66,10 @@ def passes(node: fx.Node) -> Iterator[Pass]:
         yield Pass(i // directions, i % directions == 1, tuple(own[:rows]), projection)
 
 
-def starts_at_zero(node: fx.Node) -> bool:
-    """Whether the states that an operation is given are zeros."""
+def goes_by_units(node: fx.Node) -> bool:
+    """Whether hidden units can go: the states that an operation is given are zeros, no weight is computed."""
     a = bound(node)
-    if "batch_sizes" in a or "hx" not in a:
+    if "batch_sizes" in a or "hx" not in a or any(w.op != "placeholder" for w in a["params"]):
         return False
     states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
     return all(isinstance(s, fx.Node) and name_of(s) in ZEROS for s in states)
@@ -94,7 +94,7 @@ def apart(state: Any) -> bool:
 def _call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     """Layer by layer, each of its own size."""
     whole = all(cut.weights[w].shape == cut.program.values[w].shape for p in passes(node) for w in p.all)
-    if whole or not starts_at_zero(node):
+    if whole or not goes_by_units(node):
         return replaced(node)
     found = [list(p.all) for p in passes(node)]
     one_by_one = all(apart(state) for state in last_states(node))
@@ -140,14 +140,14 @@ def run_layers(
             lasts.append([state[0] for state in last])
         x = torch.cat(outs, -1)
     parts = [list(part) for part in zip(*lasts, strict=True)]
-    same = one_by_one or len({p.shape for p in parts[0]}) > 1
-    return (x, *(part if same else torch.stack(part) for part in parts))
+    apart = [one_by_one or len({state.shape for state in part}) > 1 for part in parts]
+    return (x, *(part if alone else torch.stack(part) for part, alone in zip(parts, apart, strict=True)))
 
 
 @rule(*BLOCKS, call=_call)
 def recurrent(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Each hidden unit with its rows in all blocks and with what reads it."""
-    if not starts_at_zero(node):
+    if not goes_by_units(node):
         return kept(x, node)
     columns = tuple((one.rows[0], 1) for one in passes(node) if one.layer == 0)
     read = x.read(node.args[0], (2,), node, name_of(node), columns=columns)
@@ -193,8 +193,8 @@ def _one_pass(x: Labeller, node: fx.Node, one: Pass, source: Ints) -> tuple[Ints
 
 def kept(x: Labeller, node: fx.Node) -> None:
     """All that a recurrent operation touches stays."""
-    why = f"{name_of(node)} starts from states that are not zeros"
-    for source in node.all_input_nodes:
+    why = f"{name_of(node)} starts from states that are not zeros, or its weights are computed"
+    for source in map(weight_of, node.all_input_nodes):
         if source in x.program.weights:
             x.keep_weight(source, why, node)
         else:

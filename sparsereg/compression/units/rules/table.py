@@ -438,9 +438,24 @@ class Labeller:
         return True
 
 
+def out_axis(node: fx.Node, axis: int) -> int:
+    """The axis of a weight along which an operation makes units; a depthwise one also reads along it.
+
+    Args:
+        node: the operation.
+        axis: where it has one group.
+    """
+    return 0 if (bound(node).get("groups") or 1) != 1 else axis
+
+
+def normed_by_lines(node: fx.Node) -> bool:
+    """Whether a node is a weight norm over all axes but one; one norm of all is computed like any other."""
+    return node.op == "call_function" and name_of(node) == "_weight_norm" and bound(node)["dim"] != -1
+
+
 def weight_of(source: fx.Node) -> fx.Node:
     """The weight that has the shape and the zeros of one that is computed from it by a weight norm."""
-    while source.op == "call_function" and name_of(source) == "_weight_norm":
+    while normed_by_lines(source):
         source = source.args[0]  # type: ignore[assignment]
     return source
 
@@ -453,7 +468,7 @@ def scaled(weight: Any, axis: int) -> Any:
     """
     if isinstance(weight, fx.Node) and weight.op == "call_function" and weight_rows(weight) is not None:
         return weight_rows(weight)
-    if isinstance(weight, fx.Node) and weight.op == "call_function" and name_of(weight) == "_weight_norm":
+    if isinstance(weight, fx.Node) and normed_by_lines(weight):
         a = bound(weight)
         return a["g"] if a["dim"] % a["v"].meta["val"].dim() == axis else a["v"]
     return weight
