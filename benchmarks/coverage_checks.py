@@ -25,6 +25,9 @@ from sparsereg.penalties import hard_concretes
 LIMIT = 1e-9
 """Largest difference, as a share of the output's spread, of results that count as equal."""
 
+DRAWS, SPEAKS = 20, 1e-6
+"""Halves that are tried, until examples still have different answers: by this share of what they had."""
+
 
 @torch.no_grad()
 def examined(case: Case) -> dict[str, Any]:
@@ -47,12 +50,13 @@ def examined(case: Case) -> dict[str, Any]:
     same = difference(tree_leaves(in_float64(gated, args, kwargs)), wanted)
     if not same <= LIMIT:
         return {**found, "difference": f"{same:.1e}", "why": f"with its gates open it differs by {same:.1e}"}
-    set_(gated, 0)
+    masked = halve_(gated, args, kwargs, wanted)
+    if masked is None:
+        return {**found, "why": f"its answers say nothing of its inputs in any of {DRAWS} halves of it"}
     start = time.process_time()
     smaller = compact(gated, example, check=False)
     found["compacted_seconds"] = f"{time.process_time() - start:.2f}"
-    answers = [tree_leaves(in_float64(n, args, kwargs)) for n in (smaller, gated)]
-    most = difference(*answers)
+    most = difference(tree_leaves(in_float64(smaller, args, kwargs)), masked)
     found["difference"] = f"{most:.1e}"
     why = "" if most <= LIMIT else f"compacted it differs from the masked network by {most:.1e}"
     counted = count(gated, example)
@@ -60,6 +64,40 @@ def examined(case: Case) -> dict[str, Any]:
     found["removed"] = f"{1 - there[0] / known.parameters:.4f}"
     said = counted.compacted_parameters, counted.compacted_macs
     return {**found, "why": why or ("" if there == said else f"counted {said}, there are {there}")}
+
+
+def halve_(
+    gated: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole: list[Any]
+) -> list[Any] | None:
+    """Shut a random half of the gates; return the answers, which still have to depend on the inputs.
+
+    Where branches are shut by a coin, nothing may be left between inputs and answers, and any two networks
+    that give constants are alike: then another half is drawn.
+
+    Args:
+        gated: a network in eval mode.
+        args: positional inputs, of two examples or more.
+        kwargs: inputs by name.
+        whole: answers with all gates open.
+
+    Returns:
+        The answers; None if they depend on the inputs in none of ``DRAWS`` halves.
+    """
+    least = SPEAKS * spoken(whole)
+    for seed in range(DRAWS):
+        set_(gated, seed)
+        answers = tree_leaves(in_float64(gated, args, kwargs))
+        if spoken(answers) >= least:
+            return answers
+    return None
+
+
+def spoken(answers: list[Any]) -> float:
+    """The largest difference between the first example's answers and another's."""
+    tensors = [
+        a for a in answers if isinstance(a, Tensor) and a.is_floating_point() and a.dim() and len(a) > 1
+    ]
+    return max((float((a[1:] - a[:1]).abs().nan_to_num().max()) for a in tensors if a.numel()), default=0.0)
 
 
 def set_(gated: nn.Module, seed: int | None) -> None:
