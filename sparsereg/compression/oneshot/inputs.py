@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,12 @@ def _spread(data: Any, num_inputs: int) -> Any:
         return data
     some = Subset(dataset, _evenly(len(dataset), num_inputs).tolist())
     return DataLoader(some, data.batch_size, collate_fn=data.collate_fn)
+
+
+def some_of(batches: Sequence[Any], wanted: int) -> list[Any]:
+    """Batches of about the same size that hold so many examples, or all; they lie evenly among them."""
+    number = min(len(batches), math.ceil(wanted / max(1, examples(batches[0]))))
+    return [batches[i] for i in _evenly(len(batches), number).tolist()]
 
 
 def _evenly(size: int, number: int) -> Tensor:

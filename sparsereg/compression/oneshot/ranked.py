@@ -15,10 +15,10 @@ from sparsereg.compression.compact import compact, twin
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.oneshot.answers import unexplained
 from sparsereg.compression.oneshot.importance import IMPORTANCE
-from sparsereg.compression.oneshot.inputs import together
+from sparsereg.compression.oneshot.inputs import some_of, together
 from sparsereg.compression.oneshot.leftover import WAYS, leftover
 from sparsereg.compression.oneshot.origins import OPEN, Origins
-from sparsereg.compression.oneshot.repair import Student, Teacher
+from sparsereg.compression.oneshot.repair import Student, Teacher, enough
 from sparsereg.compression.running import evaluating
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.structure import structure_of
@@ -75,11 +75,12 @@ class Ranked:
         order: int | None = None,
     ) -> None:
         self.example, self.cost, self.seed, self.order = example, cost, seed, order
-        self.batches = together(batches)
-        self._few = batches[: -(-FOR_IMPORTANCE // BATCH)]
         with evaluating(network):
             self.whole = twin(network)
         self._teacher = Teacher(self.whole, example)  # what it finds out once, all copies know
+        some = enough(self._teacher.network, batches)
+        self.batches = together(some)
+        self._few = some_of(some, FOR_IMPORTANCE)
         self._met = twin(self.whole)
         self._accountant = Accountant(self._met, example)
         self._parts = [held.part for held in Budget(self._accountant, cost, 1.0, 0.0, 0.0, shares).parts]

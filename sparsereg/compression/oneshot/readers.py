@@ -66,6 +66,10 @@ class Reader:
         """What ``matrix`` makes of a weight, back in its shape and type."""
         return (matrix[0] if self.axis == 1 else matrix.mT.reshape(like.shape)).to(like)
 
+    def places(self, x: Tensor, y: Tensor) -> int:
+        """How many rows there are in what the layer reads and gives."""
+        return math.prod(x.shape[:-1]) if self.layer is None else x.shape[0] * math.prod(y.shape[2:])
+
     def rows(
         self, x: Tensor, y: Tensor, most: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,14 +84,14 @@ class Reader:
         Returns:
             (groups, rows, inputs) and (groups, rows, outputs), float64, and for each row its example.
         """
+        places = self.places(x, y)
         if self.layer is None:
-            places = math.prod(x.shape[:-1])
             chosen = _drawn(places, most, generator).to(x.device)
             inside, out = (v.reshape(places, -1).index_select(0, chosen).double() for v in (x, y))
             return inside[None], out[None], chosen // max(1, places // x.shape[0])
         patches = self._patches(x)
         spatial = y.shape[2:]
-        chosen = _drawn(x.shape[0] * math.prod(spatial), most, generator).to(x.device)
+        chosen = _drawn(places, most, generator).to(x.device)
         where = torch.unravel_index(chosen, (x.shape[0], *spatial))
         inside = patches.movedim(1, len(spatial) + 1)[where]
         out = y.movedim(1, -1)[where]

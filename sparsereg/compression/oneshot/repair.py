@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.compact import compact
-from sparsereg.compression.oneshot.inputs import examples
+from sparsereg.compression.oneshot.inputs import examples, some_of
 from sparsereg.compression.oneshot.least_squares import Sums, solve
 from sparsereg.compression.oneshot.origins import Origins, Places
 from sparsereg.compression.oneshot.readers import Reader, readers
@@ -36,6 +37,9 @@ WIDEST = 8192
 """Inputs of a layer up to which it is repaired: its normal equations take half a gigabyte then."""
 ROWS, LEAST_ROWS = 24, 8192
 """Rows of a layer that are drawn of more: so many for each of its inputs, and at least that many."""
+SPARE, LEAST_EXAMPLES = 2, 128
+"""Examples that are looked at hold so many times these rows, and are at least that many: rows of one example
+are alike."""
 HELD = 4
 """Every so many-th example is held out."""
 FEWEST = 8
@@ -173,6 +177,34 @@ class Teacher:
             _run(self.network, own, inputs, progress)
 
 
+def enough(network: fx.GraphModule, batches: Sequence[Any]) -> list[Any]:
+    """As many batches as hold the rows by which every layer can be fitted.
+
+    A text has a row for each token, a map one for each place: then fewer examples will do than where a layer
+    sees one row of each.
+
+    Args:
+        network: compacted, in eval mode.
+        batches: of inputs.
+
+    Returns:
+        Some that lie evenly among them, or all.
+    """
+    walk, first = Route(network).start(batches[0]), examples(batches[0])
+    wanted = LEAST_EXAMPLES
+    for reader in readers(network):
+        read = walk.before(reader.node, reader.source)
+        places = reader.places(read, walk.after(reader.node))
+        inputs = reader.matrix(network.get_parameter(reader.weight)).shape[1]
+        wanted = max(wanted, math.ceil(SPARE * _drawn(inputs) * first / max(1, places)))
+    return some_of(batches, wanted)
+
+
+def _drawn(inputs: int) -> int:
+    """Rows of a layer that are drawn of more."""
+    return max(ROWS * inputs, LEAST_ROWS)
+
+
 def _tasks(teacher: fx.GraphModule, student: fx.GraphModule, before: Places, after: Places) -> list[_Task]:
     """The layers that are in both networks, with what is left of their outputs."""
     theirs = {reader.weight: reader for reader in readers(teacher)}
@@ -306,7 +338,7 @@ class _Repair:
         reader = task.reader
         axis = -1 if reader.layer is None else 1
         chosen = task.places[task.places >= 0].to(wanted.device)
-        most = -(-max(ROWS * train.gram.shape[1], LEAST_ROWS) // len(self._inputs.batches))
+        most = -(-_drawn(train.gram.shape[1]) // len(self._inputs.batches))
         read = self._walk(i).before(reader.node, reader.source)
         x, y, example = reader.rows(read, wanted.index_select(axis, chosen), most, self._generator)
         if self._constant(task):

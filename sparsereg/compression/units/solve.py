@@ -156,16 +156,27 @@ class Solver:
         """Each row's own unit stays iff its row does."""
         roots = self.choices.find(np.column_stack([units, rows]))
         _, first = np.unique(roots, axis=0, return_index=True)
+        known: dict[int, Choices] = {}
         for i in np.sort(first).tolist():  # rows that are alike say the same
-            line, row = units[i], rows[i]
-            inside = [self.of(int(u)) for u in np.unique(line) if u >= FIRST]
+            line, row = sorted(set(units[i].tolist())), int(rows[i])
+            inside = [self._known(u, known) for u in line if u >= FIRST]
             if not inside:
                 continue
             common = frozenset.intersection(*inside)
             if not common:
                 self.unite(frozenset().union(*inside))
-                common = self.of(int(line[0]))
-            self.equal(self.of(int(row)), common)
+                known.clear()
+                common = self.of(int(units[i][0]))
+            own = self._known(row, known)
+            if own != common:
+                self.equal(own, common)
+                known.clear()
+
+    def _known(self, unit: int, known: dict[int, Choices]) -> Choices:
+        """The choices of a unit, kept for as long as none change."""
+        if unit not in known:
+            known[unit] = self.of(unit)
+        return known[unit]
 
 
 def _first_alike(lines: Ints) -> Ints:

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from sparsereg.compression import compact, gate
+from sparsereg.compression.oneshot.inputs import some_of
 from sparsereg.compression.oneshot.least_squares import Sums, solve
 from sparsereg.compression.oneshot.origins import OPEN, Origins
 from sparsereg.compression.oneshot.readers import readers
-from sparsereg.compression.oneshot.repair import repaired
+from sparsereg.compression.oneshot.repair import enough, repaired
 from sparsereg.penalties import hard_concretes
 from tests.nets import inputs, make
 
@@ -174,3 +175,28 @@ def test_the_normal_equations_are_those_of_all_rows():
     torch.testing.assert_close(found, w, rtol=1e-4, atol=1e-4)
     assert held.error(w) == pytest.approx(0, abs=1e-9)
     assert solve(train, held, w, constant=True) is None  # nothing is better
+
+
+def test_texts_need_fewer_examples_than_vectors():
+    """Each of 64 tokens is a row, of a classifier's answer each example is one."""
+    tokens, vectors = torch.randn(32, 64, 6, generator=rng()), torch.randn(32, 6, generator=rng())
+    net, _ = linear()
+    of_texts = enough(compact(net.eval(), tokens[:1]), [tokens] * 40)
+    assert sum(map(len, of_texts)) == 2 * 8192 // 64
+    assert len(enough(compact(net, vectors[:1]), [vectors] * 40)) == 40
+
+
+def test_one_layer_that_sees_a_row_of_each_example_asks_for_all():
+    net, x = convolutions()
+    small = compact(net.eval(), x[:1])
+    assert len(enough(small, [x] * 40)) == 40
+    without_head = compact(net[:3], x[:1])
+    assert sum(map(len, enough(without_head, [x] * 40))) == 2 * 8192 // 16
+
+
+def test_some_batches_lie_among_all_of_them():
+    """Data are often sorted by class: the first batches would be of the first ones."""
+    batches = [torch.full((4, 2), float(i)) for i in range(10)]
+    assert [int(b[0, 0]) for b in some_of(batches, 16)] == [0, 2, 5, 7]
+    assert [int(b[0, 0]) for b in some_of(batches, 17)] == [0, 2, 4, 6, 8]
+    assert len(some_of(batches, 1000)) == 10
