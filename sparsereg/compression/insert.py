@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.running import copied
+from sparsereg.compression.running import check_network, copied
 from sparsereg.compression.units.explain import FAMILIES, explanation, inputs_of
 from sparsereg.compression.units.explain import families as kinds
 from sparsereg.compression.units.gating import GATED, gate_layer_, put_gate, shared_gate
@@ -154,6 +154,7 @@ def check_shape(shape: str) -> str:
 
 
 def _check_plain(model: nn.Module) -> None:
+    check_network(model)
     if hard_concretes(model):
         raise ValueError(f"{type(model).__name__} already has gates; gate() takes a network without")
 

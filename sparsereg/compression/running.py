@@ -52,6 +52,12 @@ def copied(model: Network, known: Mapping[int, Any] | None = None) -> Network:
     return copy.deepcopy(model, {**{id(x): x.detach().clone() for x in computed}, **(known or {})})
 
 
+def check_network(model: object) -> None:
+    """Raise ValueError for what is no network, such as a function."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+
+
 @contextmanager
 def without_fused_attention() -> Iterator[None]:
     """Let no layer of ``torch.nn.TransformerEncoder`` be one operation, which leaves padding out."""

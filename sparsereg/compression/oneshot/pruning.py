@@ -12,6 +12,7 @@ from sparsereg.compression.insert import Choice, gate
 from sparsereg.compression.oneshot.importance import IMPORTANCE
 from sparsereg.compression.oneshot.inputs import read_inputs
 from sparsereg.compression.oneshot.ranked import BATCH, LEFTOVER, Ranked, opened_
+from sparsereg.compression.running import check_network
 from sparsereg.errors import nearest
 from sparsereg.penalties import hard_concretes
 from sparsereg.target_settings import Parts, goal, part_goals
@@ -73,6 +74,7 @@ def shrink(
         >>> shrink(net, torch.randn(64, 8), target_macs=0.5)(torch.ones(2, 8)).shape
         torch.Size([2, 3])
     """
+    check_network(model)
     shares = part_goals(target_params, target_part_macs)
     cost, kept = _budget(target_macs, target_sparsity, bool(shares))
     if importance not in (known := [LEFTOVER, *IMPORTANCE]):

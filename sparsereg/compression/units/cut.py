@@ -77,9 +77,10 @@ class Cut:
         )
 
     def _entrances(self) -> dict[fx.Node, tuple[int, Tensor]]:
-        """Tensors of features of which only some are read: the axis, and which."""
+        """Tensors of features, and vectors, of which only some are read: the axis, and which."""
         found = {}
-        for node, axis, units in self.units.labeller.axes.inputs:
+        axes = self.units.labeller.axes
+        for node, axis, units in (*axes.inputs, *axes.vectors):
             alive = self.stays[torch.from_numpy(units)]
             if not bool(alive.all()):
                 found[node] = (axis, alive.nonzero().flatten())

@@ -1,4 +1,4 @@
-"""Products that are written as equations of letters, as products of two factors, which all rules know."""
+"""Products that are written as equations of letters, or outer ones, as products that all rules know."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def in_pairs(graph: fx.Graph) -> None:
             made.meta, read = {**node.meta, "val": value}, left
         node.replace_all_uses_with(made)
         graph.erase_node(node)
+
+
+def outer_as_products(graph: fx.Graph) -> None:
+    """Let an outer product be one of a column and a row, element by element."""
+    aten = torch.ops.aten
+    for node in [n for n in graph.nodes if n.target in (aten.outer.default, aten.ger.default)]:
+        column, row = node.args
+        with graph.inserting_before(node):
+            wide = graph.call_function(aten.unsqueeze.default, (column, 1))
+        wide.meta = {**node.meta, "val": column.meta["val"].unsqueeze(1)}
+        node.target, node.args = aten.mul.Tensor, (wide, row)
 
 
 def written_out(equation: str, ranks: list[int]) -> list[str]:

@@ -120,13 +120,13 @@ class Emitter:
             self._unpack(self.graph.call_function(operator.getitem, (whole, key)), part)
 
     def _entered(self, node: fx.Node, made: Any) -> Any:
-        """The features of an input that are read, of all that come in."""
+        """The features of an input that are read, of all that come in; likewise of a computed vector."""
         if node not in self.cut.entrances:
             return made
         axis, kept = self.cut.entrances[node]
-        picked = self.cut.units.labeller.entrances[node].picked
-        if picked is not None:
-            made, kept = made.args[0], picked[kept]
+        entrance = self.cut.units.labeller.entrances.get(node)
+        if entrance is not None and entrance.picked is not None:
+            made, kept = made.args[0], entrance.picked[kept]
         index = self._buffer("read", kept)
         return self.graph.call_function(torch.ops.aten.index_select.default, (made, axis, index))
 

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from sparsereg.compression.running import check_network
 from sparsereg.compression.units.branches import Branch
+from sparsereg.compression.units.constants import labelled
 from sparsereg.compression.units.labels import FIRST, Ints
 from sparsereg.compression.units.made import with_made_weights
 from sparsereg.compression.units.program import module_of, name_of, place_of, trace
 from sparsereg.compression.units.rules import RULES
-from sparsereg.compression.units.rules.table import PICKS, Labeller
+from sparsereg.compression.units.rules.table import PICKS
 from sparsereg.compression.units.sites import Sites
 from sparsereg.compression.units.solve import Units, solve
 from sparsereg.summary import in_html, in_lines
@@ -157,8 +159,9 @@ def explain(model: nn.Module, example: Any, inputs: bool = False) -> Explanation
         >>> str(explain(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), ones(1, 6))) != ""
         True
     """
+    check_network(model)
     args, kwargs = inputs_of(example)
-    labeller = Labeller(with_made_weights(trace(model, *args, **kwargs), model), inputs)
+    labeller = labelled(with_made_weights(trace(model, *args, **kwargs), model), inputs)
     Sites(labeller)  # the labeller learns what no gates can shut
     return explanation(type(model).__name__, solve(labeller))
 

@@ -129,6 +129,7 @@ class Axes:
         nested: units that lie within others.
         heads: units that stand for attention heads, and whether some of them share their keys.
         inputs: for inputs whose features are units: the tensor, the axis and the units.
+        vectors: likewise computed vectors whose places are units.
         shapes: results of operations that give a tensor another shape, which has to stay rectangular.
         experts: rows of tables that routers pick.
         products: runs of units that stay while both of two others do: the first, and the two of each.
@@ -147,6 +148,7 @@ class Axes:
         self.nested: list[Nested] = []
         self.heads: list[tuple[Ints, bool]] = []
         self.inputs: list[tuple[fx.Node, int, Ints]] = []
+        self.vectors: list[tuple[fx.Node, int, Ints]] = []
         self.shapes: list[tuple[fx.Node, Labels]] = []
         self.products: list[tuple[int, Ints, Ints]] = []
         self.experts: list[Experts] = []

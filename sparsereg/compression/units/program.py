@@ -25,7 +25,7 @@ from torch.nn.modules import transformer
 
 from sparsereg.compression.alike import operations
 from sparsereg.compression.running import evaluating, quiet, tensors_in
-from sparsereg.compression.units.einsums import in_pairs
+from sparsereg.compression.units.einsums import in_pairs, outer_as_products
 from sparsereg.compression.units.recurrent_shapes import recurrent_in_one
 from sparsereg.errors import InputError
 
@@ -401,7 +401,10 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], map
         exported.call_spec.in_spec,
         said=operations(model) if isinstance(model, fx.GraphModule) else None,
     )
-    program.run_on_example()
+    try:
+        program.run_on_example()
+    except Exception as error:
+        raise _refused(model, args, kwargs, error) from error
     return program
 
 
@@ -504,11 +507,12 @@ def _export(
         except InputError:
             raise
         except Exception as error:
-            raise InputError(_why(model, error)) from error
+            raise _refused(model, args, kwargs, error) from error
     if _writes_into_what_others_read(exported.graph):
         exported = exported.run_decompositions({})
     _let_write_anew(exported.graph)
     in_pairs(exported.graph)
+    outer_as_products(exported.graph)
     return exported, *pair
 
 
@@ -716,10 +720,25 @@ def _packs(error: Exception) -> bool:
     )
 
 
+def _is_own(file: str) -> bool:
+    """Whether a file is neither PyTorch's, nor this one, nor code that was made up, such as a trace's."""
+    return not file.startswith("<") and _TORCH not in Path(file).parents and Path(file) != Path(__file__)
+
+
+def _refused(model: nn.Module, args: Any, kwargs: Any, error: Exception) -> InputError:
+    """What to say of an example that cannot be traced: the network's own words, if it does not take it."""
+    try:
+        with evaluating(model):
+            model(*args, **kwargs)
+    except Exception as own:  # all kinds, of the user's code
+        error = own
+    return InputError(_why(model, error))
+
+
 def _why(model: nn.Module, error: Exception) -> str:
     """One line on why a network cannot be exported, with the user's own line of code."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if _TORCH not in Path(f.filename).parents and Path(f.filename) != Path(__file__)]
+    own = [f for f in frames if _is_own(f.filename)]
     where = (
         f" at {Path(own[-1].filename).name}:{own[-1].lineno} ({(own[-1].line or '').strip()})" if own else ""
     )

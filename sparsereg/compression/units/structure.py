@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.running import copied, in_double
+from sparsereg.compression.running import check_network, copied, in_double
+from sparsereg.compression.units.constants import labelled
 from sparsereg.compression.units.costs import Costs
 from sparsereg.compression.units.gating import (
     GatedModule,
@@ -25,7 +26,6 @@ from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.lines import Bools
 from sparsereg.compression.units.made import gate_names, with_made_weights
 from sparsereg.compression.units.program import Program, module_of, trace
-from sparsereg.compression.units.rules.table import Labeller
 from sparsereg.compression.units.sites import WHOLE, Sites
 from sparsereg.compression.units.solve import Units, solve
 from sparsereg.distributions import HardConcrete, gate_median
@@ -167,7 +167,7 @@ def analyse(
     Raises:
         InputError: the network cannot be traced.
     """
-    labeller = Labeller(with_made_weights(trace(model, *args, **kwargs), model), inputs)
+    labeller = labelled(with_made_weights(trace(model, *args, **kwargs), model), inputs)
     sites = Sites(labeller)
     units = solve(labeller)
     for branch in units.branches.found:
@@ -355,6 +355,7 @@ def structure_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     Raises:
         InputError: the network cannot be traced, or its gates belong to something else.
     """
+    check_network(model)
     if not any(_gated(m) for m in model.modules()):
         return None
     known = model.__dict__.get(ATTRIBUTE)

@@ -139,3 +139,24 @@ def test_the_network_is_left_alone():
     sparsereg.explain(network, NETWORKS["encoder"][1])
     assert [m.training for m in network.modules()] == modes
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_an_example_is_refused_in_the_words_of_the_network():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with pytest.raises(InputError, match=r"cannot be traced: .*\[2, 1, 8, 8\] to have 3 channels, but got 1"):
+        sparsereg.explain(net, torch.randn(2, 1, 8, 8))
+    with pytest.raises(InputError, match="Linear cannot be traced: mat1 and mat2 must have the same dtype"):
+        sparsereg.explain(nn.Linear(3, 4), torch.randn(2, 3, dtype=torch.float64))
+
+
+def test_what_is_no_network_is_refused():
+    calls = [
+        lambda f, x: sparsereg.gate(f, x),
+        lambda f, x: sparsereg.compact(f, x),
+        lambda f, x: sparsereg.count(f, x),
+        lambda f, x: sparsereg.shrink(f, x, target_macs=0.5),
+        sparsereg.explain,
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="model must be a torch.nn.Module, got a builtin_function"):
+            call(torch.relu, torch.randn(2, 3))

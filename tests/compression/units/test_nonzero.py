@@ -618,3 +618,31 @@ class MapsOfTheirOwn(nn.Module):
 
 def test_channels_go_that_are_normed_over_their_maps():
     assert exact(MapsOfTheirOwn(), x(2, 3, 6, 6)) == [8]
+
+
+class Picks(nn.Module):
+    """The three tokens with the largest scores, looked up in one of the usual ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.inside, self.score, self.head = nn.Linear(5, 8), nn.Linear(8, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.inside(x)
+        index = self.score(x).squeeze(-1).topk(3, 1).indices
+        return self.head(F.relu(PICKS[self.how](x, index)))
+
+
+PICKS = {
+    "expand": lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])),
+    "number": lambda x, index: x.gather(1, index[..., None].expand(-1, -1, 8)),
+    "repeat": lambda x, index: x.gather(1, index[..., None].repeat(1, 1, x.shape[-1])),
+    "take": lambda x, index: torch.take_along_dim(x, index[..., None], 1),
+    "index": lambda x, index: x[torch.arange(len(x))[:, None], index],
+}
+
+
+@pytest.mark.parametrize("how", PICKS)
+def test_tokens_that_are_picked_lose_what_all_lose(how):
+    assert exact(Picks(how), torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0)).double()) == [8]

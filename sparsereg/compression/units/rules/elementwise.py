@@ -221,6 +221,7 @@ def pair(x: Labeller, node: fx.Node, labels: list[Labels]) -> Labels:
         if _unlabelled(part):
             if any(_size_at(part, axis, len(shape)) > 1 for axis in axes):
                 x.axes.fix(made, f"{name_of(node)} with a tensor of which nothing can go", node)
+                x.met_without_units = True
             continue
         missing = [axis for axis in axes if _size_at(part, axis, len(shape)) == 1]
         if missing and not varying(part):

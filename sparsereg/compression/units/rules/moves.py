@@ -282,8 +282,14 @@ def _gather_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     labels, index = cut.labels[node], a["index"]
     dim = a["dim"] % labels.dim()
     alive = {d: cut.alive_along(labels, d) for d in range(labels.dim()) if d != dim}
-    left = [(d, one.nonzero().flatten()) for d, one in alive.items() if not bool(one.all())]
-    if not left or cut.labels.get(index) is not None:
+    own = cut.labels.get(index)
+    cut_already = [d for d in alive if own is not None and not bool(cut.alive_along(own, d).all())]
+    left = [
+        (d, one.nonzero().flatten())
+        for d, one in alive.items()
+        if not bool(one.all()) and d not in cut_already
+    ]
+    if not left:
         return replaced(node)
     return Call(gathered, (node.args[0], dim, index, left))
 

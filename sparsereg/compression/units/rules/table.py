@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol
@@ -116,14 +116,16 @@ class Labeller:
             axis of their columns, which take the gates.
         kept_rows: tables of whose rows none can go, with the reason and the operation that keeps them.
         shared: for labels of scores of heads that share keys, those of the head and of its group.
+        met_without_units: whether units stay because they meet a tensor without units at every place.
 
     Args:
         program: the network.
         inputs: whether features of the inputs are units, too.
+        vectors: computed vectors whose places are units, too, see ``constants``.
     """
 
-    def __init__(self, program: Program, inputs: bool = False) -> None:
-        self.program = program
+    def __init__(self, program: Program, inputs: bool = False, vectors: Collection[fx.Node] = ()) -> None:
+        self.program, self.vectors, self.met_without_units = program, vectors, False
         self.axes = Axes()
         self.entrances = {e.node: e for e in entrances(program)} if inputs else {}
         self.dead: dict[fx.Node, Dead] = {}
@@ -164,11 +166,17 @@ class Labeller:
         return found
 
     def _enter(self, node: fx.Node) -> None:
-        """Features of an input are units of their own; they are whatever the input is."""
+        """Features of an input, or places of a vector, are units of their own; they are whatever it is."""
         if node in self.entrances:
             axis, shape = self.entrances[node].axis, self.program.values[node].shape
             units = self.axes.fresh(shape[axis], node, axis)
             self.axes.inputs.append((node, axis, units))
+            self.axes.of[node] = along(units, axis, shape)
+            self.dead[node] = Dead.ANYTHING
+        if node in self.vectors:
+            shape = self.program.values[node].shape
+            units, axis = self.axes.sets.new(shape[-1]), len(shape) - 1
+            self.axes.vectors.append((node, axis, units))
             self.axes.of[node] = along(units, axis, shape)
             self.dead[node] = Dead.ANYTHING
 
