@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from sparsereg.compression.parts import Selected, inside
+from sparsereg.compression.parts import Selected, matched
 from sparsereg.compression.units.explain import FAMILIES, families, inputs_of
 from sparsereg.compression.units.flow import Flow, flow_of
 from sparsereg.compression.units.gating import GatedModule
@@ -254,8 +254,8 @@ class _Units:
             members = frozenset([where]) if counted.any() else frozenset[str]()
         else:
             paths = [self._path(term.node) for term in terms]
-            counted = np.array([inside(path, where) for path in paths], dtype=bool)
-            members = frozenset(path for path, own in zip(paths, counted, strict=True) if own)
+            members = matched(paths, where)
+            counted = np.array([path in members for path in paths], dtype=bool)
 
         def expected() -> Tensor:
             p = self.structure.p_active(self.model)
@@ -331,17 +331,18 @@ class _Channels:
         """See ``Accountant.select``; gates of an author's own have no families."""
         at = ("parameters", "macs").index(cost)
         rows = self.flow.rows(self.flow.analyse(self.model))
-        own = [(path, row) for path, row in rows if inside(path, where)]
+        members = matched((path for path, _ in rows), where)
+        own = [(path, row) for path, row in rows if path in members]
 
         def exact() -> int:
             now = self.flow.rows(self.flow.analyse(self.model))
-            return sum(row[f"kept_{cost}"] for path, row in now if inside(path, where))
+            return sum(row[f"kept_{cost}"] for path, row in now if path in members)
 
         return Selected(
             sum(row[cost] for _, row in own),
             frozenset(path for path, _ in own),
             exact,
-            lambda: self.flow.expected(self.model, lambda path: inside(path, where))[at],
+            lambda: self.flow.expected(self.model, lambda path: path in members)[at],
         )
 
     def rows(self) -> list[LayerCount]:

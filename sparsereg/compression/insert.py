@@ -60,7 +60,7 @@ def gate(
         layers: which layers to gate: a pattern such as ``layer3.*``, several, or a function of name and
             module. One of several layers that share a gate is enough. All if None.
         families: kinds of gates (``channels units heads head_dims kv_groups width blocks experts inputs``);
-            all but the features of the inputs if None.
+            all but the features of the inputs if None, and with ``shape="uniform"`` all but those and blocks.
         residual: whether what several layers write together gets a gate, too.
         shape: ``free``, or ``uniform``: layers that are alike share their gates, so that they stay equally
             large and the network's own class can hold the result (``restore_class``).
@@ -100,7 +100,7 @@ def gate_(
     check_shape(shape)
     args, kwargs = inputs_of(example_input)
     factory = GateFactory(**gate_settings)
-    wanted = _wanted(families)
+    wanted = _wanted(families, shape)
     analysis = analyse(model, args, kwargs, inputs="inputs" in wanted)
     vectors = _vectors(analysis, model, wanted, layers, residual)
     if not vectors:
@@ -174,8 +174,9 @@ class Vector:
     sites: tuple[fx.Node, ...]
 
 
-def _wanted(families: str | Sequence[str] | None) -> set[str]:
-    asked = [families] if isinstance(families, str) else list(families or DEFAULT)
+def _wanted(families: str | Sequence[str] | None, shape: str) -> set[str]:
+    default = [family for family in DEFAULT if shape == "free" or family != "blocks"]  # layers stay alike
+    asked = [families] if isinstance(families, str) else list(families or default)
     for family in asked:
         if family not in FAMILIES:
             raise ValueError(f"families: unknown {family!r}; known are {', '.join(FAMILIES)}")
@@ -253,8 +254,10 @@ def _chooser(layers: Choice | None, known: Mapping[str, nn.Module]) -> Callable[
     if callable(layers):
         return layers
     patterns = [layers] if isinstance(layers, str) else list(layers)
-    for pattern in patterns:
+    for i, pattern in enumerate(patterns):
         if not fnmatch.filter(known, pattern):
+            patterns[i] = f"*.{pattern}"  # as the names of modules may end
+        if not fnmatch.filter(known, patterns[i]):
             near = difflib.get_close_matches(pattern, known, 3, 0.4) or list(known)[:3]
             raise ValueError(f"layers: no layer is called {pattern!r}; there are {', '.join(near)}")
     return lambda name, module: any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

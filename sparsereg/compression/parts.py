@@ -36,6 +36,18 @@ def inside(path: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
+def matched(paths: Iterable[str], pattern: str) -> frozenset[str]:
+    """The modules whose names a pattern knows, or if there are none, the ends of whose names it knows.
+
+    Example:
+        >>> sorted(matched(["decoder.blocks.0.mlp.fc1", "decoder.blocks.0.attn"], "blocks.*.mlp"))
+        ['decoder.blocks.0.mlp.fc1']
+    """
+    known = list(paths)
+    whole = frozenset(path for path in known if inside(path, pattern))
+    return whole or frozenset(path for path in known if inside(path, f"*.{pattern}"))
+
+
 @dataclass(frozen=True)
 class Selected:
     """What belongs to a part.

@@ -10,7 +10,7 @@ import sparsereg
 from sparsereg import Sparsifier
 from sparsereg.compression import Accountant, count
 from sparsereg.compression.budget import Budget, meet_all_
-from sparsereg.compression.parts import inside, parts_of
+from sparsereg.compression.parts import inside, matched, parts_of
 from sparsereg.data.form import Form
 from sparsereg.errors import InputError
 from sparsereg.model.transformer import Shape
@@ -52,6 +52,13 @@ def test_modules_are_those_of_a_name_and_what_lies_in_them():
     assert inside("blocks.0.mlp.inner.fc1", "blocks.*.mlp")
     assert not inside("blocks.0.mlps", "blocks.*.mlp")
     assert not inside("", "blocks")
+
+
+def test_a_pattern_may_know_the_end_of_a_name_where_it_knows_no_whole_one():
+    paths = ["decoder.blocks.0.mlp.fc1", "decoder.blocks.1.mlp.fc2", "decoder.blocks.1.attn"]
+    assert matched(paths, "blocks.*.mlp") == {*paths[:2]}
+    assert matched([*paths, "blocks.0.mlp"], "blocks.*.mlp") == {"blocks.0.mlp"}
+    assert not matched(paths, "blocks.*.norm")
 
 
 def test_the_cost_of_modules_is_that_of_their_weights():

@@ -336,6 +336,15 @@ def test_a_uniform_shape_always_comes_back(build):
     assert count(gated, example).compacted_parameters == sum(p.numel() for p in restored.parameters())
 
 
+def test_one_shape_for_all_layers_leaves_no_layer_without_a_part():
+    original, example = llama(), {"input_ids": IDS}
+    free, uniform = (gate(original, example, shape=shape) for shape in ("free", "uniform"))
+    assert any(g.log_alpha.numel() == 1 for g in hard_concretes(free).values())
+    assert not any(g.log_alpha.numel() == 1 for g in hard_concretes(uniform).values())
+    asked = gate(original, example, families=["blocks", "units"], shape="uniform")
+    assert any(g.log_alpha.numel() == 1 for g in hard_concretes(asked).values())
+
+
 SIZES = {"vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL = {**SIZES, "hidden_size": 24, "intermediate_size": 36}
 GROUPS = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2, "use_cache": False}

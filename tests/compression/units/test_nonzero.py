@@ -646,3 +646,50 @@ PICKS = {
 @pytest.mark.parametrize("how", PICKS)
 def test_tokens_that_are_picked_lose_what_all_lose(how):
     assert exact(Picks(how), torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0)).double()) == [8]
+
+
+class Latents(nn.Module):
+    """A table of queries, which a norm reads before anything else does."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.inside = nn.Parameter(torch.randn(4, 12)), nn.Linear(5, 12)
+        self.norm, self.q, self.kv, self.out = (
+            nn.LayerNorm(12),
+            nn.Linear(12, 6),
+            nn.Linear(12, 12),
+            nn.Linear(6, 12),
+        )
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x):
+        queries = self.queries.expand(len(x), -1, -1)
+        k, v = self.kv(self.norm(self.inside(x))).chunk(2, -1)
+        y = F.scaled_dot_product_attention(self.q(self.norm(queries)), k, v)
+        return self.head(self.norm(queries + self.out(y)).mean(1))
+
+
+def test_a_norm_over_a_table_of_queries_leaves_their_width_alone():
+    assert exact(Latents(), torch.randn(2, 7, 5).double()) == [1, 6, 6, 12]
+
+
+class OneHead(nn.Module):
+    """Attention without an axis for heads, or with one of size one."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.axis, self.inside = axis, nn.Linear(5, 12)
+        self.q, self.k, self.v = nn.Linear(12, 6), nn.Linear(12, 6), nn.Linear(12, 9)
+        self.out, self.head = nn.Linear(9, 12), nn.Linear(12, 2)
+
+    def forward(self, x):
+        x = self.inside(x)
+        parts = (layer(x) for layer in (self.q, self.k, self.v))
+        q, k, v = (y.unsqueeze(1) if self.axis else y for y in parts)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.head((x + self.out(y.squeeze(1) if self.axis else y)).mean(1))
+
+
+@pytest.mark.parametrize("axis", [False, True])
+def test_places_of_a_single_head_go_one_by_one(axis):
+    assert exact(OneHead(axis), torch.randn(2, 7, 5).double()) == [1, 6, 9, 12]

@@ -73,15 +73,16 @@ def _in_groups(
 
 
 def _by_heads(x: Labeller, node: fx.Node, a: dict[str, Any], queries: Ints, keys: Ints, values: Ints) -> None:
-    """Queries, keys and values go by heads."""
+    """Queries, keys and values go by heads; of a single one, places in its vectors go one by one."""
+    x.dead[node] = x.dead.get(a["value"], Dead.ZERO)
+    if len(queries) == 1:
+        return
     rows = x.axes.sets.new(len(queries))
     for units in (queries, np.broadcast_to(values, (len(queries), values.shape[1]))):
         if (units >= FIRST).any():
             x.axes.grids.append(Grid(np.array(units), rows))
-    if len(rows) > 1:
-        x.axes.heads.append((rows, len(np.unique(keys[:, 0])) < len(keys)))
+    x.axes.heads.append((rows, len(np.unique(keys[:, 0])) < len(keys)))
     _mask(x, node, a, rows)
-    x.dead[node] = x.dead.get(a["value"], Dead.ZERO)
 
 
 def _heads(x: Labeller, node: fx.Node, source: fx.Node) -> Ints:

@@ -62,14 +62,18 @@ def layer_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
 
 
 def _own_lines(x: Labeller, labels: Labels, rank: int) -> bool:
-    """Whether lines along the last axes have units of their own, of one weight, as the vectors of heads."""
+    """Whether lines along the last axes have units of their own, of one weight, as the vectors of heads.
+
+    Elements of a table that is read as it is, such as one of queries, are no vectors of heads.
+    """
     if not labels.numel():
         return False
     for _ in range(rank):
         labels = labels.select(-1, 0)
     first = np.unique(labels.numpy())
-    starts = np.sort([start for start, _, _ in x.axes.owner])
-    makers = np.searchsorted(starts, first[first >= FIRST], side="right")
+    owner = sorted((start, axis) for start, _, axis in x.axes.owner)
+    makers = np.searchsorted([start for start, _ in owner], first[first >= FIRST], side="right")
+    makers = makers[[owner[maker - 1][1] >= 0 for maker in makers]]
     return len(np.unique(makers)) < len(makers)
 
 
