@@ -12,6 +12,7 @@ network with a budget of their own (``sparsereg.compression.parts``) have a cons
 """
 
 import bisect
+import functools
 import itertools
 import logging
 import math
@@ -371,7 +372,8 @@ def meet_all_(
 
     One level is common to all gates. Parts that would cost more than they may, or nearly as much, get a level
     of their own for the gates that are theirs; the others make up for it. What gates of several parts do to
-    each other is undone in a few rounds.
+    each other is undone in a few rounds. Where only parts have budgets, what training has shut of them beyond
+    that, such as the width that they share with the rest, is opened again as far as they allow.
 
     Args:
         accountant: of the network, whose gates are changed in place.
@@ -405,7 +407,15 @@ def meet_all_(
             ranked.meet_(part.exact, part.share.kept, ranked.open_among(gates))
     if cost is not None and whole() > kept:
         ranked.meet_(whole, kept, ranked.open_among(_without([], accountant.gates)))
+    if cost is None:
+        fullest = functools.partial(_fullest, parts)
+        ranked.meet_(fullest, 1.0, ranked.shut_among(_any_of([part.touched for part in parts])))
     return whole()
+
+
+def _fullest(parts: Sequence[Part]) -> float:
+    """The largest share that a part has of what it may cost."""
+    return max(part.exact() / part.share.kept for part in parts)
 
 
 def _blocks(odds: Tensor, size: int) -> list[Tensor]:
@@ -435,6 +445,10 @@ def _without(taken: Sequence[Places], gates: Sequence[HardConcrete]) -> Places:
     return _less(everything, taken)
 
 
+def _any_of(places: Sequence[Places]) -> Places:
+    return [torch.stack(own).any(0) for own in zip(*places, strict=True)]
+
+
 def _less(places: Places, taken: Sequence[Places]) -> Places:
     for others in taken:
         places = [own & ~other for own, other in zip(places, others, strict=True)]
@@ -462,6 +476,10 @@ class _Ranked:
     def open_among(self, places: Places) -> Places:
         """Those of some places that are open now."""
         return [own & (g.median() > 0) for own, g in zip(places, self.gates, strict=True)]
+
+    def shut_among(self, places: Places) -> Places:
+        """Those of some places that are shut now."""
+        return [own & (g.median() <= 0) for own, g in zip(places, self.gates, strict=True)]
 
     def meet_(self, share: Callable[[], float], kept: float, movable: Places | None = None) -> float:
         """Put a level between the gates until a share is as large as is allowed, and return it.
@@ -570,3 +588,24 @@ def least_share(accountant: Accountant, cost: Exact) -> float:
     finally:
         for gate, location in zip(accountant.gates, before, strict=True):
             gate.log_alpha.copy_(location)
+
+
+def check_reachable(accountant: Accountant, cost: str, kept: float) -> None:
+    """Check that a network can be as small as it is to be.
+
+    Args:
+        accountant: of the network.
+        cost: parameters or macs.
+        kept: share of it that may stay.
+
+    Raises:
+        InputError: with every gate shut more stays.
+    """
+    least = least_share(accountant, cost)
+    if kept < least:
+        given = f"target_macs={kept:g}" if cost == "macs" else f"target_sparsity={1 - kept:g}"
+        raise InputError(
+            f"{given} cannot be met: with every gate shut {least:.2%} of the {cost} stay; give"
+            f" {'target_macs of more than that' if cost == 'macs' else f'at most {1 - least:.4f}'}, or let"
+            " more families or layers go"
+        )

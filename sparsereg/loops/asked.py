@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sparsereg.checks import check_count
-from sparsereg.compression.budget import Budget, least_share
+from sparsereg.compression.budget import Budget, check_reachable
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.timing.measured import latency_budget
 from sparsereg.compression.timing.runtimes import check_runtime, default_runtime
@@ -100,7 +100,7 @@ class Asked:
         gains = how.proportional_gain, how.integral_gain
         if cost != MILLISECONDS:
             if cost is not None:
-                _check_reachable(accountant, cost, kept)
+                check_reachable(accountant, cost, kept)
             return Budget(accountant, cost, kept, *gains, self.shares)
         if several_processes():
             raise InputError("target_latency_ms is measured by one process: give the Trainer devices=1")
@@ -108,14 +108,3 @@ class Asked:
         timing["shares"] = self.shares
         with isolated():
             return latency_budget(accountant, moved(example, torch.device("cpu")), kept, *gains, **timing)
-
-
-def _check_reachable(accountant: Accountant, cost: str, kept: float) -> None:
-    least = least_share(accountant, cost)
-    if kept < least:
-        given = f"target_macs={kept:g}" if cost == "macs" else f"target_sparsity={1 - kept:g}"
-        raise InputError(
-            f"{given} cannot be met: with every gate shut {least:.2%} of the {cost} stay; give"
-            f" {'target_macs of more than that' if cost == 'macs' else f'at most {1 - least:.4f}'}, or let"
-            " more families or layers go"
-        )

@@ -385,9 +385,12 @@ def _is_all(module: pl.LightningModule, part: nn.Module) -> bool:
 
 
 def _training_step(module: pl.LightningModule, batch: Any) -> Any:
-    known = inspect.signature(module.training_step).parameters
-    more = {"batch_idx": 0, "dataloader_idx": 0}
-    return module.training_step(batch, **{name: n for name, n in more.items() if name in known})
+    """Call a step as Lightning does: with the number of the batch where it takes one, by whatever name."""
+    try:
+        inspect.signature(module.training_step).bind(batch, 0)
+    except TypeError:
+        return module.training_step(batch)
+    return module.training_step(batch, 0)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from sparsereg.compression import Accountant
-from sparsereg.compression.budget import COSTS, Budget, Constraint
+from sparsereg.compression.budget import COSTS, Budget, Constraint, check_reachable
 from sparsereg.compression.timing.measured import MeasuredBudget, Megabytes, latency_budget
 from sparsereg.settings import NOT_NEGATIVE, POSITIVE, setting, within
 from sparsereg.target_settings import Target, goal
@@ -107,6 +107,8 @@ class SparsityTarget(Callback):
         self.average = average
         gains = settings.proportional_gain, settings.integral_gain
         kept = 1.0 if settings.kept is None else settings.kept
+        if budget is None and settings.cost is not None:
+            check_reachable(accountant, settings.cost, kept)
         self.budget = budget or Budget(accountant, settings.cost, kept, *gains, settings.parts)
         self.budget.round_to = settings.round_to
         self.found: float | None = None

@@ -101,6 +101,17 @@ def test_the_part_alone_leaves_other_gates_as_they_are():
     assert held.parts[0].part.exact() == 0.5
 
 
+def test_a_part_alone_gets_back_what_training_took_of_the_width_it_shares():
+    net = gated()
+    widths = [g for n, g in hard_concretes(net).items() if g.log_alpha.numel() == 24]
+    for gate in widths:
+        gate.log_alpha.data[3:] = -10.0
+    held = budget(net, params={"blocks.*.mlp": 0.5})
+    assert held.parts[0].part.exact() < 0.3
+    held.meet()
+    assert 0.49 <= held.parts[0].part.exact() <= 0.5
+
+
 @pytest.mark.costly
 def test_what_the_whole_allows_less_of_is_below_its_own_budget():
     net = gated()

@@ -54,6 +54,13 @@ class Mine(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
+class ShortNames(Mine):
+    """Calls the number of the batch as it likes."""
+
+    def training_step(self, batch, i):
+        return super().training_step(batch, i)
+
+
 def loader(n=64, batch=16, shuffle=True):
     draws = torch.Generator().manual_seed(0)
     x = torch.randn(n, 6, generator=draws)
@@ -74,6 +81,13 @@ def fitted(module, sparsify, tmp_path, train=None, **settings):
 def shares(sparsify):
     counted = sparsereg.count(sparsify.network, sparsify.sparsifier.example)
     return counted.compacted_macs / counted.macs, counted.compacted_parameters / counted.parameters
+
+
+def test_the_number_of_the_batch_may_have_any_name(tmp_path):
+    module, sparsify = ShortNames(), Sparsify(target_macs=0.5)
+    fitted(module, sparsify, tmp_path, max_epochs=1)
+    assert sparsify.network is module.net
+    assert shares(sparsify)[0] <= 0.5
 
 
 def test_network_is_found_compacted_written_and_equal(tmp_path):
