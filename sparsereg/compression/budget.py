@@ -407,7 +407,7 @@ def meet_all_(
             ranked.meet_(part.exact, part.share.kept, ranked.open_among(gates))
     if cost is not None and whole() > kept:
         ranked.meet_(whole, kept, ranked.open_among(_without([], accountant.gates)))
-    if cost is None:
+    if cost is None and parts:
         fullest = functools.partial(_fullest, parts)
         ranked.meet_(fullest, 1.0, ranked.shut_among(_any_of([part.touched for part in parts])))
     return whole()
