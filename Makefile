@@ -35,7 +35,7 @@ install: $(READY) ## .venv with everything; also what make TORCH=cpu alone does
 demo: $(READY) ## train, test and compact a gated GoogleNet and a GPT, calibrate a survey; a table at the end
 	$(BIN)/python -m sparsereg demo
 
-test: $(READY) ## the tests, but for whole pipelines and three quarters of what is costly
+test: $(READY) ## the tests, but for whole pipelines and five sixths of what is costly
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 slow: $(READY) ## the others: interrupted runs, several processes, exports, attacks, the rest of what is costly

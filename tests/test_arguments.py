@@ -169,6 +169,7 @@ BY_SCRIPT = {
 CASES = [(name, line, said) for name, own in BY_SCRIPT.items() for line, said in [*EVERYWHERE, *own]]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("name", "line", "said"), CASES, ids=[f"{n} {line[:40]}" for n, line, _ in CASES])
 def test_a_wrong_command_line_is_one_line(run, name, line, said):
     arguments = [calibrate.spelt_out(a) if name == "calibrate" else a for a in line.split()]

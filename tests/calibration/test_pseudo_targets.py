@@ -99,6 +99,7 @@ def test_the_users_targets_stay_first_and_the_others_count_a_share():
     assert result.estimates == pytest.approx(problem.estimates(result.weights))
 
 
+@pytest.mark.costly
 def test_a_small_file_is_better_on_what_it_was_not_fitted_to():
     """Over seeds: totals that only the file's columns know, with and without pseudo-targets."""
     with_, without = [], []
@@ -132,6 +133,7 @@ def sources(noise, seed=0, n=2000):
     return CalibrationProblem(rows, targets, np.ones(n), target_groups=groups), true
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("noise", "low", "high"), [(0.0, 1e-4, 1e-2), (0.4, 1e-1, 1.0)])
 def test_the_pull_is_that_with_which_families_are_predicted_best(noise, low, high):
     """Sources that agree are to be believed, those that do not are not: so it must come out."""

@@ -31,6 +31,7 @@ def design_of(name, t, method):
     return Design(method, strata=t.stype.to_numpy(), fpc=t.fpc.to_numpy())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("name", "method", "distance"),
     [
@@ -70,6 +71,7 @@ def test_replicate_weights_that_came_with_the_file():
     assert result.standard_errors(t[["api00"]], replicates, "mean").se[0] == found
 
 
+@pytest.mark.costly
 def test_bootstrap_is_near_the_linearised_one_and_repeats_itself():
     t, result = calibrated("apistrat")
     design = Design("bootstrap", strata=t.stype.to_numpy(), fpc=t.fpc.to_numpy(), num_replicates=400, seed=3)
@@ -87,6 +89,7 @@ def test_what_is_a_target_is_known_without_error():
     assert (found.se <= 1e-9 * found.estimate).all()
 
 
+@pytest.mark.costly
 def test_intervals_cover_as_often_as_they_say():
     """Samples of a made-up population whose truth is known: 95 % intervals of totals and means."""
     generator = np.random.default_rng(0)
@@ -108,6 +111,7 @@ def test_intervals_cover_as_often_as_they_say():
         assert abs(times / trials - 0.95) < 3 * np.sqrt(0.95 * 0.05 / trials)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["linearized", "jackknife", "bootstrap"])
 def test_households_of_weight_zero_are_not_in_the_sample(method):
     t, result = calibrated("apiclus1")

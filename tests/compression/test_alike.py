@@ -85,6 +85,7 @@ def test_a_network_from_a_compacted_one_is_not_traced_again(monkeypatch):
     assert torch.equal(third(X), anew(X))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("change", ["operation", "example"])
 def test_another_network_is_traced_anew(monkeypatch, change):
     second = smaller(smaller(plain(), 3), 2)

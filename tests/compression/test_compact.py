@@ -1,5 +1,4 @@
 import copy
-import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +21,6 @@ from sparsereg.model.basic_l0_blocks import L0Gate
 from sparsereg.model.googlenet import GoogleNet
 from sparsereg.penalties import hard_concretes
 from tests.compression.networks import NETWORKS, PATTERNS, make, set_gates
-from tests.slow import slowly
 
 LARGE = ("resnet18", "mobilenet_v2", "mobilenet_v3")
 PATTERNS_OF = {
@@ -79,10 +77,8 @@ def test_same_answers_and_counted_size(name):
         check(network, x, wide)
 
 
-SOME = set(random.Random(0).sample(sorted(NETWORKS), 4))
-
-
-@pytest.mark.parametrize("name", slowly(NETWORKS, NETWORKS.keys() - SOME))
+@pytest.mark.costly
+@pytest.mark.parametrize("name", NETWORKS)
 def test_nothing_goes_where_all_is_open(name):
     network, x = make(name)
     set_gates(network, "all open")
@@ -113,6 +109,7 @@ def test_float32_check_passes_and_network_is_left_alone():
     assert network.stem.conv.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.costly
 def test_check_leaves_gates_that_are_shared_alone():
     network, x = make("resnet18")
     set_gates(network, "mixed")
@@ -235,6 +232,7 @@ def test_bias_is_made_only_where_no_batchnorm_can_take_it():
     assert size(check(net(True), x)) == rest + 2 * 5
 
 
+@pytest.mark.costly
 def test_hand_count():
     torch.manual_seed(0)
     network = nn.Sequential(
@@ -319,6 +317,7 @@ def test_compacted_network_learns_as_the_gated_one_would():
     assert difference(wide(x.double()), smaller(x.double())) < 1e-9
 
 
+@pytest.mark.costly
 def test_rounding_keeps_the_answers_and_makes_multiples():
     network, x = make("googlenet")
     set_gates(network, "half")
@@ -559,6 +558,7 @@ def test_differences_are_relative():
     assert np.isfinite(difference(torch.zeros(2), torch.zeros(2)))
 
 
+@pytest.mark.costly
 def test_a_compacted_network_that_enlarges_maps_is_compacted_again():
     class Enlarged(nn.Module):
         def __init__(self):

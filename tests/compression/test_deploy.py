@@ -83,6 +83,7 @@ def test_fusing_keeps_the_answers(name):
         assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
 
 
+@pytest.mark.costly
 def test_shifted_maps_are_max_pooling(tmp_path):
     network, x = make("googlenet")
     set_gates(network, "mixed")

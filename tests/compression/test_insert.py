@@ -17,6 +17,7 @@ def resnet():
     return torchvision.models.resnet18(num_classes=5).eval()
 
 
+@pytest.mark.costly
 def test_original_weights_load_and_open_gates_change_nothing():
     original = resnet()
     gated = gate(original, X)
@@ -151,6 +152,7 @@ def test_gated_network_closes_under_its_own_penalty():
     assert count(gated, torch.randn(2, 4)).open_gates == 0
 
 
+@pytest.mark.costly
 def test_make_is_reproducible():
     a, b = make("resnet18")[0], make("resnet18")[0]
     assert all(

@@ -198,6 +198,7 @@ def test_what_is_no_share_is_refused(wrong):
         part_goals(wrong, None)
 
 
+@pytest.mark.costly
 def test_gates_of_an_author_have_parts_by_name_but_no_families():
     net = build({"name": "lenet5", "sampling": "batch"}, Form(10, (1, 28, 28)), gated=True)
     for i, gates in enumerate(hard_concretes(net).values()):

@@ -56,6 +56,7 @@ def test_an_outlier_in_the_calibration_makes_it_coarser(exported, tmp_path):
     assert error(batch * 100) > 3 * error(batch)
 
 
+@pytest.mark.costly
 def test_wrong_arguments(exported, tmp_path, monkeypatch):
     _, x, path = exported
     with pytest.raises(ValueError, match="at least one batch"):

@@ -14,7 +14,6 @@ from sparsereg.compression.running import tensors_in
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
-from tests.slow import slowly
 
 IDS = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -152,7 +151,7 @@ STOCK = """
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("name", slowly(STOCK, ("efficientnet_b0", "efficientnet_v2_s", "regnet_y_400mf")))
+@pytest.mark.parametrize("name", STOCK)
 def test_how_a_network_of_torchvision_was_made_is_known(name):
     original = torchvision.models.get_model(name, weights=None, num_classes=7)
     recipe = _recipe(original, None)
@@ -295,6 +294,7 @@ def shut_some_(network, sizes):
         gates.log_alpha[: sizes[gates.log_alpha.numel()]] = -10.0
 
 
+@pytest.mark.costly
 def test_smaller_heads_keep_the_scale_of_the_original_ones():
     original = bert()
     example = {"input_ids": IDS}
@@ -380,9 +380,7 @@ TYPES = {
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize(
-    "name", slowly(TYPES, ("RobertaForMaskedLM", "MistralForCausalLM", "Qwen2ForCausalLM"))
-)
+@pytest.mark.parametrize("name", TYPES)
 def test_types_of_transformers_in_one_shape_go_through_their_files(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     settings, families = TYPES[name]

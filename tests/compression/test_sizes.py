@@ -15,7 +15,6 @@ from sparsereg.compression.verify import difference
 from sparsereg.distributions import HardConcrete
 from sparsereg.model.basic_l0_blocks import L0Gate
 from tests.compression.networks import make, set_gates
-from tests.slow import slowly
 
 
 class Base(nn.Module):
@@ -162,6 +161,7 @@ def agree(network, smaller, x):
         assert difference(wanted, smaller(x)) < 1e-5
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("pattern", ["mixed", "all shut", "one open"])
 @pytest.mark.parametrize("name", IMAGES)
 def test_other_sizes_give_the_same_answers(name, pattern, tmp_path):
@@ -193,6 +193,7 @@ def test_an_image_of_another_size_keeps_the_answers_of_googlenet():
     agree(network, smaller, torch.randn(2, 3, 32, 32))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["lenet5", "lenet300", "mlp", "functional"])
 def test_sizes_that_the_network_depends_on_are_checked(name, tmp_path):
     """Units that are picked by number would be others in a larger image."""
@@ -225,6 +226,7 @@ def test_sizes_that_are_checked_do_not_hinder_exports(tmp_path):
     assert difference(network(x), compiled(x)) < 1e-5
 
 
+@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
 @pytest.mark.parametrize("name", ["size of another", "dead skip", "constants"])
 def test_sizes_stay_dynamic_in_torchscript_and_the_compiler(name):
@@ -255,7 +257,7 @@ SEGMENTATION = {
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("name", slowly(SEGMENTATION, ("deeplabv3_mobilenet_v3_large",)))
+@pytest.mark.parametrize("name", SEGMENTATION)
 def test_segmentation_networks_are_gated_compacted_and_counted(name, tmp_path):
     """Their last step brings the map to the image's size, and their answer is a dictionary."""
     torch.manual_seed(0)
@@ -427,6 +429,7 @@ class Batch(nn.Module):
         return self.head(F.relu(self.layer(F.pad(x, (0, 0, 0, 1)))).sum(1))
 
 
+@pytest.mark.costly
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["token", "state", "plain"])
 def test_any_number_of_examples_is_taken(kind):

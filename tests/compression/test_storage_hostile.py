@@ -300,6 +300,7 @@ def test_what_is_no_structure_is_refused(text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.costly
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_structures_end_as_a_network_or_one_line(sound, data):

@@ -22,6 +22,7 @@ def _lightning_in_tests():
         yield
 
 
+@pytest.mark.costly
 def test_example_meets_its_target():
     reached = example.main(epochs=4)
     assert 0.6 <= reached["exact_sparsity"] < 0.61

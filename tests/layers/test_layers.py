@@ -83,6 +83,7 @@ def test_training_reaches_weights_and_gates(name):
     assert any(g.log_alpha.grad.abs().sum() > 0 for g in hard_concretes(net).values())
 
 
+@pytest.mark.costly
 def test_mean_output_over_draws_is_that_of_the_mean_gate():
     torch.manual_seed(0)  # the layer draws from PyTorch's own generator
     layer = make("linear").double()
@@ -137,6 +138,7 @@ def answer(payload: bytes) -> list[float]:
     return output.flatten().tolist()
 
 
+@pytest.mark.costly
 def test_a_network_travels_to_other_processes():
     net = make("mlp")
     context = multiprocessing.get_context("spawn")
@@ -171,6 +173,7 @@ def test_half_precision_networks():
     assert net.fc1.weight_gates.log_alpha.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.costly
 @pytest.mark.usefixtures("unchecked_arrays")
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ["nested", "mlp"])

@@ -15,6 +15,7 @@ from sparsereg.penalties import get_active_parameter_count, get_sparsity_stats, 
 from tests.nets import LAYERS, NETS, inputs, make
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize("name", NETS)
 def test_eval_output_stays_without_gates(name, threshold):

@@ -75,6 +75,7 @@ def test_one_rate_for_each_group():
     assert torch.sigmoid(mlp.layers[1].weight_gates.log_alpha).mean().item() == pytest.approx(0.8)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("cls", "rates"), [(LeNet300, (0.5, 0.0, 0.25)), (LeNet5, (0.0, 0.5, 0.0, 0.25))])
 def test_dropout_acts_in_training_only_and_stays_in_the_compacted_network(cls, rates):
     torch.manual_seed(0)

@@ -81,6 +81,7 @@ def test_padding_changes_no_class():
     assert torch.allclose(net(tokens), net(padded, mask), atol=1e-12)
 
 
+@pytest.mark.costly
 def test_exported_for_any_batch_and_length():
     batch, length = Dim("batch", max=64), Dim("length", min=2, max=12)
     net = GPT(50, 12, SMALL).eval()

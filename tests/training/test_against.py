@@ -45,6 +45,7 @@ def test_each_method_makes_a_smaller_network_that_answers(task, method, tmp_path
     assert (tmp_path / "toy-0.pt").is_file()
 
 
+@pytest.mark.costly
 def test_runs_that_are_in_the_table_are_not_repeated(task, tmp_path, monkeypatch):
     monkeypatch.setitem(against.NETWORKS, "gpt", lambda mnist: task)
     given = Namespace(

@@ -122,6 +122,7 @@ def check(run, trained, tmp_path, change, some) -> None:
         assert outcome.code == 0 or refused(outcome), (place, outcome.err[-600:])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", [{}, [], None, torch.tensor(1.0)])
 def test_groups_of_parameters_have_names(run, trained, tmp_path, name):
     content = torch.load(trained.last, weights_only=True)

@@ -32,6 +32,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("command", COMMANDS, ids=["test", "start", "resume"])
 @pytest.mark.parametrize(
     "place",
@@ -58,6 +59,7 @@ def test_nothing_is_looked_up_for_a_checkpoint(run, trained, monkeypatch, comman
     assert line.startswith("error: ")
 
 
+@pytest.mark.costly
 def test_a_resumed_run_takes_numbers_from_the_trainer_settings_and_nothing_else(run, trained, tiny, tmp_path):
     hostile = {
         "profiler": "advanced",
@@ -141,6 +143,7 @@ def test_settings_of_a_wrong_kind_are_refused_by_the_name_of_the_checkpoint(run,
         assert message in line
 
 
+@pytest.mark.costly
 def test_data_of_a_checkpoint_are_only_read_and_named_when_missing(run, trained, tmp_path, monkeypatch):
     gone = tmp_path / "gone" / "images.npz"
     path = changed(trained.last, lambda c: c["data"].update(path=str(gone)))

@@ -73,6 +73,7 @@ def test_counts_are_those_of_the_original(run, tiny, sizes):
     assert tested.results["compacted_test_acc"] == pytest.approx(tested.results["test_acc"])
 
 
+@pytest.mark.costly
 def test_validation_amid_an_epoch_a_target_and_fine_tuning(run, tiny, sizes):
     outcome = run(
         "train",

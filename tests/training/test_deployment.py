@@ -47,6 +47,7 @@ def test_it_measures_the_network_that_training_measured(run, trained):
     assert int(total["open"].replace(",", "")) == tested.results["open_gates"]
 
 
+@pytest.mark.costly
 def test_gates_on_weights_save_storage_and_say_so(run, tiny):
     settings = ["trainer.max_epochs=2", "lambda_l0=30", "optimizer.lr=0.05", "optimizer.warmup_epochs=0"]
     size = "model.hidden_sizes=[40,20]"

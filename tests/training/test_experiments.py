@@ -75,6 +75,7 @@ def test_tables_name_rows_that_there_are():
     assert named == known
 
 
+@pytest.mark.costly
 def test_row_without_its_first_row_is_refused_in_one_line(run, tmp_path):
     arguments = one_batch("cifar10_table", tmp_path)
     outcome = run("train", *arguments, "row=target_10,target_39")

@@ -122,6 +122,7 @@ NOT_OF_TRAINERS = {"_BatchNorm", "_exit"}
 """PyTorch's base class of all BatchNorms; os._exit."""
 
 
+@pytest.mark.costly
 def test_only_one_file_uses_private_names():
     ours = own_names()
     for file in USERS:

@@ -30,6 +30,7 @@ def test_every_network_trains_and_is_tested(run, tmp_path, model):
     assert tested.results["compacted_test_acc"] == pytest.approx(tested.results["test_acc"], abs=1e-6)
 
 
+@pytest.mark.costly
 def test_l2_inside_l0_is_in_the_loss(run, tiny):
     with_l2 = run("train", *tiny, "trainer.max_epochs=1", "model=lenet300", "lambda_l2=10")
     without = run("train", *tiny, "trainer.max_epochs=1", "model=lenet300")

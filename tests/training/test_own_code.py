@@ -103,6 +103,7 @@ def test_network_whose_mask_holds_infinity_is_found_again(run, own):
     assert tested.results["test_acc"] == trained.results["test_acc"]
 
 
+@pytest.mark.costly
 def test_networks_with_gates_and_without(run, own):
     gated = run("train", *QUICK, *SMALL, "model._target_=own_nets.Gated")
     assert gated.code == 0, gated.err
@@ -376,6 +377,7 @@ def test_a_run_with_its_own_schedule_is_resumed(run, schedules, optimizer):
     assert tested.code == 0, tested.err
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("given", "message"),
     [

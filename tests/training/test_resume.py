@@ -82,6 +82,7 @@ def test_nothing_left_to_train_is_said(run, tiny):
     assert "larger trainer.max_epochs" in again.err
 
 
+@pytest.mark.costly
 def test_best_checkpoint_survives_a_resume(run, tiny):
     two = run("train", *tiny, "trainer.max_epochs=2")
     resumed = run("train", f"ckpt_path={two.last}", "resume_training=true", "trainer.max_epochs=3")

@@ -113,6 +113,7 @@ def test_naming_the_same_choice_keeps_the_settings_of_the_run(run, tiny):
     assert "lambda_l0 was" not in resumed.err
 
 
+@pytest.mark.costly
 def test_what_has_no_effect_any_more_is_refused(run, tiny):
     done = run("train", *tiny, *NETWORK, "trainer.max_epochs=1", "finetune.epochs=1")
     command = [f"ckpt_path={done.folder}", "resume_training=true", "finetune.epochs=2"]

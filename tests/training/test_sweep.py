@@ -49,6 +49,7 @@ def test_a_sweep_with_a_failed_job_and_its_repetition(run, tiny, images, tmp_pat
     assert pd.read_csv(anew.path)["status"].tolist() == ["finished"]
 
 
+@pytest.mark.costly
 def test_a_sweep_sums_up_what_failed_in_one_line(run, tiny, monkeypatch):
     sweep = ["-m", *tiny, "lambda_l0=-1,-2,-3"]
     wrong = run("train", *sweep)
@@ -107,6 +108,7 @@ def test_sweeps_that_start_together_have_folders_of_their_own(tmp_path):
     assert all(len(pd.read_csv(table)) == 2 for table in tables)
 
 
+@pytest.mark.costly
 def test_a_second_sweep_in_a_named_folder_is_refused(run, tiny, tmp_path):
     sweep = ["-m", *tiny, "trainer.max_epochs=1", "seed=0", "hydra.sweep.dir=mine"]
     assert run("train", *sweep).code == 0

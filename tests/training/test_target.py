@@ -19,7 +19,6 @@ from sparsereg.training.build import unchanging
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.target import TargetSettings
 from sparsereg.zoo.networks import build
-from tests.slow import slowly
 
 LENET = {"name": "lenet300", "sampling": "batch"}
 
@@ -70,6 +69,7 @@ def test_multiplier_solves_a_constrained_problem():
     assert sum(found[-1000:]) / 1000 == pytest.approx(4.0, rel=0.1)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("cost", ["parameters", "macs"])
 @pytest.mark.parametrize("kept", [0.7, 0.3, 0.05])
 @pytest.mark.parametrize("model", [LENET, {"name": "lenet5", "sampling": "batch"}])
@@ -96,7 +96,8 @@ def test_exact_count_meets_the_target_from_below(model, kept, cost):
     assert is_open.sum() - first_unlike < 60
 
 
-@pytest.mark.parametrize("round_to", slowly([8, 16], (16,)))
+@pytest.mark.costly
+@pytest.mark.parametrize("round_to", [8, 16])
 def test_widths_are_multiples_where_gates_open_together(round_to):
     net = build({"name": "googlenet", "gate": "all"}, Form(10, (1, 8, 8)), gated=True).eval()
     for seed, gate in enumerate(hard_concretes(net).values()):
@@ -236,6 +237,7 @@ def test_gates_keep_their_learning_rate_under_a_target(run, tiny):
         assert (rates["gates"][0] < 0.01 * rates["gates"][1]) == falls
 
 
+@pytest.mark.costly
 def test_target_macs_of_a_network_with_concatenations(run, tiny):
     done = run("train", *tiny, "model.gate=all", "trainer.max_epochs=2", "target_macs=0.4")
     assert done.code == 0, done.err
@@ -317,6 +319,7 @@ def test_one_shot_takes_units_out_before_the_first_epoch(run, tiny, model):
     assert resumed.results["epochs"] == 2
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -399,6 +402,7 @@ def test_parts_of_a_network_have_targets_of_their_own(run, tiny):
     assert {row["part"] for row in resumed.results["target_parts"]} == set(rows)
 
 
+@pytest.mark.costly
 def test_a_part_alone_and_one_shape_for_all_layers(run, tiny):
     done = run("train", *tiny, *VIT, "target.params=blocks.*.mlp:0.5", "shape=uniform")
     assert done.code == 0, done.err
@@ -437,6 +441,7 @@ def test_scalars_of_the_constraint_are_logged(run, tiny):
     assert json.loads((done.path).read_text())["lambda_target"] is not None
 
 
+@pytest.mark.costly
 def test_megabytes_of_the_compacted_network(run, tiny):
     settings = ["model=lenet5", "trainer.max_epochs=2", "optimizer.warmup_epochs=0", "batch=2"]
 

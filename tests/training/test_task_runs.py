@@ -283,6 +283,7 @@ def test_a_task_of_the_users(run, own):
     refused(run("train", *given, task, "label_smoothing=0.1"), "takes no label_smoothing")
 
 
+@pytest.mark.costly
 def test_a_sweep_over_a_language_model(run, text):
     swept = run("train", "-m", *text, *TINY, *SHORT, *QUICK, "trainer.max_epochs=1", "seed=0,1")
     assert swept.code == 0, swept.err

@@ -15,6 +15,7 @@ PROMISED = {
 }  # fmt: skip
 
 
+@pytest.mark.costly
 def test_a_run_in_tensorboard(run, tiny):
     trained = run("train", "-m", *tiny, "model=lenet300", "trainer.max_epochs=1", "lambda_l0=0.5,1")
     assert trained.code == 0, trained.err

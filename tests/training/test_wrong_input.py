@@ -104,6 +104,7 @@ def test_an_internal_failure_leaves_its_traceback_in_a_log(run, tiny, monkeypatc
     assert "Traceback" in log.read_text()
 
 
+@pytest.mark.costly
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(run, tiny):
     good = run("train", *tiny, "trainer.max_epochs=1")
     bad = run(
@@ -114,6 +115,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(ru
     assert not (good.folder.parent / "version_1" / "results.json").exists()
 
 
+@pytest.mark.costly
 def test_small_images_of_another_shape_train(run, tmp_path, tiny):
     grey = write_images(tmp_path / "grey.npz", channels=1, size=12)
     outcome = run("train", *tiny, f"data.path={grey}", "trainer.max_epochs=1")

@@ -238,6 +238,7 @@ def with_levels(t):
     return pd.concat([t[t.name != "nation"], pd.DataFrame(rows)], ignore_index=True)
 
 
+@pytest.mark.costly
 def test_all_levels_at_once(caplog):
     GROUPS.to_csv("G.csv", index=False)
     households, targets = write(targets=with_levels)

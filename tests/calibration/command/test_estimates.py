@@ -64,6 +64,7 @@ def test_standard_errors_are_those_of_survey_in_r(schools, method, se):
     assert (folder / "replicates.R").exists() == (method == "jackknife")
 
 
+@pytest.mark.costly
 def test_replicate_weights_are_calibrated_each(schools):
     ways = (
         ("variance=replicates:wt*", "replicates.type=jk1"),
@@ -130,6 +131,7 @@ def test_without_names_all_columns_of_numbers_are_estimated(schools):
     assert not names & {"pw", "school", "dnum", "fpc", "other", "stype"}
 
 
+@pytest.mark.costly
 def test_variables_are_told_of_chosen_households_too(schools):
     chosen = [s for s in schools if s != "method=calibrate"]
     folder, _ = command(*chosen, "num_households=60", "report.variables=enroll")
@@ -162,6 +164,7 @@ def test_only_columns_without_a_target_are_bystanders(schools):
     assert "high" not in note
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("column", "known"), [("none", True), ("both", False)])
 def test_the_largest_cv_with_an_estimate_of_zero(schools, column, known):
     """A zero without an error is no obstacle; one with an error has no share of it to show."""

@@ -8,6 +8,7 @@ import pytest
 from .test_run import _own_folder, exactly, run, tables  # noqa: F401
 
 
+@pytest.mark.costly
 def test_whole_weights_are_written_and_their_price_is_told():
     common = [*tables(), "num_households=null", "method=calibrate", "weights=integer"]
     folder, results = run(*common)
@@ -24,6 +25,7 @@ def test_whole_weights_are_written_and_their_price_is_told():
     assert run(*tables())[1]["integer_weights"] is None
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "dta"])
 def test_weights_of_every_format_are_the_same(suffix):
     common = [*tables(), "num_households=null", "method=calibrate"]

@@ -64,6 +64,7 @@ def bystanders(table, folder):
     return np.abs(errors).mean()
 
 
+@pytest.mark.costly
 def test_by_default_they_are_used_where_every_target_has_a_tolerance_and_cost_nothing_then():
     table = write(tolerance="2%")
     folder, results = run(*BASE)
@@ -84,6 +85,7 @@ def test_by_default_they_are_used_where_every_target_has_a_tolerance_and_cost_no
     assert bystanders(table, folder) < 0.6 * bystanders(table, without)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("tolerance", [None, ["2%"] * 8 + [""]])
 def test_by_default_they_are_not_used_where_a_target_has_none(tolerance):
     write(**({} if tolerance is None else {"tolerance": tolerance}))
@@ -135,6 +137,7 @@ def test_they_need_columns_and_a_number_where_they_are_asked_for():
         )
 
 
+@pytest.mark.costly
 def test_a_pull_is_not_tried_on_problems_that_are_too_large(monkeypatch):
     write(tolerance="2%")
     monkeypatch.setattr("sparsereg.calibration.pseudo_targets.MOST_VALIDATED", 10)

@@ -24,6 +24,7 @@ def _own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.costly
 def test_every_requirement_is_a_setting_and_a_figure_of_the_results():
     assert set(REQUIREMENTS) == set(declared(Require))
     _, results = run(*SMALL)
@@ -46,6 +47,7 @@ def test_a_figure_that_there_is_not_was_not_reached():
     assert row["text"] == "holdout.mean_are is not known; require.held_out_error=0.2 asks for at most that"
 
 
+@pytest.mark.costly
 def test_a_run_that_falls_short_has_its_files_and_says_what_is_missing():
     with pytest.raises(FellShort) as short:
         run(*SMALL, "require.ess=1e6", "require.within_10pct=0.01", "require.max_ratio=1")
@@ -80,6 +82,7 @@ def test_requirements_that_cannot_be_meant_are_refused(given, said):
     assert str(error.value).startswith(said)
 
 
+@pytest.mark.costly
 def test_a_command_that_falls_short_ends_with_exit_code_3(tmp_path):
     arguments = [*SMALL, "method=random", "holdout.groups=null", "require.ess=1e6", "require.max_error=0"]
     done = subprocess.run(

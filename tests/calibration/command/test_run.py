@@ -104,6 +104,7 @@ def test_a_run_writes_everything_and_overwrites_nothing():
     assert again.name == "version_1"
 
 
+@pytest.mark.costly
 def test_the_files_agree_with_each_other_in_float64():
     folder, results = run(*SMALL)
     weights, targets = exactly(folder / "weights.csv"), exactly(folder / "targets.csv")
@@ -166,18 +167,21 @@ def test_a_matrix_with_weights():
     np.testing.assert_allclose(matrix[:, weights.id - 100] @ weights.weight, matrix.sum(1) * 1.1, rtol=1e-3)
 
 
+@pytest.mark.costly
 def test_bounds_and_total_are_kept():
     _, results = run(*SMALL, "max_weight_ratio=12", "hold_total=true")
     assert results["max_ratio"] <= 12 * (1 + 1e-9)
     assert results["total_weight"] == pytest.approx(results["initial_total_weight"], rel=1e-9)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["pruning", "hard_concrete", "hybrid", "random", "pps"])
 def test_every_method_keeps_exactly_the_number(method):
     _, results = run(*SMALL, f"method={method}", "epochs=60", "holdout.groups=null")
     assert (results["kept"], results["method"]) == (60, method)
 
 
+@pytest.mark.costly
 def test_without_a_number_lambda_decides_and_all_keeps_all():
     _, some = run(*SMALL, "num_households=null", "lambda_l0=0.1", "epochs=200", "holdout.groups=null")
     assert 0 < some["kept"] < 300
@@ -190,6 +194,7 @@ def test_without_a_number_lambda_decides_and_all_keeps_all():
         run(*SMALL, "num_households=null", "lambda_l0=1e6", "epochs=300", "holdout.groups=null")
 
 
+@pytest.mark.costly
 def test_hold_outs():
     folder, results = run(*SMALL, "holdout.folds=3")
     table = pd.read_csv(folder / "holdout.csv")
@@ -204,6 +209,7 @@ def test_hold_outs():
         run(*SMALL, "holdout.groups=[age]", "holdout.folds=3")
 
 
+@pytest.mark.costly
 def test_multipliers_of_groups_that_are_left_out_do_not_matter():
     run(*SMALL, "+group_multipliers.age=3", "holdout.groups=[age]")
     with pytest.raises(InputError, match="group_multipliers key 'agee' not found"):
@@ -247,6 +253,7 @@ def test_an_interrupted_run_ends_where_it_would_have_ended(method, monkeypatch):
         run(*overrides, f"ckpt_path={whole}/checkpoint.pt")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["pruning", "hard_concrete"])
 def test_a_checkpoint_that_holds_something_else_is_refused(method, monkeypatch):
     overrides = (*SMALL, f"method={method}", "epochs=100", "holdout.groups=null")
@@ -286,6 +293,7 @@ def test_a_checkpoint_that_holds_something_else_is_refused(method, monkeypatch):
             run(*overrides, f"ckpt_path={path}")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -316,6 +324,7 @@ def test_wrong_settings_are_named_and_nothing_is_written(overrides, message):
     assert not list(Path().glob("outputs/**/weights.csv"))
 
 
+@pytest.mark.costly
 def test_targets_that_nobody_touches(caplog):
     overrides = tables()
     targets = pd.read_csv("T.csv", keep_default_na=False)
@@ -337,6 +346,7 @@ def test_targets_that_nobody_touches(caplog):
     assert results["zero_targets"] == 1
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("loss", ["relative", "mse", "mape", "capped"])
 @pytest.mark.parametrize("value", [0, -50])
 def test_targets_of_zero_and_below_never_give_nan(loss, value):

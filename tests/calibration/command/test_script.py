@@ -32,6 +32,7 @@ def test_a_number_as_temperature_is_spelt_out(given, meant):
     assert spelt_out(given) == meant
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -33,6 +33,7 @@ def tables(n=200):
     ]  # fmt: skip
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_the_folder_of_a_run_starts_the_next_one(suffix):
     common = tables()
@@ -46,6 +47,7 @@ def test_the_folder_of_a_run_starts_the_next_one(suffix):
     assert digest in [row["sha256"] for row in results["provenance"]["inputs"] if row["key"] == "start"]
 
 
+@pytest.mark.costly
 def test_households_that_left_are_named_and_new_ones_start_anew(caplog):
     common = tables()
     earlier, _ = run(*common, "problem.targets=T1.csv")

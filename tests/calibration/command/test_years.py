@@ -38,6 +38,7 @@ def _own_folder(tmp_path, monkeypatch):
     t.to_csv("T.csv", index=False)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["calibrate", "all"])
 def test_several_years_are_what_each_is_alone(method):
     folder, results = run(*GIVEN, f"method={method}", "targets.year=[2025,2026,2027]")
@@ -60,12 +61,14 @@ def test_several_years_are_what_each_is_alone(method):
         assert (folder / str(year) / "report.html").exists()
 
 
+@pytest.mark.costly
 def test_a_year_starts_at_the_weights_of_the_one_before():
     _, results = run(*GIVEN, "method=calibrate", "distance=raking", "targets.year=[2027,2028]")
     _, cold = run(*GIVEN, "method=calibrate", "distance=raking", "targets.year=2028")
     assert results["years"]["2028"]["steps"] < cold["steps"]
 
 
+@pytest.mark.costly
 def test_a_selection_for_each_year_keeps_its_number():
     folder, results = run(*GIVEN[:5], *GIVEN[6:], "num_households=80", "targets.year=[2025,2026]")
     weights = pd.read_csv(folder / "weights.csv")
@@ -82,6 +85,7 @@ def test_rules_leave_targets_out_of_a_run():
     assert "source" in pd.read_csv(folder / "targets.csv")
 
 
+@pytest.mark.costly
 def test_a_run_that_falls_short_in_one_year_names_it():
     with pytest.raises(FellShort) as error:
         run(*GIVEN, "method=calibrate", "targets.year=[2025,2027]", "require.ess=299.999", "bounds=[0.5,2]")
@@ -114,6 +118,7 @@ def test_rules_need_a_table():
         run("targets.year=2025")
 
 
+@pytest.mark.costly
 def test_an_interrupted_year_goes_on(monkeypatch):
     from sparsereg.calibration.command import run as script
 

@@ -184,6 +184,7 @@ def test_what_is_not_a_condition_is_refused_with_its_place(where, message):
     assert len(str(refused.value)) < 400
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "where",
     [
@@ -301,6 +302,7 @@ FRAME = pd.DataFrame(
 )
 
 
+@pytest.mark.costly
 @hypothesis.given(formulas())
 @hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
 def test_conditions_agree_with_three_valued_logic(formula):

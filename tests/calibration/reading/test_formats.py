@@ -193,6 +193,7 @@ def test_persons_of_every_format_meet_households_of_another(persons):
     assert problem.matrix.toarray().tolist() == [[1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_whole_run_reads_households_and_targets_of_every_format(name):
     table = HOUSEHOLDS.assign(income=[1.5, 2.5, 3.5, 4.5, 5.5, 6.5])

@@ -73,6 +73,7 @@ def test_the_matrix_is_what_the_conditions_say():
     assert list(built.household_ids) == list(table.id)
 
 
+@pytest.mark.costly
 def test_many_targets_over_many_households_are_built_in_seconds():
     rng = np.random.default_rng(0)
     n, areas = 100_000, 400

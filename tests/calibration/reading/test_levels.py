@@ -201,6 +201,7 @@ def files(tmp_path, monkeypatch):
     )  # fmt: skip
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("more", [(), ("problem.id=key",), ("problem.id=hid",)])
 def test_one_weight_per_household(files, more):
     folder, _ = command(*files, "problem.persons=P.csv", "problem.household_id=hid", *more)
@@ -261,6 +262,7 @@ def test_equal_to_aggregate_stage_of_survey_in_r(tmp_path, monkeypatch):
     assert ours.se.to_numpy() == pytest.approx(of_r.se.to_numpy(), rel=1e-8)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("distance", ["raking", "linear"])
 def test_equal_to_aggregate_stage_where_bounds_bind(tmp_path, monkeypatch, distance):
     """The same with ratios between 0.85 and 1.2: a fifth of the households end at a bound, the same ones."""

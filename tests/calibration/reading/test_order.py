@@ -15,6 +15,7 @@ def test_who_is_kept_does_not_hang_on_the_place_in_the_file():
     )  # by chance; sweeps in the order of the file kept nearly all there
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["pruning", "hard_concrete"])
 def test_weights_belong_to_their_households(method):
     problem = synthetic_problem(300, 60)

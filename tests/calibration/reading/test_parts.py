@@ -83,6 +83,7 @@ def problem_of(households, persons="P.parquet", **keys):
     return read_years(choice, ["income"], Missing("error", {"late": "zero"}))[None]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", FILES)
 def test_a_problem_from_parts_is_the_problem(name, in_parts):
     households, persons = survey()
@@ -192,6 +193,7 @@ def test_large_csv_files_of_every_kind_are_read_alike(tmp_path, in_parts, header
     assert whole.a.tolist() == list(range(900))
 
 
+@pytest.mark.costly
 def test_a_run_in_parts_ends_with_the_same_weights(in_parts):
     households, _ = survey()
     write("H.parquet", households)
@@ -285,6 +287,7 @@ def test_the_peak_stays_far_below_the_table(households, columns, suffix):
         assert found["peak"] < table
 
 
+@pytest.mark.costly
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process has open stands in /proc on Linux")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_killed_while_it_reads_leaves_nothing(tmp_path, number):

@@ -155,6 +155,7 @@ def test_long_tables_show_the_worst_and_the_dearest_and_say_so():
     assert '<td class="text name">total 850</td>' not in text
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kept", [[0, 0, 3, 0, 0, 0, 0, 0], [1.0] * 8, [-1, 2, 1, 1, 1, 1, 1, 1]])
 @pytest.mark.parametrize("num_targets", [1, 3])
 def test_unusual_weights_have_a_page_too(kept, num_targets):

@@ -103,6 +103,7 @@ def test_groups_and_worst_targets():
     assert worst[0]["relative_error"] is None  # a target of 0
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("targets", [[4, -2, 10, 0], [4, 2, 10, 3], [0, 0, 0, 0]])
 def test_pictures_are_drawn_for_all_signs(tmp_path, targets):
     p = CalibrationProblem(problem().matrix, targets)

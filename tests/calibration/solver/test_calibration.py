@@ -41,6 +41,7 @@ def test_selection_against_all_subsets(seed):
     assert np.searchsorted(values, result.loss * (1 - 1e-6)) < 0.05 * len(values)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", CHOOSING)
 @pytest.mark.parametrize("number", [1, 7, 29, 150, 300])
 def test_exactly_the_wanted_number(method, number):
@@ -53,6 +54,7 @@ def test_exactly_the_wanted_number(method, number):
     assert len(result.to_frame()) == number
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", CHOOSING)
 def test_same_seed_same_weights(method):
     problem = survey()
@@ -100,6 +102,7 @@ def test_all_is_the_minimum_of_loss_and_pull_whatever_the_pull_and_the_seed(chi2
     assert minimised(results[0].weights) == pytest.approx(minimised(initial * best.x), rel=1e-8)
 
 
+@pytest.mark.costly
 def test_hard_targets_are_met_by_a_selection():
     problem = survey(19, targets=30, households=400, noise=0.3)
     hard = np.arange(30) < 5
@@ -149,6 +152,7 @@ def test_bounds_and_total_hold(method):
     assert result.weights.sum() == pytest.approx(initial.sum(), rel=1e-8)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("number", "ratio"), [(300, 12.0), (150, 30.0)])
 def test_a_bound_alone_is_no_worse_than_with_the_total_held(number, ratio):
     """Whoever must not grow beyond a bound has to be large enough: the selection foresees that."""
@@ -179,6 +183,7 @@ def test_zero_and_negative_targets_are_never_nan(loss, method):
     assert result.num_kept == 30
 
 
+@pytest.mark.costly
 def test_the_absolute_loss_is_lower_for_its_own_fit():
     problem = survey(5, targets=80, noise=0.3)
     kept = calibrate(problem, 40).selected
@@ -196,6 +201,7 @@ def polish_without_swaps(problem, kept, loss):
     return polish(problem, kept, loss=loss, schedule=PruningSchedule(swap_rounds=0)).estimates
 
 
+@pytest.mark.costly
 def test_consistency_draws_parts_towards_the_whole():
     parent = np.full(30, -1)
     parent[1:6] = 0
@@ -233,6 +239,7 @@ def test_interrupted_and_resumed_gives_the_same(method):
     assert np.array_equal(whole.result().weights, second.result().weights)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["pruning", "hard_concrete"])
 @pytest.mark.parametrize("households", [60, 400])
 def test_every_step_is_the_same_after_an_interruption_before_it(method, households):
@@ -249,6 +256,7 @@ def test_every_step_is_the_same_after_an_interruption_before_it(method, househol
         assert other.report() == whole.report()
 
 
+@pytest.mark.costly
 def test_compiled_and_torch_agree():
     problem = survey(9)
     random = calibrate(problem, 25, method="random").loss
@@ -299,6 +307,7 @@ def with_zero_total(asked=0.0, **more):
     return CalibrationProblem(matrix, [*problem.targets, asked], problem.initial_weights, **more)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("loss", ["relative", "mape", "mse"])
 @pytest.mark.parametrize("arguments", [{"method": "all"}, {"num_households": 60}, {"lambda_l0": 1e-4}])
 def test_a_zero_that_all_others_rule_out_does_not_destroy_them(loss, arguments, caplog):
@@ -328,6 +337,7 @@ def test_a_zero_that_can_be_met_is_met_on_the_scale_of_what_goes_into_it():
         assert abs(result.estimates[3]) < 1e-5 * gross
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("unit", [1e-6, 1e-4, 1.0, 1e9])
 def test_the_unit_of_a_target_does_not_matter(unit):
     problem = survey(13)

@@ -63,6 +63,7 @@ def test_noise_follows_the_keys_not_the_order():
     assert torch.equal(household_matrix(rows, keys=keys).take(some).noise(7, 2), whole[keys[some]])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("targets", [12, 70_000])
 def test_households_stored_apart_change_no_product(targets):
     import scipy.sparse as sp

@@ -134,6 +134,7 @@ def test_nothing_of_the_size_of_all_targets_is_held(monkeypatch):
     assert max(seen) == MEASURES < len(p.targets)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", ["clones", "everybody everywhere", "a crosswalk"])
 @pytest.mark.parametrize("most", [1, 2])
 def test_exactly_so_many_pairs_are_kept(kind, most):
@@ -152,6 +153,7 @@ def test_exactly_so_many_pairs_are_kept(kind, most):
     np.testing.assert_allclose(p.measures[p.measure[nation]] @ total, p.targets[nation], rtol=0.02)
 
 
+@pytest.mark.costly
 def test_the_same_seed_keeps_the_same_pairs():
     p = nested("clones")
     first, again, other = ([a.weights for a in prune_clones(p, 100, 2, seed=s)] for s in (1, 1, 2))

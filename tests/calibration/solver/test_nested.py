@@ -50,6 +50,7 @@ def test_products_are_those_of_all_rows(problem, share):
     np.testing.assert_array_equal(ours.by_household().toarray(), theirs.by_household().toarray())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("hold_total", [False, True])
 def test_sweeps_reach_the_minimum_of_the_plain_matrix(problem, lanes, hold_total, monkeypatch):
@@ -90,6 +91,7 @@ def test_lanes_share_pages_out_and_do_not_depend_on_threads(problem, monkeypatch
     assert not set(fit.matrix._page[first]) & set(fit.matrix._page[second])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["pruning", "hard_concrete", "all"])
 def test_calibrations_are_as_good(problem, method):
     number = None if method == "all" else 400
@@ -98,6 +100,7 @@ def test_calibrations_are_as_good(problem, method):
     assert ours.loss <= 1.3 * theirs.loss + 1e-12
 
 
+@pytest.mark.costly
 def test_targets_of_weight_zero_and_bounds_are_as_before(problem):
     weights = np.ones(900)
     weights[::7] = 0
@@ -113,6 +116,7 @@ def test_targets_of_weight_zero_and_bounds_are_as_before(problem):
     assert (result.weights <= 8.0 * problem.starting_weights * (1 + 1e-9)).all()
 
 
+@pytest.mark.costly
 def test_nested_shares_with_consistency_and_ratios(problem):
     """Rows of sums of parts, and targets that are shares of other totals."""
     result = calibrate(problem, 600, consistency=0.5)

@@ -58,6 +58,7 @@ def test_pages_that_are_too_large_do_not_pay():
     assert PageBlocks.may_pay(np.repeat(np.arange(100), 50))
 
 
+@pytest.mark.costly
 def test_more_households_than_dense_systems_take_are_fitted_to_optimality():
     p = synthetic_problem(6000, 3200, seed=1)
     result = calibrate(p, 2600, schedule=QUICK)
@@ -65,6 +66,7 @@ def test_more_households_than_dense_systems_take_are_fitted_to_optimality():
     assert result.kkt_violation <= 1e-9
 
 
+@pytest.mark.costly
 def test_nobody_gains_by_leaving_the_optimum():
     p = synthetic_problem(4000, 2800, seed=2)
     result = calibrate(p, 2550, schedule=QUICK, chi2=1e-4)

@@ -39,6 +39,7 @@ def assert_same(weights, p, method, how):
     np.testing.assert_allclose(weights, theirs.weights, rtol=1e-9 if exact else 1e-4, atol=1e-9 * exact)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", HOW)
 def test_one_process_alone(name):
     method, how = HOW[name]
@@ -84,6 +85,7 @@ def assert_as_good(weights, estimates, p, num_kept, how):
         assert (weights <= how["max_weight_ratio"] * p.starting_weights * (1 + 1e-9)).all()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", NUMBER)
 @pytest.mark.parametrize("num_kept", [60, 700])
 def test_a_number_of_households_in_one_process(name, num_kept):

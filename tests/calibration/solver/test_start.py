@@ -82,6 +82,7 @@ def test_a_start_that_is_worse_than_none_is_not_taken():
     assert far.steps == cold.steps
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("num_households", [150, 100, 220])
 def test_a_selection_goes_on_from_the_households_that_are_there(num_households):
     earlier, now = earlier_and_now(1200, 60)

@@ -101,6 +101,7 @@ def test_what_a_cache_does_not_say_plainly_is_measured_again(tmp_path, monkeypat
         assert np.array_equal(Clock("eager", 1, 1, tmp_path).grid(CONV).seconds, wanted)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["googlenet", "resnet18", "mobilenet_v2", "lenet300", "mlp", "gated by us"])
 def test_widths_are_those_of_the_compacted_network(name):
     if name == "gated by us":

@@ -186,6 +186,7 @@ def test_branches_go_in_all_combinations(name):
         assert found == count(network, example_of(name)).compacted_parameters
 
 
+@pytest.mark.costly
 @torch.no_grad()
 def test_tables_that_nobody_learns_make_no_branch():
     x = torch.arange(24).view(2, 12)
@@ -260,6 +261,7 @@ def test_explanation_names_branches_and_counts_what_goes_with_them():
     assert all(explanation.staying[name] == 0 for name in whole if name.startswith(("outer", "last", "less")))
 
 
+@pytest.mark.costly
 def test_gates_of_branches_are_found_again_and_learn():
     network = gate(made("nested"), example_of("nested"), jitter=0.0)
     shut_some_(network, 4)
@@ -271,6 +273,7 @@ def test_gates_of_branches_are_found_again_and_learn():
     assert all(g.log_alpha.grad.isfinite().all() for g in branch_gates(network))
 
 
+@pytest.mark.costly
 def test_fused_kernels_of_encoders_read_gated_weights():
     """PyTorch's fast path reads the weights of its layers in place of calling them."""
     network = gate(made("encoder"), example_of("encoder"), families="units", jitter=0.0)
@@ -282,6 +285,7 @@ def test_fused_kernels_of_encoders_read_gated_weights():
         compact(network, example_of("encoder"))
 
 
+@pytest.mark.costly
 @torch.no_grad()
 def test_experts_are_a_family_of_their_own():
     mixture, x = made("experts"), example_of("experts")

@@ -74,6 +74,7 @@ def half_shut_(network):
         gates.log_alpha.copy_(torch.where(draws > 0.5, 3 * draws, -10.0))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("way", ["einsum", "bmm", "one_by_one"])
 def test_experts_in_one_tensor_lose_units_and_width(way):
     torch.manual_seed(0)
@@ -336,6 +337,7 @@ STAYING = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("way", STAYING)
 def test_experts_stay_that_would_not_be_zero_and_say_why(way):
     table = explain(picked(way), WIDE).to_frame()
@@ -368,6 +370,7 @@ def test_smaller_experts_train_on_and_are_saved(tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
 def test_smaller_experts_are_exported(suffix, tmp_path):
     if suffix == "onnx":

@@ -72,6 +72,7 @@ def first(answer):
     return tensors_in(answer)[0]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["vision transformer", "resnet18"])
 def test_gates_of_a_network_in_float64_are_folded_to_its_last_digits(name):
     network = gate(build(name).double(), example(name).double()).eval()
@@ -123,6 +124,7 @@ def test_compacted_network_has_the_counted_size_and_the_same_answers(gated, name
     assert sizes.compacted_macs == counter.get_total_flops() / 2 / len(x) * 2
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["vision transformer", "encoder", "convnext"])
 @torch.no_grad()
 def test_a_network_in_float64_loses_nothing_to_gates_in_float32(name):
@@ -310,6 +312,7 @@ def test_every_gate_learns(gated, name):
         assert gates.log_alpha.grad.isfinite().all(), path
 
 
+@pytest.mark.costly
 def test_gates_are_found_again_without_what_gate_knew(gated):
     """A pickle keeps the gates, not the analysis: it is made anew."""
     for name in ("vision transformer", "shufflenet"):
@@ -507,6 +510,7 @@ def test_a_norm_with_gates_takes_means_under_autocast():
     assert difference(network(x), rounded) < 0.05
 
 
+@pytest.mark.costly
 def test_windows_that_are_moved_before_they_are_flattened():
     """What is left of a copy need not lie in memory as the whole copy did."""
     torch.manual_seed(0)

@@ -59,6 +59,7 @@ def by_size(network):
     return {gate.log_alpha.numel(): gate.log_alpha.data for gate in hard_concretes(network).values()}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("way", WAYS)
 @torch.no_grad()

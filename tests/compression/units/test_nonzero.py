@@ -186,6 +186,7 @@ class Over(nn.Module):
         return self.b(x * torch.sigmoid(self.figure(x))).mean((2, 3))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "figure",
     [
@@ -314,6 +315,7 @@ class Cross(nn.Module):
         return self.leave(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("module", [False, True])
 def test_rows_of_one_matrix_are_layers_of_their_own(module):
     assert 3 in exact(Cross(module), (x(2, 7, 4), x(2, 5, 5)))  # heads
@@ -354,6 +356,7 @@ class Maps(nn.Module):
         return self.leave(state)
 
 
+@pytest.mark.costly
 def test_cells_lose_hidden_units_when_they_start_from_zeros():
     assert exact(Steps(), torch.randint(0, 20, (3, 4))) == [6, 8, 10, 12]
     assert exact(Maps(), x(2, 3, 2, 6, 6)) == [6]
@@ -511,6 +514,7 @@ class Linear(nn.Module):
         return self.leave(x + self.out(y.transpose(1, 2).reshape(b, n, 24)))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("settings", [{}, {"named": True}, {"normed": True}, {"named": True, "normed": True}])
 def test_products_with_units_along_axes_of_both_factors(settings):
     assert exact(Linear(F.relu, **settings), x(2, 5, 5)) == [1, 3, 4, 8, 12]
@@ -600,6 +604,7 @@ class NormedHeads(nn.Module):
         return self.leave(self.o(y.transpose(1, 2).reshape(x.shape)))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("norm", [F.rms_norm, F.layer_norm])
 def test_heads_go_whose_queries_and_keys_are_normed(norm):
     assert exact(NormedHeads(norm), x(2, 5, 12)) == [3, 12]

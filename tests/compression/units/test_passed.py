@@ -118,6 +118,7 @@ def test_an_axis_along_which_a_kernel_adds_up_is_tied(kernel, padding):
     assert free(Axial(kernel, padding), torch.randn(2, TOKENS, 5)).get(("up.weight", 0), 0) <= 1
 
 
+@pytest.mark.costly
 def test_of_two_axes_the_longer_one_goes():
     x = torch.randn(2, TOKENS, 5)
     for hidden, expected in ((7, {"0.weight": 8}), (9, {"0.weight": 1, "1.up.weight": 9})):

@@ -93,6 +93,7 @@ def shuffle_(network, seed):
         gates.log_alpha.copy_(3 * torch.randn(gates.log_alpha.shape, generator=generator))
 
 
+@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", NETWORKS)

@@ -128,6 +128,7 @@ class Written(nn.Module):
         return self.head(torch.cat([torch.einsum("...nm,...mj->...nj", among, z), mixed], -1))
 
 
+@pytest.mark.costly
 def test_an_einsum_is_followed_however_it_is_written():
     x = torch.randn(2, 5, 6)
     assert sorted(free(Written(), x).values()) == [8, 10]
