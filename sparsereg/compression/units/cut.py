@@ -63,7 +63,8 @@ class Cut:
         if along is not None:
             whole = whole.index_select(axis, torch.from_numpy(np.flatnonzero(self.stays.numpy()[along])))
         left = _size(self.weights[v], over)
-        self.weights[g] = self.weights[g] * torch.where(whole > 0, left / whole, 1).to(whole.dtype)
+        self.weights[g] = self.weights[g] * torch.where(whole > 0, left / whole, 0).to(whole.dtype)
+        self.weights[v] = torch.where(left > 0, self.weights[v], 1)  # of nothing but zeros the norm is 0 / 0
 
     def run(self, *inputs: Any) -> Any:
         """What the smaller network gives."""

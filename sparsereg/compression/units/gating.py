@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from sparsereg.distributions import HardConcrete
 from sparsereg.model.basic_l0_blocks import GatedBatchNorm2d, GateFactory, L0Gate
@@ -475,6 +477,20 @@ def _open_layer_norm(module: Any, x: Tensor) -> Tensor:
     return _OpenLayerNorm.apply(x.to(dtype), weight.to(dtype), bias, spread, module.eps)  # type: ignore[no-any-return]
 
 
+def _normed_weight(self: Any) -> Tensor:
+    """Forward of parametrisations: of a weight norm under which all is shut come zeros, not 0 / 0."""
+    base, _ = type(self)._made_of
+    if not isinstance(self[0], _WeightNorm) or hasattr(self, "1"):  # others behind it
+        return base.forward(self)  # type: ignore[no-any-return]
+    value = self.original1
+    over = [d for d in range(value.dim()) if d != self[0].dim]
+    shut = (value == 0).all(over[0], keepdim=True)
+    for d in over[1:]:
+        shut = shut.all(d, keepdim=True)
+    made = self[0](self.original0, torch.where(shut, self._gated_raw("original1"), value))
+    return made.masked_fill(shut, 0)  # type: ignore[no-any-return]
+
+
 def _copied(self: Any, memo: dict[int, Any]) -> nn.Module:
     base, names = type(self)._made_of
     made = memo[id(self)] = _blank(base, names)
@@ -492,6 +508,8 @@ def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
         body |= _RECURRENT
     if base.forward is nn.LayerNorm.forward:
         body["forward"] = _layer_norm
+    if issubclass(base, ParametrizationList):
+        body["forward"] = _normed_weight
     if hasattr(base, "__deepcopy__"):  # of a class with parametrisations, which would copy draws, too
         body["__deepcopy__"] = _copied
     body["__doc__"] = f"{base.__name__} whose weights are read through gates."

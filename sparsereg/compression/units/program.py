@@ -54,6 +54,7 @@ class Program:
         weights: the tensor behind each placeholder that is a parameter, buffer or constant.
         names: the name in the network of each of them.
         parameters: those that are parameters.
+        constants: those that the network holds under no name, which take no gates.
         values: what each node gave on the example, on the CPU or where the network is.
         inputs: the placeholders of the user's inputs, in order.
         example: what they were.
@@ -74,6 +75,7 @@ class Program:
     takes: Any = None
     made: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
     said: list[Any] | None = field(default=None, repr=False)
+    constants: frozenset[fx.Node] = frozenset()
 
     @property
     def calls(self) -> Iterator[fx.Node]:
@@ -400,12 +402,24 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], map
         exported.call_spec.out_spec,
         exported.call_spec.in_spec,
         said=operations(model) if isinstance(model, fx.GraphModule) else None,
+        constants=frozenset(n for n in weights if n.name in signature.inputs_to_lifted_tensor_constants),
     )
     try:
         program.run_on_example()
     except Exception as error:
         raise _refused(model, args, kwargs, error) from error
     return program
+
+
+_OTHERWISE = {
+    torch.ops.aten.max.other: torch.ops.aten.maximum.default,
+    torch.ops.aten.min.other: torch.ops.aten.minimum.default,
+    torch.ops.aten.where.default: torch.ops.aten.nonzero_numpy.default,
+    torch.ops.aten.broadcast_to.default: torch.ops.aten.expand.default,
+}
+"""Operations under the name of another one, or under a second name, with what they do."""
+_INNER = {"addcmul": torch.ops.aten.mul.Tensor, "addcdiv": torch.ops.aten.div.Tensor}
+"""Operations that add what another one gives of two tensors."""
 
 
 def _check_constant(model: nn.Module, signature: torch.export.ExportGraphSignature) -> None:
@@ -513,6 +527,7 @@ def _export(
     _let_write_anew(exported.graph)
     in_pairs(exported.graph)
     outer_as_products(exported.graph)
+    _in_steps(exported.graph)
     return exported, *pair
 
 
@@ -526,6 +541,29 @@ def _made_known(model: nn.Module, args: Any, kwargs: Any) -> bool:
     for kind in kinds:
         torch.export.register_dataclass(kind)
     return bool(kinds)
+
+
+def _in_steps(graph: fx.Graph) -> None:
+    """Let operations that are several at once, or have another name, be those for which there are rules."""
+    for node in [n for n in graph.nodes if n.op == "call_function"]:
+        node.target = _OTHERWISE.get(node.target, node.target)
+        inner = _INNER.get(name_of(node).rstrip("_"))
+        if inner is None:
+            continue
+        a = bound(node)
+        with graph.inserting_before(node):
+            term = _step(graph, node, inner, a["tensor1"], a["tensor2"])
+            if a["value"] != 1:
+                term = _step(graph, node, torch.ops.aten.mul.Scalar, term, a["value"])
+            node.replace_all_uses_with(_step(graph, node, torch.ops.aten.add.Tensor, a["self"], term))
+        graph.erase_node(node)
+
+
+def _step(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """A new operation at the place of a node."""
+    made = graph.call_function(target, args)
+    made.meta = {**node.meta, "val": target(*fx.node.map_arg(args, lambda n: n.meta["val"]))}
+    return made
 
 
 def _inputs(exported: torch.export.ExportedProgram) -> list[fx.Node]:

@@ -192,6 +192,7 @@ class Sites:
 
     def _zero(self, node: fx.Node) -> bool:
         weight = node in self.program.weights and can_train(self.program.weights[node])
+        weight = weight and node not in self.program.constants
         zero = self.labeller.dead.get(node, Dead.ZERO) is Dead.ZERO
         return self._labelled(node) and (weight or zero)
 

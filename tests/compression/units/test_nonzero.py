@@ -271,10 +271,74 @@ class Waves(nn.Module):
         return self.d(self.function(self.c(x.mean(-1))))
 
 
+class Added(nn.Module):
+    """A branch whose weights are normed."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.a, self.c = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 2, 1)
+        self.b = weight_norm(nn.Conv1d(8, 8, 3, padding=1), dim=dim)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.c(x + torch.tanh(self.b(x)))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_normed_weights_of_which_all_are_shut_are_zero(dim):
+    found = sparsereg.gate(Added(dim).double(), x(2, 3, 9))
+    for gates in hard_concretes(found).values():
+        gates.log_alpha.data.fill_(-10)
+    found.train()(x(2, 3, 9)).sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in found.parameters())
+    hard_concretes(found)["b.parametrizations.weight.gate_blocks.gates"].log_alpha.data.fill_(10)
+    smaller = sparsereg.compact(found.eval(), x(2, 3, 9))
+    assert torch.equal(smaller(x(2, 3, 9)), found(x(2, 3, 9)))
+    assert exact(Added(dim), x(2, 3, 9)) == [1, 8]
+
+
 @pytest.mark.parametrize("function", [F.leaky_relu, torch.sigmoid])
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_the_size_of_normed_weights_makes_up_for_those_that_are_gone(dim, function):
     assert exact(Waves(dim, function), x(2, 4, 9)) == [8, 10, 12]
+
+
+class Otherwise(nn.Module):
+    """Two hidden layers that meet in a function of the caller's."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+        self.table, self.function = 1 + torch.rand(6, dtype=torch.float64), function  # no buffer
+
+    def forward(self, x):
+        return self.c(self.function(self.a(x), self.b(x), self.table))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b, t: torch.max(a, b),
+        lambda a, b, t: b[:, torch.where(t > 0)[0]],
+        lambda a, b, t: a.unsqueeze(1).broadcast_to(3, 2, 6).sum(1),
+    ],
+)
+def test_overloads_that_do_something_else_than_their_name(function):
+    exact(Otherwise(function), x(3, 4))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b, t: torch.tanh(a + t),
+        lambda a, b, t: a * t + b,
+        lambda a, b, t: torch.addcmul(a, t, t, value=0.5),
+        lambda a, b, t: torch.addcdiv(a, t, t),
+        lambda a, b, t: torch.lerp(a, t, 0.3),
+    ],
+)
+def test_tensors_that_are_no_buffers_take_no_gates(function):
+    assert 6 in exact(Otherwise(function), x(3, 4))
 
 
 class Products(nn.Module):

@@ -30,7 +30,7 @@ QUOTIENTS = ("div", "true_divide", "divide", "floor_divide", "remainder", "fmod"
 
 _RUNNING = ("cumsum", "cumprod")
 ELEMENTS = {
-    *(*ZERO_STAYS, *_SUMS, *PRODUCTS, *QUOTIENTS, "where", "addcmul", "addcdiv", "lerp"),
+    *(*ZERO_STAYS, *_SUMS, *PRODUCTS, *QUOTIENTS, "where", "lerp"),
     *(name for name in _ZERO_MOVES if name not in _RUNNING),
 }
 """Functions of elements at the same place."""
@@ -179,9 +179,9 @@ def as_large(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     return made
 
 
-@rule("addcmul", "addcdiv", "lerp")
+@rule("lerp")
 def three(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
-    """Sums of a tensor and a product."""
+    """From one tensor to another."""
     return _together(x, node, list(node.args[:3]))
 
 

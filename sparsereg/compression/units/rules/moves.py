@@ -38,7 +38,7 @@ COPIES = """
 _MOVES = """
     transpose permute movedim moveaxis swapaxes swapdims t numpy_T mT unsqueeze squeeze flip cat concat
     concatenate getitem repeat repeat_interleave tril triu diagonal
-    rot90 tile broadcast_to hstack vstack column_stack take_along_dim
+    rot90 tile hstack vstack column_stack take_along_dim
 """.split()  # noqa: SIM905
 _VIEWS = """
     view reshape _unsafe_view flatten unflatten expand view_as reshape_as

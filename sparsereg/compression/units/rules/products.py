@@ -57,6 +57,8 @@ def baddbmm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     made = Product(x, node, ((a["batch1"], "Hmk"), (a["batch2"], "Hkn")), "Hmn").labels()
     if isinstance(a["self"], fx.Node) and x.has_units(a["self"]):
         x.fix(a["self"], "baddbmm adds it", node)
+    if a["beta"] != 0:
+        x.dead[node] = Dead.ANYTHING
     return made
 
 

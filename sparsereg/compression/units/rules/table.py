@@ -128,7 +128,7 @@ class Labeller:
         self.program, self.vectors, self.met_without_units = program, vectors, False
         self.axes = Axes()
         self.entrances = {e.node: e for e in entrances(program)} if inputs else {}
-        self.dead: dict[fx.Node, Dead] = {}
+        self.dead = dict.fromkeys(program.constants, Dead.ANYTHING)
         self.unknown: dict[str, fx.Node] = {}
         self.reads: list[tuple[Any, ...]] = []
         self.columns: dict[fx.Node, int] = {}
@@ -323,7 +323,7 @@ class Labeller:
         if self.axes.of.get(source) is None:
             units = self.axes.fresh(value.numel(), source, -1)
             self.axes.of[source] = torch.from_numpy(units).int().view(value.shape)
-            self.dead[source] = Dead.ZERO
+            self.dead.setdefault(source, Dead.ZERO)
         labels = self.axes.of[source]
         assert isinstance(labels, Tensor)
         return labels
