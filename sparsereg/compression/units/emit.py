@@ -171,8 +171,10 @@ class Emitter:
         name = op_name(call.target)
         if name == "type_as":  # tracing takes x.float() of a tensor in float32 for the tensor itself
             call = Call(call.target, (call.args[0], _uncast(call.args[1])), call.kwargs)
-        if call.target is operator.getitem and isinstance(self.made.get(call.args[0]), list):
-            return self.made[call.args[0]][call.args[1]]
+        if call.target is operator.getitem and isinstance(call.args[0], fx.Node):
+            several = self.made.get(call.args[0])
+            if isinstance(several, list):
+                return several[call.args[1]]
         if name in _DROPOUTS:
             return self._dropout(node, _DROPOUTS[name])
         layer = self._layer(node, call, name.rstrip("_"))

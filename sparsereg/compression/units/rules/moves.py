@@ -183,10 +183,15 @@ def moved(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     return made
 
 
+_UNEVEN = {"tril", "triu", "diagonal", "take_along_dim", "repeat_interleave", "unfold", "pad", *_ON_FLOATS}
+
+
 def _keep_places(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
     """Units stay along axes whose places an operation does not treat alike."""
     name, source = name_of(node), node.args[0]
-    labels = x.labels(source) if isinstance(source, fx.Node) else live(())
+    if name not in _UNEVEN or not isinstance(source, fx.Node):
+        return
+    labels = x.labels(source)
     axes: tuple[int, ...] = ()
     if name in ("tril", "triu"):
         axes = (-2, -1)
