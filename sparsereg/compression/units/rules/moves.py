@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.running import can_train
-from sparsereg.compression.units.labels import Labels, along, compacted, live, varying
+from sparsereg.compression.units.labels import Labels, along, compacted, varying
 from sparsereg.compression.units.program import Call, Scaled, bound, name_of, plain_call
 from sparsereg.compression.units.rules.elementwise import pair
 from sparsereg.compression.units.rules.mixing import is_turned_weight
