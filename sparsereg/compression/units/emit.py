@@ -183,7 +183,8 @@ class Emitter:
         args, kwargs = self._arguments(call)
         if isinstance(call.target, FunctionType) and call.target.__module__.startswith(__package__):
             return self._inlined(call.target, args)
-        target = torch.ops.aten.reshape.default if name in _VIEWS else call.target
+        views = name in _VIEWS and not isinstance(args[-1], torch.dtype)
+        target = torch.ops.aten.reshape.default if views else call.target
         return self.graph.call_function(target, args, kwargs)
 
     def _inlined(self, function: FunctionType, args: tuple[Any, ...]) -> Any:

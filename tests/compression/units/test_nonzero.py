@@ -762,3 +762,27 @@ class OneHead(nn.Module):
 @pytest.mark.parametrize("axis", [False, True])
 def test_places_of_a_single_head_go_one_by_one(axis):
     assert exact(OneHead(axis), torch.randn(2, 7, 5).double()) == [1, 6, 9, 12]
+
+
+class Unforeseen(nn.Module):
+    """An operation called in a way that its rule does not know."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.inside, self.out, self.head = how, nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+        self.vector, self.matrix = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return self.head(F.relu(self.out(UNFORESEEN[self.how](self, self.inside(x)))))
+
+
+UNFORESEEN = {
+    "linear by a vector": lambda net, x: x + F.linear(x, net.vector)[:, None],
+    "addmm with a matrix": lambda net, x: torch.addmm(x.detach() * 0 + 1, x, net.matrix),
+    "bits": lambda net, x: x.view(torch.int64).view(torch.float64),
+}
+
+
+@pytest.mark.parametrize("how", UNFORESEEN)
+def test_what_meets_an_unforeseen_call_stays(how):
+    assert exact(Unforeseen(how), torch.randn(4, 5).double()) == [6]

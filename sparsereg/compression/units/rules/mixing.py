@@ -47,6 +47,8 @@ def linear(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
 @rule("addmm")
 def addmm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """b + x W, the linear layer of GPT-2."""
+    if x.program.values[a["self"]].dim() != 1:
+        raise NotImplementedError("what is added is no vector")
     return dense(x, node, a["mat1"], a["mat2"], a["self"], 1, 0)
 
 

@@ -162,6 +162,8 @@ def _read_still(cut: Smaller, node: fx.Node, index: Tensor, alive: Tensor) -> Te
 @rule(*_VIEWS, call=_resized)
 def resized(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """Another shape of the same elements."""
+    if isinstance(node.args[-1], torch.dtype):
+        raise NotImplementedError("the bits of the elements are read as other numbers")
     result = x.program.values[node]
     labels = x.labels(node.args[0])
     if name_of(node) == "expand":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import IntEnum
@@ -16,6 +17,8 @@ from sparsereg.compression.units.entrances import entrances
 from sparsereg.compression.units.labels import FIRST, Axes, Ints, Labels, along, compacted, live, stored
 from sparsereg.compression.units.program import Call, Program, bound, name_of, place_of
 from sparsereg.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class Dead(IntEnum):
@@ -223,13 +226,20 @@ class Labeller:
             return
         before = max((self.dead.get(n, Dead.ZERO) for n in node.all_input_nodes), default=Dead.ZERO)
         self.dead[node] = before
-        found = known.label(self, node, self.program.arguments(node))
+        try:
+            found = known.label(self, node, self.program.arguments(node))
+        except InputError:
+            raise
+        except Exception as error:  # it is called in a way that its rule does not know
+            logger.debug("the rule for %s at %s: %r", name_of(node), place_of(node), error)
+            self._keep_inputs(node)
+            return
         if isinstance(found, tuple):
             found = tuple(compacted(part) for part in found)
         self.axes.of[node] = compacted(found) if isinstance(found, Tensor) else found
 
     def _keep_inputs(self, node: fx.Node) -> None:
-        """An operation without a rule: everything that it touches stays, and it is named."""
+        """An operation without a rule for this way to call it: all that it touches stays, and it is named."""
         touched = False
         for source in node.all_input_nodes:
             if source in self.program.weights:
