@@ -254,11 +254,19 @@ Products = list[tuple[float, list[Axis]]]
 
 
 def _linear(program: Program, node: fx.Node) -> Products:
-    return [(1.0, [*_all(program, node), (bound(node)["input"], -1)])]
+    a = bound(node)
+    return [(1.0, [*_all(program, node), _read(program, (a["weight"], -1), (a["input"], -1))])]
 
 
 def _addmm(program: Program, node: fx.Node) -> Products:
-    return [(1.0, [*_all(program, node), (bound(node)["mat1"], -1)])]
+    a = bound(node)
+    return [(1.0, [*_all(program, node), _read(program, (a["mat2"], 0), (a["mat1"], -1))])]
+
+
+def _read(program: Program, weight: Axis, source: Axis) -> Axis:
+    """The axis over which a layer sums: of its weight, since a tensor may hold other units at other places."""
+    stored = weight_of(weight[0])
+    return (stored, weight[1]) if stored in program.weights else source
 
 
 def _matmul(program: Program, node: fx.Node) -> Products:

@@ -786,3 +786,21 @@ UNFORESEEN = {
 @pytest.mark.parametrize("how", UNFORESEEN)
 def test_what_meets_an_unforeseen_call_stays(how):
     assert exact(Unforeseen(how), torch.randn(4, 5).double()) == [6]
+
+
+class TwoPlaces(nn.Module):
+    """Each place is made two, of outputs of their own, and there is an empty one; a layer reads all alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.wide, self.head = nn.Linear(5, 12), nn.Linear(12, 24), nn.Linear(12, 3)
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x):
+        y = F.gelu(self.wide(self.inside(x)))
+        y = F.pad(y.reshape(len(x), -1, 2, 12).flatten(1, 2), (0, 0, 0, 1))
+        return self.last(self.head(y).mean(1))
+
+
+def test_what_a_layer_reads_is_counted_where_its_places_are_made_by_other_units():
+    assert exact(TwoPlaces(), torch.randn(2, 7, 5).double()) == [3, 12, 12]
