@@ -264,7 +264,7 @@ def _addmm(program: Program, node: fx.Node) -> Products:
 
 
 def _read(program: Program, weight: Axis, source: Axis) -> Axis:
-    """The axis over which a layer sums: of its weight, since a tensor may hold other units at other places."""
+    """The axis over which a layer sums: of its weight, as a tensor may hold other units at other places."""
     stored = weight_of(weight[0])
     return (stored, weight[1]) if stored in program.weights else source
 
