@@ -11,7 +11,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from sparsereg.compression.insert import Choice
-from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS
+from sparsereg.compression.oneshot.inputs import BATCH
+from sparsereg.compression.oneshot.start import NUM_INPUTS
 from sparsereg.data.batches import LABELS, moved
 from sparsereg.data.form import arguments_of
 from sparsereg.distributions import TEMPERATURE

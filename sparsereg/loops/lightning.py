@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map
 
 from sparsereg.checks import check_count
 from sparsereg.compression.insert import Choice, check_shape
-from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS
+from sparsereg.compression.oneshot.inputs import BATCH
+from sparsereg.compression.oneshot.start import NUM_INPUTS
 from sparsereg.compression.running import evaluating, first_line
 from sparsereg.compression.units.together import draw_anew
 from sparsereg.data.batches import call

@@ -14,8 +14,8 @@ from sparsereg.compression.budget import Constraint
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.insert import Choice, gate_
-from sparsereg.compression.oneshot.inputs import read_inputs
-from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS, start_in_one_shot_
+from sparsereg.compression.oneshot.inputs import BATCH, read_inputs
+from sparsereg.compression.oneshot.start import NUM_INPUTS, start_in_one_shot_
 from sparsereg.compression.running import copied
 from sparsereg.compression.storage import save_compacted
 from sparsereg.data.batches import moved

@@ -25,9 +25,10 @@ from torch import fx, nn
 
 from sparsereg.compression import Accountant, compact, load_compacted, storage
 from sparsereg.compression.compact import ORIGINAL, original_size
+from sparsereg.compression.oneshot.inputs import BATCH
 from sparsereg.compression.oneshot.leftover import WAYS
 from sparsereg.compression.oneshot.ranked import Ranked, opened_
-from sparsereg.compression.oneshot.start import BATCH, NUM_INPUTS, start_in_one_shot_
+from sparsereg.compression.oneshot.start import NUM_INPUTS, start_in_one_shot_
 from sparsereg.compression.running import evaluating, tensors_in
 from sparsereg.compression.verify import difference
 from sparsereg.data.batches import call, only

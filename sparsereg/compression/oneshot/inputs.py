@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from sparsereg.data.batches import LABELS
 from sparsereg.errors import InputError
 
+BATCH = 64
+"""Inputs of one step."""
+
 
 def read_inputs(model: nn.Module, data: Any, num_inputs: int, batch_size: int) -> list[Any]:
     """Take inputs from data, without labels, where the network is.

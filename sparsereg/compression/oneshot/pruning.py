@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from sparsereg.compression.compact import ORIGINAL, compact, original_size
 from sparsereg.compression.insert import Choice, gate
 from sparsereg.compression.oneshot.importance import IMPORTANCE
-from sparsereg.compression.oneshot.inputs import read_inputs
-from sparsereg.compression.oneshot.ranked import BATCH, LEFTOVER, Ranked, opened_
+from sparsereg.compression.oneshot.inputs import BATCH, read_inputs
+from sparsereg.compression.oneshot.ranked import LEFTOVER, Ranked, opened_
 from sparsereg.compression.running import check_network
 from sparsereg.errors import nearest
 from sparsereg.penalties import hard_concretes

@@ -28,8 +28,6 @@ from sparsereg.target_settings import Share
 
 log = logging.getLogger(__name__)
 
-BATCH = 64
-"""Inputs of one step."""
 FOR_IMPORTANCE = 512
 """Inputs that importance is read off."""
 LEFTOVER = "leftover"

@@ -15,8 +15,8 @@ from sparsereg.distributions import HardConcrete
 from sparsereg.penalties import hard_concretes
 from sparsereg.target_settings import Share
 
-BATCH, NUM_INPUTS = 64, 1024
-"""Inputs of one step, and how many are looked at."""
+NUM_INPUTS = 1024
+"""How many inputs are looked at."""
 
 
 def start_in_one_shot_(

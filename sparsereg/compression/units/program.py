@@ -237,9 +237,8 @@ def called(target: Any, args: Any, kwargs: Any) -> Any:
     name = op_name(target)
     if name.endswith("_") and args and isinstance(args[0], Tensor):
         args = (args[0].clone(), *args[1:])
-    if name == "view" and not isinstance(
-        args[1], torch.dtype
-    ):  # labels and cut tensors need not lie as the original did
+    # Labels and cut tensors need not lie as the original did.
+    if name == "view" and not isinstance(args[1], torch.dtype):
         return torch.reshape(args[0], args[1])
     return target(*args, **kwargs)
 

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 import sparsereg
-from sparsereg.compression.oneshot.inputs import read_inputs
-from sparsereg.compression.oneshot.ranked import BATCH
+from sparsereg.compression.oneshot.inputs import BATCH, read_inputs
 from sparsereg.compression.oneshot.start import start_in_one_shot_
 from sparsereg.model.gpt import GPT
 from sparsereg.model.transformer import Shape
