@@ -10,6 +10,18 @@ from sparsereg.settings import NOT_NEGATIVE, Settings, count, setting, within
 
 MILLISECONDS = "milliseconds"
 """The cost of a target that is about time."""
+FAMILIES = {
+    "channels": "channels of convolutions",
+    "units": "units of hidden layers",
+    "heads": "attention heads",
+    "head_dims": "places in the vectors of heads",
+    "kv_groups": "keys and values with the heads that share them",
+    "width": "the residual stream, over which norms take means",
+    "inputs": "features of the inputs, where asked for",
+    "blocks": "whole branches of residual blocks",
+    "experts": "whole experts of a mixture, which a router weighs",
+}
+"""What can go, by name: the families of gates."""
 SHAPES = ("free", "uniform")
 """Whether layers that are alike may come to differ in size."""
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.parts import Selected, matched
-from sparsereg.compression.units.explain import FAMILIES, families, inputs_of
+from sparsereg.compression.units.explain import families, inputs_of
 from sparsereg.compression.units.flow import Flow, flow_of
 from sparsereg.compression.units.gating import GatedModule
 from sparsereg.compression.units.lines import Bools
 from sparsereg.compression.units.structure import Structure, structure_of
 from sparsereg.errors import InputError
 from sparsereg.summary import in_html, in_lines
+from sparsereg.target_settings import FAMILIES
 
 if TYPE_CHECKING:
     import pandas

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.running import check_network, copied
-from sparsereg.compression.units.explain import FAMILIES, explanation, inputs_of
+from sparsereg.compression.units.explain import explanation, inputs_of
 from sparsereg.compression.units.explain import families as kinds
 from sparsereg.compression.units.gating import GATED, gate_layer_, put_gate, shared_gate
 from sparsereg.compression.units.made import gate_names
@@ -26,7 +26,7 @@ from sparsereg.compression.units.together import Together, draw_anew
 from sparsereg.distributions import HardConcrete
 from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
 from sparsereg.penalties import hard_concretes
-from sparsereg.target_settings import SHAPES
+from sparsereg.target_settings import FAMILIES, SHAPES
 
 DEFAULT = tuple(family for family in FAMILIES if family != "inputs")
 """What is gated if nothing is asked for; columns of the data have to be."""
@@ -258,7 +258,8 @@ def _chooser(layers: Choice | None, known: Mapping[str, nn.Module]) -> Callable[
         if not fnmatch.filter(known, pattern):
             patterns[i] = f"*.{pattern}"  # as the names of modules may end
         if not fnmatch.filter(known, patterns[i]):
-            near = difflib.get_close_matches(pattern, known, 3, 0.4) or list(known)[:3]
+            own = [name for name in known if name]  # not the network itself
+            near = difflib.get_close_matches(pattern, own, 3, 0.4) or own[:3]
             raise ValueError(f"layers: no layer is called {pattern!r}; there are {', '.join(near)}")
     return lambda name, module: any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 

@@ -19,10 +19,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparsereg.compression.units.explain import FAMILIES
 from sparsereg.distributions import HardConcrete, log_alpha_at
 from sparsereg.errors import InputError
-from sparsereg.target_settings import Share
+from sparsereg.target_settings import FAMILIES, Share
 
 
 def inside(path: str, pattern: str) -> bool:

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from sparsereg.errors import InputError
 from sparsereg.own_code import is_own
-from sparsereg.settings import POSITIVE, Contradiction, Settings, count, one_of, setting, within
+from sparsereg.settings import POSITIVE, Contradiction, Settings, count, keys, one_of, setting, within
+from sparsereg.target_settings import FAMILIES
 from sparsereg.zoo import kinds
 
 KINDS = tuple(module.name for module in pkgutil.iter_modules(kinds.__path__))
@@ -56,6 +57,13 @@ class Network(Settings):
         return {}
 
     @property
+    def structure(self) -> dict[str, Any]:
+        """The keys that its builder takes: all but the one that names the kind of network."""
+        known = keys(type(self))
+        kind = "source" if "source" in known else "name"
+        return {name: getattr(self, name) for name in known if name != kind}
+
+    @property
     def said(self) -> str:
         """As the user gives it."""
         return f"model={self.group}"
@@ -94,7 +102,30 @@ def with_rates(settings: dict[str, Any], gates: dict[str, Any]) -> dict[str, Any
 
 
 @dataclass(frozen=True)
-class Transformer(Network):
+class Gateable(Network):
+    """A network that gets its gates by its operations: on all that can go, or on what is asked for."""
+
+    gate: str | tuple[str, ...] | None = setting(
+        None, "what gets gates, e.g. heads or [heads,units]; null: all that can go", choices=tuple(FAMILIES)
+    )
+    gate_layers: str | tuple[str, ...] | None = setting(
+        None, "which layers get gates: a pattern of their names, e.g. blocks.*.mlp.*, or several; null: all"
+    )
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The families and layers that were asked for."""
+        asked = {"families": self.gate, "layers": self.gate_layers}
+        return {key: value for key, value in asked.items() if value is not None}
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """Without the keys about gates."""
+        return {k: v for k, v in super().structure.items() if k not in ("gate", "gate_layers")}
+
+
+@dataclass(frozen=True)
+class Transformer(Gateable):
     """Sizes and kinds of parts of a transformer."""
 
     width: int = setting(128, "of the residual stream, a multiple of heads", count())

@@ -10,7 +10,7 @@ from torch import nn
 from sparsereg.data.form import Form
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
-from sparsereg.settings import keys, read
+from sparsereg.settings import read
 from sparsereg.zoo import kinds
 from sparsereg.zoo.gated import with_gates
 from sparsereg.zoo.network import Network
@@ -58,8 +58,7 @@ def build(
         if chosen is not settings:
             raise InputError("model._target_ comes from a file, which is data")
         return _built(chosen, form, gated, gates, {"settings": chosen})
-    values = {name: getattr(chosen, name) for name in keys(type(chosen))}
-    values.pop("source" if "source" in values else "name")
+    values = chosen.structure
     if chosen.OTHERS is not None:
         values[chosen.OTHERS] = dict(getattr(chosen, chosen.OTHERS))
     if chosen.PRETRAINED:
@@ -70,7 +69,8 @@ def build(
 def _built(
     chosen: Network, form: Form, gated: bool, gates: dict[str, Any], values: dict[str, Any]
 ) -> nn.Module:
+    gates = gates if chosen.OWN_GATES else {**gates, **chosen.limits}
     net: nn.Module = _file(chosen).build(form, gated, gates, **values)
     if not gated or chosen.OWN_GATES or hard_concretes(net):
         return net
-    return with_gates(net, form, chosen.said, {**gates, **chosen.limits})
+    return with_gates(net, form, chosen.said, gates)

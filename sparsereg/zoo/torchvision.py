@@ -46,7 +46,7 @@ def torchvision_network(
         task: ``classification`` or ``segmentation``, whose networks answer with a dictionary.
         small_images: the first convolution becomes 3x3 with stride 1, pooling behind it is left out.
         residual: whether channels that residual additions tie together get a gate, too.
-        **gate_settings: keyword arguments of L0Gate.
+        **gate_settings: keyword arguments of ``gate`` and of L0Gate.
 
     Raises:
         InputError: torchvision has no network of that name, it does not fit the images, or a switch is
@@ -77,8 +77,9 @@ def torchvision_network(
     if not gated:
         return net
     try:
-        return gate(net, torch.zeros(1, *image_shape), residual=residual, families=FAMILIES, **gate_settings)
-    except TypeError as error:
+        settings = {"families": FAMILIES, "residual": residual, **gate_settings}
+        return gate(net, torch.zeros(1, *image_shape), **settings)
+    except (ValueError, TypeError) as error:
         raise InputError(f"model.name={name}: cannot be gated: {error}") from error
 
 

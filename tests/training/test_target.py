@@ -355,6 +355,7 @@ def test_one_shot_takes_units_out_before_the_first_epoch(run, tiny, model):
         (["target.params=a:0.5", "front=[0.5,0.7]"], "and target.params=a:0.5 exclude each other"),
         (["shape=uniform"], "shape=uniform needs a network that gets its gates by its operations"),
         (["shape=uniform", "model=vit", "without_using_gate=true"], "shape=uniform is one of gates"),
+        (["model=vit", "model.gate=head"], "model.gate=head: expected one of channels, units, heads"),
         (["penalty=channels"], "penalty"),
         (["penalty=weights", "model=torchvision"], "penalty"),
     ],
@@ -385,6 +386,40 @@ def test_a_target_below_what_no_gate_can_take_is_refused_before_training(run, ti
     assert refused.code == 2
     assert "error: target_sparsity=0.9999 cannot be met: with every gate shut 0." in refused.err
     assert not list(tmp_path.glob("outputs/train/tblog/lightning_logs/version_0/*"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (
+            ["model=vit", "model.gate=kv_groups"],
+            "nothing of kv_groups that can go; it has blocks",
+        ),
+        (["model=vit", "model.gate_layers=stem"], "no layer is called 'stem'; there are patches, blocks.0."),
+        (
+            ["model=torchvision", "model.small_images=true", "model.gate=heads"],
+            "model.name=resnet18: cannot be gated: families: the network has nothing of heads",
+        ),
+    ],
+)
+def test_gates_that_a_network_has_no_place_for(run, tiny, asked, says):
+    refused = run("train", *tiny, *asked)
+    assert refused.code == 2
+    assert says in refused.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("way", [["target_sparsity=0.2"], ["front=[0.2,0.3]", "front_epochs=1"]])
+def test_only_what_is_asked_for_gets_gates(run, tiny, way):
+    asked = ["model.gate=[heads,units]", "model.gate_layers=[blocks.1.*,blocks.0.mlp.*]"]
+    done = run("train", *tiny, *VIT, *asked, *way)
+    assert done.code == 0, done.err
+    if "front" in done.results:
+        small = load_compacted(done.results["front"][0]["file"])
+    else:
+        small = load_compacted(run("test", f"ckpt_path={done.folder}", "compact=true").results["compacted"])
+    shapes = {name: tuple(p.shape) for name, p in small.named_parameters()}
+    assert shapes["blocks.0.attention.qkv.weight"] == (72, 24)  # all of its heads, and the whole width
+    assert sum(math.prod(shape) for shape in shapes.values()) <= 0.8 * done.results["parameters"]
 
 
 @pytest.mark.costly

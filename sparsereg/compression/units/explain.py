@@ -22,22 +22,11 @@ from sparsereg.compression.units.rules.table import PICKS
 from sparsereg.compression.units.sites import Sites
 from sparsereg.compression.units.solve import Units, solve
 from sparsereg.summary import in_html, in_lines
+from sparsereg.target_settings import FAMILIES
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FAMILIES = {
-    "channels": "channels of convolutions",
-    "units": "units of hidden layers",
-    "heads": "attention heads",
-    "head_dims": "places in the vectors of heads",
-    "kv_groups": "keys and values with the heads that share them",
-    "width": "the residual stream, over which norms take means",
-    "inputs": "features of the inputs, where asked for",
-    "blocks": "whole branches of residual blocks",
-    "experts": "whole experts of a mixture, which a router weighs",
-}
-"""What can go, by name."""
 STATES = ("can go", "tied", "kept")
 
 

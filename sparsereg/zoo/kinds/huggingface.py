@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsereg.errors import InputError
 from sparsereg.settings import setting
-from sparsereg.zoo.network import Network
+from sparsereg.zoo.network import Gateable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HuggingFaceModel(Network):
+class HuggingFaceModel(Gateable):
     """A network of Hugging Face's transformers; other keys change its configuration. Nothing is fetched."""
 
     OTHERS: ClassVar[str | None] = "arguments"

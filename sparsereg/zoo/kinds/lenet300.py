@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsereg.settings import RATE, setting
+from sparsereg.target_settings import FAMILIES
 from sparsereg.zoo.network import DROPOUT, Network, sampling, with_rates
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ class LeNet300Model(Network):
     @property
     def limits(self) -> dict[str, Any]:
         """The input pixels may go as well, as with its own gates."""
-        from sparsereg.compression.units.explain import FAMILIES
-
         return {"families": tuple(FAMILIES)}
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsereg.settings import setting
-from sparsereg.zoo.network import Network
+from sparsereg.zoo.network import Gateable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TimmModel(Network):
+class TimmModel(Gateable):
     """A network of timm with random weights, e.g. model.name=convnext_atto; other keys are its arguments."""
 
     OTHERS: ClassVar[str | None] = "arguments"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsereg.settings import setting
-from sparsereg.zoo.network import Network, sampling, weights
+from sparsereg.zoo.network import Gateable, sampling, weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TorchvisionModel(Network):
+class TorchvisionModel(Gateable):
     """A network of torchvision, e.g. model.name=mobilenet_v2, gated where channels can go.
 
     Its segmentation networks, e.g. model.name=lraspp_mobilenet_v3_large, for data with masks.
@@ -32,8 +32,13 @@ class TorchvisionModel(Network):
 
     @property
     def limits(self) -> dict[str, Any]:
-        """Whether channels that residual additions tie together may go."""
-        return {"residual": self.residual}
+        """Whether channels that residual additions tie together may go, too."""
+        return {**super().limits, "residual": self.residual}
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """Without that, too."""
+        return {k: v for k, v in super().structure.items() if k != "residual"}
 
 
 def build(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsereg.settings import count, setting, within
-from sparsereg.zoo.network import Network
+from sparsereg.zoo.network import Gateable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class UNetModel(Network):
+class UNetModel(Gateable):
     """A small U-Net for segmentation."""
 
     TASKS: ClassVar[tuple[str, ...]] = ("segmentation",)

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 import sparsereg
-from sparsereg.compression.units.explain import FAMILIES, STATES
+from sparsereg.compression.units.explain import STATES
 from sparsereg.errors import InputError
+from sparsereg.target_settings import FAMILIES
 from tests.compression.units.networks import NETWORKS, build
 
 
