@@ -121,7 +121,8 @@ def gate_(
     model.__dict__[ATTRIBUTE] = Structure(analysis, places, traced_for(model, args, kwargs))
     model.register_forward_pre_hook(draw_anew)
     Together.of(model).forget()
-    logger.info("%d gates in %d groups of %s now", len(places), len(vectors), type(model).__name__)
+    count, groups = len(set(places.values())), len({id(gates[id(v)]) for v in vectors})
+    logger.info("%d gates in %d groups of %s now", count, groups, type(model).__name__)
 
 
 def _gates(analysis: Analysis, vectors: list[Vector], factory: GateFactory, shape: str) -> dict[int, L0Gate]:

@@ -137,10 +137,10 @@ class Solver:
             found.setdefault(_rounded(value), []).append(n)
         if len(found) == 1 and min(found) > 0:
             return next(iter(found))
-        shown = "; ".join(f"{v:g} in {_some(names)}" for v, names in sorted(found.items())[:4])
+        shown = "; ".join(f"{v:g} for {_some(names)}" for v, names in sorted(found.items())[:4])
         raise InputError(
-            f"restore_class: {self.name} has one {named(key)} for all layers, and these differ now: {shown};"
-            " train with shape=uniform and with families that one argument does not tie, or keep what"
+            f"restore_class: {self.name} has one {named(key)} for all layers, which would have to be {shown}"
+            " now; train with shape=uniform and with families that one argument does not tie, or keep what"
             " compact() returned"
         )
 

@@ -86,7 +86,7 @@ def target_summary(
     kept = exact_share(accountant, cost)
     if abs(kept - allowed) > 0.01:
         few = "is not met: %.1f %% of the %s stay; training ended early, or the gates are too few"
-        coarse = "is exceeded: only %.1f %% of the %s stay; each gate stands for a large share of them"
+        coarse = "is met, but only %.1f %% of the %s stay: each gate stands for a large share of them"
         log.warning("%s=%g " + (few if kept > allowed else coarse), key, getattr(cfg, key), 100 * kept, cost)
     return summary
 

@@ -197,3 +197,11 @@ def test_what_modules_keep_of_a_pass_is_copied_without_its_graph():
     gated(x).sum().backward()
     assert compact(gated, x)(x).shape == (3, 2)
     assert network.last.requires_grad
+
+
+def test_the_log_counts_a_shared_gate_once(caplog):
+    layers = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU()) for _ in range(3)]
+    with caplog.at_level("INFO"):
+        net = gate(nn.Sequential(*layers), torch.ones(1, 4), families="units", shape="uniform")
+    count = sum(g.log_alpha.numel() for g in hard_concretes(net).values())
+    assert f"{count} gates in {len(hard_concretes(net))} groups of Sequential now" in caplog.text
