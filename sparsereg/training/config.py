@@ -364,7 +364,7 @@ class Training(Settings):
     )
     runtime: str | None = setting(
         None,
-        "where target_latency_ms is measured; null: onnxruntime where it is installed, else eager",
+        "where target_latency_ms and fronts are measured; null: onnxruntime if it is installed, else eager",
         choices=RUNTIMES,
     )
     threads: int = setting(1, "that may compute in such a call", count())

@@ -16,7 +16,9 @@ from typing import Any
 from torch import fx
 
 from sparsereg.compression import benchmark, fuse, load_compacted, save_compacted
+from sparsereg.compression.timing.runtimes import default_runtime
 from sparsereg.files import write_atomically, write_json, write_text
+from sparsereg.training.config import Training
 from sparsereg.training.pick import COLUMNS, Pick
 from sparsereg.training.tasks.task import Task
 
@@ -61,13 +63,14 @@ def keep(
     log.info("front: %s", ", ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None))
 
 
-def time_(folder: Path, networks: Mapping[float, fx.GraphModule], example: Any) -> None:
+def time_(folder: Path, networks: Mapping[float, fx.GraphModule], example: Any, cfg: Training) -> None:
     """Time the sizes that have not been timed yet, against each other, and add that to their figures.
 
     Args:
         folder: of the run.
         networks: by size, those that are in memory, in eval mode, on the CPU.
         example: one example as they take it.
+        cfg: of the run; its runtime, threads and batch say what a call is.
     """
     rows = {place: json.loads(place.read_text()) for place in (folder / FOLDER).glob("*/figures.json")}
     left = {place: row for place, row in rows.items() if row.get("latency_ms") is None}
@@ -77,10 +80,17 @@ def time_(folder: Path, networks: Mapping[float, fx.GraphModule], example: Any) 
     }
     if not small:
         return
-    timed = benchmark(small, example, batch_sizes=(1,), seconds=TIMING * len(small))
+    timed = benchmark(
+        small,
+        example,
+        batch_sizes=(cfg.batch,),
+        runtimes=[cfg.runtime or default_runtime()],
+        threads=cfg.threads,
+        seconds=TIMING * len(small),
+    )
+    taken = {line.model: line.seconds for line in timed.rows}
     for place, row in left.items():
-        latency = 1e3 * min(line.seconds for line in timed.rows if line.model == str(place))
-        write_json(place, {**row, "latency_ms": latency})
+        write_json(place, {**row, "latency_ms": 1e3 * taken[str(place)]})
 
 
 def take_over(folder: Path, before: Path) -> None:

@@ -30,6 +30,7 @@ from sparsereg.compression.oneshot.leftover import WAYS
 from sparsereg.compression.oneshot.ranked import Ranked, opened_
 from sparsereg.compression.oneshot.start import NUM_INPUTS, start_in_one_shot_
 from sparsereg.compression.running import evaluating, tensors_in
+from sparsereg.compression.timing.runtimes import check_runtime, default_runtime
 from sparsereg.compression.verify import difference
 from sparsereg.data.batches import call, only
 from sparsereg.data.own import RunData
@@ -154,6 +155,7 @@ def begin(cfg: Training, data: RunData, checkpoint: Checkpoint | None, outputs: 
         _one_shot_(cfg, net, data, checkpoint)
     accountant = gated = None
     if cfg.front:
+        check_runtime(cfg.runtime or default_runtime())
         gated = _gated(cfg, data, net)  # so that it is said before anything is trained if nothing can go
         accountant = PlainAccountant(net, build.example_input(data, net))
     structure = None if checkpoint is None else checkpoint.structure
@@ -283,7 +285,7 @@ def _front(first: Stage, dense: Mapping[str, Any]) -> dict[str, Any]:
             net = made[size] = _size(first, size, _smaller(first, net.eval(), size))
         elif left:
             net = load_compacted(front.place_of(first.folder, size) / "compacted.pt")
-    front.time_(first.folder, made, build.example_input(first.data, net.cpu().eval()))
+    front.time_(first.folder, made, build.example_input(first.data, net.cpu().eval()), cfg)
     pick = None if cfg.pick is None else Pick.read(cfg.pick, task.figures)
     return front.finished(first.folder, task, pick, dense)
 

@@ -58,6 +58,30 @@ def test_every_size_is_met_and_the_run_is_the_same(run, tiny):
     assert made.results["ship"] == picked["file"].replace("front/0.8", "checkpoints")
 
 
+def test_sizes_are_timed_where_the_run_says(run, tiny, monkeypatch):
+    measured = []
+
+    def benchmark(*args, **kwargs):
+        measured.append(front.benchmark(*args, **kwargs))
+        return measured[-1]
+
+    front = SimpleNamespace(benchmark=stages.front.benchmark)
+    monkeypatch.setattr(stages.front, "benchmark", benchmark)
+    short = ["front=[0.3,0.6]", "trainer.max_epochs=1"]
+    made = run("train", *tiny, *FRONT[:1], *short, "runtime=eager", "batch=3", "pick=latency_ms<=1000")
+    assert made.code == 0, made.err
+    (taken,) = measured
+    assert {(row.runtime, row.batch) for row in taken.rows} == {("eager", 3)}
+    assert {row["latency_ms"] for row in rows(made)} == {1e3 * row.seconds for row in taken.rows}
+
+
+@pytest.mark.skipif(runtimes.installed("openvino"), reason="OpenVINO is installed")
+def test_a_runtime_that_is_missing_is_said_before_training(run, tiny):
+    refused = run("train", *tiny, *FRONT, "runtime=openvino")
+    assert refused.code == 2
+    assert "runtime=openvino needs the package openvino" in refused.err
+
+
 @pytest.mark.costly
 def test_a_run_that_was_cut_off_makes_what_is_missing(run, tiny):
     part = run("train", *tiny, *FRONT)
