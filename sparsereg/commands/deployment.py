@@ -43,7 +43,6 @@ from sparsereg.training.artefacts import (
     file_megabytes,
     megabytes,
     to_ship,
-    weights_megabytes,
 )
 from sparsereg.training.checkpoint import Checkpoint
 from sparsereg.training.config import Evaluation, Training
@@ -132,16 +131,16 @@ class HandOver:
         whole = original_size(self.net) or {"parameters": self.sizes[0], "macs": self.sizes[1]}
         dense = self._dense() if name != "dense" else None
         if name != "dense":
-            size = megabytes(whole["parameters"]) if dense is None else weights_megabytes(dense)
+            size = megabytes(whole["parameters"])
             self._add(Artefact("dense", None, {}, whole["parameters"], whole["macs"], size), dense)
         beside = c.path.with_name(UNDER_GATES["last.ckpt"])
         gated = _rebuilt(beside) if name == "tuned" else None
         if gated is not None:
             figures = self._figures(self._in_torch(gated.to(self.device)))
-            size = weights_megabytes(gated)
+            size = megabytes(whole["parameters"])
             made = Artefact("gated", str(beside), figures, whole["parameters"], whole["macs"], size)
             self._add(made, gated.cpu() if self.given.benchmark else None)
-        size = weights_megabytes(self.net)
+        size = megabytes(self.sizes[0])
         # Gates take part in the products that they shut: the gated network costs what the dense one does.
         self._add(Artefact(name, str(c.path), self.figures, *self.sizes, size), self.net)
 
@@ -333,7 +332,7 @@ class HandOver:
         if self.checkpoint.gated and not {"compacted", "shrunk"} & self.sources.keys():
             costs = self._costs
             made = fuse(self.small)
-            size = weights_megabytes(made)
+            size = megabytes(costs.parameters)
             place = 1 + max(i for i, a in enumerate(self.artefacts) if a.name in ("dense", "gated"))
             self.artefacts.insert(place, Artefact("compacted", None, {}, costs.parameters, costs.macs, size))
             self.sources["compacted"] = made

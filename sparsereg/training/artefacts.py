@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from sparsereg.compression.timing.latency import Timing
 from sparsereg.training.tasks.task import SHARES, Task
 
@@ -37,7 +35,8 @@ class Artefact:
         figures: of the test, by name, ``test_acc`` say; {} if it was not measured.
         parameters: weights that it has.
         macs: multiply-accumulate operations for one example.
-        megabytes: of the file in 10^6 bytes; of a checkpoint, which also holds the optimizer, its weights.
+        megabytes: of the file in 10^6 bytes; of a checkpoint, which also holds the optimizer, and of what
+            is in no file, of its parameters.
         milliseconds: for a batch, by runtime and batch size (as text, as in JSON); {} if it was not timed.
 
     Example:
@@ -69,13 +68,6 @@ class Artefact:
 def megabytes(parameters: int) -> float:
     """Return the size of parameters in float32, in 10^6 bytes."""
     return 4e-6 * parameters
-
-
-def weights_megabytes(net: nn.Module) -> float:
-    """Return the size of a network's weights and buffers, in 10^6 bytes."""
-    # Extra state is no tensor.
-    tensors = [t for t in net.state_dict().values() if isinstance(t, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
 
 
 def file_megabytes(*files: Path) -> float:

@@ -314,7 +314,8 @@ def read(path: str | Path, key: str = "ckpt_path", resume: bool = False) -> Chec
         config=ours["config"],
         form=Form.read(ours, task_of(ours["config"].get("task"))),
         gated=ours["gated"],
-        epoch=int(content["epoch"]) + 1,
+        # Lightning counts from 0, and before the first step none is over.
+        epoch=int(content["epoch"]) + (content.get("global_step") != 0),
         content=content,
         structure=ours.get("structure"),
         batch_norm_is_current=bool(ours["batch_norm_is_current"]),

@@ -661,5 +661,12 @@ class Evaluation(Settings):
             raise InputError("give the checkpoint to test: ckpt_path=RUN/checkpoints/last.ckpt")
         if self.quantize is not None and self.export != "onnx":
             raise InputError(f"quantize={self.quantize} works on an ONNX file: give export=onnx, too")
+        timed = self.benchmark or self.quantize is not None or self.round_to == AUTO
+        for key in ("runtime", "batch", "threads", "benchmark_seconds"):
+            value = getattr(self, key)
+            if value != declared(Evaluation)[key].default and not timed:
+                raise InputError(f"{key}={shown(value)} is of timings: give benchmark=true, too")
+        if self.round_to != 1 and not (self.compact or self.export or self.benchmark):
+            raise InputError(f"round_to={self.round_to} is of what is written: give export=onnx, too")
         if self.shrink is not None and self.round_to != 1:
             raise InputError("shrink and round_to exclude each other: give one of them")

@@ -21,6 +21,13 @@ log = logging.getLogger(__name__)
 INHERITED = ("model", "data", "task")
 NEVER_INHERITED = ("ckpt_path", "resume_training", "without_using_gate", "rerun", "objective")
 
+USED_BY = {
+    "runtime": ("target_latency_ms",),
+    "threads": ("target_latency_ms",),
+    "batch": ("target_latency_ms", "target_memory_mb"),
+}
+"""Settings of measurements, and the targets that are measured so."""
+
 
 def start_from(cfg: Training, named: Set[str]) -> tuple[Training, Checkpoint | None]:
     """Read the checkpoint, if one is given, check it against the command, and take over what it knows.
@@ -34,6 +41,11 @@ def start_from(cfg: Training, named: Set[str]) -> tuple[Training, Checkpoint | N
     """
     if cfg.has_target and cfg.lambda_l0 is not None and "lambda_l0" in named:
         raise two_ways(cfg)
+    for key, targets in USED_BY.items():
+        if key in named and not cfg.resume_training and not any(getattr(cfg, t) is not None for t in targets):
+            raise InputError(
+                f"{key}={shown(getattr(cfg, key))} says how a budget is measured: give {targets[0]}, too"
+            )
     if cfg.front and cfg.lambda_l0 is not None and "lambda_l0" in named:
         raise InputError(
             f"front={shown(cfg.front)} takes units out of a trained network, lambda_l0={cfg.lambda_l0:g}"

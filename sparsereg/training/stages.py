@@ -108,13 +108,18 @@ class Stage:
     def fit(self) -> None:
         """Train, from the start or from where the checkpoint that is resumed stopped.
 
-        A run that had no epoch left ships what it was resumed from.
+        A run that had no epoch left ships what it was resumed from or, of ``trainer.max_epochs=0``, what it
+        started from: what follows can then be resumed, too.
         """
         path = None if self.resumed is None else str(self.resumed.path)
         self.trainer.fit(self.module, datamodule=self.data, ckpt_path=path, weights_only=True)
         last = self.checkpoints / "last.ckpt"
-        if path is not None and not last.exists() and self.cfg.trainer.enable_checkpointing:
+        if last.exists() or not self.cfg.trainer.enable_checkpointing:
+            return
+        if path is not None:
             _copy(self.trainer, Path(path), last)
+        elif self.cfg.trainer.max_epochs == 0:
+            self.trainer.save_checkpoint(last)
 
     def test(self) -> dict[str, Any]:
         """Test the checkpoint that ``test_checkpoint`` names; return its figures and where it is."""

@@ -128,10 +128,8 @@ def test_one_file_is_named_by_results_page_and_terminal(run, tuned):
     assert tested.results["ship"] == ship  # the folder of the run means this file
     for name in rows:
         assert again[name]["figures"] == rows[name]["figures"], name
-        assert (again[name]["parameters"], again[name]["macs"]) == (
-            rows[name]["parameters"],
-            rows[name]["macs"],
-        )
+        for size in ("parameters", "macs", "megabytes"):
+            assert again[name][size] == rows[name][size], (name, size)
     assert f"Ship this file: <code>{ship}</code>" in (tested.folder / "report.html").read_text()
 
 
@@ -215,6 +213,9 @@ def test_wrong_input(run, trained):
             "batch=[1, 0]: expected",
         ),
         ([f"ckpt_path={trained.last}", "round_to=automatic"], "expected one of auto"),
+        ([f"ckpt_path={trained.last}", "round_to=8"], "round_to=8 is of what is written"),
+        ([f"ckpt_path={trained.last}", "runtime=eager"], "runtime=eager is of timings: give benchmark=true"),
+        ([f"ckpt_path={trained.last}", "export=pt2", "batch=8"], "batch=8 is of timings"),
         ([f"ckpt_path={trained.last}", "compact=maybe"], "true or false"),
         ([f"ckpt_path={trained.last}", "data=digits"], "classes of images"),
         ([f"ckpt_path={trained.last}", "compakt=true"], "did you mean 'compact'"),

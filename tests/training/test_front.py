@@ -107,11 +107,20 @@ def test_a_run_that_trains_on_makes_all_sizes_anew(run, tiny):
 @pytest.mark.costly
 def test_a_trained_network_gets_a_front_without_training(run, tiny):
     trained = run("train", *tiny, *(a for a in FRONT if "front" not in a), "without_using_gate=true")
-    made = run("train", f"ckpt_path={trained.folder}", *tiny, "front=[0.5]", "trainer.max_epochs=0",
-               "front_epochs=1", "pick=size>=0.5")  # fmt: skip
+    made = run("train", f"ckpt_path={trained.folder}", *tiny, "front=[0.5,0.7]", "trainer.max_epochs=0",
+               "front_epochs=1", "pick=size<=0.5")  # fmt: skip
     assert made.code == 0, made.err
     assert made.results["dense"]["test_acc"] == trained.results["test_acc"]
     assert rows(made)[0]["size"] <= rows(made)[0]["sparsity"] <= 0.52
+    # Cut off after the first size, it goes on from there.
+    assert_same_weights(made.weights(), trained.weights())
+    shutil.rmtree(made.folder / "front/0.7")
+    (made.folder / "results.json").unlink()
+    again = run("train", f"ckpt_path={made.last}", "resume_training=true")
+    assert again.code == 0, again.err
+    first, second = rows(again)
+    assert first == rows(made)[0]
+    assert second["test_acc"] == rows(made)[1]["test_acc"]
 
 
 @pytest.mark.costly

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparsereg.compression.running import evaluating, tensors_in
 from sparsereg.compression.units.explain import inputs_of
+from sparsereg.errors import InputError
 
 AT_ONCE = 2**22
 """Numbers of answers in float64 at a time."""
@@ -44,6 +45,22 @@ def unexplained(whole: nn.Module, others: Sequence[nn.Module], batches: Sequence
                     here[k] += _moments(own, theirs[i])
     shares = [[_share(own) for own in of_all] for of_all in moments.values()]
     return [sum(column) / len(shares) for column in zip(*shares, strict=True)] or [0.0] * len(others)
+
+
+def check_answers(network: nn.Module, batches: Sequence[Any]) -> None:
+    """Raise an InputError if a network answers NaN: nothing could be ranked by it or fitted to it.
+
+    Args:
+        network: that is to be made smaller.
+        batches: of inputs.
+    """
+    with evaluating(network):
+        for i, batch in enumerate(batches):
+            if any(bool(answer.isnan().any()) for answer in _answers(network, batch)):
+                raise InputError(
+                    f"the network answers NaN to batch {i} of the inputs: look for NaN or infinity in them"
+                    " and in its weights"
+                )
 
 
 def _answers(network: nn.Module, batch: Any) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from sparsereg.compression.budget import Budget, meet_all_
 from sparsereg.compression.compact import compact, twin
 from sparsereg.compression.count import Accountant
-from sparsereg.compression.oneshot.answers import unexplained
+from sparsereg.compression.oneshot.answers import check_answers, unexplained
 from sparsereg.compression.oneshot.importance import IMPORTANCE
 from sparsereg.compression.oneshot.inputs import some_of, together
 from sparsereg.compression.oneshot.leftover import WAYS, leftover
@@ -79,6 +79,7 @@ class Ranked:
         some = enough(self._teacher.network, batches)
         self.batches = together(some)
         self._few = some_of(some, FOR_IMPORTANCE)
+        check_answers(self._teacher.network, self.batches)
         self._met = twin(self.whole)
         self._accountant = Accountant(self._met, example)
         self._parts = [held.part for held in Budget(self._accountant, cost, 1.0, 0.0, 0.0, shares).parts]

@@ -77,6 +77,7 @@ class Milliseconds:
     """
 
     unit, key = "ms", "target_latency_ms"
+    counted = False
 
     def __init__(
         self, accountant: Accountant, example_input: Any, runtime: str, threads: int, batch: int
@@ -187,6 +188,7 @@ class Megabytes:
     """
 
     unit, key = "MB", "target_memory_mb"
+    counted = True
 
     def __init__(self, accountant: Accountant, example_input: Any, batch: int) -> None:
         self.what = f"batch {batch}"
@@ -435,8 +437,9 @@ class MeasuredBudget(Budget):
                 log.info("%s=%g: measured %.4g %s", cost.key, self.target, known[open_], cost.unit)
             value = known[open_]
             error = value / self.target - 1
-            found.append(_Trial(abs(error), value, [gate.log_alpha.clone() for gate in gates]))
-            if abs(error) <= TOLERANCE / 4:
+            off = math.inf if error > 0 and cost.counted else abs(error)
+            found.append(_Trial(off, value, [gate.log_alpha.clone() for gate in gates]))
+            if off <= TOLERANCE / 4:
                 break
             low, high = (low, kept) if error > 0 else (kept, high)
             nearer = kept + (self.target - value) / cost.full
@@ -474,7 +477,7 @@ class _Trial(NamedTuple):
     """A network that was measured.
 
     Attributes:
-        error: how far it is from the target, as a share of it.
+        error: how far it is from the target, as a share of it; infinite above one that is counted.
         value: what was measured.
         gates: their locations.
     """

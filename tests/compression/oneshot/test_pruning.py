@@ -255,3 +255,11 @@ def test_wrong_arguments(settings, said):
 def test_wrong_data(data, said):
     with pytest.raises(InputError, match=said):
         sparsereg.shrink(net(), data, target_macs=0.5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_inputs_that_give_no_numbers_are_named(bad):
+    broken = X.clone()
+    broken[150, 2] = bad
+    with pytest.raises(InputError, match="answers NaN to batch 0 of the inputs"):
+        sparsereg.shrink(net(), broken, target_macs=0.5)

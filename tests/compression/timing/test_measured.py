@@ -50,7 +50,7 @@ def test_the_peak_is_what_is_alive_at_once():
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.65, 0.8])
 def test_megabytes_are_met(accountant, share):
     counted, x = accountant
     cost = Megabytes(counted, x, batch=4)
@@ -67,7 +67,7 @@ def test_megabytes_are_met(accountant, share):
     weights = sum(p.numel() for p in small.parameters()) * 4e-6
     measured = weights + peak_megabytes(small, x.repeat(4, 1, 1, 1))
     assert budget.reached == pytest.approx(measured)
-    assert measured == pytest.approx(target, rel=TOLERANCE)
+    assert (1 - TOLERANCE) * target <= measured <= target  # what is counted may be met from below
     assert budget.met
 
 
