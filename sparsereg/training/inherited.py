@@ -22,11 +22,11 @@ INHERITED = ("model", "data", "task")
 NEVER_INHERITED = ("ckpt_path", "resume_training", "without_using_gate", "rerun", "objective")
 
 USED_BY = {
-    "runtime": ("target_latency_ms",),
-    "threads": ("target_latency_ms",),
-    "batch": ("target_latency_ms", "target_memory_mb"),
+    "runtime": ("target_latency_ms", "front"),
+    "threads": ("target_latency_ms", "front"),
+    "batch": ("target_latency_ms", "front", "target_memory_mb"),
 }
-"""Settings of measurements, and the targets that are measured so."""
+"""Settings of measurements, and what is measured so."""
 
 
 def start_from(cfg: Training, named: Set[str]) -> tuple[Training, Checkpoint | None]:
@@ -41,10 +41,10 @@ def start_from(cfg: Training, named: Set[str]) -> tuple[Training, Checkpoint | N
     """
     if cfg.has_target and cfg.lambda_l0 is not None and "lambda_l0" in named:
         raise two_ways(cfg)
-    for key, targets in USED_BY.items():
-        if key in named and not cfg.resume_training and not any(getattr(cfg, t) is not None for t in targets):
+    for key, used_by in USED_BY.items():
+        if key in named and not cfg.resume_training and not any(getattr(cfg, t) for t in used_by):
             raise InputError(
-                f"{key}={shown(getattr(cfg, key))} says how a budget is measured: give {targets[0]}, too"
+                f"{key}={shown(getattr(cfg, key))} is of measurements: give {' or '.join(used_by)}"
             )
     if cfg.front and cfg.lambda_l0 is not None and "lambda_l0" in named:
         raise InputError(

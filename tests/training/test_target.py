@@ -339,13 +339,13 @@ def test_one_shot_takes_units_out_before_the_first_epoch(run, tiny, model):
         (["target_memory_mb=0"], "> 0"),
         (
             ["target_macs=0.5", "runtime=eager"],
-            "runtime=eager says how a budget is measured: give target",
+            "runtime=eager is of measurements: give target",
         ),
         (
             ["target_memory_mb=1", "threads=2"],
-            "threads=2 says how a budget is measured: give target",
+            "threads=2 is of measurements: give target",
         ),
-        (["batch=8"], "batch=8 says how a budget is measured"),
+        (["batch=8"], "batch=8 is of measurements"),
         (["target_latency_ms=3", "runtime=tvm"], "one of eager, compiled, onnxruntime, openvino"),
         (["target_latency_ms=3", "trainer.devices=2"], "is measured by one process"),
         (["target_sparsity=0.5", "test_checkpoint=best"], "test_checkpoint"),
