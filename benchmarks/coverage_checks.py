@@ -19,7 +19,7 @@ from sparsereg.compression.macs import counting
 from sparsereg.compression.units.explain import Explanation, explanation
 from sparsereg.compression.units.program import Program, bound, name_of, plain_call, trace
 from sparsereg.compression.units.structure import structure_of
-from sparsereg.compression.verify import Float64, in_float64
+from sparsereg.compression.verify import Float64, float64_by_default, in_float64
 from sparsereg.penalties import hard_concretes
 
 LIMIT = 1e-9
@@ -29,6 +29,7 @@ DRAWS, SPEAKS = 20, 1e-6
 """Halves that are tried, until examples still have different answers: by this share of what they had."""
 
 
+@float64_by_default()
 @torch.no_grad()
 def examined(case: Case) -> dict[str, Any]:
     """Gate a network, shut half of each of its gates, compact it; compare answers and sizes."""

@@ -3,7 +3,7 @@
 import torch
 from torch import fx, nn
 
-from sparsereg.compression.running import Example, copied
+from sparsereg.compression.running import Example, copied, name_inputs_
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.flow import ATTRIBUTE as FLOW
 from sparsereg.compression.units.flow import flow_of
@@ -12,7 +12,7 @@ from sparsereg.compression.units.program import BEFORE
 from sparsereg.compression.units.smaller import smaller
 from sparsereg.compression.units.structure import ATTRIBUTE as UNITS
 from sparsereg.compression.units.structure import structure_of
-from sparsereg.compression.verify import verify
+from sparsereg.compression.verify import check_numbers, verify
 
 ORIGINAL = "original"
 """Key in the ``meta`` of a compacted network: the size of the network that it was made from."""
@@ -42,7 +42,7 @@ def compact(
         compacted network is compacted again).
 
     Raises:
-        InputError: the network cannot be traced.
+        InputError: the network cannot be traced, or has weights or answers that are no numbers.
         ValueError: ``round_to`` is less than 1.
         RuntimeError: the compacted network gives other answers.
 
@@ -58,6 +58,7 @@ def compact(
         raise ValueError(f"round_to must be an integer >= 1, got {round_to!r}")
     args, kwargs = inputs_of(example_input)
     structure = structure_of(model, args, kwargs)
+    check_numbers(model)
     if structure is not None:
         dtypes = (None, torch.float64) if check else (None,)
         made, *wide = smaller(model, structure, args, kwargs, round_to, dtypes)
@@ -66,6 +67,7 @@ def compact(
         flow = flow_of(model, args, kwargs)
         made, *wide = folded(model, flow, round_to)
         full = flow.full
+    name_inputs_(made)
     if check:
         verify(model, made, wide[0], args, kwargs)
     if structure is not None and isinstance(model, fx.GraphModule):

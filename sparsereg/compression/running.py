@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -53,9 +53,52 @@ def copied(model: Network, known: Mapping[int, Any] | None = None) -> Network:
 
 
 def check_network(model: object) -> None:
-    """Raise ValueError for what is no network, such as a function."""
+    """Raise ValueError for what is no network, such as a function, and for one that cannot be looked into."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    for path, module in model.named_modules():
+        what, advice = _closed(module)
+        if what:
+            where = f"{path}, a {type(module).__name__}," if path else f"the {type(module).__name__}"
+            raise InputError(f"{where} {what}: {advice}")
+    empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if empty is not None:
+        raise InputError(f"{empty} is on the device meta, without numbers: give the network weights first")
+
+
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
+
+
+def _closed(module: nn.Module) -> tuple[str, str]:
+    """Why a module cannot be looked into, and what to do; empty if it can."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "runs as TorchScript", "give the network from before torch.jit.script or torch.jit.trace"
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return "shares its batches out to processes", "give its .module, and wrap what you train afterwards"
+    if type(module).__module__.startswith(_QUANTIZED):
+        return "has quantized weights", "compact the network from before, and quantize the smaller one"
+    return "", ""
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Says in one line which inputs by name a smaller network does not have."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        others = [name for name in kwargs if name not in self.names]
+        if others:
+            raise TypeError(
+                f"{type(module).__name__} has no input {', '.join(others)}; it takes {', '.join(self.names)},"
+                " as its example did: compact the network with an example of all that it is to be called with"
+            )
+
+
+def name_inputs_(smaller: fx.GraphModule) -> None:
+    """Let a smaller network refuse inputs by other names than its own, and say which these are."""
+    names = tuple(str(node.target) for node in smaller.graph.nodes if node.op == "placeholder")
+    smaller.register_forward_pre_hook(_Names(names), with_kwargs=True)
 
 
 @contextmanager

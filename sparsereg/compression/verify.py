@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsereg.compression.running import check_steady, doubled, evaluating, in_double, tensors_in
+from sparsereg.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def verify(
         kwargs: inputs by name.
 
     Raises:
-        InputError: the original answers differently in two calls.
+        InputError: the original answers differently in two calls, or by no number that could be compared.
         RuntimeError: the answers differ.
     """
     own = (args, dict(kwargs))
@@ -47,16 +48,40 @@ def verify(
     tolerance = max(TOLERANCE.get(_precision(model), 1e-3), tolerance_64)
     name = type(model).__name__
     with evaluating(model):
-        for given, named in [own, *_noise_for(model, own)]:
+        for i, (given, named) in enumerate([own, *_noise_for(model, own)]):
             exact, answer = exactly(model, given, named), model(*given, **named)
+            if i == 0:
+                _check_says_something(model, answer)
             try:
                 _compare(answer, smaller(*given, **named), name, tolerance, exact)
                 if exact is not None:
                     wider, wider_named = doubled((given, named))
-                    _compare(exact, wide(*wider, **wider_named), name, tolerance_64)
+                    with float64_by_default():
+                        answer_64 = wide(*wider, **wider_named)
+                    _compare(exact, answer_64, name, tolerance_64)
             except RuntimeError:
                 check_steady(model, answer, model(*given, **named))
                 raise
+
+
+def check_numbers(model: nn.Module) -> None:
+    """Raise InputError for a network with weights that are no numbers, as where training has diverged."""
+    for name, parameter in model.named_parameters():
+        lost = int(parameter.isnan().sum())
+        if lost:
+            raise InputError(
+                f"{name} of {type(model).__name__} is nan in {lost:,} of {parameter.numel():,} places: what"
+                " is made of it says nothing; take weights from before training diverged"
+            )
+
+
+def _check_says_something(model: nn.Module, answer: Any) -> None:
+    numbers = [x for x in tensors_in(answer) if x.is_floating_point() and x.numel()]
+    if numbers and not any(bool(x.isfinite().any()) for x in numbers):
+        raise InputError(
+            f"{type(model).__name__} answers the example by nan or infinity alone, so that nothing can be"
+            " compared: give an example of finite numbers"
+        )
 
 
 _WIDER = {
@@ -112,8 +137,19 @@ def exactly(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 def in_float64(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a network answers in float64; it and the inputs stay as they are."""
     given, named = doubled((args, dict(kwargs)))
-    with _with_float64_weights(model), Float64():  # type: ignore[no-untyped-call]
+    with _with_float64_weights(model), Float64(), float64_by_default():  # type: ignore[no-untyped-call]
         return model(*given, **named)
+
+
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    """Within this context tensors that a network makes of a size or of numbers, as states, are float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ _WITHOUT_RULES = """
     logaddexp logaddexp2 hypot heaviside copysign sinc lgamma digamma xlogy special_xlogy logit frac deg2rad
     rad2deg isfinite isclose bitwise_xor bitwise_left_shift bitwise_right_shift logical_xor __lshift__
     __rshift__ diff quantile nanmedian mode kthvalue aminmax std_mean count_nonzero dstack hsplit vsplit
-    dsplit scatter scatter_add scatter_reduce index_add index_copy index_put index_fill masked_scatter
+    dsplit index_put index_fill masked_scatter
     broadcast_tensors diagonal_scatter sgn meshgrid
 """.split()  # noqa: SIM905
 """Further operations that compute tensors from tensors, and keep whatever meets them."""
@@ -117,14 +117,15 @@ KEYWORDS = frozenset(
     p correction training inplace min max min_val max_val pad chunks split_size split_size_or_sections shifts
     upscale_factor query key attn_mask dropout_p is_causal scale enable_gqa key_padding_mask need_weights
     average_attn_weights device exponent rounding_mode _stacklevel mat2 input1 input2 hx h_0 c_0
-    unflattened_size step
+    unflattened_size step include_self
     """.split()  # noqa: SIM905
 )
 """Names of arguments that a file may use."""
 WORDS = frozenset(
     """
     nearest linear bilinear bicubic trilinear area nearest-exact none tanh constant reflect replicate circular
-    zeros same valid floor trunc relu sum mean max shape dtype device ortho forward backward ij xy
+    zeros same valid floor trunc relu sum mean max amax amin prod shape dtype device ortho forward
+    backward ij xy
     """.split()  # noqa: SIM905
 )
 """Texts that a file may give as an argument."""

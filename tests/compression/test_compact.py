@@ -143,8 +143,16 @@ class InFloat32(nn.Module):
         return self.last((y / y.square().mean(-1, keepdim=True).add(1).sqrt()).to(self.last.weight.dtype))
 
 
-def test_a_network_that_goes_to_float32_is_compared_in_float64(monkeypatch):
-    network = InFloat32().eval()
+class OfItsOwn(InFloat32):
+    """Makes a tensor of a size, whose type of numbers is the default."""
+
+    def forward(self, x):
+        return super().forward(torch.zeros(x.shape).index_add(0, torch.arange(len(x)), x))
+
+
+@pytest.mark.parametrize("kind", [InFloat32, OfItsOwn])
+def test_a_network_that_goes_to_float32_is_compared_in_float64(kind, monkeypatch):
+    network = kind().eval()
     set_gates(network, "mixed")
     x = torch.randn(4, 6)
     compared = []
@@ -592,3 +600,41 @@ def test_copies_of_traced_networks_know_what_was_found_out(monkeypatch):
     next(iter(hard_concretes(copied).values())).log_alpha.data[:3] = -10.0
     assert sum(p.numel() for p in compact(copied, example).parameters()) == 4 * 3 + 3 + 3 * 2 + 2
     assert sum(p.numel() for p in compact(gated, example).parameters()) == size(once)
+
+
+def small():
+    """A network with gates, four of the eight of which are shut."""
+    network = gate(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(4, 3)).eval()
+    next(iter(hard_concretes(network).values())).log_alpha.data[:4] = -10
+    return network
+
+
+@pytest.mark.parametrize("name", ["2.weight", "gates.log_alpha"])
+def test_weights_that_are_no_numbers_are_refused(name):
+    network = small()
+    next(p for n, p in network.named_parameters() if n.endswith(name)).data.view(-1)[0] = float("nan")
+    with pytest.raises(InputError, match=f"{name} of Sequential is nan in 1 of "):
+        compact(network, torch.randn(4, 3))
+
+
+def test_answers_that_are_no_numbers_prove_nothing():
+    with pytest.raises(InputError, match="answers the example by nan or infinity alone"):
+        compact(small(), torch.full((4, 3), float("inf")))
+
+
+def test_inputs_by_other_names_are_refused_with_those_that_there_are(tmp_path):
+    smaller = compact(small(), torch.randn(4, 3))
+    save_compacted(smaller, tmp_path / "smaller.pt")
+    for made in (smaller, load_compacted(tmp_path / "smaller.pt")):
+        made(input=torch.randn(5, 3))
+        with pytest.raises(TypeError, match="has no input mask; it takes input, as its example did"):
+            made(torch.randn(5, 3), mask=None)
+
+
+def test_what_is_frozen_beside_what_trains_stays_frozen():
+    network = small()
+    network[0].requires_grad_(False)
+    trains = {n: p.requires_grad for n, p in compact(network, torch.randn(4, 3)).named_parameters()}
+    assert trains == {"0.weight": False, "0.bias": False, "2.weight": True, "2.bias": True}
+    network[2].requires_grad_(False)  # gates alone have been trained
+    assert all(p.requires_grad for p in compact(network, torch.randn(4, 3)).parameters())

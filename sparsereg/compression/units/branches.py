@@ -161,7 +161,7 @@ class Branches:
             return None
         path.add(node)
         name = name_of(node).rstrip("_")
-        if name in PRODUCTS or (name in MATRICES and name != "baddbmm"):
+        if name in (*PRODUCTS, *MATRICES):
             return self._any(_factors(self.program, node), shared, path)
         if name in ZEROS:
             return set()

@@ -24,7 +24,7 @@ from sparsereg.compression.units.program import Program, bound, name_of, plain_c
 from sparsereg.compression.units.rules.cells import CELLS
 from sparsereg.compression.units.rules.recurrent import BLOCKS, Pass, goes_by_units, passes
 from sparsereg.compression.units.rules.stacked import stack_of
-from sparsereg.compression.units.rules.table import weight_of
+from sparsereg.compression.units.rules.table import TURNS, weight_of
 from sparsereg.compression.units.solve import Units
 
 Axis = tuple[fx.Node, int]
@@ -274,12 +274,10 @@ def _matmul(program: Program, node: fx.Node) -> Products:
     if stack is not None:
         source, letters = stack.source
         return [(1.0, [*_all(program, node), (source, letters.index(stack.summed))])]
-    left = next(a for a in node.args if isinstance(a, fx.Node))
-    return [(1.0, [*_all(program, node), (left, -1)])]
-
-
-def _baddbmm(program: Program, node: fx.Node) -> Products:
-    return [(1.0, [*_all(program, node), (bound(node)["batch1"], -1)])]
+    left, right = (a for a in node.args[:2] if isinstance(a, fx.Node))
+    turned = left.op == "call_function" and name_of(left) in TURNS and left.args[0] in program.weights
+    read = (right, -2) if turned and program.values[right].dim() > 1 else (left, -1)
+    return [(1.0, [*_all(program, node), read])]
 
 
 def _convolution(program: Program, node: fx.Node) -> Products:
@@ -340,7 +338,6 @@ def _cell(program: Program, node: fx.Node) -> Products:
 _PRODUCTS: dict[str, Callable[[Program, fx.Node], Products]] = {
     "linear": _linear,
     "addmm": _addmm,
-    "baddbmm": _baddbmm,
     "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
     "bilinear": _bilinear,

@@ -28,6 +28,7 @@ from sparsereg.compression.units.rules.recurrent import (
     passes,
 )
 from sparsereg.compression.vocabulary import reserved
+from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
 
 _PLACES = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy")
@@ -64,6 +65,9 @@ class Emitter:
         self.parameters: dict[fx.Node, nn.Parameter | Tensor] = {}
         self.attributes: dict[fx.Node, str] = {}
         self.indices: dict[int, tuple[Tensor, Any]] = {}
+        gates = {id(p) for m in model.modules() if isinstance(m, HardConcrete) for p in m.parameters()}
+        own = model.named_parameters(remove_duplicate=False)
+        self.learns = {name: p.requires_grad for name, p in own if id(p) not in gates}
         self._device: fx.Node | None = None
 
     def module(self) -> fx.GraphModule:
@@ -210,7 +214,7 @@ class Emitter:
             return leaf.node
         if isinstance(leaf, Selected):
             index = self._buffer("heads", leaf.index)
-            return self._call(torch.ops.aten.index_select.default, self.made[leaf.node], leaf.axis, index)
+            return self._call(torch.ops.aten.index_select.default, self._value(leaf.node), leaf.axis, index)
         if isinstance(leaf, fx.Node):
             return self._weight(leaf) if leaf in self.program.weights else self.made[leaf]
         if isinstance(leaf, Tensor):
@@ -229,9 +233,9 @@ class Emitter:
     def _weight(self, node: fx.Node) -> fx.Node:
         """A weight that is read as it is."""
         if node not in self.attributes:
-            path = self.program.names[node].rpartition(".")[0]
-            inside = path in self.layers and self.parameters.get(node) is not None
-            self.attributes[node] = self.program.names[node] if inside else self._register(node)
+            path, _, name = self.program.names[node].rpartition(".")
+            inside = self._path(path) in self.layers and self.parameters.get(node) is not None
+            self.attributes[node] = f"{self._path(path)}.{name}" if inside else self._register(node)
         return self.graph.get_attr(self.attributes[node])
 
     def _register(self, node: fx.Node) -> str:
@@ -269,9 +273,16 @@ class Emitter:
         """What is left of a weight: the same object wherever it is used, so that tied weights stay tied."""
         if node not in self.parameters:
             value = self.cut.weights[node].clone()
-            trains = node in self.program.parameters
-            self.parameters[node] = nn.Parameter(value, can_train(value)) if trains else value
+            trains = can_train(value) and self._trains(node)
+            self.parameters[node] = nn.Parameter(value, trains) if node in self.program.parameters else value
         return self.parameters[node]
+
+    def _trains(self, node: fx.Node) -> bool:
+        """Whether a weight is to be trained: all are, but what is frozen beside others that are not."""
+        made = self.program.made.get(node)
+        names = [self.program.names[node]] if made is None else list(made.sources.values())
+        known = [self.learns[name] for name in names if name in self.learns]
+        return not known or any(known) or not any(self.learns.values())
 
     # --- recurrent layers -----------------------------------------------------------------------------------
 
@@ -373,7 +384,10 @@ class Emitter:
         a = {k: given.get(k, v) if isinstance(v, fx.Node | Ready) else v for k, v in a.items()}
         cls, settings = _LAYERS[name](a, self.cut.weights[weight], isinstance(bias, fx.Node))
         place = self._path(path)
-        if cls is None or not self._make(place, cls, settings, {"weight": weight, **own}):
+        named = {"weight": weight, **own}
+        if any(self.attributes.get(n, f"{place}.{key}") != f"{place}.{key}" for key, n in named.items()):
+            return None  # it was read as it is before, and lies there
+        if cls is None or not self._make(place, cls, settings, named):
             return None
         source = next(v for v in call.args if isinstance(v, fx.Node | Ready) and v is not weight)
         return self.graph.call_module(place, (self._value(source),))

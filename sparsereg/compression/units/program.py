@@ -121,7 +121,8 @@ class Program:
             if isinstance(leaf, Scaled):
                 return env[leaf.node] * leaf.left // leaf.whole
             if isinstance(leaf, Selected):
-                return env[leaf.node].index_select(leaf.axis, leaf.index.to(env[leaf.node].device))
+                source = value(leaf.node)
+                return source.index_select(leaf.axis, leaf.index.to(source.device))
             return env[leaf] if isinstance(leaf, fx.Node) else leaf
 
         for node in self.graph.nodes:
@@ -195,12 +196,12 @@ class Selected:
     """What is left of a tensor, at some of its positions alone.
 
     Attributes:
-        node: the tensor.
+        node: the tensor, or what is selected of it along another axis.
         axis: of it.
         index: positions along the axis, among those that are left.
     """
 
-    node: fx.Node
+    node: fx.Node | Selected
     axis: int
     index: Tensor
 
@@ -419,8 +420,13 @@ _OTHERWISE = {
     torch.ops.aten.broadcast_to.default: torch.ops.aten.expand.default,
 }
 """Operations under the name of another one, or under a second name, with what they do."""
-_INNER = {"addcmul": torch.ops.aten.mul.Tensor, "addcdiv": torch.ops.aten.div.Tensor}
-"""Operations that add what another one gives of two tensors."""
+_INNER = {
+    "addcmul": (torch.ops.aten.mul.Tensor, "tensor1", "tensor2", "value"),
+    "addcdiv": (torch.ops.aten.div.Tensor, "tensor1", "tensor2", "value"),
+    "addmm": (torch.ops.aten.mm.default, "mat1", "mat2", "alpha"),
+    "baddbmm": (torch.ops.aten.bmm.default, "batch1", "batch2", "alpha"),
+}
+"""Operations that add what another one gives of two tensors, with what they call these and its factor."""
 
 
 def _check_constant(model: nn.Module, signature: torch.export.ExportGraphSignature) -> None:
@@ -549,15 +555,27 @@ def _in_steps(graph: fx.Graph) -> None:
     for node in [n for n in graph.nodes if n.op == "call_function"]:
         node.target = _OTHERWISE.get(node.target, node.target)
         inner = _INNER.get(name_of(node).rstrip("_"))
-        if inner is None:
+        if inner is None or _is_layer(node):
             continue
         a = bound(node)
+        target, one, two, factor = inner
         with graph.inserting_before(node):
-            term = _step(graph, node, inner, a["tensor1"], a["tensor2"])
-            if a["value"] != 1:
-                term = _step(graph, node, torch.ops.aten.mul.Scalar, term, a["value"])
-            node.replace_all_uses_with(_step(graph, node, torch.ops.aten.add.Tensor, a["self"], term))
+            term = _times(graph, node, _step(graph, node, target, a[one], a[two]), a[factor])
+            if (share := a.get("beta", 1)) != 0:  # of what is not a number nothing is left then
+                given = _times(graph, node, a["self"], share)
+                term = _step(graph, node, torch.ops.aten.add.Tensor, given, term)
+        node.replace_all_uses_with(term)
         graph.erase_node(node)
+
+
+def _is_layer(node: fx.Node) -> bool:
+    """Whether an operation is a linear layer: a vector is added, and nothing is multiplied by numbers."""
+    a = bound(node)
+    return name_of(node) == "addmm" and a["self"].meta["val"].dim() == 1 and a["beta"] == a["alpha"] == 1
+
+
+def _times(graph: fx.Graph, node: fx.Node, term: fx.Node, number: Any) -> fx.Node:
+    return term if number == 1 else _step(graph, node, torch.ops.aten.mul.Scalar, term, number)
 
 
 def _step(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:

@@ -20,7 +20,7 @@ from sparsereg.compression.units.labels import FIRST, Ints, varying
 from sparsereg.compression.units.program import Program, bound, module_of, name_of
 from sparsereg.compression.units.rules.cells import CELLS, rows_of_cell
 from sparsereg.compression.units.rules.elementwise import PRODUCTS, QUOTIENTS
-from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES, weight_behind
+from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES, product_with_weight
 from sparsereg.compression.units.rules.recurrent import BLOCKS, candidate_rows, passes
 from sparsereg.compression.units.rules.stacked import stack_of
 from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, behind, out_axis, picked, scaled
@@ -128,7 +128,7 @@ class Sites:
             return list(self.labeller.through[node])
         stack = stack_of(self.program, node)
         if stack is not None:
-            self.axis.setdefault(stack.weight, stack.made)
+            self._take(stack.weight, stack.made)
             return []
         name = name_of(node).rstrip("_")
         if self.labeller.axes.picks_experts(node) and name != "embedding":
@@ -136,13 +136,11 @@ class Sites:
                 self.axis.setdefault(node.args[0], 1)  # type: ignore[arg-type]
             return []
         if name == "linear" and picked(self.program, bound(node)["weight"]):
-            weight, axis = behind(self.program, bound(node)["weight"], 0)
-            self.axis.setdefault(weight, axis)
+            self._take(*behind(self.program, bound(node)["weight"], 0))
             return [bound(node)["bias"]]
-        matrix = weight_behind(self.labeller, node.args[1]) if name in ("matmul", "mm") else None
-        if matrix is not None:
-            weight, turned = matrix
-            self.axis.setdefault(weight, 0 if turned else 1)
+        layer = product_with_weight(self.labeller, node) if name in ("matmul", "mm") else None
+        if layer is not None:
+            self._take(*layer[:2])
             return []
         if name in MAKERS:
             out = out_axis(node, 1 if "transpose" in name else _OUT_AXIS.get(name, 0))
@@ -152,7 +150,7 @@ class Sites:
                 if weight in self.program.made and not self.program.made[weight].gates:
                     self.labeller.fix_along(weight, out, "the weight is computed", node)
                     continue
-                self.axis[weight] = out if self.program.values[weight].dim() > 1 else 0
+                self._take(weight, out if self.program.values[weight].dim() > 1 else 0)
             return self._computed(made) if found else [node.args[0]]
         if name in BLOCKS:
             self._recurrent(node)
@@ -167,6 +165,14 @@ class Sites:
         if name in QUOTIENTS:
             return [node.args[0]]
         return list(node.all_input_nodes)
+
+    def _take(self, weight: fx.Node, axis: int) -> None:
+        """Let a weight take gates along an axis; along a second one where two layers read it each its way."""
+        known = self.axis.get(weight, -1)
+        if known in (-1, axis):
+            self.axis[weight] = axis
+        elif weight in self.program.made or self.columns.setdefault(weight, axis) != axis:
+            self.labeller.fix_along(weight, axis, "its weight makes units along two of its axes", weight)
 
     def _computed(self, made: list[Any]) -> list[fx.Node]:
         """Of what makes units, vectors that are put together from others, as a bias of three parts."""

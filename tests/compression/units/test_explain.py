@@ -1,3 +1,5 @@
+import warnings
+
 import pandas as pd
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch import nn
 import sparsereg
 from sparsereg.compression.units.explain import STATES
 from sparsereg.errors import InputError
+from sparsereg.penalties import hard_concretes
 from sparsereg.target_settings import FAMILIES
 from tests.compression.units.networks import NETWORKS, build
 
@@ -161,3 +164,39 @@ def test_what_is_no_network_is_refused():
     for call in calls:
         with pytest.raises(ValueError, match="model must be a torch.nn.Module, got a builtin_function"):
             call(torch.relu, torch.randn(2, 3))
+
+
+def test_what_cannot_be_looked_into_is_refused():
+    def net():
+        return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    partly = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own, of what it will do otherwise one day
+        quantized = torch.ao.quantization.quantize_dynamic(net(), {nn.Linear})
+        partly[0], scripted = torch.jit.script(partly[0]), torch.jit.script(net())
+    with torch.device("meta"):
+        empty = net()
+    refused = {
+        "0, a RecursiveScriptModule, runs as TorchScript: give the network from before": partly,
+        "the RecursiveScriptModule runs as TorchScript": scripted,
+        "0, a Linear, has quantized weights: compact the network from before": quantized,
+        "0.weight is on the device meta, without numbers": empty,
+        "shares its batches out to processes: give its .module": nn.parallel.DistributedDataParallel.__new__(
+            nn.parallel.DistributedDataParallel
+        ),
+    }
+    nn.Module.__init__(refused["shares its batches out to processes: give its .module"])
+    for match, network in refused.items():
+        for call in (sparsereg.gate, sparsereg.compact, sparsereg.explain):
+            with pytest.raises(InputError, match=match):
+                call(network, torch.randn(2, 3))
+
+
+def test_data_parallel_networks_take_gates():
+    net = nn.DataParallel(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)))
+    gated = sparsereg.gate(net, x := torch.randn(4, 3)).eval()
+    next(iter(hard_concretes(gated).values())).log_alpha.data[:5] = -10
+    smaller = sparsereg.compact(gated, x)
+    assert sum(p.numel() for p in smaller.parameters()) == 3 * 4 + 2 * 4
+    assert torch.allclose(smaller(x), gated(x), atol=1e-6)

@@ -770,7 +770,7 @@ class Unforeseen(nn.Module):
     def __init__(self, how):
         super().__init__()
         self.how, self.inside, self.out, self.head = how, nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
-        self.vector, self.matrix = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8, 8))
+        self.vector = nn.Parameter(torch.randn(8))
 
     def forward(self, x):
         return self.head(F.relu(self.out(UNFORESEEN[self.how](self, self.inside(x)))))
@@ -778,7 +778,6 @@ class Unforeseen(nn.Module):
 
 UNFORESEEN = {
     "linear by a vector": lambda net, x: x + F.linear(x, net.vector)[:, None],
-    "addmm with a matrix": lambda net, x: torch.addmm(x.detach() * 0 + 1, x, net.matrix),
     "bits": lambda net, x: x.view(torch.int64).view(torch.float64),
 }
 
@@ -804,3 +803,70 @@ class TwoPlaces(nn.Module):
 
 def test_what_a_layer_reads_is_counted_where_its_places_are_made_by_other_units():
     assert exact(TwoPlaces(), torch.randn(2, 7, 5).double()) == [3, 12, 12]
+
+
+class Mirror(nn.Module):
+    """A decoder with the weight of the encoder, turned around."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.inside, self.code, self.out = how, nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(8, 3)
+        self.before = nn.Linear(5, 6)
+
+    def forward(self, x):
+        first = F.relu(self.before(x)) @ self.code.weight if self.how == "product" else 0
+        code = torch.tanh(self.code(F.relu(self.inside(x))))
+        if self.how == "linear":
+            return self.out(F.relu(F.linear(code, self.code.weight.t())))
+        return self.out(F.relu(first + code @ self.code.weight))
+
+
+@pytest.mark.parametrize("how", ["linear", "product"])
+def test_a_weight_that_two_layers_read_each_its_way_takes_gates_along_both_axes(how):
+    assert exact(Mirror(how), torch.randn(4, 5).double()) == [6, 8]  # a file keeps it as one
+
+
+class Plus(nn.Module):
+    """Products of matrices to which something is added in the same operation."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.inside, self.out, self.head = how, nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+        self.other, self.last = nn.Linear(5, 6), nn.Linear(5, 6)
+        self.matrix, self.stack = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(2, 8, 6))
+
+    def forward(self, x):
+        y = F.relu(self.inside(x))
+        if self.how == "matrix":
+            return self.head(torch.addmm(self.other(x), y, self.matrix, beta=0.5, alpha=2))
+        if self.how == "stack":
+            added = self.other(x).expand(2, *x.shape[:1], 6)
+            return self.head(torch.baddbmm(added, y.expand(2, *y.shape), self.stack, alpha=0.5).sum(0))
+        nothing = x.new_full((1, 1, 1), float("nan"))
+        scores = torch.baddbmm(nothing, y[None], y[None].mT, beta=0)
+        return self.head(F.relu(self.last(x) + torch.bmm(scores.softmax(-1), self.other(x)[None])[0]))
+
+
+@pytest.mark.parametrize(("how", "gates"), [("matrix", [1, 6, 8]), ("stack", [1, 6, 8]), ("none", [1, 6, 8])])
+def test_what_is_added_to_a_product_of_matrices_loses_what_that_loses(how, gates):
+    assert exact(Plus(how), torch.randn(4, 5).double()) == gates
+
+
+class Left(nn.Module):
+    """A layer that is written as a weight times what it reads, as the step of a state space model is."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.inside, self.out = how, nn.Linear(5, 8), nn.Linear(6, 3)
+        self.weight = nn.Parameter(torch.randn(8, 6) if how == "turned" else torch.randn(6, 8))
+        self.bias = nn.Parameter(torch.randn(6, 1))
+
+    def forward(self, x):
+        weight = self.weight.t() if self.how == "turned" else self.weight
+        x = F.relu(self.inside(x)).mT
+        return self.out(F.relu(weight @ x + self.bias).mT)
+
+
+@pytest.mark.parametrize("how", ["as it is", "turned"])
+def test_a_weight_may_come_before_what_it_reads(how):
+    assert exact(Left(how), torch.randn(2, 4, 5).double()) == [6, 8]

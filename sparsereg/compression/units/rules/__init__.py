@@ -5,6 +5,7 @@ from sparsereg.compression.units.rules import (  # noqa: F401  (each registers i
     cells,
     elementwise,
     experts,
+    indexed,
     mixing,
     moves,
     norms,

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import FIRST, Grid, Labels, live, stored, stored_together, varying
 from sparsereg.compression.units.program import name_of
-from sparsereg.compression.units.rules.table import Dead, Labeller, rule
+from sparsereg.compression.units.rules.table import STARTS, Dead, Labeller, rule
 
 ZERO_STAYS = """
     relu relu6 leaky_relu gelu silu tanh hardswish elu selu celu mish hardtanh abs neg sqrt sin asin atan sinh
@@ -197,8 +197,20 @@ def gated_half(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
 def _together(x: Labeller, node: fx.Node, operands: list[Any]) -> Labels:
     """Labels of operands that are broadcast to each other; a full-size operand without units keeps theirs."""
     out = x.program.values[node]
-    labels = [x.labels(o) for o in operands if isinstance(o, fx.Node) and _is_tensor(x, o)]
+    tensors = [o for o in operands if isinstance(o, fx.Node) and _is_tensor(x, o)]
+    for o in tensors:
+        for other in tensors:
+            if other is not o and x.has_units(other):
+                start_as(x, o, x.labels(other))
+    labels = [x.labels(o) for o in tensors]
     return pair(x, node, labels).expand(out.shape)
+
+
+def start_as(x: Labeller, source: fx.Node, labels: Labels) -> None:
+    """Zeros that only one operation reads lose what is gone of the tensor that they meet there."""
+    zeros = source.op == "call_function" and name_of(source) in STARTS and len(source.users) == 1
+    if zeros and x.axes.of.get(source) is None and x.program.values[source].shape == labels.shape:
+        x.axes.of[source], x.dead[source] = labels, Dead.ZERO
 
 
 def _is_tensor(x: Labeller, source: fx.Node) -> bool:

@@ -34,7 +34,7 @@ MAKERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("_native_batch_norm_legit_no_training", "native_layer_norm"), ("weight", "bias")),
 }
 """Operations that make units, with the arguments that are theirs."""
-MATRICES = ("matmul", "bmm", "mm", "baddbmm", "einsum", "scaled_dot_product_attention")
+MATRICES = ("matmul", "bmm", "mm", "einsum", "scaled_dot_product_attention")
 """Products of two tensors that are summed over."""
 
 
@@ -47,25 +47,36 @@ def linear(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
 @rule("addmm")
 def addmm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """b + x W, the linear layer of GPT-2."""
-    if x.program.values[a["self"]].dim() != 1:
-        raise NotImplementedError("what is added is no vector")
     return dense(x, node, a["mat1"], a["mat2"], a["self"], 1, 0)
 
 
-def dense(x: Labeller, node: fx.Node, source: Any, weight: Any, bias: Any, out: int, into: int) -> Labels:
-    """A layer whose weight makes units along its axis ``out`` and reads others along ``into``."""
+def dense(
+    x: Labeller, node: fx.Node, source: Any, weight: Any, bias: Any, out: int, into: int, axis: int = -1
+) -> Labels:
+    """A layer whose weight makes units along its axis ``out`` and reads others along ``into``.
+
+    Args:
+        x: the labels so far.
+        node: the layer.
+        source: what it reads, and what it makes, along ``axis``.
+        weight: its weight.
+        bias: its bias, if it has one.
+        out: the axis of the weight that makes.
+        into: the one that reads.
+        axis: counts from the end.
+    """
     shape = x.program.values[node].shape
     rank = x.program.values[source].dim()
-    passed = _passed(x, node, source, set(range(rank - 1)), (weight, into, out), bias)
+    passed = _passed(x, node, source, set(range(rank)) - {rank + axis}, (weight, into, out), bias)
     if passed is not None:
         return passed
-    read = x.read(source, (rank - 1,), node, name_of(node), columns=((weight, into),))
+    read = x.read(source, (rank + axis,), node, name_of(node), columns=((weight, into),))
     x.weight(weight, into, read, node)
     units = x.weight(weight, out, None, node)
     if isinstance(bias, fx.Node):
         x.weight(bias, 0, units, node)
     x.dead[node] = Dead.ZERO
-    return along(units, len(shape) - 1, shape)
+    return along(units, len(shape) + axis, shape)
 
 
 def _passed(
@@ -116,21 +127,44 @@ def weight_behind(x: Labeller, source: Any) -> tuple[fx.Node, bool] | None:
     weight = source.args[0] if turned else source
     if not isinstance(weight, fx.Node) or weight not in x.program.parameters:
         return None
-    return (weight, turned) if x.program.values[weight].dim() == 2 and _only_multiplied(source) else None
+    matrix = x.program.values[weight].dim() == 2
+    others = () if turned else ("linear",)
+    return (weight, turned) if matrix and _only_multiplied(x, source, others) else None
+
+
+def product_with_weight(x: Labeller, node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """A product that is a layer: its weight, the axis of it that makes units, and that of what it reads.
+
+    It reads along the last axis where the weight comes second, as in ``x @ w``, else along the one before it.
+    """
+    for place, axis in ((1, -1), (0, -2)):
+        matrix = weight_behind(x, node.args[place])
+        if matrix is not None:
+            weight, turned = matrix
+            return weight, 1 - turned if place else int(turned), axis
+    return None
 
 
 def is_turned_weight(x: Labeller, node: fx.Node) -> bool:
     """Whether a node is a matrix of weights turned around, for products only."""
     if node.op != "call_function" or name_of(node) not in TURNS or node.args[0] not in x.program.parameters:
         return False
-    return x.program.values[node].dim() == 2 and _only_multiplied(node)
+    return x.program.values[node].dim() == 2 and _only_multiplied(x, node)
 
 
-def _only_multiplied(source: fx.Node) -> bool:
+def _only_multiplied(x: Labeller, source: fx.Node, others: tuple[str, ...] = ()) -> bool:
+    """Whether all that reads a matrix multiplies by it: products, and layers that are named."""
     return all(
-        name_of(user) in ("matmul", "mm") and user.args[1] is source and user.args[0] is not source
+        name_of(user) in ("matmul", "mm", *others)
+        and user.args[0] is not user.args[1]
+        and (user.args[1] is source or (user.args[0] is source and _is_read(x, user.args[1])))
         for user in source.users
     )
+
+
+def _is_read(x: Labeller, source: Any) -> bool:
+    """Whether a matrix, or several, comes from the inputs, so that what multiplies it is a layer."""
+    return source in x.depends and x.program.values[source].dim() > 1
 
 
 def _conv_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:

@@ -12,7 +12,7 @@ from sparsereg.compression.running import can_train
 from sparsereg.compression.units.labels import FIRST, Grid, Ints, Labels, live, varying
 from sparsereg.compression.units.program import Call, name_of
 from sparsereg.compression.units.rules.grouped import of_scores, scores_of, selected, shares, values_of
-from sparsereg.compression.units.rules.mixing import dense, weight_behind
+from sparsereg.compression.units.rules.mixing import dense, product_with_weight
 from sparsereg.compression.units.rules.stacked import letters_of, stack_of, stacked
 from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
 
@@ -42,24 +42,13 @@ def matmul(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     stack = stack_of(x.program, node)
     if stack is not None:
         return stacked(x, node, stack)
-    matrix = weight_behind(x, node.args[1])
-    if matrix is not None:
-        weight, transposed = matrix
-        return dense(x, node, node.args[0], weight, None, *((0, 1) if transposed else (1, 0)))
+    layer = product_with_weight(x, node)
+    if layer is not None:
+        weight, out, axis = layer
+        return dense(x, node, node.args[0 if axis == -1 else 1], weight, None, out, 1 - out, axis)
     read = letters_of(x.program, node)
     assert read is not None
     return Product(x, node, read[:2], read[2]).labels()
-
-
-@rule("baddbmm")
-def baddbmm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
-    """A tensor plus a batch of matrix products."""
-    made = Product(x, node, ((a["batch1"], "Hmk"), (a["batch2"], "Hkn")), "Hmn").labels()
-    if isinstance(a["self"], fx.Node) and x.has_units(a["self"]):
-        x.fix(a["self"], "baddbmm adds it", node)
-    if a["beta"] != 0:
-        x.dead[node] = Dead.ANYTHING
-    return made
 
 
 @rule("einsum", call=_product_call)
