@@ -535,6 +535,7 @@ def _export(
     in_pairs(exported.graph)
     outer_as_products(exported.graph)
     _in_steps(exported.graph)
+    _without_detours(exported.graph)
     return exported, *pair
 
 
@@ -566,6 +567,30 @@ def _in_steps(graph: fx.Graph) -> None:
                 term = _step(graph, node, torch.ops.aten.add.Tensor, given, term)
         node.replace_all_uses_with(term)
         graph.erase_node(node)
+
+
+_IN_ORDER = ("view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "flatten", "unflatten")
+"""Operations that leave all elements in their order."""
+
+
+def _without_detours(graph: fx.Graph) -> None:
+    """Let weights that come back to the shape that they had, as by squeeze and unsqueeze, be themselves."""
+    for node in [n for n in graph.nodes if n.op == "call_function" and name_of(n) in _IN_ORDER]:
+        source: Any = node
+        while source.op == "call_function" and name_of(source) in _IN_ORDER:
+            source = source.args[0]
+        shapes = [getattr(n.meta.get("val"), "shape", None) for n in (node, source)]
+        if source.op == "placeholder" and shapes[0] is not None and _is_static(shapes[0]):
+            dtypes = [n.meta["val"].dtype for n in (node, source)]
+            if shapes[0] == shapes[1] and dtypes[0] == dtypes[1]:
+                node.replace_all_uses_with(source)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and name_of(node) in _IN_ORDER and not node.users:
+            graph.erase_node(node)
+
+
+def _is_static(shape: torch.Size) -> bool:
+    return all(isinstance(size, int) for size in shape)
 
 
 def _is_layer(node: fx.Node) -> bool:

@@ -146,11 +146,15 @@ class Sites:
             out = out_axis(node, 1 if "transpose" in name else _OUT_AXIS.get(name, 0))
             made = [scaled(bound(node).get(key), out) for key in MAKERS[name]]
             found = [w for w in made if w in self.program.weights]
+            if self._blurs(node, found):
+                return [node.args[0]]
             for weight in found:
-                if weight in self.program.made and not self.program.made[weight].gates:
-                    self.labeller.fix_along(weight, out, "the weight is computed", node)
-                    continue
-                self._take(weight, out if self.program.values[weight].dim() > 1 else 0)
+                axis = out if self.program.values[weight].dim() > 1 else 0
+                why = self._takes_none(weight)
+                if why:
+                    self.labeller.fix_along(weight, axis, why, node)
+                else:
+                    self._take(weight, axis)
             return self._computed(made) if found else [node.args[0]]
         if name in BLOCKS:
             self._recurrent(node)
@@ -165,6 +169,24 @@ class Sites:
         if name in QUOTIENTS:
             return [node.args[0]]
         return list(node.all_input_nodes)
+
+    def _blurs(self, node: fx.Node, weights: list[fx.Node]) -> bool:
+        """Whether a convolution takes each channel by itself, with kernels that are no weights of its own.
+
+        Where a channel is zero it makes zeros, so that whatever makes the channel takes the gates.
+        """
+        if len(weights) != 1 or not name_of(node).startswith("conv") or not self._takes_none(weights[0]):
+            return False
+        kernels, bias = self.program.values[weights[0]], bound(node)["bias"]
+        each = bound(node)["groups"] == len(kernels) and kernels.shape[1] == 1
+        return each and bias is None and isinstance(node.args[0], fx.Node) and self._zero(node.args[0])
+
+    def _takes_none(self, weight: fx.Node) -> str:
+        """Why a weight can take no gates; empty if it can."""
+        if weight in self.program.constants:
+            return "it is made by a tensor that is no parameter and no buffer"
+        made = self.program.made.get(weight)
+        return "the weight is computed" if made is not None and not made.gates else ""
 
     def _take(self, weight: fx.Node, axis: int) -> None:
         """Let a weight take gates along an axis; along a second one where two layers read it each its way."""

@@ -870,3 +870,77 @@ class Left(nn.Module):
 @pytest.mark.parametrize("how", ["as it is", "turned"])
 def test_a_weight_may_come_before_what_it_reads(how):
     assert exact(Left(how), torch.randn(2, 4, 5).double()) == [6, 8]
+
+
+class Fixed(nn.Module):
+    """Layers whose weights are tensors that the network just holds, as filters are."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.inside, self.out = how, nn.Linear(5, 4), nn.Linear(4, 3)
+        self.matrix, self.vector = torch.randn(4, 4).double(), torch.rand(4).double()
+        self.blur, self.kernels = torch.rand(4, 1, 3).double(), torch.randn(4, 4, 1).double()
+        self.stack = torch.randn(4, 4, 4).double()
+
+    def forward(self, x):
+        return self.out(F.relu(FIXED[self.how](self, F.relu(self.inside(x)))))
+
+
+FIXED = {
+    "linear": lambda net, x: F.linear(x, net.matrix),
+    "bias": lambda net, x: F.linear(x, net.matrix, net.vector),
+    "conv": lambda net, x: F.conv1d(x.mT, net.kernels).mT,
+    "batch norm": lambda net, x: F.batch_norm(x.mT, net.vector, net.vector, net.vector, net.vector).mT + x,
+    "bilinear": lambda net, x: F.bilinear(x, x, net.stack),
+    "blur": lambda net, x: F.conv1d(x.mT, net.blur, groups=4).mT,
+}
+
+
+@pytest.mark.parametrize("how", ["linear", "bias", "conv", "bilinear"])
+def test_what_is_made_by_tensors_that_are_no_buffers_stays(how):
+    assert exact(Fixed(how), torch.randn(2, 6, 5).double()) == [4]  # of what it is made from units go
+
+
+def test_a_norm_by_tensors_that_are_no_buffers_keeps_its_channels():
+    with pytest.raises(ValueError, match="it is made by a tensor that is no parameter and no buffer"):
+        sparsereg.gate(Fixed("batch norm").double(), torch.randn(2, 6, 5).double())
+
+
+def test_channels_go_through_filters_that_are_no_buffers():
+    assert exact(Fixed("blur"), torch.randn(2, 6, 5).double()) == [4]
+
+
+class Figures(nn.Module):
+    """Reads what a norm found beside what it normed."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.norm, self.out = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        affine = self.norm.weight, self.norm.bias
+        x, mean, _ = torch.native_batch_norm(self.inside(x), *affine, None, None, True, 0.1, 1e-5)
+        return self.head(F.relu(self.out(F.relu(x))).mean((2, 3))) + mean.square().sum()
+
+
+def test_channels_stay_whose_figures_are_read():
+    assert exact(Figures(), x(2, 3, 8, 8)) == [6]
+
+
+class Detour(nn.Module):
+    """Hands the kernels of a convolution on without their axis of one, as Mamba does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.each, self.out = nn.Linear(5, 8), nn.Conv1d(8, 8, 3, groups=8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        kernels = self.each.weight.squeeze(1)
+        return self.out(
+            F.relu(F.conv1d(self.inside(x).mT, kernels.unsqueeze(1), self.each.bias, groups=8)).mT
+        )
+
+
+def test_weights_that_come_back_to_their_shape_are_themselves():
+    assert exact(Detour(), torch.randn(2, 6, 5).double()) == [8]

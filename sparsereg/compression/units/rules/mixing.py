@@ -16,6 +16,7 @@ from sparsereg.compression.units.rules.table import (
     Labeller,
     Smaller,
     normed_by_lines,
+    reads_more,
     replaced,
     rule,
     weight_of,
@@ -305,7 +306,7 @@ def embedding_bag(x: Labeller, node: fx.Node, a: dict[str, Any]) -> tuple[Labels
     """Sums, means or largest of rows of a table, column by column; behind them what gradients need."""
     units = _columns(x, node, a["weight"])
     made, *others = x.program.values[node]
-    if any(u.users and (name_of(u) != "getitem" or u.args[1] != 0) for u in node.users):
+    if reads_more(node):
         x.axes.fix(units, "more is read of embedding_bag than its sums", node)
     return along(units, -1, made.shape), *(live(v.shape) for v in others)
 

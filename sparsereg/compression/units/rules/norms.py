@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import FIRST, Labels
 from sparsereg.compression.units.program import Call, name_of
-from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
+from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, reads_more, replaced, rule
 
 
 @rule(
@@ -32,6 +32,8 @@ def batch_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     made = torch.from_numpy(units).int().view(1, -1, *(1,) * (labels.dim() - 2)).expand(labels.shape)
     if isinstance(x.program.values[node], Tensor):
         return made
+    if reads_more(node):
+        x.axes.fix(units, f"more is read of {name_of(node)} than what it norms", node)
     return (made, *(torch.full(v.shape, 1, dtype=torch.int32) for v in x.program.values[node][1:]))
 
 

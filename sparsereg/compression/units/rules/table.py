@@ -617,6 +617,11 @@ def _turned(node: fx.Node, order: list[int]) -> list[int]:
     return order
 
 
+def reads_more(node: fx.Node) -> bool:
+    """Whether more is read of an operation's results than the first, which is what it is for."""
+    return any(u.users and (name_of(u) != "getitem" or u.args[1] != 0) for u in node.users)
+
+
 def replaced(node: fx.Node, **values: Any) -> Call:
     """The call of a node as it stands, but for some arguments, by name."""
     schema = node.target._schema  # type: ignore[union-attr]
