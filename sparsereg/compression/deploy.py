@@ -224,7 +224,8 @@ def write_onnx(network: nn.Module, example_input: Any, path: Path, any_length: b
     check_packages(".onnx")
     import onnx
 
-    args, kwargs = torch.utils._pytree.tree_map(_two, inputs_of(example_input))
+    several = _two if _is_batch(example_input) else _owned
+    args, kwargs = torch.utils._pytree.tree_map(several, inputs_of(example_input))
     with quiet(_EXPORTERS, logging.ERROR), torch.inference_mode(False), torch.no_grad(), recurrent_in_one():
         try:
             traced = _exported(_with_means(network), args, kwargs, any_length)
@@ -234,7 +235,7 @@ def write_onnx(network: nn.Module, example_input: Any, path: Path, any_length: b
                 raise
             return write_onnx(network, example_input, path, any_length=False)
         assert made is not None
-        onnx.save(_named(made.model_proto), path)
+        onnx.save(_named(made.model_proto, _is_batch(example_input)), path)
 
 
 def onnx_like(content: bytes, network: nn.Module, example_input: Any) -> bytes | None:
@@ -312,10 +313,10 @@ def _exported(
     )
 
 
-def _named(model: "onnx.ModelProto") -> "onnx.ModelProto":
+def _named(model: "onnx.ModelProto", batched: bool) -> "onnx.ModelProto":
     """Name the sizes that may differ: batch, length, length_2, ..., where tracing has numbered them."""
     first = [size.dim_param for size in model.graph.input[0].type.tensor_type.shape.dim[:1]]
-    names = dict.fromkeys(first, "batch")
+    names = dict.fromkeys(first if batched else (), "batch")
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param.isdecimal():
@@ -334,20 +335,31 @@ def _name(names: dict[str, str], found: re.Match[str]) -> str:
     return names.setdefault(found[0], f"length_{number + 1}" if number else "length")
 
 
+def _is_batch(example_input: Any) -> bool:
+    """Whether the first axis counts examples, in all inputs alike; those of nodes and edges do not."""
+    leaves = torch.utils._pytree.tree_leaves(example_input)
+    return len({x.shape[:1] for x in leaves if isinstance(x, Tensor)}) == 1
+
+
+def _owned(x: Any) -> Any:
+    """A copy, which any mode of autograd takes."""
+    return x.clone() if isinstance(x, Tensor) else x
+
+
 def _two(x: Any) -> Any:
-    """A batch of two or more, with tensors that any mode of autograd takes."""
+    """A batch of two or more, likewise."""
     return at_least_two(x).clone() if isinstance(x, Tensor) else x
 
 
 def _dynamic(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], any_length: bool) -> Any:
     """Say which sizes of each input may differ from call to call, as torch.export wants to hear it."""
-    batch = torch.export.Dim("batch")
+    batch = {0: torch.export.Dim("batch")} if _is_batch((args, kwargs)) else {}
 
     def sizes(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return None
-        inner = range(1, x.dim()) if any_length and x.dim() < 4 else ()  # more dimensions are maps
-        return {0: batch, **{d: torch.export.Dim.AUTO for d in inner if x.shape[d] > 1}}
+        inner = range(len(batch), x.dim()) if any_length and x.dim() < 4 else ()  # more dimensions are maps
+        return {**batch, **{d: torch.export.Dim.AUTO for d in inner if x.shape[d] > 1}}
 
     shapes = torch.utils._pytree.tree_map(sizes, args)
     if not kwargs:
@@ -398,7 +410,9 @@ def _load_openvino(path: Path) -> File:
 
 
 def _write_pt2(network: nn.Module, example_input: Any, path: Path, any_length: bool) -> None:
-    args, kwargs = torch.utils._pytree.tree_map(at_least_two, inputs_of(example_input))
+    args, kwargs = inputs_of(example_input)
+    if _is_batch(example_input):
+        args, kwargs = torch.utils._pytree.tree_map(at_least_two, (args, kwargs))
     with recurrent_in_one():
         traced = _exported(network, args, kwargs, any_length)
     torch.export.save(traced, path)
@@ -436,15 +450,20 @@ def _exact(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _check(network: nn.Module, file: File, example_input: Any, name: str) -> None:
     """Compare the file with the network for one example, for a batch of noise and for shorter sequences."""
     generator = torch.Generator().manual_seed(0)
+    batched = _is_batch(example_input)
 
     def noise(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
+        size = (3, *x.shape[1:]) if batched else x.shape
         if not x.is_floating_point():
-            return x[:1].expand(3, *x.shape[1:])
-        return torch.randn(3, *x.shape[1:], generator=generator).to(x)
+            return x[:1].expand(size) if batched else x
+        return torch.randn(size, generator=generator).to(x)
 
-    one = torch.utils._pytree.tree_map(lambda x: x[:1] if isinstance(x, Tensor) else x, example_input)
+    def first(x: Any) -> Any:
+        return x[:1] if isinstance(x, Tensor) and batched else x
+
+    one = torch.utils._pytree.tree_map(first, example_input)
     many = torch.utils._pytree.tree_map(noise, example_input)
     for batch in (one, many, *_shorter(network, file.shapes, many)):
         args, kwargs = inputs_of(batch)

@@ -200,6 +200,38 @@ def test_files_take_sequences_of_other_lengths(suffix, tmp_path):
         assert difference(network(other), file.answer(other)[0]) < 1e-4
 
 
+class Messages(nn.Module):
+    """A layer on a graph: nodes (nodes, features), and edges (2, edges) along which they send messages."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.send, self.out = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, nodes, edges):
+        nodes = torch.relu(self.read(nodes))
+        heard = torch.zeros_like(nodes).index_add(0, edges[1], self.send(nodes)[edges[0]])
+        return self.out(torch.relu(nodes + heard))
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_files_of_a_graph_network_take_other_graphs(suffix, tmp_path):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+
+    def graph(nodes, edges):
+        return torch.randn(nodes, 5), torch.randint(0, nodes, (2, edges))
+
+    network = gate(Messages(), graph(6, 11)).eval()
+    set_gates(network, "mixed")
+    path = export(network, graph(6, 11), tmp_path / f"n{suffix}")
+    file = module._WRITERS[suffix][2](path)
+    if suffix == ".onnx":
+        assert file.shapes == [("length", 5), ("length_2", "length_3")]
+    for other in (graph(6, 11), graph(9, 4), graph(3, 30)):
+        assert difference(network(*other), file.answer(other)[0]) < 1e-5
+
+
 @pytest.mark.costly
 def test_a_file_for_one_length_is_written_where_others_get_other_answers(tmp_path, monkeypatch, caplog):
     """As if an exporter had written the example's length into the file."""
