@@ -3,7 +3,7 @@
 import torch
 from torch import fx, nn
 
-from sparsereg.compression.running import Example, copied, name_inputs_
+from sparsereg.compression.running import Example, copied
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.flow import ATTRIBUTE as FLOW
 from sparsereg.compression.units.flow import flow_of
@@ -67,7 +67,6 @@ def compact(
         flow = flow_of(model, args, kwargs)
         made, *wide = folded(model, flow, round_to)
         full = flow.full
-    name_inputs_(made)
     if check:
         verify(model, made, wide[0], args, kwargs)
     if structure is not None and isinstance(model, fx.GraphModule):

@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -78,27 +78,6 @@ def _closed(module: nn.Module) -> tuple[str, str]:
     if type(module).__module__.startswith(_QUANTIZED):
         return "has quantized weights", "compact the network from before, and quantize the smaller one"
     return "", ""
-
-
-@dataclass(frozen=True)
-class _Names:
-    """Says in one line which inputs by name a smaller network does not have."""
-
-    names: tuple[str, ...]
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        others = [name for name in kwargs if name not in self.names]
-        if others:
-            raise TypeError(
-                f"{type(module).__name__} has no input {', '.join(others)}; it takes {', '.join(self.names)},"
-                " as its example did: compact the network with an example of all that it is to be called with"
-            )
-
-
-def name_inputs_(smaller: fx.GraphModule) -> None:
-    """Let a smaller network refuse inputs by other names than its own, and say which these are."""
-    names = tuple(str(node.target) for node in smaller.graph.nodes if node.op == "placeholder")
-    smaller.register_forward_pre_hook(_Names(names), with_kwargs=True)
 
 
 @contextmanager

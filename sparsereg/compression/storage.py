@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from sparsereg.archives import load_torch, not_finite, save_torch
 from sparsereg.compression import vocabulary
 from sparsereg.compression.compact import ORIGINAL
-from sparsereg.compression.running import can_train, name_inputs_
+from sparsereg.compression.running import can_train
 from sparsereg.compression.vocabulary import check_name, check_path, short
 from sparsereg.errors import DamagedFile, InputError
 
@@ -277,7 +277,6 @@ class _Reader:
         for name, parameter in self.root.named_parameters():
             parameter.requires_grad_(bool(trains.get(name, True)))
         module = fx.GraphModule(self.root, self.graph, class_name=self.plan["name"])
-        name_inputs_(module)
         if self.plan.get(ORIGINAL):  # files of before this was kept lack it
             module.meta[ORIGINAL] = self._original()
         return module.eval()

@@ -622,15 +622,6 @@ def test_answers_that_are_no_numbers_prove_nothing():
         compact(small(), torch.full((4, 3), float("inf")))
 
 
-def test_inputs_by_other_names_are_refused_with_those_that_there_are(tmp_path):
-    smaller = compact(small(), torch.randn(4, 3))
-    save_compacted(smaller, tmp_path / "smaller.pt")
-    for made in (smaller, load_compacted(tmp_path / "smaller.pt")):
-        made(input=torch.randn(5, 3))
-        with pytest.raises(TypeError, match="has no input mask; it takes input, as its example did"):
-            made(torch.randn(5, 3), mask=None)
-
-
 def test_what_is_frozen_beside_what_trains_stays_frozen():
     network = small()
     network[0].requires_grad_(False)
