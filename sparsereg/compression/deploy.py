@@ -224,8 +224,7 @@ def write_onnx(network: nn.Module, example_input: Any, path: Path, any_length: b
     check_packages(".onnx")
     import onnx
 
-    several = _two if _is_batch(example_input) else _owned
-    args, kwargs = torch.utils._pytree.tree_map(several, inputs_of(example_input))
+    args, kwargs = _to_trace(example_input)
     with quiet(_EXPORTERS, logging.ERROR), torch.inference_mode(False), torch.no_grad(), recurrent_in_one():
         try:
             traced = _exported(_with_means(network), args, kwargs, any_length)
@@ -341,14 +340,15 @@ def _is_batch(example_input: Any) -> bool:
     return len({x.shape[:1] for x in leaves if isinstance(x, Tensor)}) == 1
 
 
-def _owned(x: Any) -> Any:
-    """A copy, which any mode of autograd takes."""
-    return x.clone() if isinstance(x, Tensor) else x
+def _to_trace(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of inputs to trace with, which any mode of autograd takes: of batches, two examples or more."""
+    batched = _is_batch(example_input)
 
+    def copied(x: Any) -> Any:
+        return (at_least_two(x) if batched else x).clone() if isinstance(x, Tensor) else x
 
-def _two(x: Any) -> Any:
-    """A batch of two or more, likewise."""
-    return at_least_two(x).clone() if isinstance(x, Tensor) else x
+    args, kwargs = torch.utils._pytree.tree_map(copied, inputs_of(example_input))
+    return args, kwargs
 
 
 def _dynamic(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], any_length: bool) -> Any:
@@ -410,9 +410,7 @@ def _load_openvino(path: Path) -> File:
 
 
 def _write_pt2(network: nn.Module, example_input: Any, path: Path, any_length: bool) -> None:
-    args, kwargs = inputs_of(example_input)
-    if _is_batch(example_input):
-        args, kwargs = torch.utils._pytree.tree_map(at_least_two, (args, kwargs))
+    args, kwargs = _to_trace(example_input)
     with recurrent_in_one():
         traced = _exported(network, args, kwargs, any_length)
     torch.export.save(traced, path)

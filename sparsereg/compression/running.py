@@ -67,6 +67,7 @@ def check_network(model: object) -> None:
 
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
+"""Packages of PyTorch whose layers have quantized weights."""
 
 
 def _closed(module: nn.Module) -> tuple[str, str]:

@@ -32,6 +32,8 @@ class Network(Settings):
     """Whether its builder is told if it is to read weights, too."""
     OWN_GATES: ClassVar[bool] = False
     """Whether its gates are placed by its author, not by ``sparsereg.gate``."""
+    ABOUT_GATES: ClassVar[tuple[str, ...]] = ()
+    """Keys that say what ``sparsereg.gate`` may do; its builder does not take them."""
 
     name: str = setting("", "the network")
 
@@ -58,10 +60,10 @@ class Network(Settings):
 
     @property
     def structure(self) -> dict[str, Any]:
-        """The keys that its builder takes: all but the one that names the kind of network."""
+        """The keys that its builder takes: all but those about gates, and the one that names its kind."""
         known = keys(type(self))
-        kind = "source" if "source" in known else "name"
-        return {name: getattr(self, name) for name in known if name != kind}
+        excluded = ("source" if "source" in known else "name", *self.ABOUT_GATES)
+        return {name: getattr(self, name) for name in known if name not in excluded}
 
     @property
     def said(self) -> str:
@@ -105,6 +107,8 @@ def with_rates(settings: dict[str, Any], gates: dict[str, Any]) -> dict[str, Any
 class Gateable(Network):
     """A network that gets its gates by its operations: on all that can go, or on what is asked for."""
 
+    ABOUT_GATES: ClassVar[tuple[str, ...]] = ("gate", "gate_layers")
+
     gate: str | tuple[str, ...] | None = setting(
         None, "what gets gates, e.g. heads or [heads,units]; null: all that can go", choices=tuple(FAMILIES)
     )
@@ -117,11 +121,6 @@ class Gateable(Network):
         """The families and layers that were asked for."""
         asked = {"families": self.gate, "layers": self.gate_layers}
         return {key: value for key, value in asked.items() if value is not None}
-
-    @property
-    def structure(self) -> dict[str, Any]:
-        """Without the keys about gates."""
-        return {k: v for k, v in super().structure.items() if k not in ("gate", "gate_layers")}
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from sparsereg.compression.units.rules.recurrent import (
     passes,
 )
 from sparsereg.compression.vocabulary import reserved
-from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
+from sparsereg.penalties import hard_concretes
 
 _PLACES = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "copy")
 _VIEWS = ("view", "_unsafe_view")
@@ -65,7 +65,7 @@ class Emitter:
         self.parameters: dict[fx.Node, nn.Parameter | Tensor] = {}
         self.attributes: dict[fx.Node, str] = {}
         self.indices: dict[int, tuple[Tensor, Any]] = {}
-        gates = {id(p) for m in model.modules() if isinstance(m, HardConcrete) for p in m.parameters()}
+        gates = {id(p) for m in hard_concretes(model).values() for p in m.parameters()}
         own = model.named_parameters(remove_duplicate=False)
         self.learns = {name: p.requires_grad for name, p in own if id(p) not in gates}
         self._device: fx.Node | None = None

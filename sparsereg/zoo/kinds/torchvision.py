@@ -20,6 +20,7 @@ class TorchvisionModel(Gateable):
     """
 
     TASKS: ClassVar[tuple[str, ...]] = ("classification", "segmentation")
+    ABOUT_GATES: ClassVar[tuple[str, ...]] = (*Gateable.ABOUT_GATES, "residual")
 
     source: str = setting("torchvision", "", choices=("torchvision",))
     name: str = setting("resnet18", "torchvision's name of it")
@@ -34,11 +35,6 @@ class TorchvisionModel(Gateable):
     def limits(self) -> dict[str, Any]:
         """Whether channels that residual additions tie together may go, too."""
         return {**super().limits, "residual": self.residual}
-
-    @property
-    def structure(self) -> dict[str, Any]:
-        """Without that, too."""
-        return {k: v for k, v in super().structure.items() if k != "residual"}
 
 
 def build(
