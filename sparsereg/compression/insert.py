@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from sparsereg.compression.running import check_network, copied
 from sparsereg.compression.units.explain import explanation, inputs_of
 from sparsereg.compression.units.explain import families as kinds
-from sparsereg.compression.units.gating import GATED, gate_layer_, put_gate, shared_gate
+from sparsereg.compression.units.gating import GATED, NormKind, gate_layer_, put_gate, shared_gate
 from sparsereg.compression.units.made import gate_names
 from sparsereg.compression.units.sites import WHOLE, Norm
 from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, traced_for
@@ -101,7 +101,7 @@ def gate_(
     args, kwargs = inputs_of(example_input)
     factory = GateFactory(**gate_settings)
     wanted = _wanted(families, shape)
-    analysis = analyse(model, args, kwargs, inputs="inputs" in wanted)
+    analysis = analyse(model, args, kwargs, inputs="inputs" in wanted, even=shape == "uniform")
     vectors = _vectors(analysis, model, wanted, layers, residual)
     if not vectors:
         raise ValueError(
@@ -373,7 +373,7 @@ class _Inserter:
         for vector in self.vectors:
             if here & set(vector.choices):
                 index = _places(sets, vector.choices)
-                kind = norm.axis, norm.centred, norm.factor
+                kind = NormKind(norm.axis, norm.groups, norm.centred, norm.factor)
                 put_gate(module, "", self._on(module, vector), index, _label(vector), kind)
 
 

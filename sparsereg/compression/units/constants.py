@@ -12,16 +12,17 @@ from sparsereg.compression.units.program import Program
 from sparsereg.compression.units.rules.table import Labeller
 
 
-def labelled(program: Program, inputs: bool = False) -> Labeller:
+def labelled(program: Program, inputs: bool = False, even: bool = False) -> Labeller:
     """Label a program; places of computed vectors are units only where something would have to stay else.
 
     Args:
         program: the network.
         inputs: whether features of the inputs are units, too.
+        even: whether the groups of a norm lose the same places.
     """
-    found = Labeller(program, inputs)
+    found = Labeller(program, inputs, even=even)
     known = vectors(program) if found.met_without_units else set()
-    return Labeller(program, inputs, known) if known else found
+    return Labeller(program, inputs, known, even) if known else found
 
 
 def vectors(program: Program) -> set[fx.Node]:

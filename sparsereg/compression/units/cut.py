@@ -190,25 +190,34 @@ class Cut:
         kept = {d: alive for d, alive in kept.items() if not bool(alive.all())}
         if not kept:
             return plain_call(node, args, kwargs)
+        if name_of(node) == "group_norm":
+            return _normed_by_groups(node, args, kwargs, kept[1])
         inside = args[0]
         for d, alive in kept.items():
             inside = inside.index_select(d, alive.nonzero().flatten())
         if not name_of(node).endswith("_norm"):
             return plain_call(node, (inside, *args[1:]), kwargs)
         ((d, alive),) = kept.items()
-        size = (
-            max(1, args[1] * int(alive.sum()) // len(alive))
-            if name_of(node) == "group_norm"
-            else [inside.shape[d]]
-        )
         rest = [w[alive] if isinstance(w, Tensor) else w for w in args[2:]]
-        found = plain_call(node, (inside, size, *rest), kwargs)
+        found = plain_call(node, (inside, [inside.shape[d]], *rest), kwargs)
         return torch.zeros_like(args[0]).index_copy(d, alive.nonzero().flatten(), found)
 
     @property
     def num_parameters(self) -> int:
         """Parameters that are left."""
         return sum(self.weights[n].numel() for n in self.program.parameters & self.serving)
+
+
+def _normed_by_groups(node: fx.Node, args: Any, kwargs: Any, alive: Tensor) -> Tensor:
+    """A group norm over the channels that stay, group by group; zeros where channels are gone."""
+    x, groups, *affine = args
+    made = torch.zeros_like(x)
+    for channels in torch.arange(len(alive)).view(groups, -1):
+        left = channels[alive[channels]]
+        if len(left):
+            own = [w[left] if isinstance(w, Tensor) else w for w in affine]
+            made[:, left] = plain_call(node, (x[:, left], 1, *own), kwargs)
+    return made
 
 
 def _size(weight: Tensor, over: list[int]) -> Tensor:

@@ -157,16 +157,32 @@ def shared_gate(factory: GateFactory, size: int) -> L0Gate:
     return gate
 
 
+class NormKind(NamedTuple):
+    """What a normalisation with gates needs to know.
+
+    Attributes:
+        axis: of its input, along which the units lie; negative ones count from the end.
+        groups: so many runs of units of one size, each with a mean of its own.
+        centred: whether it subtracts a mean.
+        undone_by: name of the weight that undoes what its input is enlarged by; empty if none does.
+    """
+
+    axis: int
+    groups: int
+    centred: bool
+    undone_by: str
+
+
 class Spread(NamedTuple):
-    """The open places of a normalisation's input, (units,) each but for the last two.
+    """The open places of a normalisation's input, (units,) each; of one group, the last two are scalars.
 
     Attributes:
         far: what the input is multiplied by: 0 where it is shut, else ``stretch``.
         rest: 1 - far, what its mean is multiplied by.
         share: weights of the mean over what is open.
         mask: 1 where it is open, else 0.
-        stretch: by how much the input is enlarged, so that its variance is that of the rest; a scalar.
-        fewer: 1 / places that are open - 1 / all places; a scalar.
+        stretch: by how much the input is enlarged, so that its variance is that of the rest.
+        fewer: 1 / places that are open - 1 / all places, of the group.
     """
 
     far: Tensor
@@ -177,16 +193,19 @@ class Spread(NamedTuple):
     fewer: Tensor
 
 
-def spread_of(mask: Tensor) -> Spread:
+def spread_of(mask: Tensor, groups: int) -> Spread:
     """What follows from which places are open.
 
     Args:
         mask: 1 where a place is open, else 0; (units,).
+        groups: of units, with means of their own.
     """
-    num_open = mask.sum().clamp(min=1)
-    stretch = (mask.numel() / num_open).sqrt()
+    size = mask.numel() // groups
+    num_open = mask.view(groups, size).sum(1).clamp(min=1)
+    num_open = num_open[0] if groups == 1 else num_open.repeat_interleave(size)
+    stretch = (size / num_open).sqrt()
     far = mask * stretch
-    return Spread(far, 1 - far, mask / num_open, mask, stretch, 1 / num_open - 1 / mask.numel())
+    return Spread(far, 1 - far, mask / num_open, mask, stretch, 1 / num_open - 1 / size)
 
 
 class Given(NamedTuple):
@@ -205,22 +224,36 @@ class Given(NamedTuple):
     draw: Tensor
 
 
-def _enlarged(x: Tensor, far: Tensor, share: Tensor, axis: int) -> Tensor:
+def _of_channels(x: Tensor) -> Tensor:
+    """Means of what lies behind the channels, (batch, channels)."""
+    return x.flatten(2).mean(2) if x.dim() > 2 else x
+
+
+def _over_groups(each: Tensor, groups: int) -> Tensor:
+    """Sums over groups of channels, for each channel that of its group, (batch, channels)."""
+    if groups == 1:
+        return each.sum(1, keepdim=True)
+    sums: Tensor = each.unflatten(1, (groups, -1)).sum(2)
+    return sums.repeat_interleave(each.shape[1] // groups, 1)
+
+
+def _enlarged(x: Tensor, far: Tensor, share: Tensor, axis: int, groups: int) -> Tensor:
     if axis < 0:
         lines = x.movedim(axis, -1)
         return torch.lerp((lines @ share).unsqueeze(-1), lines, far).movedim(-1, axis)
-    mean = x.flatten(2).mean(2) @ share
-    return torch.lerp(mean.view(-1, *[1] * (x.dim() - 1)), x, far.view(1, -1, *[1] * (x.dim() - 2)))
+    behind = [1] * (x.dim() - 2)
+    mean = _over_groups(_of_channels(x) * share, groups)
+    return torch.lerp(mean.view(*mean.shape, *behind), x, far.view(1, -1, *behind))
 
 
-def enlarged(x: Tensor, spread: Spread, axis: int) -> Tensor:
+def enlarged(x: Tensor, spread: Spread, axis: int, groups: int = 1) -> Tensor:
     """The input of a normalisation between its mean and beyond itself, see `_Enlarged`.
 
     Transforms of torch.func take no function with a gradient of its own, but the expression.
     """
     if torch._C._are_functorch_transforms_active():
-        return _enlarged(x, spread.far.to(x.dtype), spread.share.to(x.dtype), axis)
-    return _Enlarged.apply(x, spread, axis)  # type: ignore[no-any-return]
+        return _enlarged(x, spread.far.to(x.dtype), spread.share.to(x.dtype), axis, groups)
+    return _Enlarged.apply(x, spread, axis, groups)  # type: ignore[no-any-return]
 
 
 class _Enlarged(torch.autograd.Function):
@@ -231,11 +264,11 @@ class _Enlarged(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spread: Spread, axis: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, spread: Spread, axis: int, groups: int) -> Tensor:
         far, rest, share = (part.to(x.dtype) for part in spread[:3])
-        ctx.axis = axis
+        ctx.axis, ctx.groups = axis, groups
         ctx.save_for_backward(far, rest, share)
-        return _enlarged(x, far, share, axis)
+        return _enlarged(x, far, share, axis, groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -246,9 +279,9 @@ class _Enlarged(torch.autograd.Function):
             made = (lines * far).addcmul_((lines @ rest).unsqueeze(-1), share).movedim(-1, axis)
         else:
             behind = [1] * (grad.dim() - 2)
-            added = (grad.flatten(2).mean(2) @ rest)[:, None] * share
+            added = _over_groups(_of_channels(grad) * rest, ctx.groups) * share
             made = (grad * far.view(1, -1, *behind)).add_(added.view(*added.shape, *behind))
-        return made, None, None
+        return made, None, None, None
 
 
 class _OpenLayerNorm(torch.autograd.Function):
@@ -277,7 +310,7 @@ class _OpenLayerNorm(torch.autograd.Function):
         x, weight, bias, mean, scale = ctx.saved_tensors
         spread, grad = ctx.spread, grads[0].contiguous()
         if torch.is_grad_enabled():  # somebody wants second derivatives
-            answer = F.layer_norm(_Enlarged.apply(x, spread, -1), weight.shape, weight, bias, ctx.eps)
+            answer = F.layer_norm(_Enlarged.apply(x, spread, -1, 1), weight.shape, weight, bias, ctx.eps)
             wanted = [v for v in (x, weight, bias) if v is not None and v.requires_grad]
             found = iter(torch.autograd.grad(answer, wanted, grad, create_graph=True))
             asked = [v is not None and v.requires_grad for v in (x, weight, bias)]
@@ -316,12 +349,11 @@ class GatedModule(nn.Module):
 
     Attributes:
         _gated_sites: for each parameter, the names of its gates, each with that of its index.
-        _gated_norm: what a normalisation needs to know: the axis, whether it subtracts a mean, and the name
-            of the weight that undoes what its input is enlarged by, if one does.
+        _gated_norm: what it is as a normalisation, if it is one.
     """
 
     _gated_sites: dict[str, list[tuple[str, str]]]
-    _gated_norm: tuple[int, bool, str] | None
+    _gated_norm: NormKind | None
     _gated_given: Given | None = None
 
     def _gated_drawn(self) -> Given | None:
@@ -347,7 +379,7 @@ class GatedModule(nn.Module):
 
     def _gated_undoes(self, name: str) -> bool:
         """Whether a parameter takes back what the input of a normalisation is enlarged by."""
-        return self._gated_norm is not None and bool(name) and name == self._gated_norm[2]
+        return self._gated_norm is not None and bool(name) and name == self._gated_norm.undone_by
 
     def _gated_value(self, name: str) -> Any:
         """A parameter (or buffer) times its gates."""
@@ -368,8 +400,10 @@ class GatedModule(nn.Module):
         given = self._gated_drawn()
         if given is not None and given.spread is not None:
             return given.spread
+        assert self._gated_norm is not None
         open_ = [opened(self._modules[g], self._buffers[i]).detach() > 0 for g, i in self._gated_sites[""]]
-        return spread_of(torch.stack(open_).all(0).to(next(self.parameters()).dtype))
+        mask = torch.stack(open_).all(0).to(next(self.parameters()).dtype)
+        return spread_of(mask, self._gated_norm.groups)
 
     def _gated_input(self, x: Tensor) -> Tensor:
         """The input of a normalisation with the mean in place of what is shut, enlarged.
@@ -377,11 +411,11 @@ class GatedModule(nn.Module):
         Its mean and variance over all places are those over the open ones then.
         """
         assert self._gated_norm is not None
-        axis, centred, _ = self._gated_norm
+        axis, groups, centred, _ = self._gated_norm
         spread = self._gated_spread()
         if centred:
             with torch.autocast(x.device.type, enabled=False):  # which takes products in bfloat16
-                return enlarged(x, spread, axis)
+                return enlarged(x, spread, axis, groups)
         shape = [1] * x.dim()
         shape[axis] = -1
         return x * spread.far.to(x.dtype).view(shape)
@@ -391,7 +425,7 @@ class GatedModule(nn.Module):
         norm, base = self._gated_norm, type(self)._made_of[0]  # type: ignore[attr-defined]
         if norm is None or base.forward is not nn.LayerNorm.forward:
             return False
-        return norm[0] == -1 and norm[2] == "weight" and len(self.normalized_shape) == 1  # type: ignore[arg-type]
+        return norm.axis == -1 and norm.undone_by == "weight" and len(self.normalized_shape) == 1  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         base, names = type(self)._made_of  # type: ignore[attr-defined]
@@ -407,7 +441,11 @@ def enlarge(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def undo(module: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
     """Behind a normalisation whose weight cannot undo what its input is enlarged by. A hook."""
     assert isinstance(module, GatedModule)
-    return result / module._gated_spread().stretch.to(result.dtype)
+    assert module._gated_norm is not None
+    stretch = module._gated_spread().stretch.to(result.dtype)
+    if stretch.dim():
+        stretch = stretch.view(-1, *[1] * (result.dim() - module._gated_norm.axis - 1))
+    return result / stretch
 
 
 def opened(gate: nn.Module | None, index: Tensor | None) -> Tensor:
@@ -522,7 +560,7 @@ def put_gate(
     gate: L0Gate,
     index: Tensor,
     label: str,
-    norm: tuple[int, bool, str] | None = None,
+    norm: NormKind | None = None,
 ) -> None:
     """Let a module read one of its parameters through a gate.
 
@@ -532,8 +570,7 @@ def put_gate(
         gate: may be shared with other modules.
         index: for each element of the parameter (or a shape that is broadcast to it) its place in the gate.
         label: a name for the gate in the module, if it has not got it yet.
-        norm: axis of a normalisation's input, whether it subtracts a mean, and the name of the weight that
-            undoes what the input is enlarged by; empty if none does.
+        norm: what the module is as a normalisation.
     """
     if not isinstance(module, GatedModule):
         module._gated_sites, module._gated_norm = {}, None  # type: ignore[assignment]
@@ -548,7 +585,7 @@ def put_gate(
         module._gated_norm = norm  # type: ignore[assignment]
         if enlarge not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(enlarge)
-            if not norm[2]:
+            if not norm.undone_by:
                 module.register_forward_hook(undo)
     base, _ = getattr(type(module), "_made_of", (type(module), ()))
     sites = module._gated_sites

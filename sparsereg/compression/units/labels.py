@@ -125,6 +125,7 @@ class Axes:
         whole: for a weight of which nothing has units, the reason and the operation that keeps it.
         means_of_all: means over units that are zeros where these are gone, not over those that stay.
         averaged: units over which a normalisation takes means: these are over the units that stay.
+        averaged_by_groups: likewise channels, over which it takes means group by group.
         grids: units that have to stay as grids.
         nested: units that lie within others.
         heads: units that stand for attention heads, and whether some of them share their keys.
@@ -143,6 +144,7 @@ class Axes:
         self.fixed: dict[int, tuple[str, fx.Node | None]] = {}
         self.whole: dict[fx.Node, tuple[str, fx.Node]] = {}
         self.averaged: list[Ints] = []
+        self.averaged_by_groups: list[Ints] = []
         self.means_of_all: set[fx.Node] = set()
         self.grids: list[Grid] = []
         self.nested: list[Nested] = []

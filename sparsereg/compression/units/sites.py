@@ -21,6 +21,7 @@ from sparsereg.compression.units.program import Program, bound, module_of, name_
 from sparsereg.compression.units.rules.cells import CELLS, rows_of_cell
 from sparsereg.compression.units.rules.elementwise import PRODUCTS, QUOTIENTS
 from sparsereg.compression.units.rules.mixing import MAKERS, MATRICES, product_with_weight
+from sparsereg.compression.units.rules.norms import go_by_whole_groups
 from sparsereg.compression.units.rules.recurrent import BLOCKS, candidate_rows, passes
 from sparsereg.compression.units.rules.stacked import stack_of
 from sparsereg.compression.units.rules.table import MOVING, Dead, Labeller, behind, out_axis, picked, scaled
@@ -39,6 +40,7 @@ class Norm:
         module: path of the innermost module around it.
         axis: of what goes into that module, along which the units lie; negative ones count from the end.
         units: along it.
+        groups: so many runs of units of one size, each with a mean of its own.
         centred: whether a mean is subtracted.
         weights: the weights behind it.
         factor: name of the one that can undo what the input is enlarged by; empty if none can, as 1 + weight.
@@ -48,6 +50,7 @@ class Norm:
     module: str
     axis: int
     units: Ints
+    groups: int
     centred: bool
     weights: tuple[fx.Node, ...]
     factor: str
@@ -245,13 +248,13 @@ class Sites:
         roots = self._roots(source)
         if roots is None or not set(dims) & varying(roots):  # all of it goes, or nothing
             return
-        if name_of(node) == "group_norm" and int(bound(node)["num_groups"]) > 1:
-            return
         units = np.unique(labels.numpy()).astype(np.int64)
         found = self._norm(node)
         if found is None and name_of(node) == "mean" and self._zero(source):
             self.labeller.axes.means_of_all.add(node)
             self._ask(source)
+        elif found is None and _groups(node) > 1:
+            go_by_whole_groups(self.labeller, node)
         elif found is None:
             self.labeller.axes.fix(units, f"{name_of(node)} is taken over it in a way of its own", node)
         elif all(n.module != found.module for n in self.norms):
@@ -315,7 +318,7 @@ class Sites:
         if not (multiply and (able or alone)):
             return None
         factor = self.program.names[multiply[0]].rpartition(".")[2] if able else ""
-        return Norm(node, path, axis, units, centred, weights, factor)
+        return Norm(node, path, axis, units, _groups(node), centred, weights, factor)
 
     def _place(self, source: fx.Node) -> tuple[int, Ints] | None:
         """The axis along which units lie, from the end, and the units; None if it is not one axis."""
@@ -326,6 +329,11 @@ class Sites:
         others = [d for d in range(labels.dim()) if d != along[0]]
         units = (labels.amax(others) if others else labels).numpy().astype(np.int64)
         return along[0] - labels.dim(), units
+
+
+def _groups(node: fx.Node) -> int:
+    """The groups of channels over which a normalisation takes means."""
+    return int(bound(node)["num_groups"]) if name_of(node) == "group_norm" else 1
 
 
 def _only_normed(sources: set[fx.Node], inside: list[fx.Node], kinds: set[str]) -> bool:

@@ -60,7 +60,8 @@ def rounded(structure: Structure, stays: Bools, multiple: int) -> Bools:
         return stays
     stays = stays.copy()
     axes = structure.analysis.units.labeller.axes
-    averaged = {c for line in axes.averaged for s in structure.analysis.sets_of(line).ravel() for c in s}
+    lines = (*axes.averaged, *axes.averaged_by_groups)
+    averaged = {c for line in lines for s in structure.analysis.sets_of(line).ravel() for c in s}
     choices = structure.analysis.costs.choices
     for path in structure.paths:
         own = [i for i, c in enumerate(choices) if structure.gates.get(c, ("", 0))[0] == path]

@@ -154,7 +154,11 @@ class Analysis:
 
 
 def analyse(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], inputs: bool = False
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    inputs: bool = False,
+    even: bool = False,
 ) -> Analysis:
     """Find the units of a network without gates, and where gates for them would sit.
 
@@ -163,11 +167,12 @@ def analyse(
         args: positional inputs of one example batch.
         kwargs: inputs by name.
         inputs: whether features of the inputs can go, too.
+        even: whether the groups of a norm lose the same places, so that they stay equally large.
 
     Raises:
         InputError: the network cannot be traced.
     """
-    labeller = labelled(with_made_weights(trace(model, *args, **kwargs), model), inputs)
+    labeller = labelled(with_made_weights(trace(model, *args, **kwargs), model), inputs, even)
     sites = Sites(labeller)
     units = solve(labeller)
     for branch in units.branches.found:
@@ -366,10 +371,14 @@ def structure_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     found = sited(bare)
     take_gates_off(bare, plain_module)
     sizes = {name: m.gate_size[0] for name, m in model.named_modules() if isinstance(m, SharedGates)}
-    analysis = analyse(bare, args, kwargs, inputs=any(INPUT_GATE in path for path in sizes))
-    matched = _matched(analysis, found, sizes)
-    known_places = set(matched.values())
-    lost = [(p, i) for p, n in sizes.items() for i in range(n) if (p, i) not in known_places]
+    inputs = any(INPUT_GATE in path for path in sizes)
+    for even in (False, True):
+        analysis = analyse(bare, args, kwargs, inputs, even)
+        matched = _matched(analysis, found, sizes)
+        known_places = set(matched.values())
+        lost = [(p, i) for p, n in sizes.items() for i in range(n) if (p, i) not in known_places]
+        if not (lost and analysis.units.labeller.axes.averaged_by_groups):
+            break
     if lost:
         raise InputError(
             f"gate {lost[0][1]} of {lost[0][0]} belongs to no unit of {type(model).__name__} with this"

@@ -129,14 +129,18 @@ class Together:
         known: dict[tuple[Any, ...], int] = {}
         self.group: dict[int, int] = {}
         places: list[Tensor] = []
+        parts: list[int] = []  # groups of channels with means of their own
         for i, (module, name, *_) in enumerate(self.slots):
             if name:
                 continue
             columns = [split[i] for split in splits]
-            key = tuple(tuple(c.tolist()) for c in columns)
+            assert module._gated_norm is not None
+            groups = module._gated_norm.groups
+            key = (groups, *(tuple(c.tolist()) for c in columns))
             if key not in known:
                 known[key] = len(known)
                 places.append(torch.stack(columns))
+                parts.append(groups)
             self.group[id(module)] = known[key]
         self.group_sizes = [p.shape[1] for p in places]
         self.undone = [
@@ -145,16 +149,22 @@ class Together:
             if name and m._gated_undoes(name)
         ]
         if places:
-            device = places[0].device
-            numbers = torch.arange(len(places), device=device)
-            sizes = torch.tensor(self.group_sizes, device=device)
-            self.places = torch.cat(places, 1)
-            self.member = numbers.repeat_interleave(sizes)
-            undoing = dict(self.undone)
-            owner = [undoing.get(i, len(places)) for i in range(len(self.slots))]
-            self.scaled = torch.tensor(owner, device=device).repeat_interleave(
-                torch.tensor(self.sizes, device=device)
-            )
+            self._parts(places, parts)
+
+    def _parts(self, places: list[Tensor], parts: list[int]) -> None:
+        """Which mean each place of the normalisations counts for, and which one enlarges each factor."""
+        device = places[0].device
+        self.places = torch.cat(places, 1)
+        self.parts = parts
+        lengths = [size // n for size, n in zip(self.group_sizes, parts, strict=True) for _ in range(n)]
+        self.part_sizes = torch.tensor(lengths, device=device)
+        numbers = torch.arange(len(lengths), device=device)
+        self.member = numbers.repeat_interleave(self.part_sizes)
+        of_norm = self.member.split(self.group_sizes)
+        owner: list[Tensor] = [numbers.new_tensor([len(lengths)]) for _ in self.sizes]
+        for i, norm in self.undone:
+            owner[i] = of_norm[norm][:1] if parts[norm] == 1 else of_norm[norm]
+        self.scaled = torch.cat([own.expand(size) for own, size in zip(owner, self.sizes, strict=True)])
 
     def draw(self) -> None:
         """Draw all gates and hand them out, in training; else take back what was handed out."""
@@ -219,18 +229,21 @@ class Together:
             module.__dict__["_gated_given"] = given[id(module)]
 
     def _spreads(self, z: Tensor) -> tuple[dict[int, Spread], Tensor]:
-        """What each group of normalisations has to know, and by how much each enlarges; 1 behind the last."""
+        """What each group of normalisations has to know, and how much each mean enlarges; 1 behind them."""
         if not self.group_sizes:
             return {}, z
         mask = (z[self.places] > 0).all(0).to(z.dtype)
-        sizes = mask.new_tensor(self.group_sizes)
+        sizes = self.part_sizes.to(mask.dtype)
         num_open = mask.new_zeros(len(sizes)).index_add(0, self.member, mask).clamp(min=1)
         stretch = (sizes / num_open).sqrt()
-        far = mask * stretch[self.member]
-        split = [part.split(self.group_sizes) for part in (far, 1 - far, mask / num_open[self.member], mask)]
-        fewer = 1 / num_open - 1 / sizes
-        spreads = {
-            i: Spread(a, b, c, d, stretch[i], fewer[i])
-            for i, (a, b, c, d) in enumerate(zip(*split, strict=True))
-        }
+        each = stretch[self.member]
+        far = mask * each
+        fewer = (1 / num_open - 1 / sizes)[self.member]
+        own = (far, 1 - far, mask / num_open[self.member], mask, each, fewer)
+        spreads = {}
+        for i, found in enumerate(zip(*(part.split(self.group_sizes) for part in own), strict=True)):
+            spread = Spread(*found)
+            if self.parts[i] == 1:
+                spread = spread._replace(stretch=spread.stretch[0], fewer=spread.fewer[0])
+            spreads[i] = spread
         return spreads, torch.cat([stretch, stretch.new_ones(1)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.units.labels import FIRST, Labels
-from sparsereg.compression.units.program import Call, name_of
+from sparsereg.compression.units.program import Call, bound, name_of
 from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, reads_more, replaced, rule
 
 
@@ -90,26 +90,93 @@ def _line_by_line(x: Labeller, node: fx.Node, a: dict[str, Any], labels: Labels)
 
 
 def _group_norm_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
-    labels = cut.labels[node]
-    if a["num_groups"] == 1:
-        return replaced(node)
-    return replaced(node, num_groups=cut.left(labels, 1) * a["num_groups"] // labels.shape[1])
+    """Groups that are left equally large are those of a group norm; else each has a size of its own."""
+    labels, groups = cut.labels[node], int(a["num_groups"])
+    left = cut.alive_along(labels, 1).view(groups, -1).sum(1)
+    sizes = left[left > 0]
+    if len(sizes.unique()) <= 1:
+        return replaced(node, num_groups=max(1, len(sizes)))
+    inside = torch.arange(int(sizes.max())) < sizes[:, None]
+    behind = int(sizes.sum())  # a place behind the last channel holds a zero
+    places = torch.full(inside.shape, behind).masked_scatter(inside, torch.arange(behind))
+    member = torch.arange(len(sizes)).repeat_interleave(sizes)
+    settings = (places.flatten(), sizes, member, labels.dim() - 2, len(sizes), float(a["eps"]))
+    return Call(norm_by_groups, (node.args[0], a.get("weight"), a.get("bias"), *settings))
+
+
+def norm_by_groups(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    places: Tensor,
+    sizes: Tensor,
+    member: Tensor,
+    behind: int,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    """A group norm of groups with different numbers of channels, in operations that every runtime knows.
+
+    A group's variance is the mean over its channels of their own variances and squared distances from its
+    mean, so that the map is read three times.
+
+    Args:
+        x: (batch, channels, ...).
+        weight: (channels,), or None.
+        bias: likewise.
+        places: channels of each group, filled up with ``channels``, (groups * most,).
+        sizes: channels of each group, (groups,).
+        member: the group of each channel, (channels,).
+        behind: axes behind the channels.
+        groups: how many there are.
+        eps: what is added to the variance.
+    """
+    aten, ones, axes = torch.ops.aten, [1] * behind, list(range(2, 2 + behind))
+
+    def of_groups(each: Tensor) -> Tensor:
+        """The means over groups of (batch, channels, 1, ...), for each channel that of its group."""
+        filled = aten.index_select.default(aten.pad.default(each, [0, 0] * behind + [0, 1]), 1, places)
+        summed = aten.sum.dim_IntList(aten.unflatten.int(filled, 1, [groups, -1]), [2])
+        means = aten.div.Tensor(summed, aten.reshape.default(sizes, [-1, *ones]))
+        return aten.index_select.default(means, 1, member)  # type: ignore[no-any-return]
+
+    own = aten.mean.dim(x, axes, True) if axes else x
+    mean = of_groups(own)
+    away = aten.sub.Tensor(own, mean)
+    spread = aten.mul.Tensor(away, away)
+    if axes:
+        spread = aten.add.Tensor(aten.var.dim(x, axes, False, True), spread)
+    scale = aten.rsqrt.default(aten.add.Scalar(of_groups(spread), eps))
+    if weight is not None:
+        scale = aten.mul.Tensor(scale, aten.reshape.default(weight, [-1, *ones]))
+    normed = aten.mul.Tensor(aten.sub.Tensor(x, mean), scale)
+    if bias is None:
+        return normed  # type: ignore[no-any-return]
+    return aten.add.Tensor(normed, aten.reshape.default(bias, [-1, *ones]))  # type: ignore[no-any-return]
 
 
 @rule("group_norm", call=_group_norm_call)
 def group_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
-    """Over the channels of each group: a group goes as a whole."""
+    """Over the channels of each group; the means are over those that stay."""
     labels = x.labels(a["input"])
     units = x.axes.reduce(labels, (1,), "group_norm", node)
     for name in ("weight", "bias"):
         if isinstance(a.get(name), fx.Node):
             x.weight(a[name], 0, units, node)
-    groups = int(a["num_groups"])
-    grid = units.reshape(groups, -1)
-    if groups == 1:
+    grid = units.reshape(int(a["num_groups"]), -1)
+    if len(grid) == 1:
         x.axes.averaged.append(units)
-    else:
-        for column in grid[:, 1:].T:
-            x.axes.equal(column, grid[:, 0], "group_norm", node)
+    elif x.even:
+        x.axes.equal(grid, np.broadcast_to(grid[0], grid.shape), "group_norm", node)
+    if len(grid) > 1:
+        x.axes.averaged_by_groups.append(units)
     x.dead[node] = Dead.ZERO if isinstance(a.get("weight"), fx.Node) else Dead.ANYTHING
     return torch.from_numpy(units).int().view(1, -1, *(1,) * (labels.dim() - 2)).expand(labels.shape)
+
+
+def go_by_whole_groups(x: Labeller, node: fx.Node) -> None:
+    """Of a group norm that no gates can tell what is shut, a group goes as a whole."""
+    a = bound(node)
+    units = x.axes.reduce(x.labels(a["input"]), (1,), "group_norm", node)
+    grid = units.reshape(int(a["num_groups"]), -1)
+    x.axes.equal(grid, np.broadcast_to(grid[:, :1], grid.shape), "group_norm", node)

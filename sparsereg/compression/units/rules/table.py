@@ -125,10 +125,18 @@ class Labeller:
         program: the network.
         inputs: whether features of the inputs are units, too.
         vectors: computed vectors whose places are units, too, see ``constants``.
+        even: whether the groups of a norm lose the same places, as a class of the network's own wants it.
     """
 
-    def __init__(self, program: Program, inputs: bool = False, vectors: Collection[fx.Node] = ()) -> None:
+    def __init__(
+        self,
+        program: Program,
+        inputs: bool = False,
+        vectors: Collection[fx.Node] = (),
+        even: bool = False,
+    ) -> None:
         self.program, self.vectors, self.met_without_units = program, vectors, False
+        self.even = even
         self.axes = Axes()
         self.entrances = {e.node: e for e in entrances(program)} if inputs else {}
         self.dead = dict.fromkeys(program.constants, Dead.ANYTHING)
