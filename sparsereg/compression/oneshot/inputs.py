@@ -1,19 +1,24 @@
-"""Inputs without labels, from whatever a user has: a tensor, batches, a DataLoader."""
+"""Inputs without labels, from whatever a user has: a tensor, an array, batches, a Dataset, a DataLoader."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from sparsereg.checks import check_count
 from sparsereg.data.batches import LABELS
 from sparsereg.errors import InputError
+
+log = logging.getLogger(__name__)
 
 BATCH = 64
 """Inputs of one step."""
@@ -25,8 +30,8 @@ def read_inputs(model: nn.Module, data: Any, num_inputs: int, batch_size: int) -
     Args:
         model: that reads them.
         data: a tensor, a tuple of positional inputs or a dictionary of inputs by name; or a DataLoader, a
-            list or any iterable of such batches. What is more than the network's arguments is left out, and
-            so are labels by name.
+            list or any iterable of such batches; or a Dataset. NumPy arrays may stand for tensors. What is
+            more than the arguments that the network cannot do without is left out, and so are labels by name.
         num_inputs: how many at most; of a tensor or a dataset that holds more, evenly spread over it.
         batch_size: of the batches that are returned, at most.
 
@@ -35,15 +40,20 @@ def read_inputs(model: nn.Module, data: Any, num_inputs: int, batch_size: int) -
 
     Raises:
         InputError: there are none, or one is of another kind.
+        ValueError: no inputs are to be used.
     """
-    data = _spread(data, num_inputs)
+    check_count("num_inputs", num_inputs)
+    data = _spread(_as_loader(_as_tensors(model, data), batch_size), num_inputs)
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     found: list[Any] = []
     left = num_inputs
-    for batch in [data] if _is_batch(data) else _iterated(data):
+    for batch in [data] if _is_batch(model, data) else _iterated(data):
         inputs = torch.utils._pytree.tree_map(
-            lambda x: x.to(place) if isinstance(x, Tensor) else x, _without_labels(model, batch)
+            lambda x: x.to(place) if isinstance(x, Tensor) else x,
+            _without_labels(model, _as_tensors(model, batch)),
         )
+        if not found:
+            _say_what_is_left_out(model, batch)
         size = examples(inputs)
         for start in range(0, min(size, left), batch_size):
             found.append(_part(inputs, size, start, min(start + batch_size, size, left)))
@@ -120,14 +130,39 @@ def split(inputs: Any, parts: int) -> list[Any]:
     return [_part(inputs, size, *pair) for pair in itertools.pairwise(ends)] if parts > 1 else [inputs]
 
 
-def _is_batch(data: Any) -> bool:
-    whole = isinstance(data, tuple) and any(isinstance(x, Tensor) for x in data)
-    return isinstance(data, Tensor | Mapping) or whole
+def _as_tensors(model: nn.Module, data: Any) -> Any:
+    """Data with tensors for arrays; those of double precision, NumPy's default, get that of the weights."""
+    real = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    def tensor(x: Any) -> Any:
+        if not isinstance(x, np.ndarray) or x.dtype.kind not in "biuf":
+            return x
+        made = torch.as_tensor(x)
+        return made.to(real) if made.dtype == torch.float64 else made
+
+    known = isinstance(data, np.ndarray | Mapping | tuple | list)
+    return torch.utils._pytree.tree_map(tensor, data) if known else data
+
+
+def _as_loader(data: Any, batch_size: int) -> Any:
+    return DataLoader(data, batch_size) if isinstance(data, Dataset) else data
+
+
+def _is_batch(model: nn.Module, data: Any) -> bool:
+    """Whether data are one batch: of a list only where its tensors could not be batches of their own."""
+    if isinstance(data, tuple):
+        return any(isinstance(x, Tensor) for x in data)
+    if not isinstance(data, list) or len(data) < 2 or not all(isinstance(x, Tensor) for x in data):
+        return isinstance(data, Tensor | Mapping)
+    return _required(model) > 1 or len({(x.dim(), x.dtype) for x in data}) > 1
 
 
 def _iterated(data: Any) -> Iterator[Any]:
-    if not isinstance(data, Iterable):
-        raise InputError(f"data: expected a tensor, batches or a DataLoader, got a {type(data).__name__}")
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise InputError(
+            "data: expected a tensor, an array, batches, a Dataset or a DataLoader,"
+            f" got a {type(data).__name__}"
+        )
     return iter(data)
 
 
@@ -138,18 +173,37 @@ def _without_labels(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {k: v for k, v in batch.items() if k not in LABELS}
     if not isinstance(batch, tuple | list) or not batch:
-        raise InputError(f"data: expected batches of tensors, got a {type(batch).__name__}")
+        raise InputError(f"data: expected batches of tensors or arrays, got a {type(batch).__name__}")
     if not isinstance(batch[0], Tensor):
         return _without_labels(model, batch[0])
     taken = tuple(batch[: max(1, _required(model))])
     return taken if len(taken) > 1 else taken[0]
 
 
+def _say_what_is_left_out(model: nn.Module, batch: Any) -> None:
+    """Say so where what is taken for labels, although labels of classes are integers, may be an input."""
+    taken = max(1, _required(model))
+    if not isinstance(batch, tuple | list) or len(batch) <= taken or len(_positional(model)) <= taken:
+        return
+    if isinstance(batch[0], Tensor) and isinstance(batch[taken], Tensor) and batch[taken].is_floating_point():
+        log.warning(
+            "data: of each batch the first %d of %d parts are read, what follows is taken for labels; if it"
+            " is %s of forward, give batches that are dictionaries of inputs by name",
+            taken,
+            len(batch),
+            _positional(model)[taken].name,
+        )
+
+
 def _required(model: nn.Module) -> int:
     """Positional inputs that a network cannot do without."""
+    return sum(p.default is p.empty for p in _positional(model))
+
+
+def _positional(model: nn.Module) -> list[inspect.Parameter]:
     parameters = inspect.signature(model.forward).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
+    return [p for p in parameters if p.kind in kinds]
 
 
 def _part(inputs: Any, size: int, start: int, end: int) -> Any:

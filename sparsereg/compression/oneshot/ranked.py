@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from sparsereg.compression.oneshot.repair import Student, Teacher, enough
 from sparsereg.compression.running import evaluating
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.structure import structure_of
-from sparsereg.distributions import HardConcrete, shift
+from sparsereg.distributions import HardConcrete, log_alpha_at, shift
 from sparsereg.penalties import hard_concretes
 from sparsereg.target_settings import Share
 
@@ -34,8 +34,16 @@ LEFTOVER = "leftover"
 """The importance that knows of the repair."""
 CLEARLY = 1.1
 """How many times as much of the answers the first order may lose as another one, which may empty layers."""
+LEVELS = (0.2, 0.4, 0.6, 0.8)
+"""P(z > 0) of all gates at which it is asked what units take in time."""
 NEARLY_OPEN = 0.999
 """Median of gates at which derivatives are taken; at 1 itself the gates do not move."""
+
+
+Measured = Callable[[Accountant, Any], Budget]
+"""What makes the budget of a network, given what counts it and an example on the CPU."""
+POOR = 0.5
+"""Share of the answers' variance from which on its loss is said."""
 
 
 class Ranked:
@@ -56,6 +64,7 @@ class Ranked:
         seed: of what is drawn.
         shares: what parts of the network may cost.
         order: of the two of ``leftover`` the only one to be found, 0 or 1; None finds both.
+        measured: makes the budget that is met instead of a cost.
 
     Attributes:
         order: the one that was given, or was clearly nearer at the last size; None as long as none was.
@@ -71,6 +80,7 @@ class Ranked:
         seed: int = 0,
         shares: Sequence[Share] = (),
         order: int | None = None,
+        measured: Measured | None = None,
     ) -> None:
         self.example, self.cost, self.seed, self.order = example, cost, seed, order
         with evaluating(network):
@@ -82,6 +92,7 @@ class Ranked:
         check_answers(self._teacher.network, self.batches)
         self._met = twin(self.whole)
         self._accountant = Accountant(self._met, example)
+        self._measured = None if measured is None else measured(self._accountant, _on_cpu(example))
         self._parts = [held.part for held in Budget(self._accountant, cost, 1.0, 0.0, 0.0, shares).parts]
         ratios = self._ratios(importance, torch.Generator().manual_seed(seed))
         self._orders = [_places(ratio, self._accountant.gates) for ratio in ratios]
@@ -127,15 +138,30 @@ class Ranked:
         reached, locations, student = found[self._nearest([s.network for s in students])]
         for g, location in zip(gates, locations, strict=True):
             _set_(g, location)
-        log.info("%.1f %% of the %s stay", 100 * reached, self.cost or "whole network")
+        what = "milliseconds" if self._measured else self.cost or "whole network"
+        log.info("%.1f %% of the %s stay", 100 * reached, what)
         return self._met, student.network
+
+    def warn(self, small: nn.Module) -> None:
+        """Say so where a smaller network's answers have little to do with those of the whole one."""
+        (lost,) = unexplained(self._teacher.network, [small], self._few)
+        if lost > POOR:
+            log.warning(
+                "the smaller network keeps little of what the network says: %.0f %% of the variance of its"
+                " answers is lost on these inputs; give a larger target, or train it further",
+                100 * lost,
+            )
 
     def _meet_(self, places: Sequence[Tensor], kept: float, at_once: int) -> float:
         """Open or shut all gates, in an order; return the share of the cost that stays."""
         gates = self._accountant.gates
         for g, place in zip(gates, places, strict=True):
             _set_(g, place)
-        reached = meet_all_(self._accountant, self.cost, kept, self._parts, at_once)
+        if self._measured is None:
+            reached = meet_all_(self._accountant, self.cost, kept, self._parts, at_once)
+        else:
+            self._measured.meet()
+            reached = self._measured.exact_share()
         for g in gates:
             _set_(g, torch.where(g.median() > 0, OPEN, -OPEN))
         return reached
@@ -167,9 +193,7 @@ class Ranked:
         frozen = [p for p in network.parameters() if p.requires_grad and id(p) not in own]
         for p in frozen:
             p.requires_grad_(False)
-        macs = self.cost == "macs"
-        expected = self._accountant.expected_macs() if macs else self._accountant.expected_parameters()
-        slopes = list(torch.autograd.grad(expected, [g.log_alpha for g in gates], retain_graph=False))
+        slopes = self._slopes()
         orders = self._leftover(slopes) if importance == LEFTOVER else []
         if not orders or bool(orders[0].isnan().any()):
             by_worth = "gradient" if importance == LEFTOVER else importance
@@ -181,6 +205,25 @@ class Ranked:
         for p in frozen:
             p.requires_grad_(True)
         return orders
+
+    def _slopes(self) -> list[Tensor]:
+        """What each gate's unit costs: the slope of the expected cost by its gate."""
+        locations = [g.log_alpha for g in self._accountant.gates]
+        if self._measured is None:
+            macs = self.cost == "macs"
+            expected = self._accountant.expected_macs() if macs else self._accountant.expected_parameters()
+            return list(torch.autograd.grad(expected, locations))
+        # Times are the same for several widths in a row: the mean slope on the way down has none of that.
+        before = [location.detach().clone() for location in locations]
+        slopes = [torch.zeros_like(location) for location in locations]
+        for level in LEVELS:
+            for g in self._accountant.gates:
+                _set_(g, torch.full_like(g.log_alpha, log_alpha_at(level, g.temperature, g.gamma, g.zeta)))
+            found = torch.autograd.grad(self._measured.expected_share(), locations, allow_unused=True)
+            slopes = [s if f is None else s + f for s, f in zip(slopes, found, strict=True)]
+        for g, location in zip(self._accountant.gates, before, strict=True):
+            _set_(g, location)
+        return slopes
 
     def _leftover(self, slopes: Sequence[Tensor]) -> list[Tensor]:
         """The orders in which a repair misses units least; NaN for those that no layer sums over.
@@ -234,6 +277,10 @@ def _with_likes(order: Tensor, ratio: Tensor) -> Tensor:
     like = torch.searchsorted(ratio[~unseen].sort().values, ratio[unseen])
     order[unseen] = like.to(order) - 0.5
     return order
+
+
+def _on_cpu(example: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, example)
 
 
 @torch.no_grad()

@@ -256,7 +256,8 @@ def peak_megabytes(network: fx.GraphModule, example_input: Any) -> float:
         >>> peak_megabytes(compact(net, torch.ones(1, 1000)), torch.ones(1, 1000))
         0.006
     """
-    args, kwargs = inputs_of(example_input)
+    own = torch.utils._pytree.tree_map_only(Tensor, torch.clone, example_input)  # a slice holds all it is of
+    args, kwargs = inputs_of(own)
     by_name = iter(args)
     given = [
         kwargs[str(n.target)] if str(n.target) in kwargs else next(by_name)

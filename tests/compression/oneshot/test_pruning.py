@@ -9,9 +9,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sparsereg
 from sparsereg.compression import compact, count, is_compacted, load_compacted, original_size, save_compacted
+from sparsereg.compression.oneshot import pruning
 from sparsereg.compression.oneshot.inputs import AT_ONCE, NUMBERS, read_inputs, together
 from sparsereg.compression.oneshot.leftover import leftover
 from sparsereg.compression.oneshot.ranked import Ranked, opened_
+from sparsereg.compression.timing.measured import MeasuredBudget, Megabytes, peak_megabytes
 from sparsereg.compression.units.structure import structure_of
 from sparsereg.errors import InputError
 from sparsereg.model.vit import ViT
@@ -238,8 +240,12 @@ def test_inputs_are_spread_over_sorted_data():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "give either target_macs"),
-        ({"target_macs": 0.5, "target_sparsity": 0.5}, "give either target_macs"),
+        ({}, "give one of target_sparsity, target_macs and target_latency_ms, got none"),
+        ({"target_macs": 0.5, "target_sparsity": 0.5}, "got target_sparsity and target_macs"),
+        ({"target_macs": 0.5, "num_inputs": 0}, "num_inputs must be an integer >= 1, got 0"),
+        ({"target_macs": 0.5, "batch": 8}, "batch=8 says how target_latency_ms is measured: give that, too"),
+        ({"target_latency_ms": 1, "runtime": "tvm"}, "got 'tvm'"),
+        ({"target_latency_ms": 1, "runtime": "eager", "round_to": 8}, "leave round_to out"),
         ({"target_macs": 1.5}, r"target_macs must be a share in \(0, 1\), got 1.5"),
         ({"target_macs": True}, "must be a share"),
         ({"target_macs": 0.5, "importance": "gradiant"}, "importance must be one of"),
@@ -249,6 +255,70 @@ def test_inputs_are_spread_over_sorted_data():
 def test_wrong_arguments(settings, said):
     with pytest.raises(ValueError, match=said):
         sparsereg.shrink(net(), X, **settings)
+
+
+class Scaled(nn.Module):
+    """Cannot do without its second input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x, scale):
+        return self.body(x * scale)
+
+
+SAME = {
+    "an array": lambda: (net(), X.numpy()),
+    "an array of double precision": lambda: (net(), X.double().numpy()),
+    "arrays with labels": lambda: (net(), (X.numpy(), torch.zeros(200).long().numpy())),
+    "a dataset": lambda: (net(), TensorDataset(X, torch.zeros(200))),
+    "a list of a batch and its labels": lambda: (net(), [X, torch.zeros(200).long()]),
+}
+
+
+@pytest.mark.parametrize("data", SAME)
+def test_arrays_and_datasets_are_what_tensors_are(data):
+    model, given = SAME[data]()
+    assert torch.equal(torch.cat(read_inputs(model, given, 300, 64)), X)
+
+
+@pytest.mark.parametrize("wrap", [lambda x, y: [x, y], lambda x, y: [[x, y]], TensorDataset])
+def test_what_forward_cannot_do_without_is_an_input(wrap):
+    batches = read_inputs(Scaled(), wrap(X, X + 1), 300, 300)
+    assert [tuple(map(torch.Tensor.tolist, b)) for b in batches] == [(X.tolist(), (X + 1).tolist())]
+
+
+@pytest.mark.parametrize(("second", "said"), [(X, True), (torch.zeros(200).long(), False)])
+def test_numbers_that_forward_might_take_are_said_to_be_left_out(second, said, caplog):
+    assert torch.equal(torch.cat(read_inputs(Named(), [[X, second]], 300, 300)), X)
+    assert ("if it is scale of forward" in caplog.text) == said
+
+
+@pytest.mark.costly
+def test_milliseconds_are_met_by_measuring(monkeypatch):
+    told = {}
+
+    def budget(accountant, example, target, **how):
+        told.update(how, target=target)
+        cost = Megabytes(accountant, example, batch=1)  # counted: the same each time
+        return MeasuredBudget(accountant, cost, target, example)
+
+    monkeypatch.setattr(pruning, "latency_budget", budget)
+    how = {"runtime": "eager", "threads": 2, "batch": 3}
+    small = sparsereg.shrink(net(), X, target_latency_ms=0.004, **how)
+    assert told == {**how, "target": 0.004, "shares": ()}
+    left = 4e-6 * sum(p.numel() for p in small.parameters()) + peak_megabytes(small, X[:1])
+    assert 0.96 * 0.004 <= left <= 0.004  # a unit is up to 3 % of it
+    # Repaired as ever: other weights than those that the network has.
+    assert not torch.isin(small.get_parameter("4.weight"), net().get_parameter("4.weight")).all()
+
+
+def test_next_to_nothing_left_is_said(caplog):
+    sparsereg.shrink(net(), X, target_macs=0.5)
+    assert "keeps little" not in caplog.text
+    sparsereg.shrink(net(), X, target_macs=0.02)
+    assert "keeps little of what the network says" in caplog.text
 
 
 @pytest.mark.parametrize(("data", "said"), [([], "no inputs"), (3, "got a int"), (["a"], "got a str")])

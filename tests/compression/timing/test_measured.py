@@ -47,6 +47,8 @@ def test_the_peak_is_what_is_alive_at_once():
     x = torch.ones(2, 10)
     # While last(wide(x)) is computed: x, which narrow still reads, wide(x) and the result.
     assert peak_megabytes(compact(Branches(), x), x) == pytest.approx(4e-6 * 2 * (10 + 100 + 20))
+    part = torch.ones(500, 10)[:2]  # of a large tensor, which is not what a call holds
+    assert peak_megabytes(compact(Branches(), x), part) == pytest.approx(4e-6 * 2 * (10 + 100 + 20))
 
 
 @pytest.mark.costly
