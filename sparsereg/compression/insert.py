@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from sparsereg.compression.holdable import not_held
 from sparsereg.compression.running import check_network, copied
 from sparsereg.compression.units.explain import explanation, inputs_of
 from sparsereg.compression.units.explain import families as kinds
@@ -63,7 +64,8 @@ def gate(
             all but the features of the inputs if None, and with ``shape="uniform"`` all but those and blocks.
         residual: whether what several layers write together gets a gate, too.
         shape: ``free``, or ``uniform``: layers that are alike share their gates, so that they stay equally
-            large and the network's own class can hold the result (``restore_class``).
+            large and the network's own class can hold the result (``restore_class``). What it cannot hold
+            gets no gates, with a warning, if neither families nor layers are named.
         **gate_settings: keyword arguments of L0Gate, such as ``droprate_init`` and ``temperature``.
 
     Raises:
@@ -109,6 +111,8 @@ def gate_(
             + str(explanation(type(model).__name__, analysis.units))
         )
     gates = _gates(analysis, vectors, factory, shape)
+    if shape == "uniform":
+        vectors = _holdable(model, analysis, vectors, gates, example_input, families is layers is None)
     _Inserter(model, analysis, vectors, gates).insert()
     for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoder)):
         encoder.use_nested_tensor = False  # sequences without their padding, which no norm with gates takes
@@ -141,6 +145,46 @@ def _gates(analysis: Analysis, vectors: list[Vector], factory: GateFactory, shap
             made[key] = gate.double() if precise else gate
         found[id(vector)] = made[key]
     return found
+
+
+def _holdable(
+    model: nn.Module,
+    analysis: Analysis,
+    vectors: list[Vector],
+    gates: Mapping[int, L0Gate],
+    example: Any,
+    leave_out: bool,
+) -> list[Vector]:
+    """The choices whose shapes the network's class can hold, or all if it can hold none; says what it cannot.
+
+    Args:
+        model: without gates.
+        analysis: of it.
+        vectors: all choices.
+        gates: of each vector, by its identity.
+        example: as ``gate`` got it.
+        leave_out: whether those that the class cannot hold get no gates.
+    """
+    sharing: dict[int, list[Vector]] = {}
+    for vector in vectors:
+        sharing.setdefault(id(gates[id(vector)]), []).append(vector)
+    places = {key: list(zip(*(v.choices for v in own), strict=True)) for key, own in sharing.items()}
+    reasons = not_held(model, analysis, places, example)
+    if not reasons:
+        return vectors
+    leave_out = leave_out and len(reasons) < len(sharing)
+    names = analysis.program.names
+    first = {key: sharing[key][0] for key in reasons}
+    said = [f"{first[key].family} of {names[first[key].sites[0]]}: {why}" for key, why in reasons.items()]
+    logger.warning(
+        "%s cannot hold what %d of %d gates would leave%s:\n%s",
+        type(model).__name__,
+        len(reasons),
+        len(sharing),
+        ", which get none" if leave_out else "; restore_class will refuse it",
+        "\n".join(said),
+    )
+    return [v for v in vectors if id(gates[id(v)]) not in reasons] if leave_out else vectors
 
 
 def check_shape(shape: str) -> str:

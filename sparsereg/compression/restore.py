@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression.compact import compact
 from sparsereg.compression.recipe import Build, Path, Recipe, Shapes, Values, recipes, shapes_of
-from sparsereg.compression.running import doubled, tensors_in
+from sparsereg.compression.running import doubled, first_line, tensors_in
 from sparsereg.compression.solving import Solver, said
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.verify import difference
@@ -78,17 +78,11 @@ def restore_class(
     smaller = compact(network, example_input) if hard_concretes(network) else network
     if not isinstance(smaller, fx.GraphModule):
         raise ValueError("network must have gates, or be what compact() returned")
-    restorer = _Restorer(original, _recipe(original, build), _weights(smaller, original))
-    reasons: list[InputError] = []
-    for values in restorer.candidates(reasons):
-        try:
-            return restorer.made(values, smaller, example_input)
-        except InputError as error:
-            reasons.append(error)
-    raise reasons[0]
+    restorer = Restorer(original, recipe_of(original, build), weights_left(smaller, original))
+    return restorer.restored(smaller, example_input)
 
 
-def _recipe(original: nn.Module, build: Build | None) -> Recipe:
+def recipe_of(original: nn.Module, build: Build | None) -> Recipe:
     """How a network was made: what gives its shapes, or does so with other numbers.
 
     Raises:
@@ -127,7 +121,7 @@ def _left_to_the_class(original: nn.Module, recipe: Recipe, own: Shapes) -> dict
     return found
 
 
-def _weights(smaller: fx.GraphModule, original: nn.Module) -> dict[str, Tensor]:
+def weights_left(smaller: nn.Module, original: nn.Module) -> dict[str, Tensor]:
     """What is left of each parameter and buffer of the original network, by its name."""
     there = {**dict(smaller.named_parameters(remove_duplicate=False)), **dict(smaller.named_buffers())}
     found: dict[str, Tensor] = {}
@@ -142,7 +136,7 @@ def _weights(smaller: fx.GraphModule, original: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-class _Restorer:
+class Restorer:
     """Makes a network of a class with the shapes of what is left.
 
     Args:
@@ -183,6 +177,39 @@ class _Restorer:
                 found[key] = value - steps.pop()
         return found
 
+    def of(self, wanted: Mapping[str, Tensor]) -> Restorer:
+        """The same for other weights of the same names, of which no layer is gone."""
+        other = copy.copy(self)
+        other.wanted = {name: value for name, value in wanted.items() if name in self.wanted}
+        other.solver = self.solver.of({name: tuple(value.shape) for name, value in other.wanted.items()})
+        return other
+
+    def arguments(self) -> Values:
+        """Arguments with which the class has the shapes, whatever it answers.
+
+        Raises:
+            InputError: there are none.
+        """
+        return self.solver.solved(self.depths)
+
+    def restored(self, smaller: nn.Module, example: Any) -> nn.Module:
+        """A network of the class with the same answers.
+
+        Args:
+            smaller: what is left of the original network.
+            example: one batch as it takes it.
+
+        Raises:
+            InputError: the class has none.
+        """
+        reasons: list[InputError] = []
+        for values in self.candidates(reasons):
+            try:
+                return self.made(values, smaller, example)
+            except InputError as error:
+                reasons.append(error)
+        raise reasons[0]
+
     def candidates(self, reasons: list[InputError]) -> Iterator[Values]:
         """Arguments to try: as many heads as there were, or fewer; why some are none is noted."""
         heads = [k for k, v in self.start.items() if "head" in str(k[0]) and "dim" not in str(k[0]) and v > 1]
@@ -203,7 +230,13 @@ class _Restorer:
         fits = {n: v for n, v in self.wanted.items() if n in here and here[n].shape == v.shape}
         network.load_state_dict({**here, **fits})
         network.eval()
-        off = _difference(network, smaller, example)
+        try:
+            off = _difference(network, smaller, example)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise InputError(
+                f"restore_class: {self.name} with {said(values)} has the shape but does not run:"
+                f" {first_line(error)}; keep what compact() returned"
+            ) from None
         if off > _TOLERANCE:
             _scale_queries_(network, self.original)
             off = _difference(network, smaller, example)

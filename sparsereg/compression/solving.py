@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -15,6 +16,8 @@ Dim = tuple[str, int]
 
 _TRIES = 60
 """Numbers that are tried in place of others before a shape counts as one that the class cannot hold."""
+_FEW_TRIES = 10
+"""The same where only some of the shapes have changed."""
 _FACTORS = (2, 3, 0.5)
 """By which a number is changed to see what follows it."""
 
@@ -35,7 +38,14 @@ class Solver:
         self.wanted = wanted
         self.start = start
         self.first = recipe.shapes({})
-        self.left = _TRIES
+        self.most = self.left = _TRIES
+
+    def of(self, wanted: Shapes) -> Solver:
+        """The same for other shapes of the same parameters, with what is known of them."""
+        assert self._unrounded.keys() <= self.moved.keys()  # found once, for all
+        other = copy.copy(self)
+        other.wanted, other.most = wanted, _FEW_TRIES
+        return other
 
     def solved(self, values: Values) -> Values:
         """Return numbers with which the class has the wanted shapes.
@@ -46,9 +56,10 @@ class Solver:
         Raises:
             InputError: there are none.
         """
-        self.left = _TRIES
-        return self._solved(self._unrounded() | values)
+        self.left = self.most
+        return self._solved(self._unrounded | values)
 
+    @cached_property
     def _unrounded(self) -> Values:
         """Numbers of which sizes are made multiples, where these are what they are without."""
         rounding: Values = {}

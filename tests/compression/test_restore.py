@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsereg.compression import compact, count, gate, restore_class
 from sparsereg.compression.recipe import shapes_of
-from sparsereg.compression.restore import _recipe
+from sparsereg.compression.restore import recipe_of
 from sparsereg.compression.running import tensors_in
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
@@ -154,7 +154,7 @@ STOCK = """
 @pytest.mark.parametrize("name", STOCK)
 def test_how_a_network_of_torchvision_was_made_is_known(name):
     original = torchvision.models.get_model(name, weights=None, num_classes=7)
-    recipe = _recipe(original, None)
+    recipe = recipe_of(original, None)
     assert recipe.shapes({}) == shapes_of(original)
     assert recipe.make is type(original)
 
@@ -403,6 +403,96 @@ def test_types_of_transformers_in_one_shape_go_through_their_files(name, tmp_pat
     again = cls.from_pretrained(tmp_path).eval()
     assert same(gated, again, example) < 1e-5
     assert sum(p.numel() for p in again.parameters()) == count(gated, example).compacted_parameters
+
+
+class Tied(nn.Module):
+    """One argument for two sizes, and one for a third."""
+
+    def __init__(self, hidden=12, last=9):
+        super().__init__()
+        self.hidden, self.last = hidden, last
+        self.one, self.two = nn.Linear(4, hidden), nn.Linear(hidden, hidden)
+        self.three, self.head = nn.Linear(hidden, last), nn.Linear(last, 2)
+
+    def forward(self, x):
+        return self.head(self.three(self.two(self.one(x).relu()).relu()).relu())
+
+
+class Alike(nn.Module):
+    """One argument for all there is."""
+
+    def __init__(self, hidden=6):
+        super().__init__()
+        self.hidden = hidden
+        self.one, self.two, self.head = nn.Linear(4, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 2)
+
+    def forward(self, x):
+        return self.head(self.two(self.one(x).relu()).relu())
+
+
+class Forgetful(Tied):
+    """Nobody knows what it was made with."""
+
+    def __init__(self, hidden, last):
+        super().__init__(hidden, last)
+        del self.hidden, self.last
+        self.extra = nn.Parameter(torch.ones(hidden % 5))
+
+
+def gate_sizes(network):
+    return sorted({g.gate_size[0] for g in hard_concretes(network).values()})
+
+
+def test_gates_that_the_class_cannot_hold_are_left_out_before_training(caplog):
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    gated = gate(Tied().eval(), x, shape="uniform", jitter=0.0)
+    assert gate_sizes(gated) == [9]
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "Tied cannot hold what 2 of 3 gates would leave, which get none" in said
+    assert "units of one.weight: Tied has one hidden" in said
+    shut_(gated, "three", slice(0, 4))
+    restored = restore_class(gated, Tied(), x)
+    assert type(restored) is Tied
+    assert restored.three.out_features == 5
+    assert same(gated, restored, x) < 1e-5
+
+
+def test_gates_that_are_asked_for_are_put_in_with_a_warning(caplog):
+    x = torch.randn(5, 4)
+    gated = gate(Tied().eval(), x, families="units", shape="uniform")
+    assert gate_sizes(gated) == [9, 12]
+    assert "cannot hold what 2 of 3 gates would leave; restore_class will refuse it" in caplog.text
+
+
+def test_a_class_that_can_hold_nothing_gets_all_gates_with_a_warning(caplog):
+    gated = gate(Alike().eval(), torch.randn(5, 4), shape="uniform")
+    assert len(hard_concretes(gated)) == 2
+    assert "Alike cannot hold what 2 of 2 gates would leave; restore_class will refuse it" in caplog.text
+
+
+def test_of_a_class_with_arguments_that_nobody_knows_nothing_is_said(caplog):
+    gated = gate(Forgetful(12, 9).eval(), torch.randn(5, 4), shape="uniform")
+    assert gate_sizes(gated) == [9, 12]
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_what_no_configuration_of_transformers_holds_gets_no_gates():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    bert = transformers.BertModel(transformers.BertConfig(vocab_size=40, **sizes)).eval()
+    gated = gate(bert, IDS, shape="uniform", jitter=0.0)
+    assert list(hard_concretes(gated)) == ["encoder.layer.0.intermediate.dense.gate.gates"]
+    groups = {**sizes, "num_key_value_heads": 2, "vocab_size": 40}
+    mistral = transformers.MistralForCausalLM(transformers.MistralConfig(**groups)).eval()
+    gated = gate(mistral, {"input_ids": IDS}, shape="uniform", jitter=0.0)
+    names = set(hard_concretes(gated))
+    assert any("kv_groups" in name for name in names)
+    assert not any("heads" in name or "head_dims" in name for name in names)
+    gated = gate(mistral, {"input_ids": IDS}, families="heads", shape="uniform", jitter=0.0)
+    shut_(gated, "heads", slice(0, 1))
+    with pytest.raises(InputError, match="num_attention_heads=3 has the shape but does not run"):
+        restore_class(gated, mistral, {"input_ids": IDS})
 
 
 def test_shapes_are_known():

@@ -178,7 +178,6 @@ class Spread(NamedTuple):
 
     Attributes:
         far: what the input is multiplied by: 0 where it is shut, else ``stretch``.
-        rest: 1 - far, what its mean is multiplied by.
         share: weights of the mean over what is open.
         mask: 1 where it is open, else 0.
         stretch: by how much the input is enlarged, so that its variance is that of the rest.
@@ -186,7 +185,6 @@ class Spread(NamedTuple):
     """
 
     far: Tensor
-    rest: Tensor
     share: Tensor
     mask: Tensor
     stretch: Tensor
@@ -205,7 +203,7 @@ def spread_of(mask: Tensor, groups: int) -> Spread:
     num_open = num_open[0] if groups == 1 else num_open.repeat_interleave(size)
     stretch = (size / num_open).sqrt()
     far = mask * stretch
-    return Spread(far, 1 - far, mask / num_open, mask, stretch, 1 / num_open - 1 / size)
+    return Spread(far, mask / num_open, mask, stretch, 1 / num_open - 1 / size)
 
 
 class Given(NamedTuple):
@@ -238,16 +236,17 @@ def _over_groups(each: Tensor, groups: int) -> Tensor:
 
 
 def _enlarged(x: Tensor, far: Tensor, share: Tensor, axis: int, groups: int) -> Tensor:
+    # Two operations of two tensors are faster than one of three.
     if axis < 0:
         lines = x.movedim(axis, -1)
-        return torch.lerp((lines @ share).unsqueeze(-1), lines, far).movedim(-1, axis)
+        return (lines - (lines @ share).unsqueeze(-1)).mul_(far).movedim(-1, axis)
     behind = [1] * (x.dim() - 2)
     mean = _over_groups(_of_channels(x) * share, groups)
-    return torch.lerp(mean.view(*mean.shape, *behind), x, far.view(1, -1, *behind))
+    return (x - mean.view(*mean.shape, *behind)).mul_(far.view(1, -1, *behind))
 
 
 def enlarged(x: Tensor, spread: Spread, axis: int, groups: int = 1) -> Tensor:
-    """The input of a normalisation between its mean and beyond itself, see `_Enlarged`.
+    """The input of a normalisation without its mean, enlarged where it is open; see `_Enlarged`.
 
     Transforms of torch.func take no function with a gradient of its own, but the expression.
     """
@@ -257,30 +256,30 @@ def enlarged(x: Tensor, spread: Spread, axis: int, groups: int = 1) -> Tensor:
 
 
 class _Enlarged(torch.autograd.Function):
-    """The input of a normalisation between its mean and beyond itself, along one axis.
+    """The input of a normalisation without its mean, enlarged where it is open, along one axis.
 
-    What lies behind the axis is averaged, too. One product for the mean and one pass over the input; as an
-    expression of PyTorch's, the gradient takes five. (With ``setup_context`` each call inspects signatures.)
+    What lies behind the axis is averaged, too. As an expression of PyTorch's, the gradient takes more passes.
+    (With ``setup_context`` each call inspects signatures.)
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spread: Spread, axis: int, groups: int) -> Tensor:
-        far, rest, share = (part.to(x.dtype) for part in spread[:3])
+        far, share = (part.to(x.dtype) for part in spread[:2])
         ctx.axis, ctx.groups = axis, groups
-        ctx.save_for_backward(far, rest, share)
+        ctx.save_for_backward(far, share)
         return _enlarged(x, far, share, axis, groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        far, rest, share = ctx.saved_tensors
+        far, share = ctx.saved_tensors
         grad, axis = grads[0], ctx.axis
         if axis < 0:
             lines = grad.movedim(axis, -1)
-            made = (lines * far).addcmul_((lines @ rest).unsqueeze(-1), share).movedim(-1, axis)
+            made = (lines * far).addcmul_((lines @ far).unsqueeze(-1), share, value=-1).movedim(-1, axis)
         else:
             behind = [1] * (grad.dim() - 2)
-            added = _over_groups(_of_channels(grad) * rest, ctx.groups) * share
-            made = (grad * far.view(1, -1, *behind)).add_(added.view(*added.shape, *behind))
+            taken = _over_groups(_of_channels(grad) * far, ctx.groups) * share
+            made = (grad * far.view(1, -1, *behind)).sub_(taken.view(*taken.shape, *behind))
         return made, None, None, None
 
 
@@ -298,7 +297,6 @@ class _OpenLayerNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spread: Spread, eps: float
     ) -> Tensor:
         mean = (x @ spread.share).unsqueeze(-1)
-        # The mean need not be put back, and two operations of two tensors are faster than one of three.
         filled = (x - mean).mul_(spread.far)
         out, _, scale = torch.native_layer_norm(filled, weight.shape, weight, bias, eps)
         ctx.eps, ctx.spread = eps, spread
@@ -406,9 +404,9 @@ class GatedModule(nn.Module):
         return spread_of(mask, self._gated_norm.groups)
 
     def _gated_input(self, x: Tensor) -> Tensor:
-        """The input of a normalisation with the mean in place of what is shut, enlarged.
+        """The input of a normalisation without its mean, zero where it is shut and enlarged elsewhere.
 
-        Its mean and variance over all places are those over the open ones then.
+        Its variance over all places is that over the open ones then.
         """
         assert self._gated_norm is not None
         axis, groups, centred, _ = self._gated_norm

@@ -239,7 +239,7 @@ class Together:
         each = stretch[self.member]
         far = mask * each
         fewer = (1 / num_open - 1 / sizes)[self.member]
-        own = (far, 1 - far, mask / num_open[self.member], mask, each, fewer)
+        own = (far, mask / num_open[self.member], mask, each, fewer)
         spreads = {}
         for i, found in enumerate(zip(*(part.split(self.group_sizes) for part in own), strict=True)):
             spread = Spread(*found)
