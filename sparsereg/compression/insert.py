@@ -21,6 +21,7 @@ from sparsereg.compression.units.explain import explanation, inputs_of
 from sparsereg.compression.units.explain import families as kinds
 from sparsereg.compression.units.gating import GATED, NormKind, gate_layer_, put_gate, shared_gate
 from sparsereg.compression.units.made import gate_names
+from sparsereg.compression.units.program import module_of
 from sparsereg.compression.units.sites import WHOLE, Norm
 from sparsereg.compression.units.structure import ATTRIBUTE, Analysis, Structure, analyse, traced_for
 from sparsereg.compression.units.together import Together, draw_anew
@@ -366,11 +367,12 @@ class _Inserter:
     def _simple(self) -> dict[str, Vector]:
         """Layers of PyTorch with one gate for each of their outputs, in order."""
         per_module: dict[str, list[tuple[fx.Node, list[Vector]]]] = {}
-        computed = set()  # their weights, from others that take the gates
+        computed = set()  # their weights, from others that take the gates; or read by others than the layer
         for site, vectors in self.of_site.items():
             for path, name in self._holders(site):
                 per_module.setdefault(path, []).append((site, vectors))
-                computed |= {path} if name not in ("weight", "bias") else set()
+                if name not in ("weight", "bias") or self._is_read_outside(site, path):
+                    computed.add(path)
         normed = {self.first[norm.module] for norm in self.analysis.sites.norms}
         fused = self._fused()
         found = {}
@@ -381,6 +383,10 @@ class _Inserter:
             if whole and all(self._in_order(site, sites[0][1][0]) for site, _ in sites):
                 found[path] = sites[0][1][0]
         return found
+
+    def _is_read_outside(self, site: fx.Node, path: str) -> bool:
+        """Whether something else than a layer itself reads its weight, which then has to bear the gates."""
+        return any(self.first.get(module_of(user)) != path for user in site.users)
 
     def _fused(self) -> set[str]:
         """Layers inside of modules that read their weights in place of calling them."""

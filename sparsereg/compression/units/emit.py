@@ -236,7 +236,10 @@ class Emitter:
             path, _, name = self.program.names[node].rpartition(".")
             inside = self._path(path) in self.layers and self.parameters.get(node) is not None
             self.attributes[node] = f"{self._path(path)}.{name}" if inside else self._register(node)
-        return self.graph.get_attr(self.attributes[node])
+        made = self.graph.get_attr(self.attributes[node])
+        for dtype in self.program.read_as.get(node, ()):
+            made = self._call(torch.ops.aten.to.dtype, made, dtype)
+        return made
 
     def _register(self, node: fx.Node) -> str:
         name = self.program.names[node].replace(".", "_")
@@ -379,6 +382,8 @@ class Emitter:
             key: a[key] for key in ("bias", "running_mean", "running_var") if isinstance(a.get(key), fx.Node)
         }
         if any(self.program.names.get(n) != f"{path}.{key}" for key, n in own.items()):
+            return None
+        if any(n in self.program.read_as for n in (weight, *own.values())):
             return None
         given = self.program.arguments(node)
         a = {k: given.get(k, v) if isinstance(v, fx.Node | Ready) else v for k, v in a.items()}

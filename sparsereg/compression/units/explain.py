@@ -15,8 +15,8 @@ from sparsereg.compression.running import check_network
 from sparsereg.compression.units.branches import Branch
 from sparsereg.compression.units.constants import labelled
 from sparsereg.compression.units.labels import FIRST, Ints
-from sparsereg.compression.units.made import with_made_weights
-from sparsereg.compression.units.program import module_of, name_of, place_of, trace
+from sparsereg.compression.units.made import followed
+from sparsereg.compression.units.program import module_of, name_of, place_of
 from sparsereg.compression.units.rules import RULES
 from sparsereg.compression.units.rules.table import PICKS
 from sparsereg.compression.units.sites import Sites
@@ -150,7 +150,7 @@ def explain(model: nn.Module, example: Any, inputs: bool = False) -> Explanation
     """
     check_network(model)
     args, kwargs = inputs_of(example)
-    labeller = labelled(with_made_weights(trace(model, *args, **kwargs), model), inputs)
+    labeller = labelled(followed(model, args, kwargs), inputs)
     Sites(labeller)  # the labeller learns what no gates can shut
     return explanation(type(model).__name__, solve(labeller))
 

@@ -10,14 +10,24 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from sparsereg.compression.running import evaluating
-from sparsereg.compression.units.program import Program, bound, called, name_of
-from sparsereg.compression.units.rules.table import JOINS, MOVING, normed_by_lines, out_axis
+from sparsereg.compression.units.program import Program, bound, called, name_of, trace
+from sparsereg.compression.units.read_as import with_types_of_weights
+from sparsereg.compression.units.rules.table import (
+    JOINS,
+    MOVING,
+    normed_by_lines,
+    out_axis,
+    some_rows,
+    weight_of,
+)
+from sparsereg.compression.units.rules.table import behind as base_of
 
 _READS = {
     "linear": ("weight", 0),
@@ -29,6 +39,7 @@ _READS = {
 }
 """Operations that read a weight: what they call it, and its axis of units that they make."""
 _MATRICES = ("mat2", "other")
+_LAYERS = [name for name in _READS if name not in ("mm", "matmul")]
 _SAME = ("flatten", "view", "reshape", "expand", "clone", "alias", "contiguous", "detach")
 """Operations that leave all elements where they are if the shape stays."""
 _ALIKE = 1e-9
@@ -75,6 +86,20 @@ class Made:
         return found[node.args[0]]
 
 
+def followed(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+    """A network as operations on weights, those that are computed from others being weights of their own.
+
+    Args:
+        model: left as it is.
+        args: positional inputs of one example batch.
+        kwargs: inputs by name.
+
+    Raises:
+        InputError: the network cannot be traced.
+    """
+    return with_made_weights(with_types_of_weights(trace(model, *args, **kwargs)), model)
+
+
 def with_made_weights(program: Program, model: nn.Module) -> Program:
     """Put weights in the places of those that layers read and that are computed from weights alone.
 
@@ -88,7 +113,7 @@ def with_made_weights(program: Program, model: nn.Module) -> Program:
         source, axis = _computed_weight(program, node)
         if source is not None and source not in behind:
             axes[source], behind[source] = axis, _behind(program, source)
-    own = {source: nodes for source, nodes in behind.items() if _is_computed(nodes)}
+    own = {source: n for source, n in behind.items() if _is_computed(n) or _is_moved(program, source, n)}
     inner = {n for source, nodes in own.items() for n in nodes if n is not source}
     alike: dict[object, list[fx.Node]] = {}
     for source in own:
@@ -121,6 +146,17 @@ def _is_computed(behind: list[fx.Node]) -> bool:
     """
     names = {name_of(n).rstrip("_") for n in behind if not normed_by_lines(n)}
     return bool(names - (MOVING - set(JOINS)))
+
+
+def _is_moved(program: Program, source: fx.Node, nodes: list[fx.Node]) -> bool:
+    """Whether layers read a weight in another shape, or a part of one, in a way that rules do not know.
+
+    They know matrices that are turned around, some rows of one, and matrices of a stack.
+    """
+    layers = [u for u in source.users if u.op == "call_function" and name_of(u) in _LAYERS]
+    weight, _ = base_of(program, weight_of(source), 0)
+    known = weight in program.weights or some_rows(program, weight) is not None
+    return bool(nodes and layers) and not known
 
 
 def _behind(program: Program, source: fx.Node) -> list[fx.Node]:

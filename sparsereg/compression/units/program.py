@@ -55,6 +55,7 @@ class Program:
         names: the name in the network of each of them.
         parameters: those that are parameters.
         constants: those that the network holds under no name, which take no gates.
+        read_as: the types in which some of the weights are read, one after another.
         values: what each node gave on the example, on the CPU or where the network is.
         inputs: the placeholders of the user's inputs, in order.
         example: what they were.
@@ -76,6 +77,7 @@ class Program:
     made: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
     said: list[Any] | None = field(default=None, repr=False)
     constants: frozenset[fx.Node] = frozenset()
+    read_as: dict[fx.Node, tuple[torch.dtype, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def calls(self) -> Iterator[fx.Node]:
@@ -127,7 +129,7 @@ class Program:
 
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                env[node] = weights[node] if node in weights else next(given)
+                env[node] = self.as_read(node, weights[node]) if node in weights else next(given)
             elif serving is not None and node not in serving:
                 continue
             elif passed and node in passed:
@@ -142,6 +144,12 @@ class Program:
                 axis, kept = entrances[node]
                 env[node] = env[node].index_select(axis, kept)
         raise AssertionError("a graph without output")
+
+    def as_read(self, weight: fx.Node, value: Tensor) -> Tensor:
+        """A weight in the type in which the network reads it."""
+        for dtype in self.read_as.get(weight, ()):
+            value = value.to(dtype)
+        return value
 
     @property
     def batch(self) -> int:
@@ -420,6 +428,8 @@ _OTHERWISE = {
     torch.ops.aten.broadcast_to.default: torch.ops.aten.expand.default,
 }
 """Operations under the name of another one, or under a second name, with what they do."""
+_STACKS = {"hstack": (1, 1), "vstack": (2, 0), "dstack": (3, 2), "column_stack": (2, 1)}
+"""Operations that join tensors of at least so many axes along one of these."""
 _INNER = {
     "addcmul": (torch.ops.aten.mul.Tensor, "tensor1", "tensor2", "value"),
     "addcdiv": (torch.ops.aten.div.Tensor, "tensor1", "tensor2", "value"),
@@ -555,6 +565,10 @@ def _in_steps(graph: fx.Graph) -> None:
     """Let operations that are several at once, or have another name, be those for which there are rules."""
     for node in [n for n in graph.nodes if n.op == "call_function"]:
         node.target = _OTHERWISE.get(node.target, node.target)
+        if name_of(node) in _STACKS:
+            _let_cat(graph, node)
+        if name_of(node) in ("view_as", "reshape_as"):
+            _let_view(graph, node)
         inner = _INNER.get(name_of(node).rstrip("_"))
         if inner is None or _is_layer(node):
             continue
@@ -567,6 +581,36 @@ def _in_steps(graph: fx.Graph) -> None:
                 term = _step(graph, node, torch.ops.aten.add.Tensor, given, term)
         node.replace_all_uses_with(term)
         graph.erase_node(node)
+
+
+def _let_cat(graph: fx.Graph, node: fx.Node) -> None:
+    """Let tensors be joined along an axis that is named, with the axes of one that they get before."""
+    rank, axis = _STACKS[name_of(node)]
+    parts: Any = node.args[0]
+    ranks = [part.meta["val"].dim() for part in parts]
+    if rank == 1 and max(ranks) == 1:
+        axis = 0
+    front = 1 if name_of(node) == "vstack" else 0
+    with graph.inserting_before(node):
+        for place, part in enumerate(parts):
+            for lies in range(ranks[place], rank):
+                # Rows become 1 x n; columns n x 1; in depth n is 1 x n x 1.
+                at = 0 if lies == 1 and (front or rank == 3) else lies
+                part = _step(graph, node, torch.ops.aten.unsqueeze.default, part, at)
+            parts = [*parts[:place], part, *parts[place + 1 :]]
+    node.target, node.args, node.kwargs = torch.ops.aten.cat.default, (parts, axis), {}
+
+
+def _let_view(graph: fx.Graph, node: fx.Node) -> None:
+    """Let a tensor be viewed in sizes that are said, in place of those of another one."""
+    source, other = node.args
+    assert isinstance(other, fx.Node)
+    with graph.inserting_before(node):
+        sizes = [
+            size if isinstance(size, int) else _step(graph, node, torch.ops.aten.sym_size.int, other, axis)
+            for axis, size in enumerate(other.meta["val"].shape)
+        ]
+    node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (source, sizes), {}
 
 
 _IN_ORDER = ("view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "flatten", "unflatten")

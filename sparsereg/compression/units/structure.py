@@ -24,8 +24,8 @@ from sparsereg.compression.units.gating import (
 from sparsereg.compression.units.labels import Ints
 from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.lines import Bools
-from sparsereg.compression.units.made import gate_names, with_made_weights
-from sparsereg.compression.units.program import Program, module_of, trace
+from sparsereg.compression.units.made import followed, gate_names
+from sparsereg.compression.units.program import Program, module_of
 from sparsereg.compression.units.sites import WHOLE, Sites
 from sparsereg.compression.units.solve import Units, solve
 from sparsereg.distributions import HardConcrete, gate_median
@@ -172,7 +172,7 @@ def analyse(
     Raises:
         InputError: the network cannot be traced.
     """
-    labeller = labelled(with_made_weights(trace(model, *args, **kwargs), model), inputs, even)
+    labeller = labelled(followed(model, args, kwargs), inputs, even)
     sites = Sites(labeller)
     units = solve(labeller)
     for branch in units.branches.found:

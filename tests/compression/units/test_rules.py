@@ -1,5 +1,7 @@
 """Each kind of operation in a small network of its own: what goes, and that what is left is exact."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -443,3 +445,41 @@ class Curves(nn.Module):
 
 def test_a_sum_over_two_axes_of_a_weight_costs_what_it_takes():
     assert sparsereg.count(Curves(), torch.randn(4, 6)).macs == 6 * 16 * 5 + 16 * 3 * 5
+
+
+JOINS = {
+    "hstack": lambda a, b: torch.hstack([a, b]),
+    "vstack": lambda a, b: torch.vstack([a, b]).unflatten(0, (2, -1)).transpose(0, 1).flatten(1),
+    "dstack": lambda a, b: torch.dstack([a, b]).flatten(1),
+    "column_stack": lambda a, b: torch.column_stack([a, b]),
+    "view_as": lambda a, b: torch.cat([a.view(-1, 3, 4), b.view_as(a.view(-1, 3, 4))], 1).flatten(1),
+}
+
+
+@pytest.mark.parametrize("way", JOINS)
+def test_units_go_past_tensors_that_are_joined(way):
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.out = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(24, 3)
+
+        def forward(self, x):
+            return self.out(JOINS[way](self.one(x).relu(), self.two(x).relu()))
+
+    example = torch.randn(4, 5)
+    assert sparsereg.explain(Joined(), example).share > 0.98
+    assert halved(Joined(), example) < 1e-12
+
+
+@pytest.mark.parametrize("order", [-1.0, -math.inf])
+def test_what_a_norm_of_a_negative_order_runs_over_stays(order):
+    class Smallest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.out = nn.Linear(5, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            x = self.inside(x)
+            return self.out(x / (1 + torch.linalg.vector_norm(x, order, -1, keepdim=True)))
+
+    assert "negative order" in str(sparsereg.explain(Smallest(), torch.randn(4, 5)))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from sparsereg.compression.units.labels import Labels, varying
-from sparsereg.compression.units.program import Call, Selected, name_of
+from sparsereg.compression.units.program import Call, Program, Selected, name_of
 from sparsereg.compression.units.rules.elementwise import pair, start_as
 from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
 
@@ -22,6 +22,40 @@ def _element_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
             continue
         index = Selected(index, axis, alive.nonzero().flatten())
     return replaced(node, index=index)
+
+
+def _narrow(program: Program, mask: fx.Node) -> fx.Node | None:
+    """The mask that is repeated along the last axis to give a mask; None if it may differ along it."""
+    while program.values[mask].dim() == 0 or program.values[mask].shape[-1] != 1:
+        if name_of(mask) not in ("expand", "expand_as", "to", "_to_copy", "clone", "contiguous", "alias"):
+            return None
+        mask = mask.args[0]  # type: ignore[assignment]
+        if mask.op != "call_function":
+            return None
+    return mask
+
+
+def _mask_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    return replaced(node, mask=_narrow(cut.program, a["mask"]))
+
+
+@rule("masked_scatter", call=_mask_call)
+def filled_in(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
+    """Vectors of one tensor in places of another's, as those of images among those of tokens."""
+    labels = x.labels(a["self"])
+    last, shape = labels.dim() - 1, labels.shape
+    parts = [labels, x.labels(a["source"])]
+    if any(varying(part) - {part.dim() - 1} or part.shape[-1] != shape[-1] for part in parts):
+        raise NotImplementedError("units lie along other axes than the last one")
+    if _narrow(x.program, a["mask"]) is None:
+        raise NotImplementedError("the mask may differ along the units")
+    start_as(x, a["self"], parts[1].reshape(-1, shape[-1])[:1].expand(shape))
+    lines = [x.labels(a[key]).reshape(-1, shape[-1])[0] for key in ("self", "source")]
+    zero = all(
+        x.dead.get(a[key], Dead.ZERO) is Dead.ZERO and x.has_units(a[key]) for key in ("self", "source")
+    )
+    x.dead[node] = Dead.ZERO if zero else Dead.ANYTHING
+    return pair(x, node, lines).view(*(1,) * last, -1).expand(shape)
 
 
 @rule("index_add", "index_copy")

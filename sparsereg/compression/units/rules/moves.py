@@ -9,12 +9,13 @@ from torch import Tensor, fx
 
 from sparsereg.compression.running import can_train
 from sparsereg.compression.units.labels import Labels, along, compacted, varying
-from sparsereg.compression.units.program import Call, Scaled, bound, name_of, plain_call
+from sparsereg.compression.units.program import Call, Scaled, Selected, bound, name_of, plain_call
 from sparsereg.compression.units.rules.elementwise import pair
 from sparsereg.compression.units.rules.mixing import is_turned_weight
 from sparsereg.compression.units.rules.recurrent import taken
 from sparsereg.compression.units.rules.table import (
     CATS,
+    JOINS,
     MOVING,
     SPLITS,
     Dead,
@@ -38,10 +39,10 @@ COPIES = """
 _MOVES = """
     transpose permute movedim moveaxis swapaxes swapdims t numpy_T mT unsqueeze squeeze flip cat concat
     concatenate getitem repeat repeat_interleave tril triu diagonal
-    rot90 tile hstack vstack column_stack take_along_dim
+    rot90 tile
 """.split()  # noqa: SIM905
 _VIEWS = """
-    view reshape _unsafe_view flatten unflatten expand view_as reshape_as
+    view reshape _unsafe_view flatten unflatten expand
 """.split()  # noqa: SIM905
 
 
@@ -58,7 +59,7 @@ def _moved(x: Labeller, node: fx.Node, floats: bool = False) -> Any:
     def swap(source: fx.Node) -> Any:
         nonlocal first
         value = x.program.values[source]
-        if isinstance(value, Tensor) and (can_train(value) or first):
+        if isinstance(value, Tensor) and (can_train(value) or first or name_of(node) in JOINS):
             first = False
             labels = x.labels(source)
             return labels.double() if floats else labels
@@ -182,10 +183,12 @@ def moved(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     made = _moved(x, node)
     if name_of(node) in CATS and _join(x, node, a):
         made = torch.from_numpy(x.axes.sets.find(made.numpy())).int()
+    elif name_of(node) in CATS and len(varying(made)) > 1:
+        x.axes.shapes.append((node, compacted(made)))
     return made
 
 
-_UNEVEN = {"tril", "triu", "diagonal", "take_along_dim", "repeat_interleave", "unfold", "pad", *_ON_FLOATS}
+_UNEVEN = {"tril", "triu", "diagonal", "repeat_interleave", "unfold", "pad", *_ON_FLOATS}
 
 
 def _keep_places(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
@@ -199,7 +202,7 @@ def _keep_places(x: Labeller, node: fx.Node, a: dict[str, Any]) -> None:
         axes = (-2, -1)
     elif name == "diagonal":
         axes = (a["dim1"], a["dim2"])
-    elif name == "take_along_dim" or (name == "repeat_interleave" and isinstance(a.get("repeats"), fx.Node)):
+    elif name == "repeat_interleave" and isinstance(a.get("repeats"), fx.Node):
         axes = tuple(range(labels.dim())) if a.get("dim") is None else (a["dim"],)
     elif name == "unfold":
         axes = (a["dimension"],)
@@ -278,37 +281,27 @@ def _join(x: Labeller, node: fx.Node, a: dict[str, Any]) -> bool:
     return True
 
 
-def gathered(x: Tensor, dim: int, index: Tensor, left: list[tuple[int, Tensor]]) -> Tensor:
-    """``torch.gather`` with what is left of an index along some of its axes."""
-    for axis, positions in left:
-        index = torch.ops.aten.index_select.default(index, axis, positions)
-    return torch.ops.aten.gather.default(x, dim, index)  # type: ignore[no-any-return]
-
-
 def _gather_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
-    labels, index = cut.labels[node], a["index"]
-    dim = a["dim"] % labels.dim()
-    alive = {d: cut.alive_along(labels, d) for d in range(labels.dim()) if d != dim}
-    own = cut.labels.get(index)
-    cut_already = [d for d in alive if own is not None and not bool(cut.alive_along(own, d).all())]
-    left = [
-        (d, one.nonzero().flatten())
-        for d, one in alive.items()
-        if not bool(one.all()) and d not in cut_already
-    ]
-    if not left:
-        return replaced(node)
-    return Call(gathered, (node.args[0], dim, index, left))
+    """Look up by what is left of an index along the other axes, unless it has one place there for all."""
+    labels, key = cut.labels[node], "index" if "index" in a else "indices"
+    index, own = a[key], cut.labels.get(a[key])
+    shape = cut.program.values[index].shape
+    for d in range(labels.dim()) if a["dim"] is not None else ():
+        alive = cut.alive_along(labels, d)
+        spread = shape[d] != len(alive) or d == a["dim"] % labels.dim()
+        if not (spread or bool(alive.all()) or (own is not None and not bool(cut.alive_along(own, d).all()))):
+            index = Selected(index, d, alive.nonzero().flatten())
+    return replaced(node, **{key: index})
 
 
-@rule("gather", call=_gather_call)
+@rule("gather", "take_along_dim", call=_gather_call)
 def gather(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Elements that an index names along one axis; along it all stays."""
     if x.axes.picks_experts(node):
         return _rows(x, node)
     labels = x.labels(node.args[0])
-    if a["dim"] % labels.dim() in varying(labels):
-        x.axes.fix(labels, "gather looks up places along it", node)
+    if a["dim"] is None or a["dim"] % labels.dim() in varying(labels):
+        x.axes.fix(labels, f"{name_of(node)} looks up places along it", node)
     return _moved(x, node)
 
 

@@ -90,6 +90,8 @@ def sums_over(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
         x.axes.averaged.append(np.unique(labels.numpy()))
     if name == "logsumexp":
         x.axes.fix(labels, "logsumexp runs along it", node)
+    if (a.get("p", a.get("ord")) or 0) < 0:
+        x.axes.fix(labels, f"{name} of a negative order is zero where one of them is", node)
     if name not in MEANS:  # of a mean, what is gone is left out
         x.reads.append((node.args[0],))
         if x.dead.get(node.args[0], Dead.ZERO) is not Dead.ZERO:  # type: ignore[arg-type]
