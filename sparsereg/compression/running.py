@@ -136,7 +136,7 @@ def check_steady(model: nn.Module, first: Any, second: Any) -> None:
     Raises:
         InputError: it did.
     """
-    pairs = zip(tensors_in(first), tensors_in(second), strict=False)
+    pairs = zip(tensors_in(first), tensors_in(in_order_of(first, second)), strict=False)
     if not all(a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
         raise InputError(
             f"{type(model).__name__} answers differently when it is called twice in eval mode with the same"
@@ -150,6 +150,16 @@ def first_line(error: Exception) -> str:
     text = str(error).strip()
     line = text.splitlines()[0] if text else ""
     return line if " " in line else f"{type(error).__name__} {line}".strip()
+
+
+def in_order_of(first: Any, other: Any) -> Any:
+    """Answers with their dictionaries in the order of those of others, which have the same names."""
+    if isinstance(first, Mapping) and isinstance(other, Mapping):
+        names = [*(name for name in first if name in other), *(name for name in other if name not in first)]
+        return {name: in_order_of(first.get(name), other[name]) for name in names}
+    if isinstance(first, list | tuple) and isinstance(other, list | tuple) and len(first) == len(other):
+        return [in_order_of(a, b) for a, b in zip(first, other, strict=True)]
+    return other
 
 
 def tensors_in(result: Any) -> tuple[Tensor, ...]:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsereg.compression.running import check_steady, doubled, evaluating, in_double, tensors_in
+from sparsereg.compression.running import (
+    check_steady,
+    doubled,
+    evaluating,
+    in_double,
+    in_order_of,
+    tensors_in,
+)
 from sparsereg.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -207,6 +214,7 @@ def _noise_like(inputs: Any, turned: bool = True) -> Any:
 
 
 def _compare(answers: Any, others: Any, name: str, tolerance: float, exact: Any = None) -> None:
+    others, exact = in_order_of(answers, others), in_order_of(answers, exact)
     error = apart(tensors_in(answers), tensors_in(others), tolerance, lambda: tensors_in(exact))
     if error:
         raise RuntimeError(

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sparsereg.compression.named import KIND, named
 from sparsereg.compression.sizes import of_size
 from sparsereg.compression.units.rules import RULES
 from sparsereg.errors import InputError
@@ -71,7 +72,13 @@ def _known_functions() -> dict[str, Callable[..., Any]]:
     for name in _FURTHER:
         home, _, attribute = name.partition(".")
         known[name] = getattr(homes[home], attribute)
-    return {**known, **_aten_functions(), "sparsereg.of_size": of_size, "getattr": getattr}
+    return {
+        **known,
+        **_aten_functions(),
+        "sparsereg.of_size": of_size,
+        "sparsereg.named": named,
+        "getattr": getattr,
+    }
 
 
 _MAKERS = """
@@ -166,6 +173,12 @@ def check_call(kind: str, name: str, args: Sequence[Any], kwargs: dict[str, Any]
     Raises:
         InputError: one of them is not what an operation takes.
     """
+    if name == "sparsereg.named":
+        if kwargs or len(args) != 2 or not (isinstance(args[0], str) and KIND.fullmatch(args[0])):
+            raise InputError(f"the answers are a {short(args[:1])}, which is no class of answers")
+        if not isinstance(args[1], dict) or not all(isinstance(key, str) for key in args[1]):
+            raise InputError("the answers have no names")
+        return check_result(args[1])
     for given in kwargs:
         if given not in KEYWORDS:
             raise InputError(f"{name} has an argument {short(given)}, which is not on the list")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsereg.compression.named import is_named, kind_of, named
 from sparsereg.compression.running import can_train
 from sparsereg.compression.sizes import of_size
 from sparsereg.compression.units.cut import Cut
@@ -145,7 +146,8 @@ class Emitter:
     def _plain(self, value: Any) -> Any:
         """Lists, tuples and plain dictionaries in place of what a library makes of them."""
         if isinstance(value, Mapping):
-            return {key: self._plain(v) for key, v in value.items() if v is not None}
+            parts = {key: self._plain(v) for key, v in value.items() if v is not None}
+            return self.graph.call_function(named, (kind_of(value), parts)) if is_named(value) else parts
         if is_dataclass(value) and not isinstance(value, type):
             parts = {key: self._plain(v) for key, v in vars(value).items()}
             return self.graph.call_function(type(value), (), parts)
