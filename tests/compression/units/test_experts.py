@@ -173,6 +173,13 @@ class Picked(nn.Module):
         made = torch.einsum("tkoi,tki->tko", self.w2[index], self.inside(x, index)) + self.b2[index]
         return torch.einsum("tk,tko->to", shares, made)
 
+    def corrected(self, x, logits):
+        scores = logits.sigmoid()
+        index = (scores + torch.linspace(0.5, 0, 8).to(scores)).topk(self.best, -1)[1]
+        shares = scores.gather(-1, index)
+        made = torch.einsum("tkoi,tki->tko", self.w2[index], self.inside(x, index)) + self.b2[index]
+        return (made * (shares / shares.sum(-1, keepdim=True)).unsqueeze(-1)).sum(1)
+
     def scaled(self, x, logits):
         shares, index = logits.topk(self.best, -1)
         made = torch.einsum("tkoi,tki->tko", self.w2[index], self.inside(x, index)) + self.b2[index]
@@ -243,7 +250,8 @@ WIDE = TOKENS.double()
 GONE = torch.tensor([0.4, -10, 10, -10, 0.1, -10, 10, -10])
 TABLES = ("w1", "b1", "w2", "b2", "s", "e1.weight", "e2.weight")
 WAYS = """
-    index index_select embedding gather one_after_the_other best_one two_rankings scaled weighed_before
+    index index_select embedding gather one_after_the_other best_one two_rankings corrected scaled
+    weighed_before
 """.split()  # noqa: SIM905
 
 
@@ -266,6 +274,12 @@ def test_experts_that_a_router_picks_go(way):
     with FlopCounterMode(display=False) as counter:
         small(WIDE)
     assert counted.compacted_macs == counter.get_total_flops() / 2 / len(WIDE)
+
+
+def test_the_width_goes_where_a_router_ranks_other_scores_than_it_weighs_by():
+    plain, corrected = (explain(picked(way), WIDE) for way in ("index", "corrected"))
+    assert corrected.share == plain.share
+    assert {row.family for row in corrected.rows} == {row.family for row in plain.rows}
 
 
 def test_expected_experts_are_those_of_all_draws():

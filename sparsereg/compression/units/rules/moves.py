@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.running import can_train
-from sparsereg.compression.units.labels import Labels, along, compacted, varying
+from sparsereg.compression.units.labels import Labels, along, compacted, live, varying
 from sparsereg.compression.units.program import Call, Scaled, Selected, bound, name_of, plain_call
 from sparsereg.compression.units.rules.elementwise import pair
 from sparsereg.compression.units.rules.mixing import is_turned_weight
@@ -302,6 +302,7 @@ def gather(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     labels = x.labels(node.args[0])
     if a["dim"] is None or a["dim"] % labels.dim() in varying(labels):
         x.axes.fix(labels, f"{name_of(node)} looks up places along it", node)
+        return live(x.program.values[node].shape)
     return _moved(x, node)
 
 
