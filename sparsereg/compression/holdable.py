@@ -83,6 +83,7 @@ class _Tried:
         self.model, self.analysis, self.example = model, analysis, example
         own = dict(model.named_parameters(remove_duplicate=False))
         self.restorer = Restorer(model, recipe_of(model, None), {n: p.detach() for n, p in own.items()})
+        self.restorer.built({})
 
     def refused(self, gone: set[int]) -> str:
         """Why the class cannot be without some choices; empty if it can."""

@@ -225,7 +225,7 @@ class Restorer:
 
     def made(self, values: Values, smaller: nn.Module, example: Any) -> nn.Module:
         """The network, if it gives the same answers."""
-        network: nn.Module = self.recipe.build(values).to(next(iter(self.wanted.values())).device)
+        network = self.built(values).to(next(iter(self.wanted.values())).device)
         here = network.state_dict()
         fits = {n: v for n, v in self.wanted.items() if n in here and here[n].shape == v.shape}
         network.load_state_dict({**here, **fits})
@@ -247,6 +247,21 @@ class Restorer:
             )
         log.info("%s with %s gives the same answers", self.name, said(values) or "its own arguments")
         return network.train(self.original.training)
+
+    def built(self, values: Values) -> nn.Module:
+        """An object of the class with some arguments changed.
+
+        Raises:
+            InputError: the class refuses them, or other arguments cannot be had again.
+        """
+        try:
+            network: nn.Module = self.recipe.build(values)
+        except Exception as error:  # all kinds, of the class
+            raise InputError(
+                f"restore_class: {self.name} cannot be made with {said(values) or 'its own arguments'}:"
+                f" {first_line(error)}; keep what compact() returned"
+            ) from None
+        return network
 
 
 def _says(key: Path, words: tuple[str, ...]) -> bool:

@@ -439,6 +439,28 @@ class Forgetful(Tied):
         self.extra = nn.Parameter(torch.ones(hidden % 5))
 
 
+class Once(Alike):
+    """An object that cannot be had again: only what has no memory can be made."""
+
+    made = False
+
+    def __init__(self, hidden=6):
+        super().__init__(hidden)
+        if self.one.weight.device.type != "meta":
+            if Once.made:
+                raise RuntimeError("one is enough")
+            Once.made = True
+
+
+def test_a_class_that_cannot_be_made_again_gets_all_gates_and_is_refused_later(caplog):
+    network, x = Once().eval(), torch.randn(5, 4)
+    gated = gate(network, x, shape="uniform")
+    assert len(hard_concretes(gated)) == 2
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    with pytest.raises(InputError, match="Once cannot be made with its own arguments: one is enough"):
+        restore_class(gated, network, x)
+
+
 def gate_sizes(network):
     return sorted({g.gate_size[0] for g in hard_concretes(network).values()})
 
