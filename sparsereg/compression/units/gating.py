@@ -387,8 +387,8 @@ class GatedModule(nn.Module):
         return raw
 
     def _gated_raw(self, name: str) -> Any:
-        """A parameter or buffer without gates, or what parametrisations compute in its place."""
-        for own in (self._parameters, self._buffers):
+        """A parameter or buffer without gates, or what parametrisations or hooks compute in its place."""
+        for own in (self._parameters, self._buffers, self.__dict__):
             if name in own:
                 return own[name]
         return getattr(type(self)._made_of[0], name).fget(self)  # type: ignore[attr-defined]
@@ -536,7 +536,12 @@ def _copied(self: Any, memo: dict[int, Any]) -> nn.Module:
 
 def _class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     def reader(name: str) -> property:
-        return property(lambda self: self._gated_value(name))
+        def keep(self: Any, value: Any) -> None:  # what a hook computes before each pass
+            self.__dict__[name] = value
+
+        known = getattr(base, name, None)
+        setter = known.fset if isinstance(known, property) else keep
+        return property(lambda self: self._gated_value(name), setter)
 
     body: dict[str, Any] = {name: reader(name) for name in names if name}
     body["_made_of"] = (base, names)

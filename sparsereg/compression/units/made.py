@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from sparsereg.compression.running import evaluating
 from sparsereg.compression.units.program import Program, bound, called, name_of, trace
@@ -241,13 +242,14 @@ def _made(
 
 
 def _is_read_from(model: nn.Module, name: str, value: Tensor) -> bool:
-    """Whether a module reads a weight as an attribute that parametrisations compute."""
+    """Whether a module reads a weight as an attribute that parametrisations, or a hook, compute."""
     path, _, own = name.rpartition(".")
     module = model.get_submodule(path)
-    if not parametrize.is_parametrized(module, own):
+    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, SpectralNorm) and h.name == own]
+    if not (hooks or parametrize.is_parametrized(module, own)):
         return False
     with evaluating(model):  # in which no norm takes a step
-        found = getattr(module, own)
+        found = hooks[0].compute_weight(module, False) if hooks else getattr(module, own)
     return found.shape == value.shape and _close(found.detach().to(value), value)
 
 
@@ -337,7 +339,7 @@ def _name(program: Program, made: Made) -> str:
     if "parametrizations" in path:
         at = path.index("parametrizations")
         path = [*path[:at], path[at + 1]]
-    return ".".join(path)
+    return ".".join(path).removesuffix("_orig")
 
 
 def gate_names(program: Program, node: fx.Node) -> dict[str, tuple[int, int] | None]:

@@ -17,6 +17,7 @@ from sparsereg.compression.units.program import trace
 from sparsereg.compression.units.rules.table import Labeller
 from sparsereg.compression.units.solve import solve
 from sparsereg.errors import InputError
+from sparsereg.penalties import hard_concretes
 
 
 def random_half(units, seed):
@@ -195,6 +196,28 @@ def test_a_norm_of_one_group_is_over_all_channels_that_stay():
 
     x = torch.randn(2, 3, 6, 6)
     assert 10 in free(net(), x).values()
+    assert halved(net(), x) < 1e-12
+
+
+@pytest.mark.parametrize(("into", "groups", "out"), [(12, 12, 12), (12, 12, 24), (12, 3, 18), (12, 4, 4)])
+def test_of_a_grouped_transposed_convolution_whole_groups_go(into, groups, out):
+    def net():
+        upward = nn.ConvTranspose2d(into, out, 4, 2, 1, groups=groups)
+        layers = (
+            nn.Conv2d(3, into, 3),
+            nn.ReLU(),
+            upward,
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+            nn.Conv2d(out, 2, 1),
+        )
+        return nn.Sequential(*layers)
+
+    x = torch.randn(2, 3, 6, 6)
+    assert free(net(), x)["0.weight", 0] == groups
+    gated = sparsereg.gate(net(), x)
+    (gates,) = hard_concretes(gated).values()
+    assert gates.gate_size == (groups,)
     assert halved(net(), x) < 1e-12
 
 

@@ -247,10 +247,10 @@ def _grouped(x: Labeller, node: fx.Node, weight: Any, read: Ints, groups: int, t
     outs = whole.shape[1] if transposed else whole.shape[0] // groups
     if ins == 1 and outs == 1:  # depthwise: what comes in goes out
         return x.weight(weight, 0, read, node)
-    if transposed:
-        x.weight(weight, 0, read, node)
-        x.axes.fix(read, "a grouped transposed convolution reads it", node)
-        return np.full(groups * outs, LIVE)
+    if transposed:  # its weight has one axis for what all groups make: only whole groups go
+        grid = x.weight(weight, 0, read, node).reshape(groups, ins)
+        x.axes.equal(grid, np.broadcast_to(grid[:, :1], grid.shape), name_of(node), node)
+        return np.repeat(grid[:, 0], outs)
     units, rows = x.weight(weight, 0, None, node), x.axes.sets.new(groups)
     inside = x.weight(weight, 1, None, node) if ins > 1 else np.full(1, LIVE)
     if (read < FIRST).any():
