@@ -413,12 +413,20 @@ def test_what_cannot_be_traced_is_named():
 
     with pytest.raises(
         InputError, match=r"Outer cannot be traced at test_compact.py:\d+ .*its path depends on the data"
-    ):
+    ) as raised:
         compact(Outer(), torch.randn(2, 3))
+    assert "expert" not in str(raised.value)
     with pytest.raises(InputError, match="Sequential cannot be traced.*the example must be one batch"):
         compact(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 4))
     with pytest.raises(ValueError, match="example_input must be a tensor"):
         compact(nn.Linear(3, 2), 5)
+
+    class Leaves(nn.Module):
+        def forward(self, x):
+            return torch.from_numpy(np.abs(x.numpy()))
+
+    with pytest.raises(InputError, match=r"Leaves cannot be traced at .*np.abs.*the network runs, but"):
+        compact(Leaves(), torch.randn(2, 3))
 
     class AlwaysDrops(nn.Module):
         def forward(self, x):
@@ -629,3 +637,18 @@ def test_what_is_frozen_beside_what_trains_stays_frozen():
     assert trains == {"0.weight": False, "0.bias": False, "2.weight": True, "2.bias": True}
     network[2].requires_grad_(False)  # gates alone have been trained
     assert all(p.requires_grad for p in compact(network, torch.randn(4, 3)).parameters())
+
+
+def test_a_layer_that_is_asked_to_be_of_its_own_type_is_traced():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            self.a = self.a.to(x.dtype)
+            return self.b(self.a(x).relu())
+
+    x = torch.randn(3, 4)
+    network = gate(Asks(), x).eval()
+    torch.testing.assert_close(compact(network, x)(x), network(x))

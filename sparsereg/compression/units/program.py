@@ -509,9 +509,32 @@ def _masks_as_given() -> Iterator[None]:
         transformer._detect_is_causal_mask = looks
 
 
+@contextmanager
+def _modules_as_they_are() -> Iterator[None]:
+    """Within this context ``module.to`` leaves modules alone that are there already.
+
+    Routers ask for it in each call; a trace takes it for a change of their weights.
+    """
+    move = nn.Module.to
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
+        tensors = [*self.parameters(), *self.buffers()]
+        here = device is None or all(t.device == torch.device(device) for t in tensors)
+        alike = dtype is None or all(t.dtype is dtype for t in tensors if t.is_floating_point())
+        return self if here and alike and form is None else move(self, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
+
+
 @_in_silence()
 @recurrent_in_one()
 @_masks_as_given()
+@_modules_as_they_are()
 def _export(
     model: nn.Module, args: Any, kwargs: Any, maps: bool | None = False
 ) -> tuple[torch.export.ExportedProgram, Any, Any]:
@@ -857,12 +880,18 @@ def _refused(model: nn.Module, args: Any, kwargs: Any, error: Exception) -> Inpu
         with evaluating(model):
             model(*args, **kwargs)
     except Exception as own:  # all kinds, of the user's code
-        error = own
-    return InputError(_why(model, error))
+        return InputError(_why(model, own, runs=False))
+    return InputError(_why(model, error, runs=True))
 
 
-def _why(model: nn.Module, error: Exception) -> str:
-    """One line on why a network cannot be exported, with the user's own line of code."""
+def _why(model: nn.Module, error: Exception, runs: bool) -> str:
+    """One line on why a network cannot be exported, with the user's own line of code.
+
+    Args:
+        model: the network.
+        error: what it, or the exporter, said.
+        runs: whether the network itself takes the example.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if _is_own(f.filename)]
     where = (
@@ -875,11 +904,25 @@ def _why(model: nn.Module, error: Exception) -> str:
             f"{type(model).__name__} cannot be traced{where}: packed sequences are as long as the data say;"
             " give its recurrent layers padded sequences, and mask what lies behind their ends"
         )
+    return f"{type(model).__name__} cannot be traced{where}: {text}; {_advice(model, runs, depends)}"
+
+
+def _advice(model: nn.Module, runs: bool, depends: bool) -> str:
+    """What can be done about a network that cannot be exported."""
+    if not runs:
+        return "the example must be one batch as the network takes it"
+    if not depends:
+        return (
+            "the network runs, but torch.export cannot follow this line: write it in another way, or gate"
+            " the part of the network around it"
+        )
     advice = (
-        "its path depends on the data: replace the branch, for instance by torch.where; experts that tokens"
-        " are sent to have to be computed for all, or picked by products (of transformers:"
-        " config._experts_implementation='batched_mm')"
-        if depends
-        else "the example must be one batch as the network takes it"
+        "its path depends on the data: replace the branch, for instance by torch.where, and a size that comes"
+        " from a tensor by one that Python computes (x.shape[1] // 2)"
     )
-    return f"{type(model).__name__} cannot be traced{where}: {text}; {advice}"
+    if any("expert" in name.lower() for name, _ in model.named_modules()):
+        advice += (
+            "; experts that tokens are sent to have to be computed for all, or picked by products (of"
+            " transformers: config._experts_implementation='batched_mm')"
+        )
+    return advice
