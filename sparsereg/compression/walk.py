@@ -66,6 +66,11 @@ class Walk:
         value: Tensor = self._step()
         return value
 
+    def answer(self) -> Any:
+        """Walk over all operations that are left and return what the network answers."""
+        self._to(len(self._route.nodes) - 1)
+        return self._step()
+
     def peak(self) -> int:
         """Walk over all operations that are left; return the bytes that results of them took at once."""
         largest = 0

@@ -128,7 +128,8 @@ def keeps_best(cfg: Training) -> bool:
 def batch_norm_estimation(cfg: Training, average: WeightAverage | None = None) -> ours.BatchNormEstimation:
     """Build the callback that re-estimates BatchNorm statistics, of averaged weights if there are any."""
     b = cfg.callbacks.batch_norm
-    return ours.BatchNormEstimation(b.num_images, b.batch_size, average)
+    each_epoch = cfg.trainer.enable_checkpointing or bool(cfg.callbacks.others)  # somebody looks at it then
+    return ours.BatchNormEstimation(b.num_images, b.batch_size, average, each_epoch=each_epoch)
 
 
 def tested_checkpoint(

@@ -117,6 +117,8 @@ class BatchNormEstimation(Callback):
         average: holds the averaged weights that are measured and saved, if there are any.
         read: what the network takes of a batch of a foreign data module, and is called with by ``called``.
         called: the network that takes it, if it is not the module itself.
+        each_epoch: also at the end of epochs without validation, when checkpoints are written; else only of
+            the last one.
     """
 
     def __init__(
@@ -126,12 +128,14 @@ class BatchNormEstimation(Callback):
         average: WeightAverage | None = None,
         read: Callable[[Any], Any] | None = None,
         called: Callable[[], nn.Module] | None = None,
+        each_epoch: bool = True,
     ) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
         self.average = average
         self.read = read
         self.called = called
+        self.each_epoch = each_epoch
         self._current = False
 
     def on_train_batch_start(
@@ -146,7 +150,8 @@ class BatchNormEstimation(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the checkpoint is written, where there was no validation."""
-        if self._is_current(pl_module):
+        later = trainer.max_epochs is not None and trainer.current_epoch + 1 < trainer.max_epochs
+        if self._is_current(pl_module) or (later and not self.each_epoch):
             return
         with contextlib.nullcontext() if self.average is None else self.average.in_place(pl_module):
             self._estimate(trainer, pl_module)

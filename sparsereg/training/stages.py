@@ -343,7 +343,8 @@ def _smaller(first: Stage, net: nn.Module, size: float) -> fx.GraphModule:
     inputs = first.data.estimation_batches(NUM_INPUTS, BATCH)
     batches = [only(move_data_to_device(x, device), example) for x in inputs]
     better = None if net is first.net else _order(net)
-    ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed, order=better)
+    known = net if net is not first.net and isinstance(net, fx.GraphModule) else None
+    ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed, order=better, plain=known)
     original = original_size(net) or ranked.sizes
     left = (1 - size) * original[cfg.front_cost] / ranked.sizes[cfg.front_cost]
     _, small = ranked.smaller(left, cfg.target.round_to)
@@ -368,7 +369,7 @@ def _size(first: Stage, size: float, small: fx.GraphModule) -> fx.GraphModule:
     cfg = replace(cfg, trainer=trainer, logger=NoLogger())
     net, place = build.in_memory_format(cfg, small).train(), front.place_of(first.folder, size)
     accountant = PlainAccountant(net, build.example_input(first.data, net))
-    structure = storage.describe(small)
+    structure = storage.describe(small) if cfg.callbacks.others else None  # only they write checkpoints
     stage = _assemble(cfg, first.data, net, structure, first.teacher, lambda: place, accountant=accountant)
     stage.fit()
     figures = stage.test()

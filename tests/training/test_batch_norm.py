@@ -1,11 +1,14 @@
 """Re-estimated BatchNorm statistics are the averages over the batches, under test-time gates."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from sparsereg.model.basic_l0_blocks import GatedBatchNorm2d, L0Gate
 from sparsereg.model.batch_norm_statistics import estimate_batch_norm_
+from sparsereg.training.callbacks import BatchNormEstimation
 
 
 def network() -> nn.Sequential:
@@ -107,6 +110,15 @@ def test_what_is_saved_has_the_statistics_of_its_weights(run, tiny, settings):
     tested = run("test", f"ckpt_path={trained.results['checkpoint']}")
     assert tested.results["test_acc"] == trained.results["test_acc"]
     assert tested.results["val_acc"] == trained.results["val_acc"]
+
+
+def test_where_nothing_is_saved_statistics_are_taken_at_the_end_alone(monkeypatch):
+    for each_epoch, wanted in ((True, [0, 1, 2]), (False, [2])):
+        estimation, taken = BatchNormEstimation(8, each_epoch=each_epoch), []
+        monkeypatch.setattr(estimation, "_estimate", lambda at, _, to=taken: to.append(at.current_epoch))
+        for epoch in range(3):
+            estimation.on_train_epoch_end(SimpleNamespace(current_epoch=epoch, max_epochs=3), None)
+        assert taken == wanted
 
 
 @pytest.mark.costly

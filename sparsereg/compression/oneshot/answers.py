@@ -48,7 +48,7 @@ def unexplained(whole: nn.Module, others: Sequence[nn.Module], batches: Sequence
 
 
 def check_answers(network: nn.Module, batches: Sequence[Any]) -> None:
-    """Raise an InputError if a network answers NaN: nothing could be ranked by it or fitted to it.
+    """See ``check_answer``, of all batches.
 
     Args:
         network: that is to be made smaller.
@@ -56,16 +56,31 @@ def check_answers(network: nn.Module, batches: Sequence[Any]) -> None:
     """
     with evaluating(network):
         for i, batch in enumerate(batches):
-            if any(bool(answer.isnan().any()) for answer in _answers(network, batch)):
-                raise InputError(
-                    f"the network answers NaN to batch {i} of the inputs: look for NaN or infinity in them"
-                    " and in its weights"
-                )
+            args, kwargs = inputs_of(batch)
+            check_answer(network(*args, **kwargs), i)
+
+
+def check_answer(answer: Any, i: int) -> None:
+    """Raise an InputError if a network answers NaN: nothing could be ranked by it or fitted to it.
+
+    Args:
+        answer: of the network.
+        i: place of the batch among all.
+    """
+    if any(bool(part.isnan().any()) for part in _numbers(answer)):
+        raise InputError(
+            f"the network answers NaN to batch {i} of the inputs: look for NaN or infinity in them and in its"
+            " weights"
+        )
 
 
 def _answers(network: nn.Module, batch: Any) -> list[Tensor]:
     args, kwargs = inputs_of(batch)
-    return [x for x in tensors_in(network(*args, **kwargs)) if x.is_floating_point() and x.dim()]
+    return _numbers(network(*args, **kwargs))
+
+
+def _numbers(answer: Any) -> list[Tensor]:
+    return [x for x in tensors_in(answer) if x.is_floating_point() and x.dim()]
 
 
 def _none(answers: Tensor) -> Tensor:

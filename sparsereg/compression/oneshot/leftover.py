@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from sparsereg.compression.oneshot.answers import check_answer
 from sparsereg.compression.oneshot.importance import random_sum
 from sparsereg.compression.oneshot.least_squares import Sums
 from sparsereg.compression.oneshot.readers import Reader, readers
@@ -64,6 +65,9 @@ def leftover(
     Returns:
         By the path of the gates, float64, for each of ``ways``. None at all if the layers are too wide for
         this.
+
+    Raises:
+        InputError: the network answers NaN.
     """
     tables = _tables(small, structure, batches, some)
     sizes = [slopes[path].numel() for path in structure.paths]
@@ -230,10 +234,10 @@ def _columns(structure: Structure, node: fx.Node, reader: Reader, weight: Tensor
 
 
 def _sums(small: fx.GraphModule, found: Sequence[Reader], batches: Sequence[Any]) -> list[Sums]:
-    """Sums over the inputs of layers, and a constant 1, in one pass."""
+    """Sums over the inputs of layers, and a constant 1, in one pass, which checks the answers, too."""
     route, generator = Route(small), torch.Generator().manual_seed(0)
     sums: list[Sums] = []
-    for batch in batches:
+    for place, batch in enumerate(batches):
         walk = route.start(batch)
         for i, reader in enumerate(found):
             given = walk.before(reader.node, reader.source)
@@ -241,7 +245,9 @@ def _sums(small: fx.GraphModule, found: Sequence[Reader], batches: Sequence[Any]
             x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
             if len(sums) == i:
                 sums.append(Sums.none(1, x.shape[2], 1, x.device))
-            sums[i].add_(x, y[:, :, :1] * 0)
+            with np.errstate(invalid="ignore"):  # where numbers are infinite the answer tells
+                sums[i].add_(x, y[:, :, :1] * 0)
+        check_answer(walk.answer(), place)
     return sums
 
 

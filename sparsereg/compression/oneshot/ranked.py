@@ -65,6 +65,7 @@ class Ranked:
         shares: what parts of the network may cost.
         order: of the two of ``leftover`` the only one to be found, 0 or 1; None finds both.
         measured: makes the budget that is met instead of a cost.
+        plain: the network without gates, if it is a compacted one.
 
     Attributes:
         order: the one that was given, or was clearly nearer at the last size; None as long as none was.
@@ -81,15 +82,15 @@ class Ranked:
         shares: Sequence[Share] = (),
         order: int | None = None,
         measured: Measured | None = None,
+        plain: fx.GraphModule | None = None,
     ) -> None:
         self.example, self.cost, self.seed, self.order = example, cost, seed, order
         with evaluating(network):
             self.whole = twin(network)
-        self._teacher = Teacher(self.whole, example)  # what it finds out once, all copies know
+        self._teacher = Teacher(self.whole, example, plain)  # what it finds out once, all copies know
         some = enough(self._teacher.network, batches)
         self.batches = together(some)
         self._few = some_of(some, FOR_IMPORTANCE)
-        check_answers(self._teacher.network, self.batches)
         self._met = twin(self.whole)
         self._accountant = Accountant(self._met, example)
         self._measured = None if measured is None else measured(self._accountant, _on_cpu(example))
@@ -195,6 +196,8 @@ class Ranked:
             p.requires_grad_(False)
         slopes = self._slopes()
         orders = self._leftover(slopes) if importance == LEFTOVER else []
+        if not orders:  # else they were looked at already
+            check_answers(self._teacher.network, self.batches)
         if not orders or bool(orders[0].isnan().any()):
             by_worth = "gradient" if importance == LEFTOVER else importance
             worth = IMPORTANCE[by_worth](network, gates, self._few, generator)

@@ -26,7 +26,7 @@ from sparsereg.compression.oneshot.inputs import examples, some_of
 from sparsereg.compression.oneshot.least_squares import Sums, solve
 from sparsereg.compression.oneshot.origins import Origins, Places
 from sparsereg.compression.oneshot.readers import Reader, readers
-from sparsereg.compression.running import Example
+from sparsereg.compression.running import Example, copied
 from sparsereg.compression.walk import Route, Walk
 
 log = logging.getLogger(__name__)
@@ -120,14 +120,16 @@ class Teacher:
     Args:
         before: the network, with gates; left as it is.
         example: see ``compact``.
+        known: what ``compact(before)`` returns, where there is such a network; left as it is.
 
     Attributes:
         network: compacted.
     """
 
-    def __init__(self, before: nn.Module, example: Example) -> None:
+    def __init__(self, before: nn.Module, example: Example, known: fx.GraphModule | None = None) -> None:
         self._before, self._example = before, example
-        self.network = compact(before, example, check=False).requires_grad_(False)
+        made = compact(before, example, check=False) if known is None else copied(known)
+        self.network = made.eval().requires_grad_(False)
 
     @functools.cached_property
     def origins(self) -> Origins:
