@@ -13,7 +13,7 @@ from sparsereg.compression.units.rules.table import Labeller
 
 
 def labelled(program: Program, inputs: bool = False, even: bool = False) -> Labeller:
-    """Label a program; places of computed vectors are units only where something would have to stay else.
+    """Label a program; places of computed vectors, or zeros, are units only where something would stay else.
 
     Args:
         program: the network.
@@ -22,7 +22,8 @@ def labelled(program: Program, inputs: bool = False, even: bool = False) -> Labe
     """
     found = Labeller(program, inputs, even=even)
     known = vectors(program) if found.met_without_units else set()
-    return Labeller(program, inputs, known, even) if known else found
+    again = known or found.found_starts
+    return Labeller(program, inputs, known, even, found.found_starts) if again else found
 
 
 def vectors(program: Program) -> set[fx.Node]:

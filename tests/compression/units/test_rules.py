@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 import sparsereg
 from benchmarks.coverage_checks import difference
+from sparsereg.compression.units.constants import labelled
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.labels import FIRST, stored
 from sparsereg.compression.units.program import trace
-from sparsereg.compression.units.rules.table import Labeller
 from sparsereg.compression.units.solve import solve
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
@@ -48,7 +48,7 @@ def halved(network, *example):
     )
     program = trace(network, *example)
     assert difference(tree_leaves(program.values_of_output), tree_leaves(network(*example))) < 1e-12
-    units = solve(Labeller(program))
+    units = solve(labelled(program))
     gone = random_half(units, 0)
     assert gone
     cut = Cut(units, gone)
@@ -219,6 +219,41 @@ def test_of_a_grouped_transposed_convolution_whole_groups_go(into, groups, out):
     (gates,) = hard_concretes(gated).values()
     assert gates.gate_size == (groups,)
     assert halved(net(), x) < 1e-12
+
+
+class InParts(nn.Module):
+    """Zeros of a size of their own into which layers write, part by part."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.a, self.b = kind, nn.Conv2d(3, 12, 3), nn.Conv2d(3, 12, 3)
+        self.narrow, self.out = nn.Conv2d(3, 6, 3), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        height, width = x.shape[2] - 2, x.shape[3] - 2
+        if self.kind == "columns in turn":
+            y = x.new_zeros(len(x), 12, height, 2 * width)
+            y[..., ::2], y[..., 1::2] = self.a(x), self.b(x).relu()
+        elif self.kind == "a window":
+            y = torch.zeros(len(x), 12, height + 2, width + 2, dtype=x.dtype)
+            y[:, :, 1:-1, 1:-1] = self.a(x) + self.b(x)
+        elif self.kind == "rows from each other":
+            y = torch.zeros(len(x), 12, height + 1, width, dtype=x.dtype)
+            y[:, :, 1:] = self.a(x)
+            y[:, :, 0] = y[:, :, 1].tanh()
+        else:
+            y = torch.zeros(len(x), 12, height, width, dtype=x.dtype)
+            y[:, :6], y[:, 6:] = self.narrow(x), self.narrow(x.flip(1)).relu()
+        return self.out(y)
+
+
+@pytest.mark.parametrize("kind", ["columns in turn", "a window", "rows from each other", "halves"])
+def test_what_is_written_into_zeros_goes_from_them_too(kind):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+    name, size = ("narrow", 6) if kind == "halves" else ("a", 12)
+    assert free(InParts(kind), x)[f"{name}.weight", 0] == size
+    assert halved(InParts(kind), x) < 1e-12
 
 
 class InPlace(nn.Module):

@@ -67,6 +67,30 @@ class Operator(nn.Module):
         return self.last(x.transpose(1, 2))
 
 
+class OnMaps(nn.Module):
+    """Products with low frequencies, written into zeros for all of them, along two axes of a map."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.beside, self.last = (nn.Conv2d(a, b, 1) for a, b in ((2, 8), (8, 8), (8, 1)))
+        self.low, self.high = (nn.Parameter(torch.randn(8, 8, 3, 3, dtype=torch.cdouble)) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        all_ = torch.fft.rfft2(x)
+        y = torch.zeros(len(x), 8, x.shape[-2], x.shape[-1] // 2 + 1, dtype=all_.dtype, device=x.device)
+        y[:, :, :3, :3] = torch.einsum("bixy,ioxy->boxy", all_[:, :, :3, :3], self.low)
+        y[:, :, -3:, :3] = torch.einsum("bixy,ioxy->boxy", all_[:, :, -3:, :3], self.high)
+        return self.last(torch.relu(torch.fft.irfft2(y, s=x.shape[-2:]) + self.beside(x)))
+
+
+def test_operators_on_maps_that_write_their_frequencies_into_zeros():
+    torch.manual_seed(0)
+    network, x = OnMaps().double(), torch.randn(2, 2, 8, 8).double()
+    assert free(network, x) == {("low", 0): 8, ("low", 1): 8}
+    assert halved(network, x) < 1e-12
+
+
 def test_transforms_along_other_axes_leave_units_what_they_are():
     assert list(free(Filters(), torch.randn(2, 3, 16, 16)).values()) == [12]
     assert halved(Filters(), torch.randn(2, 3, 16, 16)) < 1e-9

@@ -61,7 +61,9 @@ def _zeros_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
 def zeros(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels | None:
     """A state to start from: nothing is lost where its units are gone."""
     value = x.program.values[node]
-    axes = {axis % value.dim() for axis in _read_along(node)}
+    axes = {axis % value.dim() for axis in _read_along(node)} or {
+        x.starts[n] for n in (node,) if n in x.starts
+    }
     if len(axes) != 1 or value.shape[min(axes)] < 2:
         return None
     x.dead[node] = Dead.ZERO

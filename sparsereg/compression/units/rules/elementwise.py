@@ -141,6 +141,10 @@ def _has(x: Labeller, source: fx.Node) -> bool:
     return x.has_units(source) if value is None else value.numel() > 1
 
 
+_PARTS = ("slice", "narrow", "alias", "clone", "contiguous", "detach", "_to_copy", "to")
+"""Operations that give a part of a tensor along some axes, or all of it."""
+
+
 @rule(*QUOTIENTS)
 def quotients(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     """Quotients: a divisor must not be zero where its unit is gone."""
@@ -206,11 +210,33 @@ def _together(x: Labeller, node: fx.Node, operands: list[Any]) -> Labels:
     return pair(x, node, labels).expand(out.shape)
 
 
-def start_as(x: Labeller, source: fx.Node, labels: Labels) -> None:
-    """Zeros that only one operation reads lose what is gone of the tensor that they meet there."""
-    zeros = source.op == "call_function" and name_of(source) in STARTS and len(source.users) == 1
-    if zeros and x.axes.of.get(source) is None and x.program.values[source].shape == labels.shape:
+def start_as(x: Labeller, source: Any, labels: Labels) -> None:
+    """Zeros lose what is gone of the tensor that they meet.
+
+    At once where only one operation reads them; others, such as a map that is written part by part, when the
+    network is looked at again.
+    """
+    zeros = _zeros_behind(source)
+    if zeros is None or x.axes.of.get(zeros) is not None:
+        return
+    shape = x.program.values[zeros].shape
+    if zeros is source and len(source.users) == 1 and shape == labels.shape:
         x.axes.of[source], x.dead[source] = labels, Dead.ZERO
+        return
+    along = sorted(varying(labels))
+    if len(along) == 1 and len(shape) == labels.dim() and shape[along[0]] == labels.shape[along[0]]:
+        x.found_starts.setdefault(zeros, along[0])
+
+
+def _zeros_behind(source: Any) -> fx.Node | None:
+    """The zeros of a size of their own that a tensor is, or a part of."""
+    while isinstance(source, fx.Node) and source.op == "call_function":
+        if name_of(source) in STARTS:
+            return source
+        if name_of(source) not in _PARTS:
+            return None
+        source = source.args[0]
+    return None
 
 
 def _is_tensor(x: Labeller, source: fx.Node) -> bool:

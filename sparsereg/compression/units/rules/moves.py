@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from sparsereg.compression.running import can_train
 from sparsereg.compression.units.labels import Labels, along, compacted, live, varying
 from sparsereg.compression.units.program import Call, Scaled, Selected, bound, name_of, plain_call
-from sparsereg.compression.units.rules.elementwise import pair
+from sparsereg.compression.units.rules.elementwise import pair, start_as
 from sparsereg.compression.units.rules.mixing import is_turned_weight
 from sparsereg.compression.units.rules.recurrent import taken
 from sparsereg.compression.units.rules.table import (
@@ -270,7 +271,10 @@ def unbind(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
 
 def _join(x: Labeller, node: fx.Node, a: dict[str, Any]) -> bool:
     """What lies one behind the other has the same places left along other axes; False if there are none."""
-    parts = [x.labels(part) for part in a["tensors"] if x.program.values[part].dim() > 1]
+    tensors = [part for part in a["tensors"] if x.program.values[part].dim() > 1]
+    parts = [x.labels(part) for part in tensors]
+    for part, own in itertools.product(tensors, parts):
+        start_as(x, part, own)
     dim = a["dim"] % parts[0].dim() if parts else 0
     along = set().union(*map(varying, parts)) if parts else set()
     if not along or dim in along:
@@ -357,6 +361,7 @@ def scattered(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """A tensor of which one part is another tensor; units that come to lie over others go with them."""
     labels, source = x.labels(node.args[0]), x.labels(node.args[1])
     axis = (a["dim"] or 0) % labels.dim()
+    start_as(x, node.args[0], source.unsqueeze(axis) if "index" in a else source)
     written = labels.movedim(axis, 0)[_written(a)]
     pair(x, node, [written if "index" in a else written.movedim(0, axis), source])
     for side in node.args[:2]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -119,6 +120,7 @@ class Labeller:
             axis of their columns, which take the gates.
         kept_rows: tables of whose rows none can go, with the reason and the operation that keeps them.
         shared: for labels of scores of heads that share keys, those of the head and of its group.
+        found_starts: zeros that meet units along one axis, which are theirs in a second look.
         met_without_units: whether units stay because they meet a tensor without units at every place.
 
     Args:
@@ -126,6 +128,7 @@ class Labeller:
         inputs: whether features of the inputs are units, too.
         vectors: computed vectors whose places are units, too, see ``constants``.
         even: whether the groups of a norm lose the same places, as a class of the network's own wants it.
+        starts: zeros of a size of their own that have units, each with the axis along which these lie.
     """
 
     def __init__(
@@ -134,9 +137,11 @@ class Labeller:
         inputs: bool = False,
         vectors: Collection[fx.Node] = (),
         even: bool = False,
+        starts: Mapping[fx.Node, int] = MappingProxyType({}),
     ) -> None:
         self.program, self.vectors, self.met_without_units = program, vectors, False
-        self.even = even
+        self.even, self.starts = even, starts
+        self.found_starts: dict[fx.Node, int] = {}
         self.axes = Axes()
         self.entrances = {e.node: e for e in entrances(program)} if inputs else {}
         self.dead = dict.fromkeys(program.constants, Dead.ANYTHING)
