@@ -126,8 +126,22 @@ def gate_(
     model.__dict__[ATTRIBUTE] = Structure(analysis, places, traced_for(model, args, kwargs))
     model.register_forward_pre_hook(draw_anew)
     Together.of(model).forget()
+    _declare_shared(model)
     count, groups = len(set(places.values())), len({id(gates[id(v)]) for v in vectors})
     logger.info("%d gates in %d groups of %s now", count, groups, type(model).__name__)
+
+
+def _declare_shared(model: nn.Module) -> None:
+    """Tell Hugging Face which names stand for one gate, so that its files hold each once."""
+    if not hasattr(model, "_tied_weights_keys"):
+        return
+    known: Any = model._tied_weights_keys
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith(".log_alpha"):
+            names.setdefault(id(parameter), []).append(name)
+    tied = {other: last for *others, last in map(sorted, names.values()) for other in others}
+    model.__dict__["_tied_weights_keys"] = {**(known or {}), **tied}
 
 
 def _gates(analysis: Analysis, vectors: list[Vector], factory: GateFactory, shape: str) -> dict[int, L0Gate]:

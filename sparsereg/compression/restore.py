@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression.compact import compact
 from sparsereg.compression.recipe import Build, Path, Recipe, Shapes, Values, recipes, shapes_of
-from sparsereg.compression.running import doubled, first_line, tensors_in
+from sparsereg.compression.running import first_line, tensors_in
 from sparsereg.compression.solving import Solver, said
 from sparsereg.compression.units.explain import inputs_of
-from sparsereg.compression.verify import difference
+from sparsereg.compression.verify import difference, in_float64
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 
@@ -302,9 +302,8 @@ def _moved(name: str, path: str, left: list[str]) -> tuple[str, str | None]:
 @torch.no_grad()
 def _difference(network: nn.Module, smaller: nn.Module, example: Any) -> float:
     """Largest difference of the answers in float64, as a share of their spread."""
-    args, kwargs = doubled(inputs_of(example))
-    one = tensors_in(copy.deepcopy(network).double()(*args, **kwargs))
-    two = tensors_in(copy.deepcopy(smaller).double()(*args, **kwargs))
+    args, kwargs = inputs_of(example)
+    one, two = (tensors_in(in_float64(n, args, kwargs)) for n in (network, smaller))
     if [a.shape for a in one] != [b.shape for b in two]:
         return math.inf
     return max((difference(b, a) for a, b in zip(one, two, strict=True)), default=0.0)

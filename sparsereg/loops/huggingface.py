@@ -135,7 +135,6 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
         )
         if one_shot:
             self.sparsifier.asked.of_one_shot()  # refuses milliseconds
-        _declare_shared(self.model)
         self._make = trainer.create_optimizer
         self.trainer.create_optimizer = self._create_optimizer
         trainer.add_callback(self)
@@ -233,16 +232,6 @@ def _plainly_called(model: nn.Module) -> Iterator[None]:
     finally:
         if cast is not None:
             model.__dict__["forward"] = cast
-
-
-def _declare_shared(model: nn.Module) -> None:
-    """Tell Hugging Face which names stand for one gate, so that its checkpoints hold each once."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name.endswith(".log_alpha"):
-            names.setdefault(id(parameter), []).append(name)
-    tied = {other: last for *others, last in map(sorted, names.values()) for other in others}
-    model.__dict__["_tied_weights_keys"] = {**(getattr(model, "_tied_weights_keys", None) or {}), **tied}
 
 
 def _known(row: Any, names: set[str] | None) -> Any:

@@ -363,6 +363,17 @@ TYPES = {
     "T5ForConditionalGeneration": (
         {"vocab_size": 40, "d_model": 24, "d_kv": 6, "d_ff": 36, "num_layers": 2, "num_heads": 4}
         | {"use_cache": False},
+        ["units", "heads"],
+    ),
+    "ModernBertForMaskedLM": (
+        {
+            **SMALL,
+            "pad_token_id": 0,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
         ["units"],
     ),
     "ViTForImageClassification": ({**SMALL, "image_size": 16, "patch_size": 4, "num_labels": 3}, ["units"]),

@@ -16,6 +16,8 @@ from tests.states import assert_same
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from safetensors.torch import load_file  # noqa: E402
+
 from sparsereg import SparsifyTrainer  # noqa: E402
 
 
@@ -196,3 +198,17 @@ def test_one_shape_for_all_layers_comes_back_as_a_model_of_its_own_class(tmp_pat
     torch.testing.assert_close(again(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     left = [sum(p.numel() for p in net.parameters()) for net in (again, sparsify.compacted, bert())]
     assert left[0] == left[1] <= 0.8 * left[2]
+
+
+def test_a_model_with_gates_is_saved_with_them(tmp_path):
+    example = {"input_ids": torch.randint(2, 40, (2, 12))}
+    gated = sparsereg.gate(bert(), example)
+    run = trainer(tmp_path / "run", gated, Texts(), num_train_epochs=1)
+    run.train()  # it saves at the end of the epoch
+    gated.eval().save_pretrained(tmp_path / "gated")
+    plain = type(gated).from_pretrained(tmp_path / "gated").eval()
+    again = sparsereg.gate(plain, example).eval()
+    weights = load_file(tmp_path / "gated" / "model.safetensors")
+    assert not again.load_state_dict(weights, strict=False).unexpected_keys
+    assert torch.equal(again(**example).logits, gated(**example).logits)
+    assert not torch.equal(plain(**example).logits, gated(**example).logits)
