@@ -80,11 +80,13 @@ def time_(folder: Path, networks: Mapping[float, fx.GraphModule], example: Any, 
     }
     if not small:
         return
+    runtime = cfg.runtime or default_runtime()
+    log.info("front: timing %d networks in %s", len(small), runtime)
     timed = benchmark(
         small,
         example,
         batch_sizes=(cfg.batch,),
-        runtimes=[cfg.runtime or default_runtime()],
+        runtimes=[runtime],
         threads=cfg.threads,
         seconds=TIMING * len(small),
     )

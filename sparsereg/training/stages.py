@@ -347,7 +347,7 @@ def _smaller(first: Stage, net: nn.Module, size: float) -> fx.GraphModule:
     ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed, order=better, plain=known)
     original = original_size(net) or ranked.sizes
     left = (1 - size) * original[cfg.front_cost] / ranked.sizes[cfg.front_cost]
-    _, small = ranked.smaller(left, cfg.target.round_to)
+    _, small = ranked.smaller(left, cfg.target.round_to, progress=cfg.trainer.enable_progress_bar)
     small.meta |= {ORIGINAL: original, "notes": {ORDER: ranked.order}}
     return small
 

@@ -71,6 +71,7 @@ def test_sizes_are_timed_where_the_run_says(run, tiny, monkeypatch):
     made = run("train", *tiny, *FRONT[:1], *short, "runtime=eager", "batch=3", "pick=latency_ms<=1000")
     assert made.code == 0, made.err
     (taken,) = measured
+    assert "front: timing 2 networks in eager" in made.out + made.err
     assert {(row.runtime, row.batch) for row in taken.rows} == {("eager", 3)}
     assert {row["latency_ms"] for row in rows(made)} == {1e3 * row.seconds for row in taken.rows}
 
