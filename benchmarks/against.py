@@ -144,8 +144,8 @@ def images(path: Path, batch: int, validating: int) -> dict[str, object]:
 
 
 def gpt(mnist: Path) -> Task:
-    """0.8 million parameters."""
-    shape = Shape(width=128, depth=4, heads=4)
+    """1.3 million parameters."""
+    shape = Shape(width=160, depth=4, heads=4)
     return Task(
         lambda: GPT(256, 128, shape),
         **text(128, 8, 256),  # type: ignore[arg-type]
