@@ -652,3 +652,38 @@ def test_a_layer_that_is_asked_to_be_of_its_own_type_is_traced():
     x = torch.randn(3, 4)
     network = gate(Asks(), x).eval()
     torch.testing.assert_close(compact(network, x)(x), network(x))
+
+
+class Maps(nn.Module):
+    """Attention with a mask that ``torch.vmap`` makes of a function of two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        def may_see(i, j):
+            return (i >= j) | (j < 2)
+
+        places = torch.arange(x.shape[1], device=x.device)
+        mask = torch.vmap(torch.vmap(may_see, (None, 0)), (0, None))(places, places)
+        return self.out(nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), mask))
+
+
+def test_a_mask_that_is_made_by_a_map():
+    x = torch.randn(2, 5, 8)
+    network = gate(Maps(), x).eval()
+    set_gates(network, "half")
+    small, longer = compact(network, x), torch.randn(3, 7, 8)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in Maps().parameters())
+    torch.testing.assert_close(small(longer), network(longer))
+    assert torch.randn(3).shape == (3,)  # no map is left open
+
+
+def test_a_network_that_answers_otherwise_when_it_is_traced_is_refused():
+    class Asks(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x if torch.compiler.is_compiling() else x.abs())
+
+    with pytest.raises(InputError, match="Asks answers otherwise when torch.export traces it"):
+        gate(Asks(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4))

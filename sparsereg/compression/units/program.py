@@ -24,9 +24,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import transformer
 
 from sparsereg.compression.alike import operations
-from sparsereg.compression.running import evaluating, quiet, tensors_in
+from sparsereg.compression.running import evaluating, in_order_of, quiet, tensors_in
 from sparsereg.compression.units.einsums import in_pairs, outer_as_products
 from sparsereg.compression.units.recurrent_shapes import recurrent_in_one
+from sparsereg.compression.verify import TOLERANCE, difference
 from sparsereg.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -418,7 +419,38 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], map
         program.run_on_example()
     except Exception as error:
         raise _refused(model, args, kwargs, error) from error
+    _check_faithful(model, program, args, kwargs)
     return program
+
+
+@torch.no_grad()
+def _check_faithful(model: nn.Module, program: Program, args: Any, kwargs: Any) -> None:
+    """Raise if a network that answers alike in two calls answers otherwise when it is traced."""
+    flat = list(program.values_of_output)
+    with evaluating(model):
+        answer = model(*args, **kwargs)
+        again = model(*args, **kwargs) if _apart(answer, _put_together(program, flat)) else answer
+    if _apart(answer, again) or not _apart(answer, _put_together(program, flat)):
+        return
+    raise InputError(
+        f"{type(model).__name__} answers otherwise when torch.export traces it, as where it asks whether"
+        " it is being traced or compiled: what is made smaller would answer so, too; let it take the same"
+        " path (of transformers: give it all of its masks and token_type_ids, or attn_implementation='eager')"
+    )
+
+
+_FAITHFUL = 2.5e-3
+"""Share of the spread up to which operations in another order may give other answers."""
+
+
+def _put_together(program: Program, flat: list[Any]) -> Any:
+    return torch.utils._pytree.tree_unflatten(flat, program.returns)
+
+
+def _apart(answer: Any, other: Any) -> bool:
+    """Whether two answers differ by more than rounding explains."""
+    pairs = list(zip(tensors_in(answer), tensors_in(in_order_of(answer, other)), strict=False))
+    return any(difference(a, b) > max(TOLERANCE.get(a.dtype, 0.0), _FAITHFUL) for a, b in pairs)
 
 
 _OTHERWISE = {
@@ -562,7 +594,7 @@ def _export(
             raise
         except Exception as error:
             raise _refused(model, args, kwargs, error) from error
-    if _writes_into_what_others_read(exported.graph):
+    if _maps(exported.graph) or _writes_into_what_others_read(exported.graph):
         exported = exported.run_decompositions({})
     _let_write_anew(exported.graph)
     in_pairs(exported.graph)
@@ -699,6 +731,11 @@ def _lengths_as_sizes() -> Iterator[None]:
         yield
     finally:
         builtins.len = length
+
+
+def _maps(graph: fx.Graph) -> bool:
+    """Whether ``torch.vmap`` is entered and left in steps of the graph, which are one operation together."""
+    return any(node.op == "call_function" and "_vmap_" in name_of(node) for node in graph.nodes)
 
 
 def _writes_into_what_others_read(graph: fx.Graph) -> bool:
