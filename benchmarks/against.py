@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsereg import Sparsifier, compact, gate
-from sparsereg.compression.budget import meet_
+from sparsereg.compression.budget import meet_all_
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.oneshot.importance import IMPORTANCE
 from sparsereg.data.corpus import TextSource
@@ -385,7 +385,7 @@ def one_shot(kind: str) -> Method:
         with torch.no_grad():
             for g, own in zip(gates, rank.split([g.log_alpha.numel() for g in gates]), strict=True):
                 g.log_alpha.copy_(own.view_as(g.log_alpha) + shift(g.temperature, g.gamma, g.zeta))
-            meet_(accountant, "parameters", 1 - target)
+            meet_all_(accountant, "parameters", 1 - target, [], pass_over=True)
             for g in gates:
                 g.log_alpha.copy_(torch.where(g.median() > 0, OPEN, -OPEN))
         return fit(compact(network, task.example), task, task.steps, draws, task.rates[target])

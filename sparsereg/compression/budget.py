@@ -336,6 +336,8 @@ SURE = 20.0
 """Location of a gate for good: a draw is neither 0 nor 1 with a chance of 1e-8, and no gradient moves it."""
 UNDECIDED = 1.1
 """Expected over allowed cost at the end, from which on meeting the target is worth a warning."""
+ROOM, PASSED_OVER = 0.95, 20
+"""Share of the target below which gates may be passed over, and how many at most."""
 TRIES, ENOUGH = 100, 0.999
 """Gates below the common level that may be tried one by one, and the share of the target that ends it."""
 MARGIN = 1e-3
@@ -366,7 +368,12 @@ def meet_(accountant: Accountant, cost: Exact, kept: float, round_to: int = 1) -
 
 @torch.no_grad()
 def meet_all_(
-    accountant: Accountant, cost: Exact | None, kept: float, parts: Sequence[Part], round_to: int = 1
+    accountant: Accountant,
+    cost: Exact | None,
+    kept: float,
+    parts: Sequence[Part],
+    round_to: int = 1,
+    pass_over: bool = False,
 ) -> float:
     """Set gates so that the network and parts of it cost what they may.
 
@@ -381,6 +388,8 @@ def meet_all_(
         kept: share of it that may stay.
         parts: with budgets of their own.
         round_to: see ``meet_``.
+        pass_over: let a gate stay open, such as that of a whole block, if without it much less would be left
+            than may be, and shut the next ones instead; for gates that were all open.
 
     Returns:
         The share of the network's cost that stays; 1 without one.
@@ -393,7 +402,8 @@ def meet_all_(
 
     def meet_whole() -> None:
         if cost is not None:
-            ranked.meet_(whole, kept, _without([part.own for part in held], accountant.gates))
+            meet = ranked.meet_passing_over_ if pass_over else ranked.meet_
+            meet(whole, kept, _without([part.own for part in held], accountant.gates))
 
     for _ in range(ROUNDS if parts else 1):
         meet_whole()
@@ -471,6 +481,7 @@ class _Ranked:
         self.blocks = [_blocks(o, round_to) for o in odds]
         self.odds = [_common(o, block) for o, block in zip(odds, self.blocks, strict=True)]
         self.opened = [g.log_alpha.clamp(min=log_alpha_at(0.5 + MARGIN, *shape)) for g, shape in pairs]
+        self.level = -math.inf  # of the last gates that were shut
         self.shut = [g.log_alpha.clamp(max=log_alpha_at(0.5 - MARGIN, *shape)) for g, shape in pairs]
 
     def open_among(self, places: Places) -> Places:
@@ -506,11 +517,33 @@ class _Ranked:
         whole = all(bool(own.all()) for own in movable)  # of a whole network some gate stays open
         num_shut = min(num_shut, len(levels) - 1) if whole else num_shut
         reached = at(num_shut)
+        self.level = levels[num_shut - 1] if num_shut else -math.inf
         if num_shut == 0:
             return reached
         below = ranked.where(ranked <= levels[num_shut - 1], -math.inf).topk(min(TRIES, len(ranked)))
         candidates = below.indices[below.values > -math.inf].tolist()
         return self._fill(share, kept, reached, candidates, movable)
+
+    def meet_passing_over_(self, share: Callable[[], float], kept: float, movable: Places) -> float:
+        """The same; the last gate that is shut stays open while without it much less is left than may be.
+
+        The next ones in the order are shut instead, if more of what may be is left then.
+        """
+        reached = self.meet_(share, kept, movable)
+        best, found = [gate.log_alpha.clone() for gate in self.gates], reached
+        for _ in range(PASSED_OVER):
+            if found >= ROOM * kept or reached > kept or self.level == -math.inf:
+                break
+            last = [own & (odds == self.level) for own, odds in zip(movable, self.odds, strict=True)]
+            for gate, opened, own in zip(self.gates, self.opened, last, strict=True):
+                gate.log_alpha.copy_(torch.where(own, opened, gate.log_alpha))
+            movable = _less(movable, [last])
+            reached = self.meet_(share, kept, movable)
+            if found < reached <= kept:
+                best, found = [gate.log_alpha.clone() for gate in self.gates], reached
+        for gate, location in zip(self.gates, best, strict=True):
+            gate.log_alpha.copy_(location)
+        return found
 
     def _put(self, level: float, movable: Places) -> None:
         """Open what is above a level, and shut what is not."""

@@ -159,7 +159,7 @@ class Ranked:
         for g, place in zip(gates, places, strict=True):
             _set_(g, place)
         if self._measured is None:
-            reached = meet_all_(self._accountant, self.cost, kept, self._parts, at_once)
+            reached = meet_all_(self._accountant, self.cost, kept, self._parts, at_once, pass_over=True)
         else:
             self._measured.meet()
             reached = self._measured.exact_share()

@@ -92,6 +92,34 @@ def test_what_is_worth_nothing_goes_first(importance):
     torch.testing.assert_close(small(X), model(X), rtol=1e-4, atol=1e-5)
 
 
+class Blocks(nn.Module):
+    """Two residual blocks that hold nearly all parameters and add next to nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(8, 12), nn.Linear(12, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(12, 60), nn.ReLU(), nn.Linear(60, 12)) for _ in range(2)
+        )
+        for block in self.blocks:
+            block[2].weight.data *= 1e-3
+
+    def forward(self, x):
+        x = self.into(x).relu()
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "taylor", "gradient", "leftover"])
+@pytest.mark.parametrize("target", [0.3, 0.6])
+def test_blocks_that_are_larger_than_what_may_go_are_passed_over(importance, target):
+    torch.manual_seed(0)
+    small = sparsereg.shrink(Blocks().eval(), X, target_sparsity=target, importance=importance)
+    left = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in Blocks().parameters())
+    assert 0.95 * (1 - target) < left <= 1 - target
+
+
 def test_repair_helps_on_new_inputs():
     model, new = net(), torch.randn(500, 8, generator=torch.Generator().manual_seed(2))
     bare, small = (sparsereg.shrink(model, X, target_macs=0.5, repair=r) for r in (False, True))
