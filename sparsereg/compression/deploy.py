@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -224,7 +223,7 @@ def write_onnx(network: nn.Module, example_input: Any, path: Path, any_length: b
     check_packages(".onnx")
     import onnx
 
-    args, kwargs = _to_trace(example_input)
+    args, kwargs = to_trace(example_input)
     with quiet(_EXPORTERS, logging.ERROR), torch.inference_mode(False), torch.no_grad(), recurrent_in_one():
         try:
             traced = _exported(_with_means(network), args, kwargs, any_length)
@@ -235,44 +234,6 @@ def write_onnx(network: nn.Module, example_input: Any, path: Path, any_length: b
             return write_onnx(network, example_input, path, any_length=False)
         assert made is not None
         onnx.save(_named(made.model_proto, _is_batch(example_input)), path)
-
-
-def onnx_like(content: bytes, network: nn.Module, example_input: Any) -> bytes | None:
-    """Return an ONNX file of a network, made from that of another one which runs the same operations.
-
-    That takes a hundredth of the time of an export. The weights are those of the network; the answers of the
-    file are compared with its own.
-
-    Args:
-        content: of the other one's file.
-        network: in eval mode.
-        example_input: a batch as it takes it.
-
-    Returns:
-        None if the file gives other answers, because something else of the other network is in it, too.
-    """
-    import onnx
-
-    model = onnx.load_from_string(content)
-    own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    for given in model.graph.initializer:
-        if given.name in own:
-            given.CopyFrom(onnx.numpy_helper.from_array(own[given.name].detach().cpu().numpy(), given.name))
-    _flatten_any(model)
-    del model.graph.value_info[:]  # sizes in between are the other one's
-    made: bytes = model.SerializeToString()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "network.onnx"
-            path.write_bytes(made)
-            file = _load_onnx(path)
-        if file is None:
-            return None
-        _check(network, file, example_input, path.name)
-    except Exception as error:  # of all kinds, of a runtime that finds that sizes do not fit
-        logger.debug("the file of another network does not serve %s: %s", type(network).__name__, error)
-        return None
-    return made
 
 
 def _with_means(network: nn.Module) -> nn.Module:
@@ -288,20 +249,6 @@ def _with_means(network: nn.Module) -> nn.Module:
             node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], [-2, -1], True)
     made.recompile()
     return made
-
-
-def _flatten_any(model: "onnx.ModelProto") -> None:
-    """Let what makes one row of each example, of a number that is written down, do so whatever that is."""
-    import onnx
-
-    values = {given.name: given for given in model.graph.initializer}
-    for node in model.graph.node:
-        size = values.get(node.input[1]) if node.op_type == "Reshape" else None
-        if size is not None and len(shape := onnx.numpy_helper.to_array(size)) == 2 and shape[0] == -1:
-            size.CopyFrom(onnx.numpy_helper.from_array(np.array([0, -1]), size.name))
-            for attribute in node.attribute:
-                if attribute.name == "allowzero":
-                    attribute.i = 0
 
 
 def _exported(
@@ -340,7 +287,7 @@ def _is_batch(example_input: Any) -> bool:
     return len({x.shape[:1] for x in leaves if isinstance(x, Tensor)}) == 1
 
 
-def _to_trace(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def to_trace(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copies of inputs to trace with, which any mode of autograd takes: of batches, two examples or more."""
     batched = _is_batch(example_input)
 
@@ -369,13 +316,17 @@ def _dynamic(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 
 def _load_onnx(path: Path) -> File | None:
-    """Run the file with onnxruntime; nothing to check where that is not installed."""
+    return _run_onnx(path.read_bytes())
+
+
+def _run_onnx(content: bytes) -> File | None:
+    """Run a file with onnxruntime; nothing to check where that is not installed."""
     try:
         import onnxruntime
     except ImportError:
         logger.warning("onnxruntime is not installed, so the ONNX file was not checked")
         return None
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
 
     def answer(example_input: Any) -> tuple[Tensor, ...]:
@@ -410,7 +361,7 @@ def _load_openvino(path: Path) -> File:
 
 
 def _write_pt2(network: nn.Module, example_input: Any, path: Path, any_length: bool) -> None:
-    args, kwargs = _to_trace(example_input)
+    args, kwargs = to_trace(example_input)
     with recurrent_in_one():
         traced = _exported(network, args, kwargs, any_length)
     torch.export.save(traced, path)
@@ -443,6 +394,23 @@ _WRITERS: dict[
 
 def _exact(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     return tensors_in(exactly(network, args, kwargs))
+
+
+def check_file(network: nn.Module, content: bytes, example_input: Any) -> None:
+    """Compare an ONNX file with a network, as ``export`` does.
+
+    Args:
+        network: in eval mode.
+        content: of the file.
+        example_input: a batch as they take it.
+
+    Raises:
+        RuntimeError: it gives other answers, or there is no onnxruntime to try it with.
+    """
+    file = _run_onnx(content)
+    if file is None:
+        raise RuntimeError("a file cannot be compared without onnxruntime")
+    _check(network, file, example_input, "the file")
 
 
 def _check(network: nn.Module, file: File, example_input: Any, name: str) -> None:

@@ -1,19 +1,23 @@
 """Networks that run the same operations: what is made for one serves the other with its own weights."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import fx, nn
 
 import sparsereg
-from sparsereg.compression import compact, fuse
-from sparsereg.compression.alike import alike
+from sparsereg.compression import compact, fuse, refill
+from sparsereg.compression.alike import alike, operations
 from sparsereg.compression.deploy import TOLERANCE
 from sparsereg.compression.oneshot.ranked import opened_
 from sparsereg.compression.timing.runtimes import Loaders
 from sparsereg.compression.units import program as programs
 from sparsereg.compression.verify import difference
+from sparsereg.model.gpt import GPT
+from sparsereg.model.transformer import Shape
+from sparsereg.model.vit import ViT
 from sparsereg.penalties import hard_concretes
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -25,13 +29,13 @@ def network(width: int, **settings) -> fx.GraphModule:
     return fx.symbolic_trace(nn.Sequential(*layers, nn.Linear(width, 4)).eval())
 
 
-class Reshaped(nn.Module):
+class Folded(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.width, self.one, self.two = width, nn.Linear(6, width), nn.Linear(width, 2)
+        self.width = width
 
     def forward(self, x):
-        return self.two(self.one(x).reshape(-1, self.width))
+        return x.reshape(-1, 2, self.width // 2).transpose(1, 2).reshape(-1, self.width)
 
 
 def test_only_sizes_of_weights_may_differ():
@@ -40,11 +44,17 @@ def test_only_sizes_of_weights_may_differ():
     assert not alike(network(6), network(6, stride=2))
     assert not alike(network(6), network(6, bias=False))
     assert not alike(network(6), network(6).double())
-    # A width that an operation is told is no size of a weight alone.
-    assert not alike(*(fx.symbolic_trace(Reshaped(width)) for width in (4, 3)))
-    assert alike(*(fx.symbolic_trace(Reshaped(4)) for _ in range(2)))
-    norms = (fx.symbolic_trace(nn.Sequential(nn.Linear(3, n), nn.LayerNorm(n))) for n in (4, 5))
-    assert not alike(*norms)
+
+
+@pytest.mark.parametrize("told", [nn.LayerNorm, nn.RMSNorm, Folded], ids=lambda layer: layer.__name__)
+def test_sizes_that_operations_are_told_may_differ_in_files_and_not_in_traces(told):
+    one, other = (
+        compact(nn.Sequential(nn.Linear(3, n), told(n), nn.Linear(n, 2)).eval(), torch.randn(2, 3))
+        for n in (4, 6)
+    )
+    assert alike(one, other)
+    assert operations(one) != operations(other)
+    assert operations(one) == operations(copy.deepcopy(one))
 
 
 def smaller(model: nn.Module, shut: int) -> fx.GraphModule:
@@ -54,6 +64,27 @@ def smaller(model: nn.Module, shut: int) -> fx.GraphModule:
         for gates in hard_concretes(gated).values():
             gates.log_alpha[:shut] = -10.0
     return compact(gated, X[:1])
+
+
+def small_vit() -> tuple[nn.Module, torch.Tensor]:
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return sparsereg.gate(ViT(3, (1, 8, 8), 4, Shape(width=16, depth=2, heads=2)).eval(), x), x
+
+
+def small_gpt() -> tuple[nn.Module, torch.Tensor]:
+    x = torch.randint(0, 20, (2, 6), generator=torch.Generator().manual_seed(0))
+    return sparsereg.gate(GPT(20, 6, Shape(width=16, depth=2, heads=2)).eval(), x), x
+
+
+def shaken_(gated: nn.Module, shut: int) -> nn.Module:
+    """Other weights, as training brings, and so many units shut in each group but of heads and blocks."""
+    generator = torch.Generator().manual_seed(shut)
+    with torch.no_grad():
+        for weight in gated.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator) / 4)
+        for gates in hard_concretes(gated).values():
+            gates.log_alpha.fill_(20.0)[: shut if len(gates.log_alpha) > 2 else 0] = -20.0
+    return gated
 
 
 def plain() -> nn.Sequential:
@@ -98,27 +129,62 @@ def test_another_network_is_traced_anew(monkeypatch, change):
         assert programs._with_other_weights(before, second, (X[:1, :, :7],), {}) is None
 
 
-@pytest.mark.costly
-def test_one_file_is_written_for_networks_that_are_alike(monkeypatch):
+@pytest.fixture
+def written(monkeypatch) -> list[Any]:
+    """One entry for each file that is written and not made from another one."""
     pytest.importorskip("onnxruntime")
-    written = []
-    write = Loaders.onnx.__globals__["write_onnx"]
-    monkeypatch.setitem(Loaders.onnx.__globals__, "write_onnx", lambda *a: written.append(1) or write(*a))
+    written: list[Any] = []
+    write = refill.write_onnx
+    monkeypatch.setattr(refill, "write_onnx", lambda *given: written.append(given) or write(*given))
+    return written
+
+
+def runs_as(network: nn.Module, loaders: Loaders, x: torch.Tensor) -> bool:
+    """Whether the file that is timed answers as the network."""
+    loaded = loaders.load(network, "onnxruntime")
+    (answer,) = loaded.tensors(loaded.run(loaded.prepare(x)))
+    return difference(network(x), answer) < TOLERANCE
+
+
+@pytest.mark.costly
+def test_one_file_is_written_for_networks_that_are_alike(written):
     loaders = Loaders(X[:1], threads=1)
     first = smaller(plain(), 3)
     for net in (first, smaller(first, 2), network(7, stride=2)):
-        loaded = loaders.load(fused := fuse(net), "onnxruntime")
-        (answer,) = loaded.tensors(loaded.run(loaded.prepare(X)))
-        assert difference(fused(X), answer) < TOLERANCE
+        assert runs_as(fuse(net), loaders, X)
     assert len(written) == 2  # the last one runs other operations
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("build", [small_vit, small_gpt])
+def test_one_file_is_written_for_transformers_of_several_sizes(written, build, capfd):
+    gated, x = build()
+    loaders, before = Loaders(x[:1], threads=1), None
+    for shut in (1, 2, 3):
+        net = fuse(compact(shaken_(gated, shut), x))
+        assert runs_as(net, loaders, x)
+        if before is not None:
+            loaders.forget(before)  # the next one is made of one that was made of another one
+        before = net
+    assert len(written) == 1
+    assert "initializer" not in capfd.readouterr().err  # a runtime's warning about what nobody reads
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("wrong", ["_take_weights", "_take_sizes"])
+def test_a_file_with_something_of_the_other_network_is_not_taken(written, monkeypatch, wrong):
+    monkeypatch.setattr(refill, wrong, lambda *_: None)
+    gated, x = small_vit()
+    loaders = Loaders(x[:1], threads=1)
+    for shut in (1, 2):
+        assert runs_as(fuse(compact(shaken_(gated, shut), x)), loaders, x)
+    assert len(written) == 2
 
 
 @pytest.mark.costly
 def test_a_file_that_gives_other_answers_is_written_anew(monkeypatch):
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr("sparsereg.compression.timing.runtimes.alike", lambda *_: True)
+    monkeypatch.setattr(refill, "alike", lambda *_: True)
     loaders = Loaders(X[:1], threads=1)
     for net in (network(6), network(6, padding_mode="reflect")):
-        loaded = loaders.load(fuse(net), "onnxruntime")
-        (answer,) = loaded.tensors(loaded.run(loaded.prepare(X)))
-        assert difference(net(X), answer) < TOLERANCE
+        assert runs_as(fuse(net), loaders, X)

@@ -74,7 +74,7 @@ def shrink(
         families: which kinds of units may go; see ``sparsereg.gate``.
         round_to: see ``compact``; the budget is met before.
         seed: of what is drawn.
-        progress: show a bar on a terminal.
+        progress: show bars on a terminal.
 
     Returns:
         The compacted network, as ``compact`` returns it.
@@ -95,7 +95,7 @@ def shrink(
         raise ValueError(
             f"importance must be one of {', '.join(known)}, got {importance!r}{nearest(importance, known)}"
         )
-    measured = _measured(cost, kept, runtime, threads, batch, shares, round_to)
+    measured = _measured(cost, kept, runtime, threads, batch, shares, round_to, progress)
     batches = read_inputs(model, data, num_inputs, BATCH)
     example = torch.utils._pytree.tree_map(_first, batches[0])
     plain = compact(model, example) if hard_concretes(model) else model
@@ -121,6 +121,7 @@ def _measured(
     batch: int,
     shares: Sequence[Share],
     round_to: int,
+    progress: bool,
 ) -> Measured | None:
     """What makes the budget of a network in milliseconds; None for other budgets.
 
@@ -145,7 +146,14 @@ def _measured(
 
     def budget(accountant: Accountant, example: Any) -> Budget:
         return latency_budget(
-            accountant, example, target, runtime=runtime, threads=threads, batch=batch, shares=shares
+            accountant,
+            example,
+            target,
+            runtime=runtime,
+            threads=threads,
+            batch=batch,
+            shares=shares,
+            progress=progress,
         )
 
     return budget

@@ -9,12 +9,10 @@ the least squares; here by whole layers, with the ridge chosen on inputs that we
 """
 
 import functools
-import importlib.util
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +26,7 @@ from sparsereg.compression.oneshot.origins import Origins, Places
 from sparsereg.compression.oneshot.readers import Reader, readers
 from sparsereg.compression.running import Example, copied
 from sparsereg.compression.walk import Route, Walk
+from sparsereg.progress import bar
 
 log = logging.getLogger(__name__)
 
@@ -232,25 +231,6 @@ def _serves(weight: Tensor, reader: Reader, places: Tensor) -> bool:
     return inputs <= WIDEST and not sparse and (whole if reader.groups > 1 else bool((places >= 0).any()))
 
 
-class _Silent:
-    """In place of a bar."""
-
-    def update(self, steps: int) -> None:
-        """Say nothing."""
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Any]:
-    """A bar of layers, where there is a terminal and tqdm is installed."""
-    if not shown or importlib.util.find_spec("tqdm") is None:
-        yield _Silent()
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="repair", unit="layer", leave=False, delay=1, disable=None) as bar:
-        yield bar
-
-
 class _Inputs:
     """Batches on their way through networks.
 
@@ -279,7 +259,7 @@ def _run(teacher: fx.GraphModule, repairs: "Sequence[_Repair]", inputs: _Inputs,
     walk = inputs.through(teacher)
     targets = {target for repair in repairs for target in repair.tasks}
     order = [node for node in teacher.graph.nodes if node in targets]
-    with _bar(len(order), progress) as bar:
+    with bar("repair", "layer", len(order), progress) as steps:
         for target in order:
             started = [(repair, *repair.start(target)) for repair in repairs if target in repair.tasks]
             for i in range(len(inputs.batches)):
@@ -288,7 +268,7 @@ def _run(teacher: fx.GraphModule, repairs: "Sequence[_Repair]", inputs: _Inputs,
                     repair.add(i, target, wanted, train, held)
             for repair, train, held in started:
                 repair.solve(target, train, held)
-            bar.update(1)
+            steps.update(1)
     for repair in repairs:
         done = f"{repair.changed} of {len(repair.tasks)}"
         log.info("%s layers repaired on %d inputs", done, inputs.first[-1])

@@ -35,6 +35,7 @@ from sparsereg.compression.timing.widths import Widths
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.distributions import HardConcrete, gate_median
 from sparsereg.errors import InputError
+from sparsereg.progress import bar
 from sparsereg.target_settings import Share
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Milliseconds:
         runtime: one of ``sparsereg.compression.timing.runtimes.RUNTIMES``.
         threads: how many may compute.
         batch: examples in a call.
+        progress: show a bar on a terminal while layers are timed.
 
     Raises:
         InputError: the runtime is not installed.
@@ -80,7 +82,13 @@ class Milliseconds:
     counted = False  # but measured, with noise: a little above the target is as near as a little below
 
     def __init__(
-        self, accountant: Accountant, example_input: Any, runtime: str, threads: int, batch: int
+        self,
+        accountant: Accountant,
+        example_input: Any,
+        runtime: str,
+        threads: int,
+        batch: int,
+        progress: bool = False,
     ) -> None:
         check_runtime(runtime)
         self.what = f"{runtime}, {threads} thread{'s' * (threads > 1)}, batch {batch}"
@@ -91,8 +99,12 @@ class Milliseconds:
         self._of_whole: list[float] = []
         self._widths = Widths(accountant)
         clock = Clock(runtime, threads, batch)
-        with torch_threads(threads):
-            self._grids = [clock.grid(layer) for layer in self._widths.layers]
+        self._grids = []
+        layers = self._widths.layers
+        with torch_threads(threads), bar("timing layers", "layer", len(layers), progress) as steps:
+            for layer in layers:
+                self._grids.append(clock.grid(layer))
+                steps.update(1)
         clock.save()
         self.full = self.floor = math.nan
         self._scale, self._rate = 1.0, 0.0
@@ -310,6 +322,7 @@ class MeasuredBudget(Budget):
         integral_gain: of the multiplier.
         shares: what parts of the network may cost.
         round_to: see ``sparsereg.compression.budget.meet_``.
+        progress: show a bar on a terminal while networks are measured.
 
     Attributes:
         reached: what was measured last by ``meet``; None before.
@@ -328,8 +341,10 @@ class MeasuredBudget(Budget):
         integral_gain: float = 0.01,
         shares: Sequence[Share] = (),
         round_to: int = 1,
+        progress: bool = False,
     ) -> None:
         self.measured, self.target, self.example_input = cost, target, example_input
+        self._progress = progress
         self.reached: float | None = None
         self._smallest = "with all gates shut"
         super().__init__(accountant, cost.key, 1.0, proportional_gain, integral_gain, shares, round_to)
@@ -391,21 +406,21 @@ class MeasuredBudget(Budget):
 
     def meet(self) -> None:
         """Set the gates so that the compacted network takes what it may: set, measure, correct, repeat."""
-        with _plain_tensors():
-            self._meet()
+        with _plain_tensors(), bar("measuring networks", "network", None, self._progress) as steps:
+            self._meet(steps)
 
-    def _meet(self) -> None:
+    def _meet(self, steps: Any) -> None:
         gates, cost = self.accountant.gates, self.measured
         start = [gate.log_alpha.clone() for gate in gates]
         known: dict[bytes, float] = {}
-        found = self._search(start, known)
+        found = self._search(start, known, steps)
         nearest = min(found, key=lambda one: one.error)
         for _ in range(_LAYERS):
             held = None if nearest.error <= TOLERANCE else self._without_step(start, found)
             if held is None:
                 break
             start = held
-            found += self._search(start, known)
+            found += self._search(start, known, steps)
             nearest = min(found, key=lambda one: one.error)
         self.reached, self.met = nearest.value, True
         _restore(gates, nearest.gates)
@@ -418,12 +433,13 @@ class MeasuredBudget(Budget):
                 cost.unit,
             )
 
-    def _search(self, start: Sequence[Tensor], known: dict[bytes, float]) -> list["_Trial"]:
+    def _search(self, start: Sequence[Tensor], known: dict[bytes, float], steps: Any) -> list["_Trial"]:
         """Correct the share that the model may keep until what is measured is what was asked for.
 
         Args:
             start: locations of the gates, whose order is kept.
             known: what was measured, by the gates that are open; added to.
+            steps: a bar of what is measured.
         """
         gates, cost = self.accountant.gates, self.measured
         found: list[_Trial] = []
@@ -436,6 +452,8 @@ class MeasuredBudget(Budget):
             if open_ not in known:
                 known[open_] = cost.measure(self._compacted(), self.target)
                 log.info("%s=%g: measured %.4g %s", cost.key, self.target, known[open_], cost.unit)
+                steps.set_postfix_str(f"{known[open_]:.4g} of {self.target:g} {cost.unit}")
+                steps.update(1)
             value = known[open_]
             error = value / self.target - 1
             off = math.inf if error > 0 and cost.counted else abs(error)
@@ -521,6 +539,7 @@ def latency_budget(
     threads: int = 1,
     batch: int = 1,
     shares: Sequence[Share] = (),
+    progress: bool = False,
 ) -> MeasuredBudget:
     """Return the budget of a network in milliseconds, for a loop of yours.
 
@@ -534,13 +553,12 @@ def latency_budget(
         threads: how many may compute.
         batch: examples in a call.
         shares: what parts of the network may cost.
+        progress: show bars on a terminal.
 
     Raises:
         InputError: the runtime is not installed, or the network cannot be that fast, or already is.
     """
-    cost = Milliseconds(
-        accountant, example_input, default_runtime() if runtime is None else runtime, threads, batch
-    )
-    return MeasuredBudget(
-        accountant, cost, milliseconds, example_input, proportional_gain, integral_gain, shares
-    )
+    where = default_runtime() if runtime is None else runtime
+    cost = Milliseconds(accountant, example_input, where, threads, batch, progress)
+    gains = proportional_gain, integral_gain
+    return MeasuredBudget(accountant, cost, milliseconds, example_input, *gains, shares, progress=progress)

@@ -1,7 +1,6 @@
 """Where a network runs: PyTorch as it is or compiled, onnxruntime, OpenVINO; from memory or from its file."""
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from sparsereg.compression.alike import alike
-from sparsereg.compression.deploy import Flat, flat_inputs, onnx_like, write_onnx
+from sparsereg.compression.deploy import Flat, flat_inputs
+from sparsereg.compression.refill import Written, onnx_like, write
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.errors import InputError
 
@@ -39,7 +38,7 @@ class Loaded:
 class Loaders:
     """Makes networks run; remembers the ONNX file of each network in memory, which takes seconds to write.
 
-    Of networks that run the same operations one file is written, which the others fill with their weights.
+    Of networks that run the same operations one file is written, filled with the weights and sizes of each.
 
     Args:
         example_input: a batch as the networks take it.
@@ -49,7 +48,7 @@ class Loaders:
     def __init__(self, example_input: Any, threads: int) -> None:
         self.example_input = example_input
         self.threads = threads
-        self._onnx: dict[tuple[int, bool], tuple[nn.Module, bytes]] = {}
+        self._onnx: dict[tuple[int, bool], Written] = {}
         self._compiled: tuple[nn.Module, Loaded] | None = None
 
     def load(self, source: Source, runtime: str) -> Loaded:
@@ -99,23 +98,16 @@ class Loaders:
         if isinstance(source, Path):
             return source.read_bytes()
         key = id(source), any_length
-        if key not in self._onnx and (made := self._like_another(source, any_length)) is not None:
-            self._onnx[key] = source, made
         if key not in self._onnx:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "network.onnx"
-                write_onnx(source, self.example_input, path, any_length)
-                self._onnx[key] = source, path.read_bytes()
-        return self._onnx[key][1]
+            made = self._like_another(source, any_length)
+            self._onnx[key] = made or write(source, self.example_input, any_length)
+        return self._onnx[key].content
 
-    def _like_another(self, network: Source, any_length: bool) -> bytes | None:
+    def _like_another(self, network: nn.Module, any_length: bool) -> Written | None:
         """The file of a network that runs the operations of one whose file there is."""
-        for (_, length), (other, content) in self._onnx.items():
-            if length != any_length or not isinstance(network, fx.GraphModule):
-                continue
-            if isinstance(other, fx.GraphModule) and alike(network, other):
-                return onnx_like(content, network, self.example_input)
-        return None
+        others = (written for (_, length), written in self._onnx.items() if length == any_length)
+        found = (onnx_like(written, network, self.example_input) for written in others)
+        return next((made for made in found if made is not None), None)
 
 
 def check_runtime(runtime: str) -> None:

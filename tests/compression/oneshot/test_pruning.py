@@ -335,7 +335,7 @@ def test_milliseconds_are_met_by_measuring(monkeypatch):
     monkeypatch.setattr(pruning, "latency_budget", budget)
     how = {"runtime": "eager", "threads": 2, "batch": 3}
     small = sparsereg.shrink(net(), X, target_latency_ms=0.004, **how)
-    assert told == {**how, "target": 0.004, "shares": ()}
+    assert told == {**how, "target": 0.004, "shares": (), "progress": True}
     left = 4e-6 * sum(p.numel() for p in small.parameters()) + peak_megabytes(small, X[:1])
     assert 0.96 * 0.004 <= left <= 0.004  # a unit is up to 3 % of it
     # Repaired as ever: other weights than those that the network has.
