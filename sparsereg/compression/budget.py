@@ -388,8 +388,9 @@ def meet_all_(
         kept: share of it that may stay.
         parts: with budgets of their own.
         round_to: see ``meet_``.
-        pass_over: let a gate stay open, such as that of a whole block, if without it much less would be left
-            than may be, and shut the next ones instead; for gates that were all open.
+        pass_over: whether all gates were open before, so that any may stay so: where without the gate that
+            is shut last, such as that of a whole block, much less would be left than may be, it stays open,
+            and the next ones are shut instead. Else only gates that training has left open.
 
     Returns:
         The share of the network's cost that stays; 1 without one.
@@ -402,8 +403,8 @@ def meet_all_(
 
     def meet_whole() -> None:
         if cost is not None:
-            meet = ranked.meet_passing_over_ if pass_over else ranked.meet_
-            meet(whole, kept, _without([part.own for part in held], accountant.gates))
+            movable = _without([part.own for part in held], accountant.gates)
+            ranked.meet_passing_over_(whole, kept, movable, -math.inf if pass_over else 0.0)
 
     for _ in range(ROUNDS if parts else 1):
         meet_whole()
@@ -524,15 +525,23 @@ class _Ranked:
         candidates = below.indices[below.values > -math.inf].tolist()
         return self._fill(share, kept, reached, candidates, movable)
 
-    def meet_passing_over_(self, share: Callable[[], float], kept: float, movable: Places) -> float:
+    def meet_passing_over_(
+        self, share: Callable[[], float], kept: float, movable: Places, least: float
+    ) -> float:
         """The same; the last gate that is shut stays open while without it much less is left than may be.
 
         The next ones in the order are shut instead, if more of what may be is left then.
+
+        Args:
+            share: of a cost that stays now.
+            kept: share of it that may stay.
+            movable: the gates that may be set.
+            least: log odds above which a gate may stay open.
         """
         reached = self.meet_(share, kept, movable)
         best, found = [gate.log_alpha.clone() for gate in self.gates], reached
         for _ in range(PASSED_OVER):
-            if found >= ROOM * kept or reached > kept or self.level == -math.inf:
+            if found >= ROOM * kept or reached > kept or self.level <= least:
                 break
             last = [own & (odds == self.level) for own, odds in zip(movable, self.odds, strict=True)]
             for gate, opened, own in zip(self.gates, self.opened, last, strict=True):

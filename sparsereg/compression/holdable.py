@@ -2,7 +2,8 @@
 
 Some places behind each gate are taken out, and ``restore_class`` looks for the arguments with which the class
 has that shape: first gate by gate, since one argument may tie two of them, then for all together, with the
-same answers. Which places is drawn, so that what is left is no multiple of anything.
+same answers; of very large networks the shapes have to do. Which places is drawn, so that what is left is no
+multiple of anything.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from sparsereg.compression.restore import Restorer, recipe_of, weights_left
@@ -23,8 +25,11 @@ from sparsereg.errors import InputError
 log = logging.getLogger(__name__)
 
 Key = TypeVar("Key", bound=Hashable)
+ANSWERING = 2e8
+"""Parameters up to which a network's class is made, and asked for its answers, in float64."""
 
 
+@torch.random.fork_rng()  # a class draws its weights
 def not_held(
     model: nn.Module,
     analysis: Analysis,
@@ -83,16 +88,20 @@ class _Tried:
         self.model, self.analysis, self.example = model, analysis, example
         own = dict(model.named_parameters(remove_duplicate=False))
         self.restorer = Restorer(model, recipe_of(model, None), {n: p.detach() for n, p in own.items()})
-        self.restorer.built({})
+        self.answers = sum(p.numel() for p in model.parameters()) <= ANSWERING
+        self._shapes = [(node, weight.to("meta")) for node, weight in analysis.program.weights.items()]
+        if self.answers:
+            self.restorer.built({})
 
     def refused(self, gone: set[int]) -> str:
         """Why the class cannot be without some choices; empty if it can."""
         if not gone:
             return ""
-        cut = Cut(self.analysis.units, gone)
         try:
-            self.restorer.of(self._left(cut)).arguments()
-            smaller = Emitter(cut, self.model).module()
+            self.restorer.of(self._left(gone)).arguments()
+            if not self.answers:
+                return ""
+            smaller = Emitter(Cut(self.analysis.units, gone), self.model).module()
             self.restorer.of(weights_left(smaller, self.model)).restored(smaller, self.example)
         except InputError as error:
             return str(error).removeprefix("restore_class: ").partition(" now; train with")[0]
@@ -100,10 +109,11 @@ class _Tried:
 
     def left(self, gone: set[int]) -> int:
         """How many parameters there are without some choices."""
-        return Cut(self.analysis.units, gone).num_parameters
+        return Cut(self.analysis.units, gone, self._shapes).num_parameters
 
-    def _left(self, cut: Cut) -> dict[str, Tensor]:
-        """What is left of each parameter, under all of its names."""
+    def _left(self, gone: set[int]) -> dict[str, Tensor]:
+        """What is left of each parameter, under all of its names; without memory."""
+        cut = Cut(self.analysis.units, gone, self._shapes)
         named = dict(self.model.named_parameters(remove_duplicate=False))
         names = self.analysis.program.names.items()
         left = {id(named[name]): cut.weights[node] for node, name in names if name in named}

@@ -7,9 +7,9 @@ import torch
 import torchvision
 from torch import nn
 
-from sparsereg.compression import compact, count, gate, restore_class
+from sparsereg.compression import compact, count, gate, holdable, restore_class
 from sparsereg.compression.recipe import shapes_of
-from sparsereg.compression.restore import recipe_of
+from sparsereg.compression.restore import Restorer, recipe_of
 from sparsereg.compression.running import tensors_in
 from sparsereg.compression.verify import difference
 from sparsereg.errors import InputError
@@ -478,8 +478,11 @@ def gate_sizes(network):
 
 def test_gates_that_the_class_cannot_hold_are_left_out_before_training(caplog):
     torch.manual_seed(0)
-    x = torch.randn(5, 4)
-    gated = gate(Tied().eval(), x, shape="uniform", jitter=0.0)
+    x, before = torch.randn(5, 4), torch.get_rng_state()
+    network = Tied().eval()
+    torch.set_rng_state(before)
+    gated = gate(network, x, shape="uniform", jitter=0.0)
+    assert torch.equal(torch.get_rng_state(), before)
     assert gate_sizes(gated) == [9]
     (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "Tied cannot hold what 2 of 3 gates would leave, which get none" in said
@@ -489,6 +492,12 @@ def test_gates_that_the_class_cannot_hold_are_left_out_before_training(caplog):
     assert type(restored) is Tied
     assert restored.three.out_features == 5
     assert same(gated, restored, x) < 1e-5
+
+
+def test_of_very_large_networks_the_shapes_are_tried(monkeypatch):
+    monkeypatch.setattr(holdable, "ANSWERING", 1)
+    monkeypatch.setattr(Restorer, "made", None)
+    assert gate_sizes(gate(Tied().eval(), torch.randn(5, 4), shape="uniform")) == [9]
 
 
 def test_gates_that_are_asked_for_are_put_in_with_a_warning(caplog):

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+import sparsereg
 from sparsereg.compression import Accountant, count, load_compacted
-from sparsereg.compression.budget import Constraint, Multiplier, exact_share, meet_
+from sparsereg.compression.budget import Constraint, Multiplier, exact_share, meet_, meet_all_
 from sparsereg.data import build as data_of
 from sparsereg.data.form import Form
+from sparsereg.distributions import shift
 from sparsereg.penalties import expected_l0, hard_concretes
 from sparsereg.target_settings import falling
 from sparsereg.training.build import unchanging
@@ -114,6 +116,34 @@ def test_widths_are_multiples_where_gates_open_together(round_to):
         assert int(is_open.sum()) in {*range(0, whole, round_to), whole}
         if 0 < is_open.sum() < whole:  # within a layer the likeliest stay
             assert before[path][is_open].min() >= before[path][~is_open].max()
+
+
+class Branch(nn.Module):
+    """Nearly all of it is one branch of a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(6, 10), nn.Linear(10, 3)
+        self.branch = nn.Sequential(nn.Linear(10, 80), nn.ReLU(), nn.Linear(80, 10))
+
+    def forward(self, x):
+        x = self.into(x).relu()
+        return self.out(x + self.branch(x))
+
+
+@pytest.mark.parametrize(("odds", "stays"), [(0.4, True), (-0.4, False)])
+def test_a_block_that_training_left_open_stays_where_without_it_too_little_would(odds, stays):
+    """It is the first to go, and all units behind it are wide open."""
+    torch.manual_seed(0)
+    network = sparsereg.gate(Branch().eval(), torch.randn(4, 6))
+    for name, gates in hard_concretes(network).items():
+        middle = shift(gates.temperature, gates.gamma, gates.zeta)
+        places = torch.linspace(1, 5, gates.gate_size[0])
+        gates.log_alpha.data = middle + (torch.tensor([odds]) if "blocks" in name else places)
+    accountant = Accountant(network, torch.randn(4, 6))
+    reached = meet_all_(accountant, "parameters", 0.5, [])
+    assert (0.475 < reached <= 0.5) is stays
+    assert (reached < 0.2) is not stays
 
 
 def test_meeting_the_target_hardly_changes_the_output():
