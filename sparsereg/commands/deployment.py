@@ -25,7 +25,7 @@ from sparsereg.compression import (
 from sparsereg.compression.deploy import check_packages, write_onnx
 from sparsereg.compression.oneshot.pruning import shrink
 from sparsereg.compression.quantization import CALIBRATION_EXAMPLES
-from sparsereg.compression.timing.latency import HEADER, Latency
+from sparsereg.compression.timing.latency import HEADER, Latency, in_words
 from sparsereg.compression.timing.rounding import fastest_rounding
 from sparsereg.compression.timing.runtimes import Loaders, Source, check_runtime, default_runtime, installed
 from sparsereg.data.batches import call, only
@@ -234,7 +234,8 @@ class HandOver:
                 on_step=lambda what: print(f"trying {what} ...", flush=True),
             )
         for row in rows:
-            print(f"  round_to={row.model:4s}{row.runtime:>12s}{row.batch:5d}{row.seconds * 1e3:10.2f} ms")
+            took = in_words(row.seconds * 1e3)
+            print(f"  round_to={row.model:4s}{row.runtime:>12s}{row.batch:5d}{took:>10s} ms")
         print(f"round_to={best} is the fastest", flush=True)
         self.results["round_to_timings"] = [asdict(row) for row in rows]
         return best

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sparsereg.compression.timing.latency import Timing
+from sparsereg.compression.timing.latency import Timing, in_words
 from sparsereg.training.tasks.task import SHARES, Task
 
 NAMES = {
@@ -198,7 +198,8 @@ def table(artefacts: Sequence[Artefact], task: Task, measured_on: str, ship: str
         figure = a.figures.get(f"test_{task.figure}")
         cells = [_text(figure, ".4f", 16), _text(a.parameters, ",", 13), _text(a.macs, ",", 15)]
         cells.append(_text(a.megabytes, ".3f", 9))
-        cells += [_text(a.milliseconds.get(runtime, {}).get(batch), ".2f", 16) for runtime, batch in timed]
+        times = (a.milliseconds.get(runtime, {}).get(batch) for runtime, batch in timed)
+        cells += [f"{'-' if ms is None else in_words(ms):>16s}" for ms in times]
         lines.append(f"{a.name:10s}{''.join(cells)}")
     lines.append(
         f"{word} on {measured_on}" + ("; ms for a batch of the size in the heading" if timed else "")

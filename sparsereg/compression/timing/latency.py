@@ -68,9 +68,19 @@ class Timing:
     @property
     def text(self) -> str:
         """The row of a table, see ``Latency.table``."""
-        spread = f"{self.low * 1e3:.2f} - {self.high * 1e3:.2f}"
-        time_ = f"{self.seconds * 1e3:10.2f}{spread:>18s}{self.runs:6d}"
+        spread = f"{in_words(self.low * 1e3)} - {in_words(self.high * 1e3)}"
+        time_ = f"{in_words(self.seconds * 1e3):>10s}{spread:>18s}{self.runs:6d}"
         return f"{self.model:24s}{self.runtime:>12s}{self.batch:7d}{time_}{self.speedup:9.2f}"
+
+
+def in_words(milliseconds: float) -> str:
+    """Two digits behind the point, and three digits of what is less than one.
+
+    Example:
+        >>> in_words(12.345), in_words(0.02345)
+        ('12.35', '0.0234')
+    """
+    return f"{milliseconds:,.2f}" if milliseconds >= 1 else f"{milliseconds:#.3g}"
 
 
 HEADER = (

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsereg.compression.timing.latency import in_words
 from sparsereg.files import write_text
 from sparsereg.page import page
 from sparsereg.page.page import known, number, percent, setting
@@ -89,7 +90,7 @@ def _figure(value: Any, task: Task) -> str:
 def _row(a: Artefact, task: Task, timed: Iterable[tuple[str, str]]) -> dict[str, Any]:
     times = [a.milliseconds.get(runtime, {}).get(batch) for runtime, batch in timed]
     figure = a.figures.get(f"test_{task.figure}")
-    shown = [{"value": ms, "shown": f"{ms:,.2f}" if known(ms) else ""} for ms in times]
+    shown = [{"value": ms, "shown": in_words(ms) if ms is not None and known(ms) else ""} for ms in times]
     return {**vars(a), "figure": figure, "shown": _figure(figure, task), "times": shown}
 
 

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from sparsereg.compression import benchmark, export
+from sparsereg.compression.timing.latency import Timing
 from sparsereg.compression.timing.rounding import fastest_rounding
 from sparsereg.compression.timing.runtimes import RUNTIMES, Loaders, batch_of, default_runtime
 from sparsereg.compression.verify import difference
@@ -36,6 +37,11 @@ def test_medians_speedups_and_order():
     assert "torch" in found.table()
     assert len(found.table().splitlines()) == 6
     assert list(found.to_frame()["runtime"]) == ["eager"] * 4
+
+
+def test_small_networks_are_told_apart():
+    rows = [Timing("n", "eager", 1, s, s, s, runs=3, speedup=1.0).text for s in (1.2e-5, 1.4e-5, 0.0123)]
+    assert [row.split()[3] for row in rows] == ["0.0120", "0.0140", "12.30"]
 
 
 def test_modes_come_back_and_the_plot_is_a_file(tmp_path):
