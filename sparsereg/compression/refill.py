@@ -68,9 +68,9 @@ def onnx_like(written: Written, network: nn.Module, example_input: Any) -> Writt
     if not alike(other, network):
         return None
     model = onnx.load_from_string(written.content)
-    _take_weights(model, _own(network), written.turned)
     del model.graph.value_info[:]  # sizes in between are the other one's
     try:
+        _take_weights(model, _own(network), written.turned)
         _take_sizes(model, _sizes(other, example_input), _sizes(network, example_input))
         content = model.SerializeToString()
         check_file(network, content, example_input)
@@ -78,6 +78,9 @@ def onnx_like(written: Written, network: nn.Module, example_input: Any) -> Writt
         logger.debug("the file of another network does not serve %s: %s", type(network).__name__, error)
         return None
     return replace(written, network=network, content=content)
+
+
+_OF_NUMPY = (torch.float16, torch.float32, torch.float64)
 
 
 def _own(network: nn.Module) -> dict[str, Tensor]:
@@ -89,7 +92,8 @@ def _turned(model: "onnx.ModelProto", own: dict[str, Tensor]) -> dict[str, str]:
     from onnx import numpy_helper
 
     found = {}
-    matrices = {name: w.detach().cpu().numpy().T for name, w in own.items() if w.dim() == 2}
+    plain = {name: w.detach().cpu() for name, w in own.items() if w.dim() == 2 and w.dtype in _OF_NUMPY}
+    matrices = {name: w.numpy().T for name, w in plain.items() if w.layout is torch.strided}
     for given in model.graph.initializer:
         if given.name in own or len(given.dims) != 2:
             continue

@@ -182,6 +182,13 @@ def test_a_file_with_something_of_the_other_network_is_not_taken(written, monkey
 
 
 @pytest.mark.costly
+def test_files_are_also_written_of_numbers_that_numpy_does_not_know():
+    pytest.importorskip("onnxscript")
+    net = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 3))).bfloat16().eval()
+    assert refill.write(net, torch.ones(2, 4, 4, dtype=torch.bfloat16), any_length=False).content
+
+
+@pytest.mark.costly
 def test_a_file_that_gives_other_answers_is_written_anew(monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(refill, "alike", lambda *_: True)
