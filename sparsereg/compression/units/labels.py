@@ -221,9 +221,22 @@ class Axes:
         uneven = (most != least) & (most != BLANK)
         if uneven.any():
             rows = flat[uneven]
+            self._keep_parts(rows, why, node)
             tied = np.where(rows == BLANK, most[uneven][:, None], rows)
             self.equal(tied, np.broadcast_to(most[uneven][:, None], tied.shape), why, node)
         return np.asarray(most.reshape(tuple(shape)))
+
+    def _keep_parts(self, rows: Ints, why: str, node: fx.Node) -> None:
+        """Of units made of two, which differ along a row that is tied, the part that differs stays.
+
+        What comes of them has the places along that axis, and no label that tells which of them are left.
+        """
+        for first, *parts in self.products:
+            own = (rows >= first) & (rows < first + len(parts[0]))
+            for part in parts if own.any() else ():
+                made = np.where(own, part[np.where(own, rows - first, 0)], -1)
+                differs = np.where(own, made, made.max(1, keepdims=True)).min(1) != made.max(1)
+                self.fix(made[differs], why, node)
 
 
 def compacted(labels: Labels) -> Labels:

@@ -199,6 +199,36 @@ def test_a_norm_of_one_group_is_over_all_channels_that_stay():
     assert halved(net(), x) < 1e-12
 
 
+class States(nn.Module):
+    """Tokens are gathered into a few states, a layer goes over each, and they are handed out again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv1d(3, 12, 1), nn.Conv1d(12, 3, 1)
+        self.ways, self.layer = nn.Conv1d(12, 10, 1), nn.Conv1d(12, 12, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        into, back = self.ways(x).chunk(2, 1)
+        states = self.layer(x @ into.transpose(1, 2))
+        return self.last(x + states.tanh() @ back)
+
+
+def test_states_that_a_layer_goes_over_one_by_one_stay():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 7)
+    assert ("ways.weight", 0) not in free(States(), x)
+    assert free(States(), x)["first.weight", 0] == 12
+    gated = sparsereg.gate(States().double().eval(), x.double(), jitter=0.0)
+    for seed in range(3):
+        for i, gates in enumerate(hard_concretes(gated).values()):
+            generator = torch.Generator().manual_seed(10 * seed + i)
+            gates.log_alpha.data = 3 * torch.randn(gates.gate_size, generator=generator).double()
+        with torch.no_grad():
+            answers, left = gated(x.double()), sparsereg.compact(gated, x.double())(x.double())
+        assert difference([answers], [left]) < 1e-12
+
+
 @pytest.mark.parametrize(("into", "groups", "out"), [(12, 12, 12), (12, 12, 24), (12, 3, 18), (12, 4, 4)])
 def test_of_a_grouped_transposed_convolution_whole_groups_go(into, groups, out):
     def net():
