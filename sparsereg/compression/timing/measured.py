@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.batch_norm_folding import fuse
-from sparsereg.compression.budget import Budget, meet_all_
+from sparsereg.compression.budget import MARGIN, Budget, meet_all_
 from sparsereg.compression.compact import compact
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.running import copied
@@ -33,7 +33,7 @@ from sparsereg.compression.timing.runtimes import (
 from sparsereg.compression.timing.times import Clock, seconds_in_a_row
 from sparsereg.compression.timing.widths import Widths
 from sparsereg.compression.units.explain import inputs_of
-from sparsereg.distributions import HardConcrete, gate_median
+from sparsereg.distributions import HardConcrete, gate_median, log_alpha_at, shift
 from sparsereg.errors import InputError
 from sparsereg.progress import bar
 from sparsereg.target_settings import Share
@@ -415,6 +415,9 @@ class MeasuredBudget(Budget):
         known: dict[bytes, float] = {}
         found = self._search(start, known, steps)
         nearest = min(found, key=lambda one: one.error)
+        if nearest.error > TOLERANCE and not self.parts and self.round_to == 1:
+            found += self._between(start, found, known, steps)
+            nearest = min(found, key=lambda one: one.error)
         for _ in range(_LAYERS):
             held = None if nearest.error <= TOLERANCE else self._without_step(start, found)
             if held is None:
@@ -448,24 +451,71 @@ class MeasuredBudget(Budget):
             _restore(gates, start)
             parts = [part.part for part in self.parts]
             meet_all_(self.accountant, self.exact_share, kept, parts, self.round_to)
-            open_ = torch.cat([gate.median().flatten() > 0 for gate in gates]).cpu().numpy().tobytes()
-            if open_ not in known:
-                known[open_] = cost.measure(self._compacted(), self.target)
-                log.info("%s=%g: measured %.4g %s", cost.key, self.target, known[open_], cost.unit)
-                steps.set_postfix_str(f"{known[open_]:.4g} of {self.target:g} {cost.unit}")
-                steps.update(1)
-            value = known[open_]
-            error = value / self.target - 1
-            off = math.inf if error > 0 and cost.counted else abs(error)
-            found.append(_Trial(off, value, [gate.log_alpha.clone() for gate in gates]))
-            if off <= TOLERANCE / 4:
+            found.append(self._tried(known, steps))
+            if found[-1].error <= TOLERANCE / 4:
                 break
-            low, high = (low, kept) if error > 0 else (kept, high)
+            value = found[-1].value
+            low, high = (low, kept) if value > self.target else (kept, high)
             nearer = kept + (self.target - value) / cost.full
             kept = nearer if low < nearer < high else (low + high) / 2
             if high - low < 1e-4:
                 break
         return found
+
+    def _tried(self, known: dict[bytes, float], steps: Any) -> "_Trial":
+        """Measure the network as its gates are now, unless that was done; see ``_search``."""
+        gates, cost = self.accountant.gates, self.measured
+        open_ = torch.cat([gate.median().flatten() > 0 for gate in gates]).cpu().numpy().tobytes()
+        if open_ not in known:
+            known[open_] = cost.measure(self._compacted(), self.target)
+            log.info("%s=%g: measured %.4g %s", cost.key, self.target, known[open_], cost.unit)
+            steps.set_postfix_str(f"{known[open_]:.4g} of {self.target:g} {cost.unit}")
+            steps.update(1)
+        error = known[open_] / self.target - 1
+        off = math.inf if error > 0 and cost.counted else abs(error)
+        return _Trial(off, known[open_], [gate.log_alpha.clone() for gate in gates])
+
+    def _between(
+        self, start: Sequence[Tensor], found: Sequence["_Trial"], known: dict[bytes, float], steps: Any
+    ) -> list["_Trial"]:
+        """Open gates one by one from the nearest network below the target on, towards the one above it.
+
+        Where the model says the same of several widths, their gates open together, however long they take.
+        Where none above was found, it is the whole network.
+        """
+        below, above = self._sides(found)
+        if below is None:
+            return []
+        gates, tried = self.accountant.gates, list[_Trial]()
+        if above is None:
+            opened = [
+                s.clamp(min=log_alpha_at(0.5 + MARGIN, *g._shape)) for s, g in zip(start, gates, strict=True)
+            ]
+            above = _Trial(math.inf, self.measured.full, opened)
+        opens = torch.cat(
+            [
+                ((gate_median(b, *g._shape) > 0) & (gate_median(a, *g._shape) <= 0)).flatten()
+                for a, b, g in zip(below.gates, above.gates, gates, strict=True)
+            ]
+        )
+        odds = torch.cat([s.flatten().double() - shift(*g._shape) for s, g in zip(start, gates, strict=True)])
+        order = odds.where(opens, -math.inf).argsort(descending=True)[: int(opens.sum())]
+        low, high = 0, len(order)
+        while high - low > 1 and all(one.error > TOLERANCE / 4 for one in tried):
+            middle = (low + high) // 2
+            chosen = torch.zeros_like(opens).index_fill(0, order[:middle], 1)
+            parts = chosen.split([g.log_alpha.numel() for g in gates])
+            for g, a, b, own in zip(gates, below.gates, above.gates, parts, strict=True):
+                g.log_alpha.copy_(torch.where(own.view_as(a), b, a))
+            tried.append(self._tried(known, steps))
+            low, high = (low, middle) if tried[-1].value > self.target else (middle, high)
+        return tried
+
+    def _sides(self, found: Sequence["_Trial"]) -> tuple["_Trial | None", "_Trial | None"]:
+        """The nearest that was found below the target, and above it."""
+        below = max((t for t in found if t.value <= self.target), key=lambda t: t.value, default=None)
+        above = min((t for t in found if t.value > self.target), key=lambda t: t.value, default=None)
+        return below, above
 
     def _without_step(self, start: Sequence[Tensor], found: Sequence["_Trial"]) -> list[Tensor] | None:
         """Locations with which a layer that makes too large a step to the target stays below it.
@@ -479,8 +529,7 @@ class MeasuredBudget(Budget):
         Returns:
             Locations; None if all that was measured is on one side of the target.
         """
-        below = max((t for t in found if t.value <= self.target), key=lambda t: t.value, default=None)
-        above = min((t for t in found if t.value > self.target), key=lambda t: t.value, default=None)
+        below, above = self._sides(found)
         if below is None or above is None:
             return None
         held = []

@@ -187,6 +187,35 @@ def test_a_layer_that_costs_by_blocks_is_held_and_others_fill_what_is_left(caplo
     assert "the nearest that was found" not in caplog.text
 
 
+@pytest.mark.parametrize("target", [21.0, 25.0])
+def test_widths_between_those_that_a_model_tells_apart_are_tried(target, caplog):
+    torch.manual_seed(0)
+    x = torch.ones(1, 6)
+    network = gate(nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 2)), x)
+    counted = Accountant(network, x)
+    counted.gates[0].log_alpha.data = torch.linspace(-3, 3, 32)
+    measured = []
+
+    class Flat(Megabytes):
+        counted = False
+
+        def measure(self, network, target=math.nan):
+            width = next(m.out_features for m in network.modules() if isinstance(m, nn.Linear))
+            measured.append(width)
+            return float(width)
+
+        def exact(self):
+            return 16.0 * -(-int((counted.gates[0].median() > 0).sum()) // 16)
+
+    with caplog.at_level(logging.WARNING):
+        budget = MeasuredBudget(counted, Flat(counted, x, batch=1), target, x)
+        budget.meet()
+    assert budget.reached == target == int((counted.gates[0].median() > 0).sum())
+    assert bool((counted.gates[0].median()[-int(target) :] > 0).all())  # the likeliest ones
+    assert len(measured) < 12
+    assert "the nearest that was found" not in caplog.text
+
+
 @pytest.mark.costly
 @pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
 def test_milliseconds(accountant, runtime, tmp_path, monkeypatch):
