@@ -41,7 +41,7 @@ def kind_of(value: Any) -> str:
     return name if KIND.fullmatch(name) and _class(name) is type(value) else ""
 
 
-def named(kind: str, answers: dict[str, Any]) -> Any:
+def named(kind: str, answers: dict[str, Any], /) -> Any:
     """Put answers together as a class of the library does; as ``Named`` where the library is not there.
 
     Args:

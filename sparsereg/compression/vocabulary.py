@@ -95,7 +95,7 @@ _WITHOUT_RULES = """
     logaddexp logaddexp2 hypot heaviside copysign sinc lgamma digamma xlogy special_xlogy logit frac deg2rad
     rad2deg isfinite isclose bitwise_xor bitwise_left_shift bitwise_right_shift logical_xor __lshift__
     __rshift__ diff quantile nanmedian mode kthvalue aminmax std_mean count_nonzero dstack hsplit vsplit
-    dsplit index_put index_fill masked_scatter
+    dsplit index_put index_fill
     broadcast_tensors diagonal_scatter sgn meshgrid
 """.split()  # noqa: SIM905
 """Further operations that compute tensors from tensors, and keep whatever meets them."""

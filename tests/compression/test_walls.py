@@ -10,7 +10,7 @@ import sparsereg
 ROOT = Path(sparsereg.__file__).parent
 BELOW = (
     "archives", "checks", "target_settings", "data", "device", "distributions", "errors", "files", "layers",
-    "model", "penalties", "summary",
+    "model", "penalties", "progress", "summary",
 )  # fmt: skip
 UPWARD = {"penalties"}
 """Whose get_active_parameter_count compacts a network if it is given an example: only then, inside of it."""

@@ -46,7 +46,6 @@ _VIEWS = (
     "squeeze",
     "unsqueeze",
     "expand",
-    "view_as",
 )
 _MATRICES = ("matmul", "bmm", "einsum")
 _MEANS = ("mean", "sum")

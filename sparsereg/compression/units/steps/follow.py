@@ -30,7 +30,7 @@ _MOVES = (
     *"""
     transpose permute movedim moveaxis swapaxes swapdims unsqueeze squeeze flip cat concat concatenate stack
     getitem repeat tile split chunk split_with_sizes unsafe_split tensor_split slice select
-    view reshape _unsafe_view flatten unflatten expand expand_as view_as reshape_as
+    view reshape _unsafe_view flatten unflatten expand expand_as
     """.split(),  # noqa: SIM905
 )
 """Operations that only move elements, whatever of them is left."""
