@@ -472,6 +472,9 @@ class _Ranked:
     Args:
         gates: of a network; changed in place.
         round_to: see ``meet_``.
+
+    Attributes:
+        level: log odds of the gates that ``meet_`` shut last; -inf if it shut none.
     """
 
     def __init__(self, gates: Sequence[HardConcrete], round_to: int = 1) -> None:
@@ -482,8 +485,8 @@ class _Ranked:
         self.blocks = [_blocks(o, round_to) for o in odds]
         self.odds = [_common(o, block) for o, block in zip(odds, self.blocks, strict=True)]
         self.opened = [g.log_alpha.clamp(min=log_alpha_at(0.5 + MARGIN, *shape)) for g, shape in pairs]
-        self.level = -math.inf  # of the last gates that were shut
         self.shut = [g.log_alpha.clamp(max=log_alpha_at(0.5 - MARGIN, *shape)) for g, shape in pairs]
+        self.level = -math.inf
 
     def open_among(self, places: Places) -> Places:
         """Those of some places that are open now."""
