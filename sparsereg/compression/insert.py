@@ -422,7 +422,8 @@ class _Inserter:
             if bool((index < len(vector.choices)).any()):
                 full = f"{path}.{name}" if path else name
                 index = index.view(self.analysis.shape_along(site, columns, full))
-                put_gate(module, name, self._on(module, vector), index, _label(vector))
+                added = self.analysis.program.added_to(site)
+                put_gate(module, name, self._on(module, vector), index, _label(vector), added=added)
 
     def _on(self, module: nn.Module, vector: Vector) -> L0Gate:
         gate = self.gates[id(vector)]

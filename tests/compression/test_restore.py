@@ -378,6 +378,7 @@ TYPES = {
     ),
     "ViTForImageClassification": ({**SMALL, "image_size": 16, "patch_size": 4, "num_labels": 3}, ["units"]),
     "GemmaForCausalLM": ({**GROUPS, "head_dim": 8}, ["units"]),
+    "NemotronForCausalLM": ({**GROUPS, "head_dim": 8}, ["units", "width"]),
     "Qwen3ForCausalLM": ({**GROUPS, "head_dim": 8}, ["units", "width"]),
     "ResNetForImageClassification": (
         {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": 3},

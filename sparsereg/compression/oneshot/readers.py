@@ -140,7 +140,8 @@ def readers(module: fx.GraphModule) -> list[Reader]:
 def _parameters(module: fx.GraphModule, node: fx.Node) -> list[Any]:
     if node.op == "call_module":
         return list(module.get_submodule(str(node.target)).parameters())
-    return [_attribute(module, node)] * len(node.users) if node.op == "get_attr" else []
+    read = [user for user in node.users if user.target is not getattr]  # for its type
+    return [_attribute(module, node)] * len(read) if node.op == "get_attr" else []
 
 
 def _own(module: fx.GraphModule, reader: Reader) -> list[Any]:

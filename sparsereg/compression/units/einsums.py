@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import string
+from collections.abc import Collection
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -29,6 +32,82 @@ def in_pairs(graph: fx.Graph) -> None:
             made.meta, read = {**node.meta, "val": value}, left
         node.replace_all_uses_with(made)
         graph.erase_node(node)
+
+
+def with_matrices(graph: fx.Graph, weights: Collection[str]) -> None:
+    """Let products with weights that sum over several axes, or make several, be linear layers.
+
+    Args:
+        graph: changed in place.
+        weights: names of the nodes that are weights.
+    """
+    for node in [n for n in graph.nodes if n.target is torch.ops.aten.tensordot.default]:
+        _let_equation(node)
+    for node in [n for n in graph.nodes if n.target is torch.ops.aten.einsum.default]:
+        tensors: Any = list(node.args[1])
+        *letters, out = written_out(str(node.args[0]), [t.meta["val"].dim() for t in tensors])
+        for one, two in itertools.permutations(zip(tensors, letters, strict=True), 2):
+            if one[0].name in weights and two[0].name not in weights and len(tensors) == 2:
+                _let_layer(graph, node, one, two, out)
+
+
+def _let_equation(node: fx.Node) -> None:
+    """Let a product over axes that are named be an equation of letters."""
+    one, two, axes, others = cast("tuple[Any, ...]", node.args[:4])
+    ranks = [n.meta["val"].dim() for n in (one, two)]
+    first = string.ascii_letters[: ranks[0]]
+    second = list(string.ascii_letters[ranks[0] : sum(ranks)])
+    for a, b in zip(axes, others, strict=True):
+        second[b] = first[a]
+    out = "".join(c for c in (*first, *second) if (c in first) is not (c in second))
+    node.target, node.args = torch.ops.aten.einsum.default, (f"{first},{''.join(second)}->{out}", [one, two])
+
+
+Factor = tuple[fx.Node, str]
+"""A tensor with a letter for each of its axes."""
+
+
+def _let_layer(graph: fx.Graph, node: fx.Node, weight: Factor, source: Factor, out: str) -> None:
+    """Let a product with a weight of several axes on one side be a linear layer with a matrix.
+
+    A stack of matrices, one for each place along the weight's first axis, stays.
+    """
+    (tensor, own), (read, letters) = weight, source
+    size = dict(zip(own, tensor.meta["val"].shape, strict=True))
+    summed, made = [c for c in own if c not in out], [c for c in own if c in out]
+    left = [c for c in letters if c not in summed]
+    if not _is_dense(weight, source, out) or not (len(summed) > 1 or (len(made) > 1 and own[0] in summed)):
+        return
+    aten, sizes = torch.ops.aten, [math.prod(size[c] for c in part) for part in (made, summed)]
+    with graph.inserting_before(node):
+        rows = step(graph, node, aten.permute.default, read, [letters.index(c) for c in left + summed])
+        rows = step(graph, node, aten.flatten.using_ints, rows, len(left), -1)
+        matrix = step(graph, node, aten.permute.default, tensor, [own.index(c) for c in made + summed])
+        matrix = step(graph, node, aten.reshape.default, matrix, sizes)
+        found = step(graph, node, aten.linear.default, rows, matrix)
+        found = step(graph, node, aten.unflatten.int, found, -1, [size[c] for c in made])
+        found = step(graph, node, aten.permute.default, found, [(left + made).index(c) for c in out])
+    node.replace_all_uses_with(found)
+    graph.erase_node(node)
+
+
+def _is_dense(weight: Factor, source: Factor, out: str) -> bool:
+    """Whether each axis of a weight is summed over or made, and nothing else is summed over or made."""
+    (tensor, own), (read, letters) = weight, source
+    summed, made = set(own) - set(out), set(own) & set(out)
+    distinct = all(len(set(x)) == len(x) for x in (own, letters, out))
+    alone = set(letters) & set(own) == summed and set(letters) - summed == set(out) - made
+    shapes = tensor.meta["val"].shape, read.meta["val"].shape
+    if not (distinct and alone and summed and made):
+        return False
+    return all(shapes[0][own.index(c)] == shapes[1][letters.index(c)] for c in summed)
+
+
+def step(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """A new operation at the place of a node."""
+    made = graph.call_function(target, args)
+    made.meta = {**node.meta, "val": target(*fx.node.map_arg(args, lambda n: n.meta["val"]))}
+    return made
 
 
 def outer_as_products(graph: fx.Graph) -> None:

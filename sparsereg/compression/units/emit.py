@@ -18,7 +18,17 @@ from sparsereg.compression.running import can_train
 from sparsereg.compression.sizes import of_size
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.lengths import Sizes
-from sparsereg.compression.units.program import Call, Ready, Scaled, Selected, bound, module_of, op_name
+from sparsereg.compression.units.precision import CASTS, Precision, place_of
+from sparsereg.compression.units.program import (
+    NUMBER,
+    Call,
+    Ready,
+    Scaled,
+    Selected,
+    bound,
+    module_of,
+    op_name,
+)
 from sparsereg.compression.units.rules.recurrent import (
     BLOCKS,
     KINDS,
@@ -52,9 +62,16 @@ class Emitter:
         cut: what is left.
         model: the network, for settings that only its modules know.
         fixed: for each input, by position, the sizes that it may have.
+        precision: which types follow that of the weights; None: it is not known.
     """
 
-    def __init__(self, cut: Cut, model: nn.Module, fixed: Mapping[int, Sizes] | None = None) -> None:
+    def __init__(
+        self,
+        cut: Cut,
+        model: nn.Module,
+        fixed: Mapping[int, Sizes] | None = None,
+        precision: Precision | None = None,
+    ) -> None:
         self.cut = cut
         self.program = cut.program
         self.model = model
@@ -70,6 +87,10 @@ class Emitter:
         own = model.named_parameters(remove_duplicate=False)
         self.learns = {name: p.requires_grad for name, p in own if id(p) not in gates}
         self._device: fx.Node | None = None
+        self.precision = precision
+        self._weight_of_type: fx.Node | None = None
+        self._at = -1
+        """Number of the operation that is written."""
 
     def module(self) -> fx.GraphModule:
         """The smaller network, in eval mode."""
@@ -158,6 +179,10 @@ class Emitter:
         return value
 
     def _without_dead_code(self) -> None:
+        if self._weight_of_type is not None:
+            # A norm may be folded into the layer before it.
+            named = sorted(self.root.named_parameters(), key=lambda one: one[1].dim() < 2)
+            self._weight_of_type.target = next(n for n, p in named if p.is_floating_point())
         for node in reversed(list(self.graph.nodes)):
             if not node.users and node.op in ("call_function", "call_module", "get_attr"):
                 self.graph.erase_node(node)
@@ -171,6 +196,7 @@ class Emitter:
     # --- operations -------------------------------------------------------------------------------------
 
     def _operation(self, node: fx.Node) -> Any:
+        self._at = node.meta.get(NUMBER, -1)
         if op_name(node.target) in BLOCKS and goes_by_units(node):
             return self._recurrent(node)
         call = self.cut.calls.get(node) or Call(node.target, node.args, node.kwargs)
@@ -218,12 +244,40 @@ class Emitter:
             index = self._buffer("heads", leaf.index)
             return self._call(torch.ops.aten.index_select.default, self._value(leaf.node), leaf.axis, index)
         if isinstance(leaf, fx.Node):
-            return self._weight(leaf) if leaf in self.program.weights else self.made[leaf]
+            return self._weight(leaf) if leaf in self.program.weights else self._as_read(leaf)
+        if isinstance(leaf, torch.dtype):
+            return self._type(leaf, self._at)
         if isinstance(leaf, Tensor):
             return self._index(leaf)
         if isinstance(leaf, torch.device):
             return self._where()
         return None if leaf == sys.maxsize else leaf  # the end of a slice that has none
+
+    def _as_read(self, source: fx.Node) -> Any:
+        """What an operation reads; in the types to which that goes where the weights are of another type."""
+        read = self.precision.reads.get((self._at, place_of(source))) if self.precision is not None else None
+        place, casts = read or (place_of(source), ())
+        found = source
+        while place_of(found) != place and op_name(found.target) in CASTS and found not in self.cut.entrances:
+            found = found.args[0]  # type: ignore[assignment]
+        if place_of(found) != place or found not in self.made:
+            return self.made[source]
+        made = self.made[found]
+        for dtype in casts:
+            made = self._call(torch.ops.aten.to.dtype, made, self._weights_type() if dtype is None else dtype)
+        return made
+
+    def _type(self, dtype: torch.dtype, number: int) -> Any:
+        """A type that an operation says; that of the weights, whatever it is, where it follows them."""
+        known = self.precision
+        follows = known is not None and dtype is known.own and number in known.following
+        return self._weights_type() if follows else dtype
+
+    def _weights_type(self) -> fx.Node:
+        """The type of the weights; of which one is known when all of them are written."""
+        if self._weight_of_type is None:
+            self._weight_of_type = self.graph.get_attr("")
+        return self._call(getattr, self._weight_of_type, "dtype")
 
     def _where(self) -> fx.Node:
         """The device of the first input, in place of the one on which the network was traced."""
@@ -239,8 +293,13 @@ class Emitter:
             inside = self._path(path) in self.layers and self.parameters.get(node) is not None
             self.attributes[node] = f"{self._path(path)}.{name}" if inside else self._register(node)
         made = self.graph.get_attr(self.attributes[node])
-        for dtype in self.program.read_as.get(node, ()):
-            made = self._call(torch.ops.aten.to.dtype, made, dtype)
+        for way, by in zip(
+            self.program.read_as.get(node, ()), self.program.cast_by.get(node, ()), strict=True
+        ):
+            if isinstance(way, torch.dtype):
+                made = self._call(torch.ops.aten.to.dtype, made, self._type(way, by))
+            else:
+                made = self._call(torch.ops.aten.add.Tensor, made, way)
         return made
 
     def _register(self, node: fx.Node) -> str:

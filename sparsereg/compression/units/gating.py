@@ -334,6 +334,7 @@ def times(weight: Tensor, factor: Tensor) -> Tensor:
     gradients are one fused kernel, where those of a product write three tensors of the size of the weight.
     """
     large = weight.device.type == "cpu" and weight.numel() >= LARGE and weight.is_contiguous()
+    large = large and weight.is_floating_point()
     if not large or factor.shape != (len(weight), *[1] * (weight.dim() - 1)):
         return weight * factor
     z = factor.flatten()
@@ -348,10 +349,13 @@ class GatedModule(nn.Module):
     Attributes:
         _gated_sites: for each parameter, the names of its gates, each with that of its index.
         _gated_norm: what it is as a normalisation, if it is one.
+        _gated_added: the number that the module adds to a parameter where it reads it, for those with one;
+            the sum is what the gates multiply.
     """
 
     _gated_sites: dict[str, list[tuple[str, str]]]
     _gated_norm: NormKind | None
+    _gated_added: dict[str, float]
     _gated_given: Given | None = None
 
     def _gated_drawn(self) -> Given | None:
@@ -380,10 +384,13 @@ class GatedModule(nn.Module):
         return self._gated_norm is not None and bool(name) and name == self._gated_norm.undone_by
 
     def _gated_value(self, name: str) -> Any:
-        """A parameter (or buffer) times its gates."""
+        """A parameter (or buffer) times its gates; with what is added where it is read, if something is."""
         raw: Any = self._gated_raw(name)
         for factor in () if raw is None else self._gated_factors(name):
-            raw = times(raw, factor if factor.dtype == raw.dtype else factor.to(raw.dtype))
+            own = factor if factor.dtype == raw.dtype else factor.to(raw.dtype)
+            raw = times(raw, own)
+            if name in self._gated_added:
+                raw = raw + self._gated_added[name] * (own - 1)
         return raw
 
     def _gated_raw(self, name: str) -> Any:
@@ -564,6 +571,7 @@ def put_gate(
     index: Tensor,
     label: str,
     norm: NormKind | None = None,
+    added: float = 0.0,
 ) -> None:
     """Let a module read one of its parameters through a gate.
 
@@ -574,9 +582,10 @@ def put_gate(
         index: for each element of the parameter (or a shape that is broadcast to it) its place in the gate.
         label: a name for the gate in the module, if it has not got it yet.
         norm: what the module is as a normalisation.
+        added: the number that the module adds to the parameter wherever it reads it.
     """
     if not isinstance(module, GatedModule):
-        module._gated_sites, module._gated_norm = {}, None  # type: ignore[assignment]
+        module._gated_sites, module._gated_added, module._gated_norm = {}, {}, None  # type: ignore[assignment]
     known = next((n for n, child in module._modules.items() if child is gate), None)
     if known is None:
         known = _free(module, label)
@@ -584,6 +593,8 @@ def put_gate(
     index_name = _free(module, f"_places_{known}_{name or 'input'}")
     module.register_buffer(index_name, index, persistent=False)
     module._gated_sites.setdefault(name, []).append((known, index_name))  # type: ignore[union-attr, operator]
+    if added:
+        module._gated_added[name] = added  # type: ignore[operator, index]
     if norm is not None:
         module._gated_norm = norm  # type: ignore[assignment]
         if enlarge not in module._forward_pre_hooks.values():
@@ -623,7 +634,8 @@ def take_gates_off(network: nn.Module, plain: Callable[[nn.Module], nn.Module | 
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [key for key, hook in hooks.items() if hook in (enlarge, undo)]:
                     del hooks[key]
-            del module.__dict__["_gated_sites"], module.__dict__["_gated_norm"]
+            for name in ("_gated_sites", "_gated_added", "_gated_norm"):
+                del module.__dict__[name]
             module.__dict__.pop("_gated_given", None)
             module.__class__ = type(module)._made_of[0]  # type: ignore[attr-defined]
             if isinstance(module, nn.RNNBase):
@@ -673,6 +685,6 @@ def _(module: GatedModule) -> list[GatedTensor]:
             (size,) = gates.gate_size
             axis = next((d for d in range(places.dim()) if places.shape[d] > 1), 0)
             whole = torch.equal(places.flatten(), torch.arange(size, device=places.device))
-            if whole and places.numel() == size:
+            if whole and places.numel() == places.shape[axis] == size:
                 found.append(GatedTensor(gates, module, name, axis))
     return found

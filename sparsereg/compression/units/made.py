@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from sparsereg.compression.running import evaluating
 from sparsereg.compression.units.program import Program, bound, called, name_of, trace
-from sparsereg.compression.units.read_as import with_types_of_weights
+from sparsereg.compression.units.read_as import with_weights_as_read
 from sparsereg.compression.units.rules.table import (
     JOINS,
     MOVING,
+    TURNS,
     normed_by_lines,
     out_axis,
     some_rows,
@@ -39,8 +40,7 @@ _READS = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ("weight", 1)),
 }
 """Operations that read a weight: what they call it, and its axis of units that they make."""
-_MATRICES = ("mat2", "other")
-_LAYERS = [name for name in _READS if name not in ("mm", "matmul")]
+_MATRICES = ("mat2", "other", "self")
 _SAME = ("flatten", "view", "reshape", "expand", "clone", "alias", "contiguous", "detach")
 """Operations that leave all elements where they are if the shape stays."""
 _ALIKE = 1e-9
@@ -54,15 +54,15 @@ class Made:
         graph: of the operations.
         sources: the name in the network of each of its placeholders.
         fixed: the values of those that the network knows by no name.
-        gates: parameters that take the gates of its units, each with its axis of them and its number of axes;
-            or the weight itself, which its module reads from parametrisations.
+        gates: parameters that take the gates of its units, each with the shape in which these multiply it; or
+            the weight itself, which its module reads from parametrisations.
         parameters: numbers of the parameters behind it.
     """
 
     graph: fx.Graph
     sources: dict[fx.Node, str]
     fixed: dict[str, Tensor]
-    gates: dict[str, tuple[int, int]]
+    gates: dict[str, tuple[int, ...]]
     parameters: int
 
     @property
@@ -98,7 +98,7 @@ def followed(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     Raises:
         InputError: the network cannot be traced.
     """
-    return with_made_weights(with_types_of_weights(trace(model, *args, **kwargs)), model)
+    return with_made_weights(with_weights_as_read(trace(model, *args, **kwargs)), model)
 
 
 def with_made_weights(program: Program, model: nn.Module) -> Program:
@@ -131,13 +131,18 @@ def with_made_weights(program: Program, model: nn.Module) -> Program:
 def _computed_weight(program: Program, node: fx.Node) -> tuple[fx.Node | None, int]:
     """What a layer reads as its weight if an operation gives it; its axis of units that the layer makes."""
     key, axis = _READS.get(name_of(node), ("", 0))
-    source = bound(node)[key] if key else None
-    axis = out_axis(node, axis)
-    if not isinstance(source, fx.Node) or source.op != "call_function":
-        return None, axis
-    value = program.values[source]
-    matrix = isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
-    return (source if matrix and not (value.dim() > 2 and key in _MATRICES) else None), axis
+    ways = [(key, out_axis(node, axis))] if key else []
+    if name_of(node) in ("mm", "matmul"):
+        ways.append(("self", 0))
+    for key, axis in ways:
+        source = bound(node)[key]
+        if not isinstance(source, fx.Node) or source.op != "call_function":
+            continue
+        value: Any = program.values[source]
+        matrix = isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+        if matrix and not (value.dim() > 2 and key in _MATRICES) and _behind(program, source):
+            return source, axis
+    return None, 0
 
 
 def _is_computed(behind: list[fx.Node]) -> bool:
@@ -154,9 +159,12 @@ def _is_moved(program: Program, source: fx.Node, nodes: list[fx.Node]) -> bool:
 
     They know matrices that are turned around, some rows of one, and matrices of a stack.
     """
-    layers = [u for u in source.users if u.op == "call_function" and name_of(u) in _LAYERS]
+    layers = [u for u in source.users if u.op == "call_function" and name_of(u) in _READS]
     weight, _ = base_of(program, weight_of(source), 0)
-    known = weight in program.weights or some_rows(program, weight) is not None
+    turned = (
+        name_of(weight) in TURNS and weight.args[0] in program.weights and program.values[weight].dim() == 2
+    )
+    known = turned or weight in program.weights or some_rows(program, weight) is not None
     return bool(nodes and layers) and not known
 
 
@@ -226,6 +234,10 @@ def _made(
     for weight in sorted(own, key=lambda n: n.name):
         env[weight] = graph.placeholder(weight.name)
         sources[env[weight]] = program.names[weight]
+        for way in program.read_as.get(weight, ()):
+            cast = isinstance(way, torch.dtype)
+            target = torch.ops.aten.to.dtype if cast else torch.ops.aten.add.Tensor
+            env[weight] = graph.call_function(target, (env[weight], way))
     for node in first:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(env[source])
@@ -233,7 +245,7 @@ def _made(
     made = Made(graph, sources, fixed, {}, number)
     own_name = _name(program, made)
     if _is_read_from(model, own_name, program.values[source]):
-        made.gates[own_name] = axis, program.values[source].dim()
+        made.gates[own_name] = _along(program.values[source].shape, (axis,))
         return made
     named = {program.names[n]: program.weights[n] for n in own}
     able = {program.names[n] for n in parameters if program.weights[n].is_floating_point()}
@@ -253,14 +265,18 @@ def _is_read_from(model: nn.Module, name: str, value: Tensor) -> bool:
     return found.shape == value.shape and _close(found.detach().to(value), value)
 
 
+def _along(shape: Sequence[int], axes: Collection[int]) -> tuple[int, ...]:
+    """A shape of which all but some axes are one."""
+    return tuple(size if d in axes else 1 for d, size in enumerate(shape))
+
+
 def _gates(
     made: Made, tensors: Mapping[str, Tensor], able: set[str], axis: int
-) -> Mapping[str, tuple[int, int]]:
+) -> Mapping[str, tuple[int, ...]]:
     """The fewest parameters with which the units of a weight are zero, at best in proportion to it."""
     whole = made.value(tensors)
-    size = whole.shape[axis]
     ways = [
-        [(name, d) for d in range(tensors[name].dim()) if tensors[name].shape[d] == size]
+        [(name, along) for along in _ways(tensors[name].shape, whole.shape[axis])]
         for name in sorted(able, key=lambda n: (tensors[n].numel(), n))
     ]
     ways = [w for w in ways if w]
@@ -269,25 +285,32 @@ def _gates(
     for test in (_in_proportion, _zero_with):
         for trial in trials:
             if test(made, tensors, dict(trial), whole, axis):
-                return {name: (d, tensors[name].dim()) for name, d in trial}
+                return dict(trial)
     return {}
 
 
+def _ways(shape: torch.Size, size: int) -> list[tuple[int, ...]]:
+    """The shapes in which so many gates can multiply a parameter: along one axis, or several in order."""
+    found = [_along(shape, (d,)) for d in range(len(shape)) if shape[d] == size]
+    wide = [d for d in range(len(shape)) if shape[d] > 1]
+    several = [axes for n in (2, 3) for axes in itertools.combinations(wide, n)]
+    return found + [along for along in (_along(shape, axes) for axes in several) if math.prod(along) == size]
+
+
 def _halved(
-    made: Made, tensors: Mapping[str, Tensor], trial: Mapping[str, int], size: int, factor: float
+    made: Made, tensors: Mapping[str, Tensor], trial: Mapping[str, tuple[int, ...]], size: int, factor: float
 ) -> tuple[Tensor, Tensor]:
     """The weight with every second position of some parameters multiplied, and which these are."""
     chosen = torch.arange(size) % 2 == 0
     z = torch.where(chosen, factor, 1.0)
     changed = {}
-    for name, d in trial.items():
-        view = [-1 if i == d else 1 for i in range(tensors[name].dim())]
-        changed[name] = tensors[name] * z.to(tensors[name]).view(view)
+    for name, along in trial.items():
+        changed[name] = tensors[name] * z.to(tensors[name]).view(along)
     return made.value({**tensors, **changed}), chosen
 
 
 def _in_proportion(
-    made: Made, tensors: Mapping[str, Tensor], trial: Mapping[str, int], whole: Tensor, axis: int
+    made: Made, tensors: Mapping[str, Tensor], trial: Mapping[str, tuple[int, ...]], whole: Tensor, axis: int
 ) -> bool:
     found, chosen = _halved(made, tensors, trial, whole.shape[axis], 0.5)
     found, whole = found.movedim(axis, 0), whole.movedim(axis, 0)
@@ -296,7 +319,7 @@ def _in_proportion(
 
 
 def _zero_with(
-    made: Made, tensors: Mapping[str, Tensor], trial: Mapping[str, int], whole: Tensor, axis: int
+    made: Made, tensors: Mapping[str, Tensor], trial: Mapping[str, tuple[int, ...]], whole: Tensor, axis: int
 ) -> bool:
     found, chosen = _halved(made, tensors, trial, whole.shape[axis], 0.0)
     nothing = made.value({**tensors, **{name: torch.zeros_like(tensors[name]) for name in trial}})
@@ -342,7 +365,7 @@ def _name(program: Program, made: Made) -> str:
     return ".".join(path).removesuffix("_orig")
 
 
-def gate_names(program: Program, node: fx.Node) -> dict[str, tuple[int, int] | None]:
-    """The parameters on which the gates of a weight sit; for one that is computed with axis and rank."""
+def gate_names(program: Program, node: fx.Node) -> dict[str, tuple[int, ...] | None]:
+    """The parameters on which the gates of a weight sit; for one that is computed with the shape of these."""
     made = program.made.get(node)
     return {program.names[node]: None} if made is None else dict(made.gates)

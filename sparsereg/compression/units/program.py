@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch.nn.modules import transformer
 
 from sparsereg.compression.alike import operations
 from sparsereg.compression.running import evaluating, in_order_of, quiet, tensors_in
-from sparsereg.compression.units.einsums import in_pairs, outer_as_products
+from sparsereg.compression.units.einsums import in_pairs, outer_as_products, step, with_matrices
 from sparsereg.compression.units.recurrent_shapes import recurrent_in_one
 from sparsereg.compression.verify import TOLERANCE, difference
 from sparsereg.errors import InputError
@@ -56,7 +56,7 @@ class Program:
         names: the name in the network of each of them.
         parameters: those that are parameters.
         constants: those that the network holds under no name, which take no gates.
-        read_as: the types in which some of the weights are read, one after another.
+        read_as: how some of the weights are read: in another type, or plus a number, one after another.
         values: what each node gave on the example, on the CPU or where the network is.
         inputs: the placeholders of the user's inputs, in order.
         example: what they were.
@@ -64,6 +64,9 @@ class Program:
         takes: likewise how the flat inputs are.
         made: how those of the weights are computed that are none of the network's own.
         said: the operations of a compacted network by its own word, see ``sparsereg.compression.alike``.
+        traced: the operations as they were traced, each with what it reads, see ``precision``; a node knows
+            its ``NUMBER`` among them.
+        cast_by: the numbers of those that read weights in another type, of which the graph has no more.
     """
 
     graph: fx.Graph
@@ -78,7 +81,9 @@ class Program:
     made: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
     said: list[Any] | None = field(default=None, repr=False)
     constants: frozenset[fx.Node] = frozenset()
-    read_as: dict[fx.Node, tuple[torch.dtype, ...]] = field(default_factory=dict, repr=False)
+    read_as: dict[fx.Node, tuple[torch.dtype | float, ...]] = field(default_factory=dict, repr=False)
+    traced: list[tuple[str, list[Any]]] = field(default_factory=list, repr=False)
+    cast_by: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def calls(self) -> Iterator[fx.Node]:
@@ -147,10 +152,14 @@ class Program:
         raise AssertionError("a graph without output")
 
     def as_read(self, weight: fx.Node, value: Tensor) -> Tensor:
-        """A weight in the type in which the network reads it."""
-        for dtype in self.read_as.get(weight, ()):
-            value = value.to(dtype)
+        """A weight as the network reads it."""
+        for way in self.read_as.get(weight, ()):
+            value = value.to(way) if isinstance(way, torch.dtype) else value + way
         return value
+
+    def added_to(self, weight: fx.Node) -> float:
+        """The number that the network adds to a weight wherever it reads it, as in 1 + weight."""
+        return sum(way for way in self.read_as.get(weight, ()) if not isinstance(way, torch.dtype))
 
     @property
     def batch(self) -> int:
@@ -319,6 +328,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
         return program
 
 
+NUMBER = "number"
+"""Key in the ``meta`` of an operation: its place among all, as they were traced."""
 BEFORE = "before"
 """Key in the ``meta`` of a compacted network: the structure of the compacted one that it was made from."""
 
@@ -415,6 +426,11 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], map
         said=operations(model) if isinstance(model, fx.GraphModule) else None,
         constants=frozenset(n for n in weights if n.name in signature.inputs_to_lifted_tensor_constants),
     )
+    for number, node in enumerate(program.calls):
+        node.meta[NUMBER] = number
+        read: list[fx.Node] = []
+        fx.node.map_arg((node.args, dict(node.kwargs)), read.append)
+        program.traced.append((name_of(node), [n.meta.get(NUMBER, n.name) for n in read]))
     try:
         program.run_on_example()
     except Exception as error:
@@ -599,7 +615,9 @@ def _export(
     _let_write_anew(exported.graph)
     in_pairs(exported.graph)
     outer_as_products(exported.graph)
+    with_matrices(exported.graph, exported.graph_signature.inputs_to_parameters)
     _in_steps(exported.graph)
+    _let_slice(exported.graph, exported.graph_signature.inputs_to_parameters)
     _without_detours(exported.graph)
     return exported, *pair
 
@@ -630,10 +648,10 @@ def _in_steps(graph: fx.Graph) -> None:
         a = bound(node)
         target, one, two, factor = inner
         with graph.inserting_before(node):
-            term = _times(graph, node, _step(graph, node, target, a[one], a[two]), a[factor])
+            term = _times(graph, node, step(graph, node, target, a[one], a[two]), a[factor])
             if (share := a.get("beta", 1)) != 0:  # of what is not a number nothing is left then
                 given = _times(graph, node, a["self"], share)
-                term = _step(graph, node, torch.ops.aten.add.Tensor, given, term)
+                term = step(graph, node, torch.ops.aten.add.Tensor, given, term)
         node.replace_all_uses_with(term)
         graph.erase_node(node)
 
@@ -651,7 +669,7 @@ def _let_cat(graph: fx.Graph, node: fx.Node) -> None:
             for lies in range(ranks[place], rank):
                 # Rows become 1 x n; columns n x 1; in depth n is 1 x n x 1.
                 at = 0 if lies == 1 and (front or rank == 3) else lies
-                part = _step(graph, node, torch.ops.aten.unsqueeze.default, part, at)
+                part = step(graph, node, torch.ops.aten.unsqueeze.default, part, at)
             parts = [*parts[:place], part, *parts[place + 1 :]]
     node.target, node.args, node.kwargs = torch.ops.aten.cat.default, (parts, axis), {}
 
@@ -662,7 +680,7 @@ def _let_view(graph: fx.Graph, node: fx.Node) -> None:
     assert isinstance(other, fx.Node)
     with graph.inserting_before(node):
         sizes = [
-            size if isinstance(size, int) else _step(graph, node, torch.ops.aten.sym_size.int, other, axis)
+            size if isinstance(size, int) else step(graph, node, torch.ops.aten.sym_size.int, other, axis)
             for axis, size in enumerate(other.meta["val"].shape)
         ]
     node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (source, sizes), {}
@@ -688,6 +706,33 @@ def _without_detours(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _let_slice(graph: fx.Graph, weights: Collection[str]) -> None:
+    """Let parts that are picked from a weight, whose first axis is viewed as two for it, be slices of it."""
+    for view in [n for n in graph.nodes if n.op == "call_function" and name_of(n) in (*_IN_ORDER, "unbind")]:
+        stack = view.args[0] if name_of(view) == "unbind" else view
+        whole: Any = stack.args[0] if stack.op == "call_function" and name_of(stack) in _IN_ORDER else None
+        if not isinstance(whole, fx.Node) or whole.name not in weights:
+            continue
+        shape, own = stack.meta["val"].shape, whole.meta["val"].shape
+        if len(shape) != len(own) + 1 or shape[2:] != own[1:]:
+            continue
+        for part in [p for p in view.users if _picks_first(p, view)]:
+            first = part.args[-1] % shape[0] * shape[1]
+            with graph.inserting_before(part):
+                rows = step(graph, part, torch.ops.aten.slice.Tensor, whole, 0, first, first + shape[1])
+            part.replace_all_uses_with(rows)
+            graph.erase_node(part)
+        if name_of(view) == "unbind" and not view.users:
+            graph.erase_node(view)
+
+
+def _picks_first(part: fx.Node, stack: fx.Node) -> bool:
+    """Whether an operation picks one of what lies along the first axis."""
+    if name_of(stack) == "unbind":
+        return name_of(part) == "getitem" and bound(stack)["dim"] == 0
+    return name_of(part) == "select" and bound(part)["dim"] == 0
+
+
 def _is_static(shape: torch.Size) -> bool:
     return all(isinstance(size, int) for size in shape)
 
@@ -699,14 +744,7 @@ def _is_layer(node: fx.Node) -> bool:
 
 
 def _times(graph: fx.Graph, node: fx.Node, term: fx.Node, number: Any) -> fx.Node:
-    return term if number == 1 else _step(graph, node, torch.ops.aten.mul.Scalar, term, number)
-
-
-def _step(graph: fx.Graph, node: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """A new operation at the place of a node."""
-    made = graph.call_function(target, args)
-    made.meta = {**node.meta, "val": target(*fx.node.map_arg(args, lambda n: n.meta["val"]))}
-    return made
+    return term if number == 1 else step(graph, node, torch.ops.aten.mul.Scalar, term, number)
 
 
 def _inputs(exported: torch.export.ExportedProgram) -> list[fx.Node]:
@@ -775,6 +813,16 @@ def _exported(model: nn.Module, args: Any, kwargs: Any) -> torch.export.Exported
             return _export(model, args, kwargs)[0]
         except InputError:
             return None
+
+
+def exported_anew(model: nn.Module, args: Any, kwargs: Any) -> fx.Graph | None:
+    """The operations of a network on an example; None if it cannot be traced."""
+    exported = _exported(model, args, kwargs)
+    if exported is None:
+        return None
+    _unwrap(model, exported)
+    graph: fx.Graph = exported.graph
+    return graph
 
 
 def has_one_batch_size(node: fx.Node) -> bool:

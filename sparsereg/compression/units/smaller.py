@@ -16,6 +16,7 @@ from sparsereg.compression.units.entrances import axis_of_features
 from sparsereg.compression.units.gating import take_gates_off
 from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.lines import Bools
+from sparsereg.compression.units.precision import precision_of
 from sparsereg.compression.units.program import has_one_batch_size, same_operations, takes_any_batch
 from sparsereg.compression.units.structure import Structure, plain_module
 
@@ -43,10 +44,11 @@ def smaller(
     cut = Cut(units, structure.gone(stays), ())
     if structure.fixed is None:
         structure.fixed = fixed_sizes(model, structure, args, kwargs)
+        structure.precision = precision_of(_bare(model), structure.analysis.program, args, kwargs)
     made = []
     for dtype in dtypes:
         cut.use(structure.weights(model, dtype))
-        made.append(Emitter(cut, model, structure.fixed).module())
+        made.append(Emitter(cut, model, structure.fixed, structure.precision).module())
         made[-1].meta["unread_inputs"] = structure.unread(stays)
     return made
 

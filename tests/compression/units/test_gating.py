@@ -637,3 +637,8 @@ def test_large_weights_are_multiplied_by_their_gates_with_exact_gradients(shape)
         strict=True,
     ):
         assert difference(a, b) < 1e-12
+
+
+def test_large_complex_weights_take_gates():
+    weight, factor = torch.randn(512, LARGE // 512, dtype=torch.cfloat), torch.rand(512, 1)
+    assert torch.equal(times(weight, factor.to(weight)), weight * factor)

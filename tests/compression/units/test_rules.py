@@ -134,10 +134,7 @@ class Written(nn.Module):
 @pytest.mark.costly
 def test_an_einsum_is_followed_however_it_is_written():
     x = torch.randn(2, 5, 6)
-    assert sorted(free(Written(), x).values()) == [8, 10]
-    assert "kept    einsum sums over it with what cannot go (einsum, test_rules.py:" in str(
-        sparsereg.explain(Written(), x)
-    )
+    assert sorted(free(Written(), x).values()) == [4, 8, 10]
     assert halved(Written(), x) < 1e-9
 
 
