@@ -72,8 +72,8 @@ def time_(folder: Path, networks: Mapping[float, fx.GraphModule], example: Any, 
         example: one example as they take it.
         cfg: of the run; its runtime, threads and batch say what a call is.
     """
-    rows = {place: json.loads(place.read_text()) for place in (folder / FOLDER).glob("*/figures.json")}
-    left = {place: row for place, row in rows.items() if row.get("latency_ms") is None}
+    # The largest first: what an exporter leaves out of the file of a small one, others may need.
+    left = {place: row for place, row in _rows(folder).items() if row.get("latency_ms") is None}
     small = {
         str(place): fuse(networks.get(row["size"]) or load_compacted(place.with_name("compacted.pt")))
         for place, row in left.items()
@@ -95,6 +95,12 @@ def time_(folder: Path, networks: Mapping[float, fx.GraphModule], example: Any, 
         write_json(place, {**row, "latency_ms": 1e3 * taken[str(place)]})
 
 
+def _rows(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The figures of all sizes by their files, the largest network first."""
+    files = sorted((folder / FOLDER).glob("*/figures.json"), key=lambda p: float(p.parent.name))
+    return {path: json.loads(path.read_text()) for path in files}
+
+
 def take_over(folder: Path, before: Path) -> None:
     """Take the sizes that a run that was cut off has made."""
     for place in sorted((before / FOLDER).glob("*/figures.json")):
@@ -114,8 +120,7 @@ def finished(folder: Path, task: Task, pick: Pick | None, dense: Mapping[str, An
     Returns:
         What to change in results.json: a network that is handed over is the run's, with its figures.
     """
-    files = sorted((folder / FOLDER).glob("*/figures.json"), key=lambda p: float(p.parent.name))
-    rows = [json.loads(path.read_text()) for path in files]
+    rows = list(_rows(folder).values())
     columns = [*COLUMNS, *(column for column in rows[0] if column not in COLUMNS)]
     lines = [
         ",".join(columns),

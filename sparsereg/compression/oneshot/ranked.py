@@ -145,7 +145,7 @@ class Ranked:
 
     def warn(self, small: nn.Module) -> None:
         """Say so where a smaller network's answers have little to do with those of the whole one."""
-        (lost,) = unexplained(self._teacher.network, [small], self._few)
+        (lost,) = unexplained(self._teacher.network, [small], together(self._few))
         if lost > POOR:
             log.warning(
                 "the smaller network keeps little of what the network says: %.0f %% of the variance of its"
@@ -177,7 +177,7 @@ class Ranked:
         """Which of some networks answers most like the whole one, its place; the first unless clearly."""
         if len(networks) == 1:
             return 0
-        left = unexplained(self._teacher.network, networks, self._few)
+        left = unexplained(self._teacher.network, networks, together(self._few))
         shown = ", ".join(f"{share:.3g}" for share in left)
         log.info("shares of the answers' variance that are lost in each order: %s", shown)
         best = left.index(min(left))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.compact import compact
-from sparsereg.compression.oneshot.inputs import examples, some_of
+from sparsereg.compression.oneshot.inputs import PART, examples, some_of, split
 from sparsereg.compression.oneshot.least_squares import Sums, solve
 from sparsereg.compression.oneshot.origins import Origins, Places
 from sparsereg.compression.oneshot.readers import Reader, readers
@@ -161,7 +161,7 @@ class Teacher:
         if sum(examples(b) for b in batches) < FEWEST:
             log.warning("a repair needs %d inputs or more: give data, not one example", FEWEST)
             return
-        peak = Route(self.network).start(batches[0]).peak() * len(batches)  # that of a student is not larger
+        peak = _peak(self.network, batches)  # that of a student is not larger
         keeps = 2 * peak <= MEMORY
         together = max(1, min(len(students), MEMORY // max(1, peak) - 1)) if keeps else 1
         for i in range(0, len(students), together):
@@ -176,6 +176,13 @@ class Teacher:
                 for s in students[i : i + together]
             ]
             _run(self.network, own, inputs, progress)
+
+
+def _peak(network: fx.GraphModule, batches: Sequence[Any]) -> int:
+    """Bytes that batches need together on their way through a network, as some examples say."""
+    some = split(batches[0], examples(batches[0]) // PART)[0]
+    share = examples(batches[0]) / max(1, examples(some))
+    return math.ceil(Route(network).start(some).peak() * share * len(batches))
 
 
 def enough(network: fx.GraphModule, batches: Sequence[Any]) -> list[Any]:

@@ -17,7 +17,13 @@ from sparsereg.compression.units.gating import take_gates_off
 from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.lines import Bools
 from sparsereg.compression.units.precision import precision_of
-from sparsereg.compression.units.program import has_one_batch_size, same_operations, takes_any_batch
+from sparsereg.compression.units.program import (
+    at_least_two,
+    has_one_batch_size,
+    same_operations,
+    takes_any_batch,
+)
+from sparsereg.compression.units.recorded import same_calls
 from sparsereg.compression.units.structure import Structure, plain_module
 
 
@@ -118,10 +124,11 @@ def _free_positions(
     ):
         return True
     bare, program = _bare(model), structure.analysis.program
+    given = torch.utils._pytree.tree_map(at_least_two, (args, dict(kwargs)))
 
     def same(size: Callable[[int], int]) -> bool | None:
-        changed = torch.utils._pytree.tree_map(lambda x: _resized(x, size), (args, dict(kwargs)))
-        return same_operations(bare, program, *changed)
+        changed = torch.utils._pytree.tree_map(lambda x: _resized(x, size), given)
+        return same_calls(bare, given, changed) or same_operations(bare, program, *changed)
 
     # Larger by what most networks halve, and smaller by what they do not: maps may be filled up, for example.
     return bool(same(lambda n: n + 32)) and same(lambda n: n // 2 + 1) is not False
