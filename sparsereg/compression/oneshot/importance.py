@@ -1,14 +1,18 @@
 """What units are worth to a network: read off a few batches at gates that are all open, without labels."""
 
-from collections.abc import Callable, Iterator, Sequence
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparsereg.compression.oneshot.inputs import split
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.gating import GatedModule, shared_gate_of
+from sparsereg.compression.units.structure import Structure
 from sparsereg.distributions import HardConcrete
 
 DRAWS = 4
@@ -92,13 +96,18 @@ def _mean(gates: Gates, found: Iterator[Tensor]) -> list[Tensor]:
     ]
 
 
+def parts_of(batch: Any) -> tuple[list[Any], int]:
+    """The parts of a batch through which random sums are derived, and how many sums of each."""
+    own = split(batch, DRAWS)
+    return own, -(-DRAWS // len(own))
+
+
 def _derivatives(
     network: nn.Module, gates: Gates, batches: Sequence[Any], generator: torch.Generator
 ) -> Iterator[Tensor]:
     """Derivatives of random sums of answers by all gates end to end, float64."""
     locations = [g.log_alpha for g in gates]
-    parts = [(part, -(-DRAWS // len(own))) for own in (split(b, DRAWS) for b in batches) for part in own]
-    for part, draws in parts:
+    for part, draws in ((part, draws) for own, draws in map(parts_of, batches) for part in own):
         args, kwargs = inputs_of(part)
         answers = torch.utils._pytree.tree_leaves(network(*args, **kwargs))
         answers = [a for a in answers if isinstance(a, Tensor) and a.requires_grad]
@@ -107,6 +116,83 @@ def _derivatives(
             slopes = torch.autograd.grad(total, locations, retain_graph=draw + 1 < draws, allow_unused=True)
             known = [torch.zeros_like(a) if s is None else s for a, s in zip(locations, slopes, strict=True)]
             yield torch.cat([s.flatten() for s in known]).double()
+
+
+class ThroughWeights:
+    """Derivatives by gates, read off those by the weights that the gates multiply, gates being all open.
+
+    Args:
+        found: of each weight, where its gates multiply it: the shape, of one place for each of them, the
+            places that have gates, and these gates' numbers.
+        number: of all gates.
+    """
+
+    def __init__(self, found: list[tuple[Tensor, tuple[int, ...], Tensor, Tensor]], number: int) -> None:
+        self._found, self._number = found, number
+        self.weights = [weight for weight, *_ in found]
+
+    @classmethod
+    def of(
+        cls, small: fx.GraphModule, structure: Structure, model: nn.Module, sizes: Mapping[str, int]
+    ) -> ThroughWeights | None:
+        """Those of a network; None if not all weights with gates are those of the compacted network.
+
+        Args:
+            small: the network, compacted with its gates open.
+            structure: of the network.
+            model: the network with gates.
+            sizes: how many gates there are at each path, in order.
+        """
+        analysis, program = structure.analysis, structure.analysis.program
+        own = {**dict(small.named_parameters()), **dict(small.named_buffers())}
+        starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+        numbers = sum(p.numel() for p in small.parameters())
+        if program.made or numbers != sum(program.values[node].numel() for node in program.parameters):
+            return None
+        found = []
+        for node, value in structure.weights(model):
+            sides = [
+                (analysis.choices_along(node, s), analysis.shape_along(node, s)) for s in analysis.sides(node)
+            ]
+            sides = [
+                (sets, shape) for sets, shape in sides if any(s & structure.gates.keys() for s in sets.flat)
+            ]
+            weight = own.get(program.names[node])
+            if sides and (weight is None or not _alike(weight, value)):
+                return None
+            for sets, shape in sides:
+                gates = [
+                    (i, structure.gates[c])
+                    for i, s in enumerate(sets.flat)
+                    for c in s & structure.gates.keys()
+                ]
+                assert weight is not None
+                places = torch.tensor([i for i, _ in gates], device=weight.device)
+                at = torch.tensor([starts[path] + place for _, (path, place) in gates], device=weight.device)
+                found.append((weight, shape, places, at))
+        return cls(found, sum(sizes.values()))
+
+    def by_gates(self, slopes: Sequence[Tensor]) -> Tensor:
+        """Derivatives by all gates, (gates,), float64.
+
+        Args:
+            slopes: those by ``weights``.
+        """
+        total = slopes[0].new_zeros(self._number, dtype=torch.float64)
+        for slope, (weight, shape, places, gates) in zip(slopes, self._found, strict=True):
+            each = (slope.double() * weight.detach().double()).sum_to_size(shape).flatten()
+            total.index_add_(0, gates, each[places])
+        return total
+
+
+def _alike(weight: Tensor, value: Tensor) -> bool:
+    """Whether a weight is one with gates, which are nearly open."""
+    same = weight.shape == value.shape and weight.dtype == value.dtype and weight.is_floating_point()
+    return same and torch.allclose(weight, value, rtol=_NEARLY, atol=1e-6)
+
+
+_NEARLY = 0.01
+"""Share of a weight that gates which are nearly open take of it at most."""
 
 
 def random_sum(answers: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,16 +14,18 @@ the curvature as a product of what a layer reads and what depends on it; here fo
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparsereg.compression.oneshot.answers import check_answer
-from sparsereg.compression.oneshot.importance import random_sum
+from sparsereg.compression.oneshot.importance import ThroughWeights, parts_of, random_sum
 from sparsereg.compression.oneshot.least_squares import Sums
 from sparsereg.compression.oneshot.readers import Reader, readers
 from sparsereg.compression.units.structure import Structure
@@ -48,7 +50,8 @@ def leftover(
     some: Sequence[Any],
     slopes: dict[str, Tensor],
     ways: Sequence[int] = range(WAYS),
-) -> list[dict[str, Tensor]]:
+    model: nn.Module | None = None,
+) -> tuple[list[dict[str, Tensor]], Tensor | None]:
     """Return when each unit goes, in each order: the place in it, NaN for units that no layer sums over.
 
     The orders share the covariances. While one is found, there is one more copy of them, so that they take
@@ -61,16 +64,22 @@ def leftover(
         some: those in which the network's answers are derived.
         slopes: what each gate's unit costs, by the path of the gates.
         ways: the orders to find; 0 is that by shares of the layers, 1 that by the answers.
+        model: the network with gates, which are nearly open; None where nobody asks for their worth.
 
     Returns:
         By the path of the gates, float64, for each of ``ways``. None at all if the layers are too wide for
-        this.
+        this. And what each gate is worth as ``importance.gradient`` says it, (gates,), where it comes with
+        the derivatives that are taken, and there are units that no layer sums over.
 
     Raises:
         InputError: the network answers NaN.
     """
-    tables = _tables(small, structure, batches, some)
     sizes = [slopes[path].numel() for path in structure.paths]
+    through = None
+    if model is not None:
+        gates = dict(zip(structure.paths, sizes, strict=True))
+        through = functools.partial(ThroughWeights.of, small, structure, model, gates)
+    tables, worth = _tables(small, structure, batches, some, through, sum(sizes))
     starts = dict(zip(structure.paths, itertools.accumulate([0, *sizes]), strict=False))
     cost = torch.cat([slopes[path].double().flatten().cpu() for path in structure.paths]).clamp(min=1e-12)
     seen = [[starts[path] + place for path, place in table.gates] for table in tables]
@@ -78,7 +87,7 @@ def leftover(
     for way in ways if tables else ():
         order = _order([_Fit(table, way) for table in tables], seen, cost)
         found.append(dict(zip(structure.paths, order.split(sizes), strict=True)))
-    return found
+    return found, worth
 
 
 def _order(fits: Sequence[_Fit], seen: Sequence[Sequence[int]], cost: Tensor) -> Tensor:
@@ -195,9 +204,26 @@ class _Fit:
 
 
 def _tables(
-    small: fx.GraphModule, structure: Structure, batches: Sequence[Any], some: Sequence[Any]
-) -> list[_Table]:
-    """A table for each tensor that layers sum over, whose units can go; none if all these are too wide."""
+    small: fx.GraphModule,
+    structure: Structure,
+    batches: Sequence[Any],
+    some: Sequence[Any],
+    through: Callable[[], ThroughWeights | None] | None,
+    number: int,
+) -> tuple[list[_Table], Tensor | None]:
+    """A table for each tensor that layers sum over, whose units can go; none if all these are too wide.
+
+    Args:
+        small: the network, compacted.
+        structure: of the network.
+        batches: of inputs, by which layers are fitted.
+        some: those in which the network's answers are derived.
+        through: finds how to derive them by gates; None where nobody asks.
+        number: of gates.
+
+    Returns:
+        What gates are worth comes with them, if that is asked for and some are in no table.
+    """
     analysis = structure.analysis
     nodes = {name: node for node, name in analysis.program.names.items()}
     found: dict[Any, list[Reader]] = {}
@@ -212,11 +238,13 @@ def _tables(
                 columns.setdefault(reader.reads, own)
     matrices = [[r.matrix(small.get_parameter(r.weight))[0] for r in together] for together in found.values()]
     if not matrices or sum(len(own[0]) ** 2 for own in matrices) > LARGEST:
-        return []
-    sense = _senses(small, [r for together in found.values() for r in together], some)
+        return [], None
+    seen = {gate for own in columns.values() for gate in own}
+    by_gates = through() if through is not None and len(seen) < number else None
+    sense, worth = _senses(small, [r for together in found.values() for r in together], some, by_gates)
     senses = [[sense[r] for r in together] for together in found.values()]
     sums = _sums(small, [together[0] for together in found.values()], batches)
-    return [_Table(*own) for own in zip(sums, matrices, senses, columns.values(), strict=True)]
+    return [_Table(*own) for own in zip(sums, matrices, senses, columns.values(), strict=True)], worth
 
 
 def _columns(structure: Structure, node: fx.Node, reader: Reader, weight: Tensor) -> dict[Any, list[int]]:
@@ -251,29 +279,70 @@ def _sums(small: fx.GraphModule, found: Sequence[Reader], batches: Sequence[Any]
     return sums
 
 
-def _senses(small: fx.GraphModule, found: Sequence[Reader], batches: Sequence[Any]) -> dict[Reader, Tensor]:
-    """How much each output of layers moves the answers; (outputs,), float64.
+def _senses(
+    small: fx.GraphModule, found: Sequence[Reader], batches: Sequence[Any], by_gates: ThroughWeights | None
+) -> tuple[dict[Reader, Tensor], Tensor | None]:
+    """How much each output of layers moves the answers, (outputs,), float64, and what gates are worth.
 
     The root of the sum, over batches and places, of the squared derivative of random sums of all answers, as
-    ``importance.gradient`` takes them.
+    ``importance.gradient`` takes them. Where gates are asked for, the sums are those of parts of batches, as
+    there.
     """
     route, generator = Route(small), torch.Generator().manual_seed(0)
     run = _Keeping(small, {reader.node for reader in found})
     total: dict[Reader, Any] = dict.fromkeys(found, 0.0)
+    worth: list[Tensor] = []
+    weights = [] if by_gates is None else by_gates.weights
+    with _derived(weights):
+        for part, draws in _parts(batches, by_gates is not None):
+            with torch.enable_grad():
+                answers = torch.utils._pytree.tree_leaves(run.run(*route.arguments(part)))
+            wanted = [run.kept[reader.node] for reader in found] + weights
+            for draw in range(draws):
+                slopes = _slopes(answers, wanted, generator, draw + 1 < draws)
+                if slopes is None:  # answers that are numbers of classes, say, have no derivative
+                    continue
+                for reader, slope in zip(found, slopes, strict=False):
+                    squares = slope.double().square().movedim(-1 if reader.layer is None else 1, -1)
+                    total[reader] = total[reader] + squares.flatten(0, -2).sum(0)
+                if by_gates is not None:
+                    worth.append(by_gates.by_gates(slopes[len(found) :]).square())
+    mean = torch.stack(worth).mean(0) if worth else None
+    return {reader: torch.as_tensor(t).sqrt() for reader, t in total.items()}, mean
+
+
+def _parts(batches: Sequence[Any], gates: bool) -> Iterator[tuple[Any, int]]:
+    """Parts of batches, with the number of sums that are derived of each; whole ones without gates."""
     for batch in batches:
-        with torch.enable_grad():
-            answers = torch.utils._pytree.tree_leaves(run.run(*route.arguments(batch)))
-            sums = [random_sum(a, generator) for a in answers if isinstance(a, Tensor) and a.requires_grad]
-            outputs = [run.kept[reader.node] for reader in found]
-            if not sums:  # answers that are numbers of classes, say, have no derivative
-                continue
-            slopes = torch.autograd.grad(
-                torch.stack(sums).sum(), outputs, materialize_grads=True, allow_unused=True
-            )
-        for reader, slope in zip(found, slopes, strict=True):
-            squares = slope.double().square().movedim(-1 if reader.layer is None else 1, -1)
-            total[reader] = total[reader] + squares.flatten(0, -2).sum(0)
-    return {reader: torch.as_tensor(t).sqrt() for reader, t in total.items()}
+        own, draws = parts_of(batch) if gates else ([batch], 1)
+        yield from ((part, draws) for part in own)
+
+
+def _slopes(
+    answers: Sequence[Any], wanted: Sequence[Tensor], generator: torch.Generator, again: bool
+) -> Sequence[Tensor] | None:
+    """Derivatives of a random sum of answers; None of answers without any."""
+    with torch.enable_grad():
+        sums = [random_sum(a, generator) for a in answers if isinstance(a, Tensor) and a.requires_grad]
+        if not sums:
+            return None
+        found: Sequence[Tensor] = torch.autograd.grad(
+            torch.stack(sums).sum(), wanted, retain_graph=again, materialize_grads=True, allow_unused=True
+        )
+    return found
+
+
+@contextmanager
+def _derived(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Within this context answers have derivatives by weights of a network."""
+    asked = [weight for weight in weights if not weight.requires_grad]
+    for weight in asked:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in asked:
+            weight.requires_grad_(False)
 
 
 class _Keeping(fx.Interpreter):

@@ -195,12 +195,12 @@ class Ranked:
         for p in frozen:
             p.requires_grad_(False)
         slopes = self._slopes()
-        orders = self._leftover(slopes) if importance == LEFTOVER else []
+        orders, known = self._leftover(slopes) if importance == LEFTOVER else ([], None)
         if not orders:  # else they were looked at already
             check_answers(self._teacher.network, self.batches)
         if not orders or bool(orders[0].isnan().any()):
             by_worth = "gradient" if importance == LEFTOVER else importance
-            worth = IMPORTANCE[by_worth](network, gates, self._few, generator)
+            worth = known or IMPORTANCE[by_worth](network, gates, self._few, generator)
             ratio = torch.cat(
                 [(w / s.double().clamp(min=1e-12)).flatten() for w, s in zip(worth, slopes, strict=True)]
             )
@@ -228,21 +228,28 @@ class Ranked:
             _set_(g, location)
         return slopes
 
-    def _leftover(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+    def _leftover(self, slopes: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
         """The orders in which a repair misses units least; NaN for those that no layer sums over.
 
         Args:
             slopes: what each gate's unit costs.
+
+        Returns:
+            And what each gate's unit is worth, where that is found on the way.
         """
         structure = structure_of(self._met, *inputs_of(self.example))
         if structure is None:
-            return []
+            return [], None
         costs = dict(zip(structure.paths, slopes, strict=True))
         ways = range(WAYS) if self.order is None else [self.order]
-        orders = leftover(self._teacher.network, structure, self.batches, self._few, costs, ways)
+        few, whole = self._few, self._teacher.network
+        orders, worth = leftover(whole, structure, self.batches, few, costs, ways, self._met)
         if not orders:
             log.info("no layers, or too wide ones, to say what a repair would leave over: ranked by gradient")
-        return [torch.cat([order[path] for path in structure.paths]) for order in orders]
+        found = [torch.cat([order[path] for path in structure.paths]) for order in orders]
+        return found, None if worth is None else [
+            w.view_as(s) for w, s in zip(worth.split([s.numel() for s in slopes]), slopes, strict=True)
+        ]
 
 
 def opened_(network: nn.Module) -> nn.Module:

@@ -186,7 +186,7 @@ def orders_of(model):
     network = opened_(sparsereg.gate(model, X[:1]).eval())
     structure, small = structure_of(network, (X[:1],), {}), compact(network, X[:1])
     slopes = {p: torch.ones_like(g.log_alpha) for p, g in hard_concretes(network).items()}
-    return [torch.cat(list(o.values())) for o in leftover(small, structure, [X], [X], slopes)]
+    return [torch.cat(list(o.values())) for o in leftover(small, structure, [X], [X], slopes)[0]]
 
 
 def test_layers_that_read_the_same_say_together_which_unit_they_or_the_answers_miss_least():
@@ -243,11 +243,10 @@ def test_of_two_orders_the_one_is_taken_whose_answers_are_nearer(monkeypatch, re
     for name in ("both", "turned", "first", "second"):
 
         def some(*given, name=name):
-            first, second = leftover(*given)
+            (first, second), _ = leftover(*given)
             second = {path: -order for path, order in second.items()}  # what is missed most goes first
-            return {"both": [first, second], "turned": [second, first], "first": [first], "second": [second]}[
-                name
-            ]
+            kinds = {"both": [first, second], "turned": [second, first], "first": [first], "second": [second]}
+            return kinds[name], None
 
         monkeypatch.setattr("sparsereg.compression.oneshot.ranked.leftover", some)
         found[name] = sparsereg.shrink(model, X, target_macs=0.5, repair=repair)(X).detach()
