@@ -76,6 +76,36 @@ def _arguments(node: fx.Node, sizes: bool) -> Any:
     return node.args[:1], any_size, rest, node.kwargs
 
 
+Told = list[tuple[Any, list[int | None]]]
+"""Operations that are told sizes, in order, with these; None for one that is known when it runs only."""
+
+
+def sizes_told(graph: fx.Graph, network: nn.Module) -> Told:
+    """What operations of a network are told of sizes which ``alike`` lets differ.
+
+    Args:
+        graph: of the network, or of its trace.
+        network: what its modules belong to.
+    """
+    found: Told = []
+    for node in graph.nodes:
+        layer = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+            norm = _NORMS[isinstance(layer, nn.RMSNorm)]
+            found.append((norm, list(layer.normalized_shape)))
+        elif (at := place_of_sizes(node)) is not None and at < len(node.args):
+            sizes: Any = node.args[at]
+            found.append((node.target, [x if type(x) is int else None for x in sizes]))
+    return found
+
+
+def place_of_sizes(node: fx.Node) -> int | None:
+    """Which argument of an operation says sizes; None of one that is told none."""
+    if node.target is torch.ops.aten.flatten.using_ints or node.target not in (*RESHAPES, *_NORMS, SPLIT):
+        return None
+    return 2 if node.target is torch.ops.aten.unflatten.int else 1
+
+
 class _Place(int):
     """Of an operation whose result is read: another thing than a number."""
 

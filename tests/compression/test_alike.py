@@ -116,6 +116,70 @@ def test_a_network_from_a_compacted_one_is_not_traced_again(monkeypatch):
     assert torch.equal(third(X), anew(X))
 
 
+TRANSFORMERS = {
+    "vit": (lambda: ViT(4, (3, 8, 8), 4, Shape(width=24, depth=2, heads=2)), X),
+    "gpt": (lambda: GPT(16, 8, Shape(width=24, depth=2, heads=2)), torch.arange(16).view(2, 8)),
+    "rms": (lambda: GPT(16, 8, Shape(width=24, depth=2, heads=2, norm="rms")), torch.arange(16).view(2, 8)),
+}
+
+
+def narrower(model: nn.Module, x: torch.Tensor) -> fx.GraphModule:
+    """A network with fewer places in heads, hidden units and width."""
+    gated = opened_(sparsereg.gate(model, x[:1], families=("units", "width", "head_dims")).eval())
+    for gate in hard_concretes(gated).values():
+        nn.init.constant_(gate.log_alpha[:2], -10.0)
+    return compact(gated, x[:1])
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformer_from_a_compacted_one_is_not_traced_again(monkeypatch, name):
+    torch.manual_seed(0)
+    make, x = TRANSFORMERS[name]
+    traced = []
+    export = programs._export
+    monkeypatch.setattr(programs, "_export", lambda *given: traced.append(1) or export(*given))
+    second = narrower(narrower(make().eval(), x), x)
+    before = second.meta[programs.BEFORE].analysis.program
+    assert before.said != operations(second)
+    traced.clear()
+    third = narrower(second, x)
+    assert not traced
+    told = third.meta[programs.BEFORE].analysis.program
+    del second.meta[programs.BEFORE]
+    anew = narrower(second, x)
+    assert traced
+    own = anew.meta[programs.BEFORE].analysis.program
+    assert third.code == anew.code
+    assert torch.equal(third(x), anew(x))
+    for mine, theirs in zip(told.graph.nodes, own.graph.nodes, strict=True):
+        sizes = [[str(v.shape) for v in values_of(node)] for node in (mine, theirs)]
+        assert sizes[0] == sizes[1]
+        assert mine.target == theirs.target or mine.op == "placeholder"
+    fourth = narrower(third, x)  # from a program that was made so itself
+    assert sum(p.numel() for p in fourth.parameters()) < sum(p.numel() for p in third.parameters())
+    torch.testing.assert_close(fourth(x), narrower(anew, x)(x))
+
+
+def values_of(node: fx.Node) -> list[torch.Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(node.meta.get("val"))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("change", ["alike", "known"])
+def test_sizes_that_do_not_follow_one_by_one_are_traced_anew(monkeypatch, change):
+    torch.manual_seed(0)
+    make, x = TRANSFORMERS["vit"]
+    second = narrower(narrower(make().eval(), x), x)
+    before = second.meta[programs.BEFORE].analysis.program
+    given = (before, second, (x[:1],), {})
+    assert programs._with_other_weights(*given) is not None
+    if change == "alike":
+        before.alike = None
+    else:
+        monkeypatch.setattr(programs, "tell_sizes_", lambda *programs: False)
+    assert programs._with_other_weights(*given) is None
+
+
 @pytest.mark.costly
 @pytest.mark.parametrize("change", ["operation", "example"])
 def test_another_network_is_traced_anew(monkeypatch, change):

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import transformer
 
-from sparsereg.compression.alike import operations
+from sparsereg.compression.alike import operations, sizes_told
 from sparsereg.compression.running import evaluating, in_order_of, quiet, tensors_in
 from sparsereg.compression.units.einsums import in_pairs, outer_as_products, step, with_matrices
 from sparsereg.compression.units.recurrent_shapes import recurrent_in_one
+from sparsereg.compression.units.resized import tell_sizes_, with_sizes
 from sparsereg.compression.verify import TOLERANCE, difference
 from sparsereg.errors import InputError
 
@@ -64,9 +65,11 @@ class Program:
         takes: likewise how the flat inputs are.
         made: how those of the weights are computed that are none of the network's own.
         said: the operations of a compacted network by its own word, see ``sparsereg.compression.alike``.
+        alike: the same for whatever sizes; None where its sizes are not those of the trace, one by one.
         traced: the operations as they were traced, each with what it reads, see ``precision``; a node knows
             its ``NUMBER`` among them.
         cast_by: the numbers of those that read weights in another type, of which the graph has no more.
+        precision: what ``precision_of`` has found, once; programs of the same operations share it.
     """
 
     graph: fx.Graph
@@ -80,10 +83,12 @@ class Program:
     takes: Any = None
     made: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
     said: list[Any] | None = field(default=None, repr=False)
+    alike: list[Any] | None = field(default=None, repr=False)
     constants: frozenset[fx.Node] = frozenset()
     read_as: dict[fx.Node, tuple[torch.dtype | float, ...]] = field(default_factory=dict, repr=False)
     traced: list[tuple[str, list[Any]]] = field(default_factory=list, repr=False)
     cast_by: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    precision: list[Any] = field(default_factory=list, repr=False)
 
     @property
     def calls(self) -> Iterator[fx.Node]:
@@ -352,10 +357,15 @@ def _with_other_weights(
         [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in e] for e in (flat, program.example)
     ]
     names = set(program.names.values()) == set(own)  # none stands for several
-    if program.made or not names or shapes[0] != shapes[1] or program.said != operations(model):
+    if program.made or not names or shapes[0] != shapes[1]:
         return None
-    weights = {node: own[name].detach() for node, name in program.names.items()}
-    made = dataclasses.replace(program, weights=weights, values={}, example=tuple(flat))
+    made, said = program, operations(model)
+    if program.said != said:
+        if program.alike is None or program.alike != operations(model, sizes=False):
+            return None
+        made = with_sizes(program, sizes_told(model.graph, model))
+    weights = {node: own[name].detach() for node, name in made.names.items()}
+    made = dataclasses.replace(made, weights=weights, values={}, example=tuple(flat), said=said)
     try:
         with evaluating(model):
             answers = tensors_in(model(*pair[0], **pair[1]))
@@ -364,7 +374,8 @@ def _with_other_weights(
         logger.debug("the trace of the network before does not serve: %s", error)
         return None
     found = tensors_in(made.values_of_output)
-    return made if all(map(torch.equal, answers, found)) else None
+    same = all(map(torch.equal, answers, found))
+    return made if same and (made.graph is program.graph or tell_sizes_(made, program)) else None
 
 
 def trace_any_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -423,7 +434,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], map
         tuple(flat),
         exported.call_spec.out_spec,
         exported.call_spec.in_spec,
-        said=operations(model) if isinstance(model, fx.GraphModule) else None,
+        **(_said(model, exported.graph) if isinstance(model, fx.GraphModule) else {}),
         constants=frozenset(n for n in weights if n.name in signature.inputs_to_lifted_tensor_constants),
     )
     for number, node in enumerate(program.calls):
@@ -437,6 +448,12 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], map
         raise _refused(model, args, kwargs, error) from error
     _check_faithful(model, program, args, kwargs)
     return program
+
+
+def _said(model: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
+    """What a compacted network says itself of its operations, for the program of its trace."""
+    same = sizes_told(model.graph, model) == sizes_told(graph, model)
+    return {"said": operations(model), "alike": operations(model, sizes=False) if same else None}
 
 
 @torch.no_grad()

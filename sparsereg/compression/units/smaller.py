@@ -50,7 +50,10 @@ def smaller(
     cut = Cut(units, structure.gone(stays), ())
     if structure.fixed is None:
         structure.fixed = fixed_sizes(model, structure, args, kwargs)
-        structure.precision = precision_of(_bare(model), structure.analysis.program, args, kwargs)
+        program = structure.analysis.program
+        if not program.precision:
+            program.precision.append(precision_of(_bare(model), program, args, kwargs))
+        structure.precision = program.precision[0]
     made = []
     for dtype in dtypes:
         cut.use(structure.weights(model, dtype))
