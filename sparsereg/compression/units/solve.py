@@ -293,4 +293,26 @@ def solve(labeller: Labeller) -> Units:
     for unit, why in axes.fixed.items():
         for choice in split.get(int(roots[unit]), frozenset([int(roots[unit])])):
             fixed.setdefault(choice, why)
-    return Units(labeller, roots, split, fixed, Branches(labeller.program, len(roots)))
+    units = Units(labeller, roots, split, fixed, Branches(labeller.program, len(roots)))
+    _keep_all_of_products(units)
+    return units
+
+
+def _keep_all_of_products(units: Units) -> None:
+    """No choice takes all that a product sums over, such as queries and keys, and nothing else."""
+    labeller = units.labeller
+    pairs = [pair for pair in labeller.reads if len(pair) == 2]
+    if not pairs:
+        return
+    makes: dict[int, set[int]] = {}
+    for first, node, axis in labeller.axes.owner:
+        for unit in range(first, first + _size_of_owner(labeller, node, axis)):
+            for choice in units.of(unit):
+                makes.setdefault(choice, set()).add(int(units.roots[unit]))
+    for pair in pairs:
+        own = [set(units.roots[np.unique(_corner(labeller.labels(source)))].tolist()) for source in pair]
+        for summed in own:
+            sets = [units.of(unit) for unit in summed if unit >= FIRST]
+            for choice in frozenset.intersection(*sets) if len(sets) > 1 else ():
+                if makes.get(choice, set()) <= own[0] | own[1]:
+                    units.fixed.setdefault(choice, ("a product would sum over nothing without it", pair[0]))

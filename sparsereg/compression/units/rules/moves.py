@@ -130,7 +130,22 @@ def _select_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
         return replaced(node)
     alive = cut.alive_along(labels, a["dim"])
     index = a["index"] % len(alive)
-    return replaced(node, index=int(alive[:index].sum())) if not bool(alive.all()) else replaced(node)
+    if bool(alive.all()):
+        return replaced(node)
+    if not bool(alive[index]):
+        return Call(emptied, (node.args[0], a["dim"], _without_places(cut, cut.labels[node])))
+    return replaced(node, index=int(alive[:index].sum()))
+
+
+def emptied(x: Tensor, dim: int, axis: int | None) -> Tensor:
+    """What is left of a position of which nothing is: no places along another axis, or zeros."""
+    first: Tensor = torch.ops.aten.select.int(x, dim, 0)
+    return first * 0 if axis is None else first.narrow(axis, 0, 0)
+
+
+def _without_places(cut: Smaller, labels: Labels) -> int | None:
+    """The last axis along which units lie of which none is left; None if there is no such axis."""
+    return next((axis for axis in sorted(varying(labels), reverse=True) if not cut.left(labels, axis)), None)
 
 
 def _index_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
@@ -250,9 +265,12 @@ def stacked(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     return made
 
 
-def unbound(x: Tensor, dim: int, places: list[int]) -> tuple[Tensor, ...]:
-    """What is left of the parts that ``torch.unbind`` gives; of those that are gone nobody reads anything."""
-    return tuple(torch.ops.aten.select.int(x, dim, place) for place in places)
+def unbound(x: Tensor, dim: int, parts: list[tuple[int | None, int | None]]) -> tuple[Tensor, ...]:
+    """What is left of the parts that ``torch.unbind`` gives: each one's place, or else an axis to empty."""
+    return tuple(
+        emptied(x, dim, axis) if place is None else torch.ops.aten.select.int(x, dim, place)
+        for place, axis in parts
+    )
 
 
 def _unbind_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
@@ -260,7 +278,14 @@ def _unbind_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     alive = cut.alive_along(labels, a["dim"] % labels.dim())
     if bool(alive.all()):
         return replaced(node)
-    return Call(unbound, (node.args[0], a["dim"], (alive.long().cumsum(0) - 1).clamp(min=0).tolist()))
+    if not bool(alive.any()):
+        return replaced(node)
+    places = (alive.long().cumsum(0) - 1).tolist()
+    parts = [
+        (place, None) if here else (None, _without_places(cut, own))
+        for place, here, own in zip(places, alive, cut.labels[node], strict=True)
+    ]
+    return Call(unbound, (node.args[0], a["dim"], parts))
 
 
 @rule("unbind", call=_unbind_call)

@@ -107,6 +107,10 @@ class Product:
             if all(zero):
                 return self._outer(varied)
             common = varied[0] & varied[1]
+            for (labels, _), is_zero in zip(self.sides, zero, strict=True):
+                if not (is_zero or common):
+                    why = f"{self.name} reads it, and it is not zero when it is gone"
+                    self.x.axes.fix(labels, why, self.node)
             own = varied = [v if z else v & common for v, z in zip(varied, zero, strict=True)]
         states = [dead for dead, v in zip(self.dead, own, strict=True) if v]
         self.x.dead[self.node] = min(states, default=Dead.ZERO)
