@@ -37,10 +37,8 @@ them. `sparsereg.gate` puts gates into it, a random half of each tensor of gates
 compared with those of the gated one. It *holds* if the largest difference is at most 1e-9 of the output's
 spread, if open gates change nothing, and if `sparsereg.count` says the parameters and the
 multiply-accumulates that PyTorch's counter finds in the smaller network. Seconds are of one core, those of
-`gate` with tracing. *Can go* is the share of the parameters that go with some unit that can go. Rows with
-seconds in brackets are older: of them the engine was examined, without gates, the cut network against the
-masked one. Networks of the list that are not below have not been examined yet: the command goes on where it
-stopped.
+`gate` with tracing. *Can go* is the share of the parameters that go with some unit that can go. Networks of
+the list that are not below have not been examined yet: the command goes on where it stopped.
 
 Torch-Pruning halves the same networks with random importance, as its documentation shows: the layers that
 make the output stay, and it is told the number of heads of modules that have `qkv` and `num_heads`. What it
