@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sparsereg.compression import compact, gate
-from sparsereg.compression.units import smaller
+from sparsereg.compression.units import recorded, smaller
 from sparsereg.compression.units.recorded import same_calls
 
 
@@ -39,7 +39,9 @@ def mean(x):
         (lambda x: x.view(len(x), 4 * 6 * 6), False),  # fails on the other size
     ],
 )
-def test_what_differs_between_sizes_is_seen(behind, same):
+@pytest.mark.parametrize("computed", [True, False])
+def test_what_differs_between_sizes_is_seen(monkeypatch, behind, same, computed):
+    monkeypatch.setattr(recorded, "SMALL", 2**20 if computed else 0)
     sizes = [((torch.ones(2, 1, n, n),), {}) for n in (6, 9)]
     assert same_calls(Net(behind), *sizes) is same
 
