@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from torch import fx
 
 from sparsereg.compression.units.branches import Branches
 from sparsereg.compression.units.labels import FIRST, Axes, Ints, Labels, Nested, Unions, varying
@@ -301,18 +302,17 @@ def solve(labeller: Labeller) -> Units:
 def _keep_all_of_products(units: Units) -> None:
     """No choice takes all that a product sums over, such as queries and keys, and nothing else."""
     labeller = units.labeller
-    pairs = [pair for pair in labeller.reads if len(pair) == 2]
-    if not pairs:
-        return
-    makes: dict[int, set[int]] = {}
-    for first, node, axis in labeller.axes.owner:
-        for unit in range(first, first + _size_of_owner(labeller, node, axis)):
-            for choice in units.of(unit):
-                makes.setdefault(choice, set()).add(int(units.roots[unit]))
-    for pair in pairs:
+    found: dict[int, tuple[set[int], fx.Node]] = {}
+    for pair in (pair for pair in labeller.reads if len(pair) == 2):
         own = [set(units.roots[np.unique(_corner(labeller.labels(source)))].tolist()) for source in pair]
         for summed in own:
             sets = [units.of(unit) for unit in summed if unit >= FIRST]
             for choice in frozenset.intersection(*sets) if len(sets) > 1 else ():
-                if makes.get(choice, set()) <= own[0] | own[1]:
-                    units.fixed.setdefault(choice, ("a product would sum over nothing without it", pair[0]))
+                found.setdefault(choice, (own[0] | own[1], pair[0]))
+    for first, node, axis in labeller.axes.owner if found else ():
+        for unit in range(first, first + _size_of_owner(labeller, node, axis)):
+            for choice in units.of(unit) & found.keys():
+                if int(units.roots[unit]) not in found[choice][0]:
+                    del found[choice]  # it takes something else, too
+    for choice, (_, node) in found.items():
+        units.fixed.setdefault(choice, ("a product would sum over nothing without it", node))
