@@ -187,7 +187,8 @@ def _holdable(
     reasons = not_held(model, analysis, places, example)
     if not reasons:
         return vectors
-    leave_out = leave_out and len(reasons) < len(sharing)
+    held = [own[0] for key, own in sharing.items() if key not in reasons]
+    leave_out = leave_out and any(len(vector.choices) > 1 for vector in held)  # of one place nothing goes
     names = analysis.program.names
     first = {key: sharing[key][0] for key in reasons}
     said = [f"{first[key].family} of {names[first[key].sites[0]]}: {why}" for key, why in reasons.items()]

@@ -514,6 +514,23 @@ def test_a_class_that_can_hold_nothing_gets_all_gates_with_a_warning(caplog):
     assert "Alike cannot hold what 2 of 2 gates would leave; restore_class will refuse it" in caplog.text
 
 
+class Narrow(Alike):
+    """Likewise, and all passes through one number."""
+
+    def __init__(self, hidden=6):
+        super().__init__(hidden)
+        self.in_, self.out = nn.Linear(hidden, 1), nn.Linear(1, hidden)
+
+    def forward(self, x):
+        return self.head(self.out(self.in_(self.two(self.one(x).relu()).relu()).relu()).relu())
+
+
+def test_a_gate_of_one_place_holds_nothing_since_it_stays(caplog):
+    gated = gate(Narrow().eval(), torch.randn(5, 4), shape="uniform")
+    assert gate_sizes(gated) == [1, 6]
+    assert "Narrow cannot hold what 3 of 4 gates would leave; restore_class will refuse it" in caplog.text
+
+
 def test_of_a_class_with_arguments_that_nobody_knows_nothing_is_said(caplog):
     gated = gate(Forgetful(12, 9).eval(), torch.randn(5, 4), shape="uniform")
     assert gate_sizes(gated) == [9, 12]

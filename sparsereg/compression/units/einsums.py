@@ -46,6 +46,8 @@ def with_matrices(graph: fx.Graph, weights: Collection[str]) -> None:
     for node in [n for n in graph.nodes if n.target is torch.ops.aten.einsum.default]:
         tensors: Any = list(node.args[1])
         *letters, out = written_out(str(node.args[0]), [t.meta["val"].dim() for t in tensors])
+        if len(tensors) == 1:
+            _let_turn(graph, node, (tensors[0], letters[0]), out)
         for one, two in itertools.permutations(zip(tensors, letters, strict=True), 2):
             if one[0].name in weights and two[0].name not in weights and len(tensors) == 2:
                 _let_layer(graph, node, one, two, out)
@@ -89,6 +91,18 @@ def _let_layer(graph: fx.Graph, node: fx.Node, weight: Factor, source: Factor, o
         found = step(graph, node, aten.permute.default, found, [(left + made).index(c) for c in out])
     node.replace_all_uses_with(found)
     graph.erase_node(node)
+
+
+def _let_turn(graph: fx.Graph, node: fx.Node, source: Factor, out: str) -> None:
+    """Let an equation of one tensor, which sums over axes and turns others around, be these operations."""
+    read, own = source
+    if len(set(own)) < len(own):  # a diagonal
+        return
+    left, gone = [c for c in own if c in out], [own.index(c) for c in own if c not in out]
+    with graph.inserting_before(node):
+        if gone:
+            read = step(graph, node, torch.ops.aten.sum.dim_IntList, read, gone)
+    node.target, node.args = torch.ops.aten.permute.default, (read, [left.index(c) for c in out])
 
 
 def _is_dense(weight: Factor, source: Factor, out: str) -> bool:

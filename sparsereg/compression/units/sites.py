@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from sparsereg.compression.running import can_train
 from sparsereg.compression.units.cut import averages
-from sparsereg.compression.units.labels import FIRST, Ints, varying
+from sparsereg.compression.units.labels import FIRST, Ints, stored, varying
 from sparsereg.compression.units.program import Program, bound, module_of, name_of
 from sparsereg.compression.units.rules.cells import CELLS, rows_of_cell
 from sparsereg.compression.units.rules.elementwise import PRODUCTS, QUOTIENTS
@@ -42,8 +42,8 @@ class Norm:
         units: along it.
         groups: so many runs of units of one size, each with a mean of its own.
         centred: whether a mean is subtracted.
-        weights: the weights behind it.
-        factor: name of the one that can undo what the input is enlarged by; empty if none can, as 1 + weight.
+        weights: the weights behind it, if there are some.
+        factor: name of the one that can undo what the input is enlarged by; empty if none can.
     """
 
     node: fx.Node
@@ -210,14 +210,15 @@ class Sites:
             return bound(node)["value"]
         out = self.labeller.axes.of.get(node)
         wanted = varying(out) if isinstance(out, Tensor) else set()
+        units = self._units(out)
         able = [n for n in node.all_input_nodes if self._zero(n)]
         if not able:
             return None
 
-        def rank(n: fx.Node) -> tuple[bool, bool, int]:
+        def rank(n: fx.Node) -> tuple[bool, bool, bool, int]:
             value = self.program.values[n]
-            covers = self._covers(n, wanted)
-            return covers, n in self.program.weights, int(value.numel())
+            own, covers = units <= self._units(self.labeller.labels(n)), self._covers(n, wanted)
+            return own, covers, n in self.program.weights, int(value.numel())
 
         return max(able, key=rank)
 
@@ -226,6 +227,13 @@ class Sites:
         weight = weight and node not in self.program.constants
         zero = self.labeller.dead.get(node, Dead.ZERO) is Dead.ZERO
         return self._labelled(node) and (weight or zero)
+
+    def _units(self, labels: Any) -> set[int]:
+        """The units of a tensor, one number for those that are equal."""
+        if not isinstance(labels, Tensor):
+            return set()
+        roots = self.labeller.axes.sets.find(np.unique(stored(labels).numpy()))
+        return set(roots[roots >= FIRST].tolist())
 
     def _covers(self, node: fx.Node, wanted: set[int]) -> bool:
         labels = self.labeller.labels(node)
@@ -288,7 +296,7 @@ class Sites:
                 if w in self.program.weights and self.program.weights[w].is_floating_point()
             )
         )
-        if not sources or not weights:
+        if not sources or not (weights or _norms_alone(inside)):
             return None
         places = [self._place(source) for source in sorted(sources, key=lambda n: n.name)]
         first = places[0]
@@ -315,9 +323,9 @@ class Sites:
         able = all(_factor(weight, inside) for weight in weights)
         multiply = [weight for weight in weights if not _adds(weight, inside)]
         alone = len(weights) == len(multiply) == 1
-        if not (multiply and (able or alone)):
+        if weights and not (multiply and (able or alone)):
             return None
-        factor = self.program.names[multiply[0]].rpartition(".")[2] if able else ""
+        factor = self.program.names[multiply[0]].rpartition(".")[2] if weights and able else ""
         return Norm(node, path, axis, units, _groups(node), centred, weights, factor)
 
     def _place(self, source: fx.Node) -> tuple[int, Ints] | None:
@@ -341,6 +349,15 @@ def _only_normed(sources: set[fx.Node], inside: list[fx.Node], kinds: set[str]) 
     whole = all(kind.endswith("_norm") for kind in kinds)
     users = [user for source in sources for user in source.users if user in inside]
     return not whole or all(name_of(user) in kinds | MOVING for user in users)
+
+
+def _norms_alone(inside: list[fx.Node]) -> bool:
+    """Whether a module does nothing but norm what it is given, so that a factor behind it is one of that."""
+    whole = [n for n in inside if averages(n)]
+    moves = [n for n in inside if n not in whole]
+    sources: list[Any] = [n.args[0] for n in whole]
+    alone = all(name_of(n).endswith("_norm") for n in whole) and not set(sources) & set(whole)
+    return alone and all(name_of(n) in (*MOVING, "to") for n in moves)
 
 
 def _centred_by_hand(means: list[fx.Node]) -> bool:

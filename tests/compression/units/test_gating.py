@@ -18,6 +18,7 @@ from sparsereg.compression.verify import difference, verify
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 from tests.compression.units.networks import NETWORKS, build
+from tests.compression.units.test_nonzero import exact
 
 
 def example(name):
@@ -642,3 +643,42 @@ def test_large_weights_are_multiplied_by_their_gates_with_exact_gradients(shape)
 def test_large_complex_weights_take_gates():
     weight, factor = torch.randn(512, LARGE // 512, dtype=torch.cfloat), torch.rand(512, 1)
     assert torch.equal(times(weight, factor.to(weight)), weight * factor)
+
+
+class Squashed(nn.LayerNorm):
+    """Does more than to norm what it is given."""
+
+    def forward(self, x):
+        return super().forward(x).sigmoid()
+
+
+class Modulated(nn.Module):
+    """A residual stream whose norm has no weights, but a scale and a shift that come from elsewhere."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.enter, self.norm, self.given = nn.Linear(6, 12), norm, nn.Linear(6, 24)
+        self.one, self.two, self.out = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        scale, shift = self.given(x).chunk(2, -1)
+        x = self.enter(x)
+        x = x + self.two(self.one(self.norm(x) * (1 + scale) + shift).relu())
+        return self.out(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.LayerNorm(12, elementwise_affine=False),
+        lambda: nn.RMSNorm(12, elementwise_affine=False),
+        lambda: nn.GroupNorm(3, 12, affine=False),
+    ],
+)
+def test_width_goes_past_norms_without_weights(norm):
+    assert exact(Modulated(norm()), torch.randn(5, 6, dtype=torch.float64)) == [1, 12, 20]
+
+
+def test_a_norm_without_weights_and_something_else_in_one_module_keeps_the_width():
+    said = str(sparsereg.explain(Modulated(Squashed(12, elementwise_affine=False)), torch.randn(5, 6)))
+    assert "layer_norm is taken over it in a way of its own (layer_norm in norm, test_gating.py:" in said

@@ -944,3 +944,36 @@ class Detour(nn.Module):
 
 def test_weights_that_come_back_to_their_shape_are_themselves():
     assert exact(Detour(), torch.randn(2, 6, 5).double()) == [8]
+
+
+class Features(nn.Module):
+    """Tokens of features, each of which multiplies a vector of its own; and of a table, behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.randn(5, 12)) for _ in range(2))
+        self.table, self.out = nn.Embedding(7, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        tokens = torch.cat(
+            [self.weight * x.unsqueeze(-1) + self.bias, self.table.weight.expand(len(x), -1, -1)], 1
+        )
+        return self.out(tokens.relu()).mean(1)
+
+
+class Chosen(nn.Module):
+    """A sum of what layers make, weighed by shares that come of all of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(1, 12) for _ in range(4))
+        self.shares, self.out = nn.Linear(48, 4), nn.Linear(12, 3)
+
+    def forward(self, x):
+        each = torch.stack([layer(x[:, i : i + 1]) for i, layer in enumerate(self.layers)], -2)
+        return self.out((each * self.shares(each.flatten(-2)).softmax(-1).unsqueeze(-1)).sum(-2))
+
+
+@pytest.mark.parametrize("network", [Features, Chosen])
+def test_places_in_vectors_go_that_features_multiply(network):
+    assert exact(network(), x(6, 5)) == [12]

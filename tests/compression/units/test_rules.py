@@ -127,8 +127,9 @@ class Written(nn.Module):
         h = torch.relu(self.first(x))
         y, z = torch.einsum("...i, ij -> ...j", h, self.w), torch.einsum("abi,ij", h, self.v)
         among = torch.einsum("bni,bmi", y, y)
-        mixed = torch.einsum("bni,ijk,bnj->bnk", z, self.three, z)
-        return self.head(torch.cat([torch.einsum("...nm,...mj->...nj", among, z), mixed], -1))
+        mixed = torch.einsum("bni,ijk,bnj->bnk", torch.einsum("nbi->bni", z.transpose(0, 1)), self.three, z)
+        seen = torch.einsum("...nm,...mj->...nj", among, z) + torch.einsum("bnj->b", mixed)[:, None, None]
+        return self.head(torch.cat([seen, mixed], -1))
 
 
 @pytest.mark.costly

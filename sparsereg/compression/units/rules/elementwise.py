@@ -247,7 +247,8 @@ def pair(x: Labeller, node: fx.Node, labels: list[Labels]) -> Labels:
     """Labels of tensors that are broadcast to each other.
 
     Units at the same place go together. Where one tensor has one place for many units of the other, as a
-    vector that multiplies every head, its unit stays as long as one of theirs does.
+    vector that multiplies every head, its unit stays as long as one of theirs does. Where a tensor without
+    units has many places along an axis, as features that multiply a vector each, these stay.
     """
     shape = torch.broadcast_shapes(*(part.shape for part in labels))
     wide = max(labels, key=lambda part: len(varying(part)) if not _unlabelled(part) else -1)
@@ -257,9 +258,12 @@ def pair(x: Labeller, node: fx.Node, labels: list[Labels]) -> Labels:
         if part is wide:
             continue
         if _unlabelled(part):
-            if any(_size_at(part, axis, len(shape)) > 1 for axis in axes):
+            met = [axis for axis in axes if _size_at(part, axis, len(shape)) > 1]
+            x.met_without_units |= bool(met)
+            if met and axes - set(met):
+                made = _as_first(x, node, made, met)
+            elif met:
                 x.axes.fix(made, f"{name_of(node)} with a tensor of which nothing can go", node)
-                x.met_without_units = True
             continue
         missing = [axis for axis in axes if _size_at(part, axis, len(shape)) == 1]
         if missing and not varying(part):
@@ -277,6 +281,14 @@ def _tie_to_rows(x: Labeller, node: fx.Node, made: Labels, part: Labels, missing
     rows = x.axes.reduce(part, kept, name_of(node), node)
     units = x.axes.reduce(made, (*kept, *missing), name_of(node), node)
     x.axes.grids.append(Grid(units.reshape(rows.size, -1), np.ravel(rows)))
+
+
+def _as_first(x: Labeller, node: fx.Node, made: Labels, axes: list[int]) -> Labels:
+    """Labels of a tensor of which all positions along some axes stay: units go along the others alone."""
+    first = made
+    for axis in axes:
+        first = first.narrow(axis, 0, 1)
+    return _tie_places(x, node, made, first.expand(made.shape))
 
 
 def _tie_places(x: Labeller, node: fx.Node, made: Labels, part: Labels) -> Labels:

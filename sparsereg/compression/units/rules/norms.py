@@ -59,7 +59,7 @@ def layer_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
             else:
                 x.axes.equal(x.raw(a[name]).numpy(), units, name_of(node), node)
     x.axes.averaged.append(np.ravel(units))
-    x.dead[node] = Dead.ZERO if isinstance(a.get("weight"), fx.Node) else Dead.ANYTHING
+    x.dead[node] = Dead.ZERO  # or nothing goes: ``Sites`` keeps what no gates can take out of the mean
     return torch.from_numpy(units).int().expand(labels.shape)
 
 
@@ -170,7 +170,7 @@ def group_norm(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
         x.axes.equal(grid, np.broadcast_to(grid[0], grid.shape), "group_norm", node)
     if len(grid) > 1:
         x.axes.averaged_by_groups.append(units)
-    x.dead[node] = Dead.ZERO if isinstance(a.get("weight"), fx.Node) else Dead.ANYTHING
+    x.dead[node] = Dead.ZERO
     return torch.from_numpy(units).int().view(1, -1, *(1,) * (labels.dim() - 2)).expand(labels.shape)
 
 
