@@ -687,3 +687,20 @@ def test_a_network_that_answers_otherwise_when_it_is_traced_is_refused():
 
     with pytest.raises(InputError, match="Asks answers otherwise when torch.export traces it"):
         gate(Asks(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4))
+
+
+class Picks(nn.Module):
+    """Takes whole numbers as floats, and refuses others, as boxes with the number of their image."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.out = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x, which):
+        return self.out(self.enter(x).relu()[which.long()])
+
+
+def test_a_network_that_takes_no_noise_is_compared_on_the_example():
+    example = (torch.randn(3, 4), torch.tensor([0.0, 2.0] * 20))
+    network = gate(Picks().eval(), example)
+    assert difference(network(*example), compact(network, example)(*example)) < 1e-5

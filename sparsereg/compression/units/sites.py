@@ -166,7 +166,8 @@ class Sites:
             for weight in rows_of_cell(node):
                 self.axis[weight] = 0
                 self.part[weight] = candidate_rows(CELLS[name], self.program.values[weight].shape[0])
-            return []
+            states: Any = bound(node)["hx"]  # of which a part is handed on
+            return list(states) if isinstance(states, list | tuple) else [states]
         if name in (*PRODUCTS, *MATRICES):
             return [self._one_of(node)]
         if name in QUOTIENTS:

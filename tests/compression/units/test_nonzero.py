@@ -977,3 +977,57 @@ class Chosen(nn.Module):
 @pytest.mark.parametrize("network", [Features, Chosen])
 def test_places_in_vectors_go_that_features_multiply(network):
     assert exact(network(), x(6, 5)) == [12]
+
+
+class Projected(nn.Module):
+    """Attention to fewer keys and values than there are tokens, which a weight along the tokens makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(6, 12), nn.Linear(6, 24), nn.Linear(12, 3)
+        self.along = nn.ParameterList(torch.randn(5, 4) for _ in range(2))
+
+    def forward(self, x):
+        pair = zip(self.kv(x).chunk(2, -1), self.along, strict=True)
+        tensors = (self.q(x), *(torch.einsum("bnd,nk->bkd", t, along) for t, along in pair))
+        q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in tensors)
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Slots(nn.Module):
+    """A cell whose state is a parameter, which a norm reads before."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.norm = nn.Parameter(torch.randn(1, 12)), nn.LayerNorm(12)
+        self.read, self.cell, self.out = nn.Linear(12, 8), nn.GRUCell(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        state = self.start.expand(len(x), -1)
+        for _ in range(2):
+            state = self.cell(self.read(self.norm(state) * x[:, :1]).relu(), state)
+        return self.out(state)
+
+
+class Stacked(nn.Module):
+    """Heads that are laid one behind the other, and side by side again."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.out = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        heads = torch.stack(self.enter(x).split(6, -1)).relu()
+        return self.out(torch.cat(list(heads.unbind()), -1))
+
+
+def test_what_makes_the_units_of_a_product_takes_their_gates():
+    assert exact(Projected(), x(2, 5, 6)) == [3, 4, 4]
+
+
+def test_states_of_cells_that_are_parameters_take_gates():
+    assert exact(Slots(), x(6, 5)) == [8, 12]
+
+
+def test_a_head_that_is_gone_is_left_out_where_heads_are_laid_side_by_side():
+    assert exact(Stacked(), x(5, 6)) == [2, 6]

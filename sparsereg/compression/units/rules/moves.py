@@ -190,7 +190,17 @@ def resized(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     return made
 
 
-@rule(*_MOVES)
+def _cat_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
+    """Parts of which nothing is left, as of a head that is gone, are left out."""
+    parts = a["tensors"]
+    left = [
+        p for p in parts if not isinstance(own := cut.labels.get(p), Tensor) or cut.left(own, a["dim"] or 0)
+    ]
+    return replaced(node, tensors=left or parts)
+
+
+@rule(*(name for name in _MOVES if name not in CATS))
+@rule(*CATS, call=_cat_call)
 def moved(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Elements at other places."""
     if is_turned_weight(x, node) or picked(x.program, node):
