@@ -1029,5 +1029,5 @@ def test_states_of_cells_that_are_parameters_take_gates():
     assert exact(Slots(), x(6, 5)) == [8, 12]
 
 
-def test_a_head_that_is_gone_is_left_out_where_heads_are_laid_side_by_side():
+def test_a_network_is_saved_in_which_a_head_is_gone_of_those_that_are_laid_side_by_side():
     assert exact(Stacked(), x(5, 6)) == [2, 6]

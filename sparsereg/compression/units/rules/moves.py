@@ -140,7 +140,7 @@ def _select_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
 def emptied(x: Tensor, dim: int, axis: int | None) -> Tensor:
     """What is left of a position of which nothing is: no places along another axis, or zeros."""
     first: Tensor = torch.ops.aten.select.int(x, dim, 0)
-    return first * 0 if axis is None else first.narrow(axis, 0, 0)
+    return first * 0 if axis is None else torch.ops.aten.slice.Tensor(first, axis, 0, 0)
 
 
 def _without_places(cut: Smaller, labels: Labels) -> int | None:
@@ -190,17 +190,7 @@ def resized(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Labels:
     return made
 
 
-def _cat_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
-    """Parts of which nothing is left, as of a head that is gone, are left out."""
-    parts = a["tensors"]
-    left = [
-        p for p in parts if not isinstance(own := cut.labels.get(p), Tensor) or cut.left(own, a["dim"] or 0)
-    ]
-    return replaced(node, tensors=left or parts)
-
-
-@rule(*(name for name in _MOVES if name not in CATS))
-@rule(*CATS, call=_cat_call)
+@rule(*_MOVES)
 def moved(x: Labeller, node: fx.Node, a: dict[str, Any]) -> Any:
     """Elements at other places."""
     if is_turned_weight(x, node) or picked(x.program, node):
