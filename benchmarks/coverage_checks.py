@@ -17,8 +17,9 @@ from sparsereg import compact, count
 from sparsereg.compression.insert import gate_
 from sparsereg.compression.macs import counting
 from sparsereg.compression.units.explain import Explanation, explanation
-from sparsereg.compression.units.program import Program, bound, name_of, plain_call, trace
+from sparsereg.compression.units.program import Program, bound, name_of, plain_call
 from sparsereg.compression.units.structure import structure_of
+from sparsereg.compression.units.tracing import trace
 from sparsereg.compression.verify import Float64, float64_by_default, in_float64
 from sparsereg.penalties import hard_concretes
 

@@ -8,10 +8,10 @@ from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.flow import ATTRIBUTE as FLOW
 from sparsereg.compression.units.flow import flow_of
 from sparsereg.compression.units.fold import folded
-from sparsereg.compression.units.program import BEFORE
 from sparsereg.compression.units.smaller import smaller
 from sparsereg.compression.units.structure import ATTRIBUTE as UNITS
 from sparsereg.compression.units.structure import structure_of
+from sparsereg.compression.units.tracing import BEFORE
 from sparsereg.compression.verify import check_numbers, verify
 
 ORIGINAL = "original"

@@ -22,8 +22,8 @@ from sparsereg.compression.batch_norm_folding import fuse, layer_of
 from sparsereg.compression.compact import compact
 from sparsereg.compression.running import first_line, quiet, tensors_in
 from sparsereg.compression.units.explain import inputs_of
-from sparsereg.compression.units.program import at_least_two
 from sparsereg.compression.units.recurrent_shapes import recurrent_in_one
+from sparsereg.compression.units.tracing import at_least_two
 from sparsereg.compression.verify import apart, exactly
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically

@@ -13,7 +13,7 @@ from sparsereg.compression.alike import alike, operations
 from sparsereg.compression.deploy import TOLERANCE
 from sparsereg.compression.oneshot.ranked import opened_
 from sparsereg.compression.timing.runtimes import Loaders
-from sparsereg.compression.units import program as programs
+from sparsereg.compression.units import tracing
 from sparsereg.compression.verify import difference
 from sparsereg.model.gpt import GPT
 from sparsereg.model.transformer import Shape
@@ -98,8 +98,8 @@ def plain() -> nn.Sequential:
 
 def test_a_network_from_a_compacted_one_is_not_traced_again(monkeypatch):
     traced = []
-    export = programs._export
-    monkeypatch.setattr(programs, "_export", lambda *given: traced.append(1) or export(*given))
+    export = tracing._export
+    monkeypatch.setattr(tracing, "_export", lambda *given: traced.append(1) or export(*given))
     first = smaller(plain(), 3)
     second = smaller(first, 2)
     traced.clear()
@@ -108,7 +108,7 @@ def test_a_network_from_a_compacted_one_is_not_traced_again(monkeypatch):
             weight.mul_(1.5)  # as training changes them
     third = smaller(second, 2)
     assert not traced
-    del second.meta[programs.BEFORE]
+    del second.meta[tracing.BEFORE]
     anew = smaller(second, 2)
     assert traced
     assert sum(p.numel() for p in third.parameters()) < sum(p.numel() for p in second.parameters())
@@ -136,19 +136,19 @@ def test_a_transformer_from_a_compacted_one_is_not_traced_again(monkeypatch, nam
     torch.manual_seed(0)
     make, x = TRANSFORMERS[name]
     traced = []
-    export = programs._export
-    monkeypatch.setattr(programs, "_export", lambda *given: traced.append(1) or export(*given))
+    export = tracing._export
+    monkeypatch.setattr(tracing, "_export", lambda *given: traced.append(1) or export(*given))
     second = narrower(narrower(make().eval(), x), x)
-    before = second.meta[programs.BEFORE].analysis.program
+    before = second.meta[tracing.BEFORE].analysis.program
     assert before.said != operations(second)
     traced.clear()
     third = narrower(second, x)
     assert not traced
-    told = third.meta[programs.BEFORE].analysis.program
-    del second.meta[programs.BEFORE]
+    told = third.meta[tracing.BEFORE].analysis.program
+    del second.meta[tracing.BEFORE]
     anew = narrower(second, x)
     assert traced
-    own = anew.meta[programs.BEFORE].analysis.program
+    own = anew.meta[tracing.BEFORE].analysis.program
     assert third.code == anew.code
     assert torch.equal(third(x), anew(x))
     for mine, theirs in zip(told.graph.nodes, own.graph.nodes, strict=True):
@@ -170,27 +170,27 @@ def test_sizes_that_do_not_follow_one_by_one_are_traced_anew(monkeypatch, change
     torch.manual_seed(0)
     make, x = TRANSFORMERS["vit"]
     second = narrower(narrower(make().eval(), x), x)
-    before = second.meta[programs.BEFORE].analysis.program
+    before = second.meta[tracing.BEFORE].analysis.program
     given = (before, second, (x[:1],), {})
-    assert programs._with_other_weights(*given) is not None
+    assert tracing._with_other_weights(*given) is not None
     if change == "alike":
         before.alike = None
     else:
-        monkeypatch.setattr(programs, "tell_sizes_", lambda *programs: False)
-    assert programs._with_other_weights(*given) is None
+        monkeypatch.setattr(tracing, "tell_sizes_", lambda *programs: False)
+    assert tracing._with_other_weights(*given) is None
 
 
 @pytest.mark.costly
 @pytest.mark.parametrize("change", ["operation", "example"])
 def test_another_network_is_traced_anew(monkeypatch, change):
     second = smaller(smaller(plain(), 3), 2)
-    before = second.meta[programs.BEFORE].analysis.program
-    assert programs._with_other_weights(before, second, (X[:1],), {}) is not None
+    before = second.meta[tracing.BEFORE].analysis.program
+    assert tracing._with_other_weights(before, second, (X[:1],), {}) is not None
     if change == "operation":
         second.get_submodule("1").eps = 0.1
-        assert programs._with_other_weights(before, second, (X[:1],), {}) is None
+        assert tracing._with_other_weights(before, second, (X[:1],), {}) is None
     else:
-        assert programs._with_other_weights(before, second, (X[:1, :, :7],), {}) is None
+        assert tracing._with_other_weights(before, second, (X[:1, :, :7],), {}) is None
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from sparsereg.compression import load_compacted
 from sparsereg.compression.oneshot import ranked
 from sparsereg.compression.timing import runtimes
-from sparsereg.compression.units import program
+from sparsereg.compression.units import tracing
 from sparsereg.errors import InputError
 from sparsereg.settings import read
 from sparsereg.training import stages
@@ -176,8 +176,8 @@ def test_a_front_takes_the_place_of_the_lambda_of_an_experiment():
 @pytest.mark.costly
 def test_what_a_trace_and_a_file_say_is_kept_for_later_sizes(run, tiny, monkeypatch):
     traced, written = [], []
-    export, write = program._export, runtimes.write
-    monkeypatch.setattr(program, "_export", lambda *given: traced.append(1) or export(*given))
+    export, write = tracing._export, runtimes.write
+    monkeypatch.setattr(tracing, "_export", lambda *given: traced.append(1) or export(*given))
     monkeypatch.setattr(runtimes, "write", lambda *given: written.append(1) or write(*given))
     made = run("train", *tiny, *FRONT, "model=sparse_mlp", "front=[0.3,0.5,0.7,0.8]")
     assert made.code == 0, made.err

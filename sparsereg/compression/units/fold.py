@@ -19,21 +19,13 @@ from sparsereg.compression.units.emit import Emitter
 from sparsereg.compression.units.flow import COMPUTED, CONSTANT, DEAD, Flow
 from sparsereg.compression.units.labels import FIRST, Labels
 from sparsereg.compression.units.lengths import Sizes
-from sparsereg.compression.units.program import (
-    Call,
-    Ready,
-    bound,
-    has_one_batch_size,
-    module_of,
-    name_of,
-    op_name,
-    takes_any_batch,
-)
+from sparsereg.compression.units.program import Call, Ready, bound, module_of, name_of, op_name
 from sparsereg.compression.units.rules.moves import COPIES
 from sparsereg.compression.units.rules.recurrent import BLOCKS, goes_by_units
 from sparsereg.compression.units.rules.table import JOINS, rule_of
 from sparsereg.compression.units.steps.single import Gate, Take
 from sparsereg.compression.units.steps.table import Channels, Mask, Result, Step, Vector
+from sparsereg.compression.units.tracing import has_one_batch_size, takes_any_batch
 from sparsereg.errors import InputError
 
 

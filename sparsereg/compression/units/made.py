@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from sparsereg.compression.running import evaluating
-from sparsereg.compression.units.program import Program, bound, called, name_of, trace
+from sparsereg.compression.units.program import Program, bound, called, name_of
 from sparsereg.compression.units.read_as import with_weights_as_read
 from sparsereg.compression.units.rules.table import (
     JOINS,
@@ -30,6 +30,7 @@ from sparsereg.compression.units.rules.table import (
     weight_of,
 )
 from sparsereg.compression.units.rules.table import behind as base_of
+from sparsereg.compression.units.tracing import trace
 
 _READS = {
     "linear": ("weight", 0),

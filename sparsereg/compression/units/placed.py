@@ -18,9 +18,10 @@ from torch import Tensor, fx, nn
 
 from sparsereg.compression.running import copied
 from sparsereg.compression.units.labels import Ints
-from sparsereg.compression.units.program import Call, Program, called, module_of, name_of, trace_any_size
+from sparsereg.compression.units.program import Call, Program, called, module_of, name_of
 from sparsereg.compression.units.rules.moves import COPIES
 from sparsereg.compression.units.rules.table import MOVING
+from sparsereg.compression.units.tracing import trace_any_size
 from sparsereg.distributions import HardConcrete
 from sparsereg.errors import InputError
 

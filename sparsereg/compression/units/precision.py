@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.running import copied
-from sparsereg.compression.units.program import NUMBER, Program, exported_anew, name_of
+from sparsereg.compression.units.program import NUMBER, Program, name_of
+from sparsereg.compression.units.tracing import exported_anew
 
 CASTS = ("to", "_to_copy")
 """Operations that give the same numbers in a type that they say."""

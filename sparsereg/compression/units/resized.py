@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from sparsereg.compression.alike import Told, place_of_sizes
-
-if TYPE_CHECKING:
-    from sparsereg.compression.units.program import Program
+from sparsereg.compression.units.program import Program
 
 
 def with_sizes(program: Program, told: Told) -> Program:

@@ -17,14 +17,14 @@ from sparsereg.compression.units.gating import take_gates_off
 from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.lines import Bools
 from sparsereg.compression.units.precision import precision_of
-from sparsereg.compression.units.program import (
+from sparsereg.compression.units.recorded import same_calls
+from sparsereg.compression.units.structure import Structure, plain_module
+from sparsereg.compression.units.tracing import (
     at_least_two,
     has_one_batch_size,
     same_operations,
     takes_any_batch,
 )
-from sparsereg.compression.units.recorded import same_calls
-from sparsereg.compression.units.structure import Structure, plain_module
 
 
 def smaller(

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 import sparsereg
 from sparsereg.compression import compact, count, gate, load_compacted, save_compacted
 from sparsereg.compression.units.cut import Cut
-from sparsereg.compression.units.program import trace
 from sparsereg.compression.units.rules.table import Labeller
 from sparsereg.compression.units.solve import solve
+from sparsereg.compression.units.tracing import trace
 from sparsereg.compression.verify import difference
 from sparsereg.model.gpt import GPT
 from sparsereg.model.transformer import Shape

@@ -14,8 +14,8 @@ from benchmarks.coverage_checks import difference
 from sparsereg.compression.units.constants import labelled
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.labels import FIRST, stored
-from sparsereg.compression.units.program import trace
 from sparsereg.compression.units.solve import solve
+from sparsereg.compression.units.tracing import trace
 from sparsereg.errors import InputError
 from sparsereg.penalties import hard_concretes
 

@@ -8,9 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.labels import FIRST, Unions
-from sparsereg.compression.units.program import trace
 from sparsereg.compression.units.rules.table import Labeller
 from sparsereg.compression.units.solve import solve
+from sparsereg.compression.units.tracing import trace
 from tests.compression.units.networks import NETWORKS, build
 
 
