@@ -3,9 +3,40 @@
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparsereg.compression.units.explain import inputs_of
+from sparsereg.compression.units.program import op_name
+
+
+class Running(fx.Interpreter):
+    """Runs a traced network, its max pools over maps in the layout for which PyTorch's kernel is quick.
+
+    On a CPU that for maps whose channels lie one after the other is up to 15 times slower than that for
+    channels last, for the same numbers; between the two a map is copied twice.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run an operation."""
+        source = n.args[0] if n.args else None
+        if not isinstance(source, fx.Node) or not _pools(self.module, n):
+            return super().run_node(n)
+        x = self.env[source]
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.device.type != "cpu" or not x.is_contiguous():
+            return super().run_node(n)
+        self.env[source] = x.contiguous(memory_format=torch.channels_last)
+        try:
+            return super().run_node(n).contiguous()
+        finally:
+            self.env[source] = x
+
+
+def _pools(module: nn.Module, node: fx.Node) -> bool:
+    """Whether an operation is a max pool that gives a tensor."""
+    if node.op == "call_module":
+        layer = module.get_submodule(str(node.target))
+        return type(layer) is nn.MaxPool2d and not layer.return_indices
+    return node.op == "call_function" and op_name(node.target) == "max_pool2d"
 
 
 class Route:
@@ -51,7 +82,7 @@ class Walk:
     def __init__(self, route: Route, inputs: Any) -> None:
         self._route = route
         self._next = 0
-        self._run = fx.Interpreter(route.module, garbage_collect_values=False)
+        self._run = Running(route.module, garbage_collect_values=False)
         self._run.args_iter = iter(route.arguments(inputs))
 
     def before(self, node: fx.Node, source: fx.Node) -> Tensor:

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sparsereg.compression.running import evaluating, tensors_in
 from sparsereg.compression.units.explain import inputs_of
+from sparsereg.compression.walk import Route
 from sparsereg.errors import InputError
 
 AT_ONCE = 2**22
@@ -75,6 +76,8 @@ def check_answer(answer: Any, i: int) -> None:
 
 
 def _answers(network: nn.Module, batch: Any) -> list[Tensor]:
+    if isinstance(network, fx.GraphModule):
+        return _numbers(Route(network).start(batch).answer())
     args, kwargs = inputs_of(batch)
     return _numbers(network(*args, **kwargs))
 

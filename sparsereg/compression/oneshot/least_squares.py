@@ -64,6 +64,14 @@ class Sums:
             self.rows + other.rows,
         )
 
+    def left(self, weights: Tensor) -> Tensor:
+        """Sums of x (y - x w)^T, (groups, inputs, outputs).
+
+        Args:
+            weights: (groups, inputs, outputs).
+        """
+        return self.cross - self.gram @ weights
+
     def error(self, weights: Tensor) -> float:
         """Sum of squares that weights leave over.
 
@@ -84,22 +92,36 @@ def solve(train: Sums, held: Sums, weights: Tensor, constant: bool) -> Tensor | 
         constant: whether the last input is a constant, which is not held.
     """
     best, chosen = held.error(weights) - _ROUNDING * float(held.square), None
+    left = train.left(weights)
     for ridge in RIDGES:
-        found = _ridge(train, weights, constant, ridge)
+        found = _ridge(train, left, weights, constant, ridge)
         if found is not None and (error := held.error(found)) < best:
             best, chosen = error, ridge
-    return None if chosen is None else _ridge(train + held, weights, constant, chosen)
+    if chosen is None:
+        return None
+    both = train + held
+    return _ridge(both, both.left(weights), weights, constant, chosen)
 
 
-def _ridge(sums: Sums, weights: Tensor, constant: bool, ridge: float) -> Tensor | None:
-    """argmin |y - x w|^2 + strength |w - weights|^2; None if the system has no solution."""
+def _ridge(sums: Sums, left: Tensor, weights: Tensor, constant: bool, ridge: float) -> Tensor | None:
+    """argmin |y - x w|^2 + strength |w - weights|^2; None if the system has no solution.
+
+    Args:
+        sums: over x and y.
+        left: what ``weights`` leave over of them.
+        weights: that the layer has.
+        constant: whether the last input is one.
+        ridge: share of the mean square of an input.
+    """
     size = sums.gram.diagonal(dim1=1, dim2=2)
     mean = size[:, : size.shape[1] - constant].mean(1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
     strength = (ridge * mean).expand_as(size).clone()
     if constant:
         strength[:, -1:] = _SMALLEST * size[:, -1:]
-    factor, failed = torch.linalg.cholesky_ex(sums.gram + torch.diag_embed(strength))
+    held = sums.gram.clone()
+    held.diagonal(dim1=1, dim2=2).add_(strength)
+    factor, failed = torch.linalg.cholesky_ex(held)
     if bool(failed.any()):
         return None
-    found = weights + torch.cholesky_solve(sums.cross - sums.gram @ weights, factor)
+    found = weights + torch.cholesky_solve(left, factor)
     return found if bool(found.isfinite().all()) else None

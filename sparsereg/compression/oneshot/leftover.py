@@ -29,7 +29,7 @@ from sparsereg.compression.oneshot.importance import ThroughWeights, parts_of, r
 from sparsereg.compression.oneshot.least_squares import Sums
 from sparsereg.compression.oneshot.readers import Reader, readers
 from sparsereg.compression.units.structure import Structure
-from sparsereg.compression.walk import Route
+from sparsereg.compression.walk import Route, Running
 
 RIDGE = 1e-3
 """Added to the covariance, as a share of the mean variance of an input."""
@@ -168,6 +168,8 @@ class _Fit:
     def __init__(self, table: _Table, way: int) -> None:
         self.weights, self.inverse = table.weights[way].clone(), table.inverse.clone()
         self.columns = table.columns
+        self.spans = [_span(own) for own in self.columns]
+        self.change = torch.empty_like(self.inverse)
         by_size: dict[int, list[int]] = {}
         for group, own in enumerate(self.columns):
             by_size.setdefault(len(own), []).append(group)
@@ -192,15 +194,22 @@ class _Fit:
 
     def remove(self, group: int) -> None:
         """Fit the layers to their answers without a group of inputs."""
-        own = self.columns[group]
+        own = self.spans[group]
         inside = torch.linalg.inv(self.inverse[own][:, own])
         across = self.inverse[:, own] @ inside
         self.weights -= across @ self.weights[own]
-        self.inverse -= across @ self.inverse[own]
+        self.inverse -= torch.mm(across, self.inverse[own], out=self.change)
         self.weights[own] = 0.0
         self.inverse[own] = 0.0
         self.inverse[:, own] = 0.0
-        self.inverse[own, own] = 1.0
+        self.inverse.diagonal()[own] = 1.0
+
+
+def _span(places: Tensor) -> slice | Tensor:
+    """Places as a slice, if they follow each other: what it takes of a matrix is a view."""
+    first, last = int(places[0]), int(places[-1])
+    follow = torch.equal(places, torch.arange(first, first + len(places), device=places.device))
+    return slice(first, last + 1) if follow else places
 
 
 def _tables(
@@ -269,12 +278,13 @@ def _sums(small: fx.GraphModule, found: Sequence[Reader], batches: Sequence[Any]
         walk = route.start(batch)
         for i, reader in enumerate(found):
             given = walk.before(reader.node, reader.source)
-            x, y, _ = reader.rows(given, walk.after(reader.node), -(-ROWS // len(batches)), generator)
-            x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
+            y = walk.after(reader.node)
+            chosen, _ = reader.draw(given, y, -(-ROWS // len(batches)), generator)
+            x = reader.inputs(given, y, chosen, constant=True)
             if len(sums) == i:
-                sums.append(Sums.none(1, x.shape[2], 1, x.device))
+                sums.append(Sums.none(1, x.shape[2], 0, x.device))
             with np.errstate(invalid="ignore"):  # where numbers are infinite the answer tells
-                sums[i].add_(x, y[:, :, :1] * 0)
+                sums[i].add_(x, x[:, :, :0])
         check_answer(walk.answer(), place)
     return sums
 
@@ -345,7 +355,7 @@ def _derived(weights: Sequence[Tensor]) -> Iterator[None]:
             weight.requires_grad_(False)
 
 
-class _Keeping(fx.Interpreter):
+class _Keeping(Running):
     """Runs a network and keeps the results of some operations, which have derivatives."""
 
     def __init__(self, module: fx.GraphModule, wanted: set[fx.Node]) -> None:

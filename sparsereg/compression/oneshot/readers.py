@@ -70,34 +70,57 @@ class Reader:
         """How many rows there are in what the layer reads and gives."""
         return math.prod(x.shape[:-1]) if self.layer is None else x.shape[0] * math.prod(y.shape[2:])
 
-    def rows(
-        self, x: Tensor, y: Tensor, most: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs and outputs of the layer as rows: those of all places, or of some that are drawn.
+    def draw(self, x: Tensor, y: Tensor, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw rows of what the layer reads and gives: those of all places, or some.
 
         Args:
             x: what it reads.
-            y: what it is to give.
+            y: what it gives.
             most: rows that are drawn of more.
             generator: on the CPU.
 
         Returns:
-            (groups, rows, inputs) and (groups, rows, outputs), float64, and for each row its example.
+            The places of rows among all, (rows,), and for each its example.
         """
         places = self.places(x, y)
-        if self.layer is None:
-            chosen = _drawn(places, most, generator).to(x.device)
-            inside, out = (v.reshape(places, -1).index_select(0, chosen).double() for v in (x, y))
-            return inside[None], out[None], chosen // max(1, places // x.shape[0])
-        patches = self._patches(x)
-        spatial = y.shape[2:]
         chosen = _drawn(places, most, generator).to(x.device)
-        where = torch.unravel_index(chosen, (x.shape[0], *spatial))
-        inside = patches.movedim(1, len(spatial) + 1)[where]
-        out = y.movedim(1, -1)[where]
-        grouped = (v.reshape(len(chosen), self.groups, -1).transpose(0, 1).double() for v in (inside, out))
-        inside, out = grouped
-        return inside, out, where[0]
+        return chosen, chosen // max(1, places // x.shape[0])
+
+    def inputs(self, x: Tensor, y: Tensor, chosen: Tensor, constant: bool = False) -> Tensor:
+        """What the layer reads at some places, (groups, rows, inputs), float64.
+
+        Args:
+            x: what it reads.
+            y: what it gives.
+            chosen: places among all, see ``draw``.
+            constant: put a last input behind them that is 1.
+        """
+        if self.layer is None:
+            read = x.reshape(-1, x.shape[-1]).index_select(0, chosen)
+        else:
+            where = torch.unravel_index(chosen, (x.shape[0], *y.shape[2:]))
+            read = self._patches(x).movedim(1, y.dim() - 1)[where]
+        grouped = read.reshape(len(chosen), self.groups, -1).transpose(0, 1)
+        if not constant:
+            return grouped.double()
+        made = grouped.new_ones(*grouped.shape[:2], grouped.shape[2] + 1, dtype=torch.float64)
+        made[:, :, :-1] = grouped
+        return made
+
+    def outputs(self, y: Tensor, chosen: Tensor, columns: Tensor) -> Tensor:
+        """Some of what the layer gives at some places, (groups, rows, outputs), float64.
+
+        Args:
+            y: what it gives.
+            chosen: places among all, see ``draw``.
+            columns: outputs, in the order in which they are wanted.
+        """
+        if self.layer is None:
+            given = y.reshape(-1, y.shape[-1]).index_select(0, chosen)
+        else:
+            given = y.movedim(1, -1)[torch.unravel_index(chosen, (y.shape[0], *y.shape[2:]))]
+        wanted = given.index_select(1, columns)
+        return wanted.reshape(len(chosen), self.groups, -1).transpose(0, 1).double()
 
     def _patches(self, x: Tensor) -> Tensor:
         """A view of shape (batch, channels, *places, *taps)."""

@@ -325,16 +325,17 @@ class _Repair:
         """
         task = self.tasks[target]
         reader = task.reader
-        axis = -1 if reader.layer is None else 1
-        chosen = task.places[task.places >= 0].to(wanted.device)
         most = -(-_drawn(train.gram.shape[1]) // len(self._inputs.batches))
         read = self._walk(i).before(reader.node, reader.source)
-        x, y, example = reader.rows(read, wanted.index_select(axis, chosen), most, self._generator)
-        if self._constant(task):
-            x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], 2)
+        chosen, example = reader.draw(read, wanted, most, self._generator)
         out = (example + self._inputs.first[i]) % HELD == HELD - 1
-        for part, mine in ((train, ~out), (held, out)):
-            part.add_(x[:, mine], y[:, mine])
+        chosen = torch.cat([chosen[~out], chosen[out]])  # so that both parts are views
+        columns = task.places[task.places >= 0].to(wanted.device)
+        x = reader.inputs(read, wanted, chosen, self._constant(task))
+        y = reader.outputs(wanted, chosen, columns)
+        mine = len(chosen) - int(out.sum())
+        train.add_(x[:, :mine], y[:, :mine])
+        held.add_(x[:, mine:], y[:, mine:])
 
     @torch.no_grad()
     def solve(self, target: fx.Node, train: Sums, held: Sums) -> None:
