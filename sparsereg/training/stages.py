@@ -61,6 +61,10 @@ UNDER_GATES = {"last.ckpt": "gated.ckpt", "best.ckpt": "gated_best.ckpt"}
 """Names that the checkpoints of the gated stage get when fine-tuning takes theirs."""
 ORDER = "order"
 """Key in the notes of a size of a front: in which order its units went, where one was clearly better."""
+HALF = 0.55
+"""Share of a network that a size of a front keeps, from which on much of it goes at once."""
+MUCH = 0.2
+"""Share of the variance of the answers whose loss at once is much."""
 ROUNDING = 1e-4
 """Largest difference of answers, as a share of their spread, that rounding explains."""
 
@@ -287,7 +291,7 @@ def _front(first: Stage, dense: Mapping[str, Any]) -> dict[str, Any]:
     for size in cfg.front:
         if size in left:
             log.info("front: size %g", size)
-            net = made[size] = _size(first, size, _smaller(first, net.eval(), size))
+            net = made[size] = _size(first, size, net.eval())
         elif left:
             net = load_compacted(front.place_of(first.folder, size) / "compacted.pt")
     front.time_(first.folder, made, build.example_input(first.data, net.cpu().eval()), cfg)
@@ -329,13 +333,17 @@ def _takes_over_(known: nn.Module, net: nn.Module) -> bool:
     return True
 
 
-def _smaller(first: Stage, net: nn.Module, size: float) -> fx.GraphModule:
+def _smaller(first: Stage, net: nn.Module, size: float, halfway: bool) -> tuple[fx.GraphModule, bool]:
     """Take units out of a network in one shot, until a share of what the first one cost is gone.
 
     Args:
         first: of the run.
         net: in eval mode, without gates.
         size: the share.
+        halfway: stop in the middle of a way on which much of the answers is lost.
+
+    Returns:
+        What is left, and whether that is all of the way.
     """
     cfg, device = first.cfg, first.module.device
     whole = opened_(_with_gates(first, net.cpu()).eval()).to(device)
@@ -347,9 +355,14 @@ def _smaller(first: Stage, net: nn.Module, size: float) -> fx.GraphModule:
     ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed, order=better, plain=known)
     original = original_size(net) or ranked.sizes
     left = (1 - size) * original[cfg.front_cost] / ranked.sizes[cfg.front_cost]
-    _, small = ranked.smaller(left, cfg.target.round_to, progress=cfg.trainer.enable_progress_bar)
+    bar = cfg.trainer.enable_progress_bar
+    _, small = ranked.smaller(left, cfg.target.round_to, progress=bar)
+    lost = ranked.lost(small) if halfway and left < HALF else 0.0
+    log.info("front: %.3g of the variance of the answers is lost", lost)
+    if lost > MUCH:
+        _, small = ranked.smaller(left**0.5, cfg.target.round_to, progress=bar)
     small.meta |= {ORIGINAL: original, "notes": {ORDER: ranked.order}}
-    return small
+    return small, lost <= MUCH
 
 
 def _order(net: nn.Module) -> int | None:
@@ -359,20 +372,49 @@ def _order(net: nn.Module) -> int | None:
     return next((order for order in range(WAYS) if order == known), None)
 
 
-def _size(first: Stage, size: float, small: fx.GraphModule) -> fx.GraphModule:
-    """Fine-tune, test and keep the network of one size; return it."""
-    cfg = finetuning_config(first.cfg, first.cfg.epochs_of_a_size)
+def _tuned(first: Stage, small: fx.GraphModule, epochs: int, place: Path) -> Stage:
+    """Fine-tune what is left of a network; return the stage that did.
+
+    Args:
+        first: of the run.
+        small: on the CPU.
+        epochs: for which.
+        place: the folder of the size.
+    """
+    cfg = finetuning_config(first.cfg, epochs)
     trainer = replace(cfg.trainer, enable_checkpointing=False)
     if not cfg.callbacks.others and trainer.check_val_every_n_epoch and not trainer.val_check_interval:
         # Nobody asks what is measured before the end.
         trainer = replace(trainer, check_val_every_n_epoch=max(1, cfg.trainer.max_epochs or 1))
     cfg = replace(cfg, trainer=trainer, logger=NoLogger())
-    net, place = build.in_memory_format(cfg, small).train(), front.place_of(first.folder, size)
+    net = build.in_memory_format(cfg, small).train()
     accountant = PlainAccountant(net, build.example_input(first.data, net))
     structure = storage.describe(small) if cfg.callbacks.others else None  # only they write checkpoints
     stage = _assemble(cfg, first.data, net, structure, first.teacher, lambda: place, accountant=accountant)
     stage.fit()
-    figures = stage.test()
+    return stage
+
+
+def _size(first: Stage, size: float, net: nn.Module) -> fx.GraphModule:
+    """Make, fine-tune, test and keep the network of one size; return it.
+
+    What a small network says falls steeply with what goes of it at once. Where much of it would be lost, a
+    third of the epochs is that of a size between.
+
+    Args:
+        first: of the run.
+        size: share of the cost that is gone.
+        net: that of the size before, or the whole one, in eval mode.
+    """
+    place, epochs = front.place_of(first.folder, size), first.cfg.epochs_of_a_size
+    small, there = _smaller(first, net, size, halfway=epochs > 1)
+    if not there:
+        between = max(1, epochs // 3)
+        _tuned(first, small, between, place)
+        small, _ = _smaller(first, small.cpu().eval(), size, halfway=False)
+        epochs -= between
+    stage = _tuned(first, small, epochs, place)
+    figures, accountant = stage.test(), stage.accountant
     small.cpu().eval()
     costs = {
         "sparsity": 1 - accountant.parameters / original_size(small)["parameters"],

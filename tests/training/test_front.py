@@ -207,6 +207,31 @@ def test_an_order_that_was_clearly_better_serves_later_sizes(run, tiny, monkeypa
     assert_same_weights(whole[2].state_dict(), anew.state_dict())
 
 
+@pytest.mark.parametrize(("much", "epochs"), [(0.0, [3, 3, 1, 2]), (1.1, [3, 3, 3])])
+def test_where_much_is_lost_at_once_a_size_between_is_trained(run, tiny, monkeypatch, much, epochs):
+    """Of the sizes 0.3, 0.6 and 0.8 only the last is half of the one before."""
+    monkeypatch.setattr(stages, "MUCH", much)
+    trained, tuned = [], stages._tuned
+    monkeypatch.setattr(stages, "_tuned", lambda *given: trained.append(given) or tuned(*given))
+    made = run("train", *tiny, *FRONT, "front_epochs=3")
+    assert made.code == 0, made.err
+    assert [given[2] for given in trained] == epochs
+    found = rows(made)
+    assert [row["size"] for row in found] == [0.3, 0.6, 0.8]
+    assert all(row["size"] <= row["sparsity"] <= row["size"] + 0.02 for row in found)
+    sizes = [sum(p.numel() for p in given[1].parameters()) for given in trained]
+    assert sizes == sorted(sizes, reverse=True)
+    if len(epochs) > 3:
+        assert sizes[2] == pytest.approx((sizes[1] * sizes[3]) ** 0.5, rel=0.03)
+    before = load_compacted(made.folder / "front" / "0.8" / "compacted.pt").state_dict()
+    shutil.rmtree(made.folder / "front" / "0.8")  # as if it was cut off before
+    (made.folder / "results.json").unlink()
+    again = run("train", f"ckpt_path={made.last}", "resume_training=true")
+    assert again.code == 0, again.err
+    anew = load_compacted(again.folder / "front" / "0.8" / "compacted.pt")
+    assert_same_weights(before, anew.state_dict())
+
+
 class Fading(torch.nn.Module):
     """A network whose answers follow a number that is no tensor."""
 

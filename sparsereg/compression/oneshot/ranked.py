@@ -143,9 +143,14 @@ class Ranked:
         log.info("%.1f %% of the %s stay", 100 * reached, what)
         return self._met, student.network
 
+    def lost(self, small: nn.Module) -> float:
+        """Share of the variance of the whole network's answers that a smaller one does not give."""
+        (share,) = unexplained(self._teacher.network, [small], together(self._few))
+        return share
+
     def warn(self, small: nn.Module) -> None:
         """Say so where a smaller network's answers have little to do with those of the whole one."""
-        (lost,) = unexplained(self._teacher.network, [small], together(self._few))
+        lost = self.lost(small)
         if lost > POOR:
             log.warning(
                 "the smaller network keeps little of what the network says: %.0f %% of the variance of its"
