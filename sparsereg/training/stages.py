@@ -61,10 +61,10 @@ UNDER_GATES = {"last.ckpt": "gated.ckpt", "best.ckpt": "gated_best.ckpt"}
 """Names that the checkpoints of the gated stage get when fine-tuning takes theirs."""
 ORDER = "order"
 """Key in the notes of a size of a front: in which order its units went, where one was clearly better."""
-HALF = 0.55
-"""Share of a network that a size of a front keeps, from which on much of it goes at once."""
+STEEP = 0.55
+"""A size of a front that keeps a smaller share than this of the one before may be made in two steps."""
 MUCH = 0.2
-"""Share of the variance of the answers whose loss at once is much."""
+"""It is where one shot loses a larger share of the variance of the answers than this: docs/results.md."""
 ROUNDING = 1e-4
 """Largest difference of answers, as a share of their spread, that rounding explains."""
 
@@ -333,14 +333,14 @@ def _takes_over_(known: nn.Module, net: nn.Module) -> bool:
     return True
 
 
-def _smaller(first: Stage, net: nn.Module, size: float, halfway: bool) -> tuple[fx.GraphModule, bool]:
+def _smaller(first: Stage, net: nn.Module, size: float, may_stop: bool) -> tuple[fx.GraphModule, bool]:
     """Take units out of a network in one shot, until a share of what the first one cost is gone.
 
     Args:
         first: of the run.
         net: in eval mode, without gates.
         size: the share.
-        halfway: stop in the middle of a way on which much of the answers is lost.
+        may_stop: in the middle of a way on which much of the answers would be lost.
 
     Returns:
         What is left, and whether that is all of the way.
@@ -357,12 +357,18 @@ def _smaller(first: Stage, net: nn.Module, size: float, halfway: bool) -> tuple[
     left = (1 - size) * original[cfg.front_cost] / ranked.sizes[cfg.front_cost]
     bar = cfg.trainer.enable_progress_bar
     _, small = ranked.smaller(left, cfg.target.round_to, progress=bar)
-    lost = ranked.lost(small) if halfway and left < HALF else 0.0
-    log.info("front: %.3g of the variance of the answers is lost", lost)
-    if lost > MUCH:
+    stops = may_stop and left < STEEP and _loses_much(ranked, small)
+    if stops:
         _, small = ranked.smaller(left**0.5, cfg.target.round_to, progress=bar)
     small.meta |= {ORIGINAL: original, "notes": {ORDER: ranked.order}}
-    return small, lost <= MUCH
+    return small, not stops
+
+
+def _loses_much(ranked: Ranked, small: nn.Module) -> bool:
+    """Whether a smaller network has lost much of what the one before says."""
+    lost = ranked.lost(small)
+    log.info("front: one shot loses %.3g of the variance of the answers", lost)
+    return lost > MUCH
 
 
 def _order(net: nn.Module) -> int | None:
@@ -407,11 +413,11 @@ def _size(first: Stage, size: float, net: nn.Module) -> fx.GraphModule:
         net: that of the size before, or the whole one, in eval mode.
     """
     place, epochs = front.place_of(first.folder, size), first.cfg.epochs_of_a_size
-    small, there = _smaller(first, net, size, halfway=epochs > 1)
+    small, there = _smaller(first, net, size, may_stop=epochs > 1)
     if not there:
         between = max(1, epochs // 3)
         _tuned(first, small, between, place)
-        small, _ = _smaller(first, small.cpu().eval(), size, halfway=False)
+        small, _ = _smaller(first, small.cpu().eval(), size, may_stop=False)
         epochs -= between
     stage = _tuned(first, small, epochs, place)
     figures, accountant = stage.test(), stage.accountant

@@ -15,6 +15,8 @@ from sparsereg.compression.units.gating import GatedModule, shared_gate_of
 from sparsereg.compression.units.structure import Structure
 from sparsereg.distributions import HardConcrete
 
+_NEARLY = 0.01
+"""Share of a weight that gates which are nearly open take of it at most."""
 DRAWS = 4
 """Directions of the answers that are drawn for each batch, each for a part of it: the more there are, the
 less noise is in what they say, and the fewer examples each goes through, the less they cost."""
@@ -151,25 +153,21 @@ class ThroughWeights:
             return None
         found = []
         for node, value in structure.weights(model):
-            sides = [
-                (analysis.choices_along(node, s), analysis.shape_along(node, s)) for s in analysis.sides(node)
-            ]
-            sides = [
-                (sets, shape) for sets, shape in sides if any(s & structure.gates.keys() for s in sets.flat)
-            ]
             weight = own.get(program.names[node])
-            if sides and (weight is None or not _alike(weight, value)):
-                return None
-            for sets, shape in sides:
+            for side in analysis.sides(node):
+                sets = analysis.choices_along(node, side)
                 gates = [
                     (i, structure.gates[c])
                     for i, s in enumerate(sets.flat)
                     for c in s & structure.gates.keys()
                 ]
-                assert weight is not None
+                if not gates:
+                    continue
+                if weight is None or not _alike(weight, value):
+                    return None
                 places = torch.tensor([i for i, _ in gates], device=weight.device)
                 at = torch.tensor([starts[path] + place for _, (path, place) in gates], device=weight.device)
-                found.append((weight, shape, places, at))
+                found.append((weight, analysis.shape_along(node, side), places, at))
         return cls(found, sum(sizes.values()))
 
     def by_gates(self, slopes: Sequence[Tensor]) -> Tensor:
@@ -189,10 +187,6 @@ def _alike(weight: Tensor, value: Tensor) -> bool:
     """Whether a weight is one with gates, which are nearly open."""
     same = weight.shape == value.shape and weight.dtype == value.dtype and weight.is_floating_point()
     return same and torch.allclose(weight, value, rtol=_NEARLY, atol=1e-6)
-
-
-_NEARLY = 0.01
-"""Share of a weight that gates which are nearly open take of it at most."""
 
 
 def random_sum(answers: Tensor, generator: torch.Generator) -> Tensor:

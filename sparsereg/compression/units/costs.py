@@ -69,7 +69,7 @@ class Costs:
         used = [n for n in self.program.weights if n in self.program.parameters and self._ways[n]]
         self.parameters = [self._term(n, 1.0, [(n, d) for d in range(n_dim(self.program, n))]) for n in used]
         self.macs = [t for node in self.program.calls if self._ways[node] for t in self._macs(node)]
-        self._never_empty = self._lines_of_sums()
+        self._never_empty = self._lines_that_stay()
         self._projections = [self._projection(p) for node in self.program.calls for p in _projecting(node)]
         self.sizes = Sizes(self._lines, (branch.choice for branch in units.branches.found))
         self._serves = Alternatives(list(self._way_ids), self.sizes.place)
@@ -97,8 +97,8 @@ class Costs:
         """
         stays = stays.copy()
         counts = self.sizes.counts(stays)
-        for line in self._never_empty:
-            if counts[line] == 0 and len(self._lines.lines[line]):
+        for line in self._never_empty[counts[self._never_empty] == 0].tolist():
+            if counts[line] == 0:  # still, after others
                 first = self._lines.sets[self._lines.lines[line][0]]
                 stays[[self.sizes.place[c] for c in first]] = True
                 counts = self.sizes.counts(stays)
@@ -146,13 +146,14 @@ class Costs:
         parameters, macs = (part.expected(probability, counts, serves) for part in parts)
         return parameters, macs
 
-    def _lines_of_sums(self) -> list[int]:
-        """The lines of weights, products and sums."""
+    def _lines_that_stay(self) -> Ints:
+        """The lines of weights, products and sums: of each some place stays."""
         of_terms = (line for term in (*self.parameters, *self.macs) for line in term.lines)
         summed = dict.fromkeys(source for sources in self.units.labeller.reads for source in sources)
         tensors = (n for n in summed if isinstance(self.program.values[n], Tensor))
         axes = (self._line(n, d) for n in tensors for d in range(n_dim(self.program, n)))
-        return list(dict.fromkeys((*of_terms, *(self._lines.line(a) for a in axes if a.any()))))
+        found = dict.fromkeys((*of_terms, *(self._lines.line(a) for a in axes if a.any())))
+        return np.array([line for line in found if len(self._lines.lines[line])], dtype=np.int64)
 
     def _projection(self, one: Pass) -> tuple[int, int]:
         """The lines of what a projection reads, and of what it makes."""

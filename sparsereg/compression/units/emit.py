@@ -18,7 +18,7 @@ from sparsereg.compression.running import can_train
 from sparsereg.compression.sizes import of_size
 from sparsereg.compression.units.cut import Cut
 from sparsereg.compression.units.lengths import Sizes
-from sparsereg.compression.units.precision import CASTS, Precision, place_of
+from sparsereg.compression.units.precision import CASTS, Precision, place_in_trace
 from sparsereg.compression.units.program import (
     NUMBER,
     Call,
@@ -255,12 +255,20 @@ class Emitter:
 
     def _as_read(self, source: fx.Node) -> Any:
         """What an operation reads; in the types to which that goes where the weights are of another type."""
-        read = self.precision.reads.get((self._at, place_of(source))) if self.precision is not None else None
-        place, casts = read or (place_of(source), ())
+        read = (
+            self.precision.reads.get((self._at, place_in_trace(source)))
+            if self.precision is not None
+            else None
+        )
+        place, casts = read or (place_in_trace(source), ())
         found = source
-        while place_of(found) != place and op_name(found.target) in CASTS and found not in self.cut.entrances:
+        while (
+            place_in_trace(found) != place
+            and op_name(found.target) in CASTS
+            and found not in self.cut.entrances
+        ):
             found = found.args[0]  # type: ignore[assignment]
-        if place_of(found) != place or found not in self.made:
+        if place_in_trace(found) != place or found not in self.made:
             return self.made[source]
         made = self.made[found]
         for dtype in casts:

@@ -77,7 +77,7 @@ def _in(x: Any, own: torch.dtype, other: torch.dtype) -> Any:
     return nn.Parameter(made, x.requires_grad) if isinstance(x, nn.Parameter) else made
 
 
-def place_of(node: fx.Node) -> Place:
+def place_in_trace(node: fx.Node) -> Place:
     """What a node of a trace is known by."""
     place: Place = node.meta.get(NUMBER, node.name)
     return place
@@ -123,4 +123,4 @@ def _without(source: Any, more: Mapping[fx.Node, torch.dtype | None]) -> tuple[P
     casts: Casts = ()
     while source in more:
         casts, source = (more[source], *casts), source.args[0]
-    return place_of(source), casts
+    return place_in_trace(source), casts

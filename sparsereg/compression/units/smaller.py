@@ -50,14 +50,13 @@ def smaller(
     cut = Cut(units, structure.gone(stays), ())
     if structure.fixed is None:
         structure.fixed = fixed_sizes(model, structure, args, kwargs)
-        program = structure.analysis.program
-        if not program.precision:
-            program.precision.append(precision_of(_bare(model), program, args, kwargs))
-        structure.precision = program.precision[0]
+    program = structure.analysis.program
+    if not program.precision:
+        program.precision.append(precision_of(_bare(model), program, args, kwargs))
     made = []
     for dtype in dtypes:
         cut.use(structure.weights(model, dtype))
-        made.append(Emitter(cut, model, structure.fixed, structure.precision).module())
+        made.append(Emitter(cut, model, structure.fixed, program.precision[0]).module())
         made[-1].meta["unread_inputs"] = structure.unread(stays)
     return made
 

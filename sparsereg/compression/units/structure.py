@@ -25,7 +25,6 @@ from sparsereg.compression.units.labels import Ints
 from sparsereg.compression.units.lengths import Sizes
 from sparsereg.compression.units.lines import Bools
 from sparsereg.compression.units.made import followed, gate_names
-from sparsereg.compression.units.precision import Precision
 from sparsereg.compression.units.program import Program, module_of
 from sparsereg.compression.units.sites import WHOLE, Sites
 from sparsereg.compression.units.solve import Units, solve
@@ -214,8 +213,6 @@ class Structure:
         self.traced = traced
         self.fixed: dict[int, Sizes] | None = None
         """Sizes that the inputs of smaller networks may have, by position; None until somebody asks."""
-        self.precision: Precision | None = None
-        """Which types in smaller networks follow that of the weights; found at the same time."""
         self.paths = list(dict.fromkeys(path for path, _ in self.gates.values()))
         by_gate: dict[str, list[tuple[int, int]]] = {path: [] for path in self.paths}
         for i, choice in enumerate(analysis.costs.choices):
@@ -308,7 +305,9 @@ class Structure:
             value = _in(tensors[name].detach(), dtype)
             for columns in self.analysis.sides(node):
                 factor = self._factor(open_, node, value, columns)
-                value = value * factor + self.analysis.program.added_to(node) * (factor - 1)
+                value = value * factor
+                if added := program.added_to(node):
+                    value = value + added * (factor - 1)
             yield node, value
 
     def _made(self, open_: Mapping[int, float], node: fx.Node, tensors: dict[str, Tensor]) -> Tensor:

@@ -161,3 +161,16 @@ def test_shares_that_are_not_zero_when_units_are_gone_keep_them(way):
     for gate in hard_concretes(gated).values():
         shut(gated, gate, [0])
         holds(gated)
+
+
+def test_a_part_of_one_place_that_is_gone_is_zero():
+    def apart(z, attend, heads):
+        first, _, last = z[..., :3].unflatten(-1, (3, 1)).unbind(2)
+        return (first.abs() + last.tanh()).expand(-1, -1, 8)
+
+    gated = sparsereg.gate(network(apart), (X,), layers="qkv").eval()
+    (gate,) = hard_concretes(gated).values()
+    for place in range(gate.log_alpha.numel()):
+        shut(gated, gate, [place])
+        small = sparsereg.compact(gated, (X,), check=False)
+        assert (small(X) - gated(X)).abs().max() < 1e-12

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sparsereg.compression.units.labels import FIRST, Grid, Ints, Labels
+from sparsereg.compression.units.labels import FIRST, Grid, Ints, Labels, varying
 from sparsereg.compression.units.program import Call, Program, Selected
 from sparsereg.compression.units.rules.grouped import nest, selected, shares, values_of
 from sparsereg.compression.units.rules.table import Dead, Labeller, Smaller, replaced, rule
@@ -38,11 +38,8 @@ def _axis_of_heads(labels: Iterable[Labels | None]) -> int:
 
     Blocks of an image, or windows, may stand between the heads and the tokens.
     """
-    tensors = [units for units in labels if units is not None and units.dim() > 3]
-    for back in range(-3, -max((units.dim() for units in tensors), default=3), -1):
-        if any(bool((units != units.narrow(back, 0, 1)).any()) for units in tensors if units.dim() >= -back):
-            return back
-    return -3
+    axes = {axis - part.dim() for part in labels if part is not None for axis in varying(part)}
+    return max((axis for axis in axes if axis < -2), default=-3)
 
 
 def _is_for_heads(program: Program, mask: Any, back: int) -> bool:

@@ -139,8 +139,10 @@ def _select_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
 
 def emptied(x: Tensor, dim: int, axis: int | None) -> Tensor:
     """What is left of a position of which nothing is: no places along another axis, or zeros."""
-    first: Tensor = torch.ops.aten.select.int(x, dim, 0)
-    return first * 0 if axis is None else torch.ops.aten.slice.Tensor(first, axis, 0, 0)
+    aten = torch.ops.aten
+    first = aten.select.int(x, dim, 0)
+    made: Tensor = aten.zeros_like.default(first) if axis is None else aten.slice.Tensor(first, axis, 0, 0)
+    return made
 
 
 def _without_places(cut: Smaller, labels: Labels) -> int | None:
@@ -276,9 +278,7 @@ def unbound(x: Tensor, dim: int, parts: list[tuple[int | None, int | None]]) -> 
 def _unbind_call(cut: Smaller, node: fx.Node, a: dict[str, Any]) -> Call:
     labels = cut.labels[node.args[0]]
     alive = cut.alive_along(labels, a["dim"] % labels.dim())
-    if bool(alive.all()):
-        return replaced(node)
-    if not bool(alive.any()):
+    if bool(alive.all()) or not bool(alive.any()):
         return replaced(node)
     places = (alive.long().cumsum(0) - 1).tolist()
     parts = [
