@@ -81,7 +81,10 @@ _HOMES = {
     "loops.lightning": ("Sparsify",),
     "loops.plain": ("Sparsifier",),
 }
-_MODULES = {*(home.partition(".")[0] for home in _HOMES), "data", "errors", "model", "sklearn", "training"}
+_MODULES = {
+    *(home.partition(".")[0] for home in _HOMES),
+    *("data", "errors", "model", "progress", "sklearn", "training"),
+}
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 

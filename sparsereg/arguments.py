@@ -140,7 +140,7 @@ def _in_quotes(argument: str) -> str:
     if key.lstrip("+").partition(".")[0] in BY_NAME and not argument.isascii():
         key, value = spelled(key), _KEY.sub(lambda k: k[1] + spelled(k[2]) + k[3], value)
         argument = f"{key}={value}"
-    if key in BOUNDS and any(sign in value for sign in "<>=") and "'" not in value:
+    if key in BOUNDS and any(sign in value for sign in "<>=") and value[0] not in "'\"":
         return f"{key}='{value}'"
     if value.isascii() or "${" in value:
         return argument

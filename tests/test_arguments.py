@@ -299,6 +299,7 @@ def test_an_experiment_that_is_no_yaml_is_one_line(run, tmp_path, text):
         ("problem.id='größe'", "problem.id='größe'"),
         ("seed=1", "seed=1"),
         ("pick=macs<=3", "pick='macs<=3'"),
+        ('pick="macs<=3"', 'pick="macs<=3"'),
     ],
 )
 def test_letters_of_any_language_need_no_quotes(said, meant):

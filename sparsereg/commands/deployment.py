@@ -34,6 +34,7 @@ from sparsereg.errors import InputError
 from sparsereg.files import write_new
 from sparsereg.layers import GatedLayer, save_csr
 from sparsereg.layers.storage import Storage
+from sparsereg.penalties import hard_concretes
 from sparsereg.training import build
 from sparsereg.training import checkpoint as checkpoints
 from sparsereg.training.accounting import accountant_of
@@ -149,9 +150,9 @@ class HandOver:
         settings = self.checkpoint.run_config["model"]
         try:
             model = self.cfg.model if not isinstance(self.cfg.model, CompactedModel) else settings
-            if isinstance(model, OwnNetwork):
-                return None  # which may have no form without gates
-            return networks.build(model, self.checkpoint.form, gated=False).eval()
+            dense = networks.build(model, self.checkpoint.form, gated=False).eval()
+            # One of yours may have gates of its own, whatever is asked for.
+            return None if isinstance(model, OwnNetwork) and hard_concretes(dense) else dense
         except InputError:
             return None  # of a compacted file, or code that only the command line may name
 

@@ -11,15 +11,23 @@ from sparsereg.errors import wrong_input
 
 if TYPE_CHECKING:
     from sparsereg.commands.deployment import HandOver
+    from sparsereg.training.config import Evaluation
 
 log = logging.getLogger(__name__)
 
 
 def run(composed: DictConfig) -> Path:
     """Rebuild the network of a checkpoint, test it, compact, export and time it; write results.json."""
+    from sparsereg.progress import showing
     from sparsereg.training.config import Evaluation
 
     given = settings_of(Evaluation, composed)
+    with showing(given.trainer.enable_progress_bar):
+        return tested(given)
+
+
+def tested(given: "Evaluation") -> Path:
+    """Do what the settings of the command say; return the path of results.json."""
     from sparsereg.commands import deployment
     from sparsereg.files import new_version
     from sparsereg.provenance import Provenance

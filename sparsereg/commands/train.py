@@ -19,9 +19,16 @@ log = logging.getLogger(__name__)
 
 def run(composed: DictConfig) -> Path:
     """Compose, build, train, fine-tune, test, write results.json; return its path."""
+    from sparsereg.progress import showing
     from sparsereg.training.config import Training
 
     given = settings_of(Training, composed)
+    with showing(given.trainer.enable_progress_bar):
+        return trained(given)
+
+
+def trained(given: "Training") -> Path:
+    """Do what the settings of the command say; return the path of results.json."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 

@@ -13,6 +13,7 @@ from sparsereg.compression.units.structure import ATTRIBUTE as UNITS
 from sparsereg.compression.units.structure import structure_of
 from sparsereg.compression.units.tracing import BEFORE
 from sparsereg.compression.verify import check_numbers, verify
+from sparsereg.progress import doing
 
 ORIGINAL = "original"
 """Key in the ``meta`` of a compacted network: the size of the network that it was made from."""
@@ -56,6 +57,11 @@ def compact(
     """
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f"round_to must be an integer >= 1, got {round_to!r}")
+    with doing(f"compacting {type(model).__name__}"):
+        return _compacted(model, example_input, round_to, check)
+
+
+def _compacted(model: nn.Module, example_input: Example, round_to: int, check: bool) -> fx.GraphModule:
     args, kwargs = inputs_of(example_input)
     structure = structure_of(model, args, kwargs)
     check_numbers(model)

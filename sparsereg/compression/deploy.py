@@ -27,6 +27,7 @@ from sparsereg.compression.units.tracing import at_least_two
 from sparsereg.compression.verify import apart, exactly
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
+from sparsereg.progress import doing
 
 if TYPE_CHECKING:
     import onnx
@@ -71,6 +72,12 @@ def export(model: nn.Module, example_input: Any, path: str | Path, *, round_to: 
     if path.suffix not in _WRITERS:
         raise ValueError(f"path must end with {' or '.join(_WRITERS)}, got {str(path)!r}")
     check_packages(path.suffix)
+    with doing(f"writing {path.name}"):
+        _export(model, example_input, path, round_to)
+    return path
+
+
+def _export(model: nn.Module, example_input: Any, path: Path, round_to: int) -> None:
     device = flat_inputs(example_input)[0].device
     network = fuse(compact(model, example_input, round_to=round_to)).to(device)
     # A folder of its own, for a format of two files.
@@ -79,7 +86,6 @@ def export(model: nn.Module, example_input: Any, path: str | Path, *, round_to: 
         _write(network, example_input, made, path.name)
         for beside in sorted(made.parent.iterdir()):  # .bin before .xml, which is nothing without it
             write_atomically(path.with_suffix(beside.suffix), functools.partial(shutil.copyfile, beside))
-    return path
 
 
 def _write(network: nn.Module, example_input: Any, made: Path, name: str) -> None:

@@ -28,6 +28,7 @@ from sparsereg.compression.units.together import Together, draw_anew
 from sparsereg.distributions import HardConcrete
 from sparsereg.model.basic_l0_blocks import GateFactory, L0Gate
 from sparsereg.penalties import hard_concretes
+from sparsereg.progress import doing
 from sparsereg.target_settings import FAMILIES, SHAPES
 
 DEFAULT = tuple(family for family in FAMILIES if family != "inputs")
@@ -104,7 +105,8 @@ def gate_(
     args, kwargs = inputs_of(example_input)
     factory = GateFactory(**gate_settings)
     wanted = _wanted(families, shape)
-    analysis = analyse(model, args, kwargs, inputs="inputs" in wanted, even=shape == "uniform")
+    with doing(f"looking for what can go of {type(model).__name__}"):
+        analysis = analyse(model, args, kwargs, inputs="inputs" in wanted, even=shape == "uniform")
     vectors = _vectors(analysis, model, wanted, layers, residual)
     if not vectors:
         raise ValueError(

@@ -11,6 +11,7 @@ from sparsereg.compression.deploy import flat_inputs
 from sparsereg.compression.running import quiet
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
+from sparsereg.progress import doing
 
 CALIBRATION_EXAMPLES = 512
 """How many training examples the ranges of activations are taken from."""
@@ -54,7 +55,8 @@ def quantize(path: str | Path, target: str | Path, batches: Iterable[Any]) -> Pa
         )
     if target.suffix != ".onnx":
         raise ValueError(f"target must end with .onnx, got {str(target)!r}")
-    with tempfile.TemporaryDirectory() as folder, quiet(("root",), logging.ERROR):
+    told = doing(f"writing {target.name}")
+    with told, tempfile.TemporaryDirectory() as folder, quiet(("root",), logging.ERROR):
         made = Path(folder) / "int8.onnx"
         _quantize(path, made, Path(folder), batches)
         content = made.read_bytes()

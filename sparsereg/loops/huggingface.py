@@ -132,6 +132,7 @@ class SparsifyTrainer(TrainerCallback, ExportableState):  # type: ignore[misc, u
             temperature=temperature,
             seed=trainer.args.seed,
             inplace=True,
+            progress=not trainer.args.disable_tqdm and trainer.is_world_process_zero(),
         )
         if one_shot:
             self.sparsifier.asked.of_one_shot()  # refuses milliseconds

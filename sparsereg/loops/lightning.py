@@ -195,7 +195,13 @@ class Sparsify(Callback):
         self._check_statistics(trainer, module, network)
         assert self.seed is not None
         self.sparsifier = Sparsifier(
-            network, few(network, example), steps=1, seed=self.seed, inplace=True, **self.settings
+            network,
+            few(network, example),
+            steps=1,
+            seed=self.seed,
+            inplace=True,
+            progress=shows_bars(trainer),
+            **self.settings,
         )
         gates = sum(location.numel() for location in self.sparsifier.gates)
         log.info("%d gates in %s", gates, self._name or type(module).__name__)
@@ -448,6 +454,16 @@ def progress(trainer: pl.Trainer, batches: int) -> float:
             "Sparsify needs to know when training ends: give the Trainer max_epochs or max_steps"
         )
     return min(max(shares), 1.0)
+
+
+def shows_bars(trainer: pl.Trainer) -> bool:
+    """Whether a Trainer shows a bar.
+
+    Args:
+        trainer: whose callbacks are known.
+    """
+    bar = trainer.progress_bar_callback
+    return bar is not None and bool(getattr(bar, "is_enabled", True)) and trainer.is_global_zero
 
 
 def folder(trainer: pl.Trainer) -> Path:

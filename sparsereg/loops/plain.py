@@ -25,6 +25,7 @@ from sparsereg.errors import InputError
 from sparsereg.loops.asked import Asked
 from sparsereg.loops.reading import check_example, device_of, isolated, like
 from sparsereg.model.batch_norm_statistics import estimate_batch_norm_
+from sparsereg.progress import showing
 from sparsereg.target_settings import Parts, Target
 
 log = logging.getLogger(__name__)
@@ -70,10 +71,12 @@ class Sparsifier:
         data: inputs of a trained network, a loader or batches, labels behind them or not: the network starts
             where ``sparsereg.shrink`` leaves it, in place, and all steps train what is handed over. Gates
             learn what goes if None.
+        progress: show on a terminal what takes its time: looking for gates, timing, one shot, compaction.
 
     Attributes:
         model: the network with gates: what you train.
         budget: what it may cost, and the multiplier.
+        shown: whether long work is shown.
 
     Raises:
         InputError: the network cannot be called with the example or traced, answers differently in two
@@ -120,6 +123,7 @@ class Sparsifier:
         seed: int = 0,
         inplace: bool = False,
         data: Any = None,
+        progress: bool = True,
     ) -> None:
         self.steps = check_count("steps", steps)
         self.gate_lr = gate_lr if gate_lr is None else check_positive("gate_lr", gate_lr)
@@ -136,17 +140,19 @@ class Sparsifier:
         )
         self.example = check_example(model, example)
         self.model = model if inplace else copied(model)
-        gate_(
-            self.model,
-            self.example,
-            layers,
-            families=families,
-            shape=shape,
-            droprate_init=droprate_init,
-            temperature=temperature,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        self.budget = asked.budget(Accountant(self.model, self.example), self.example, self.how)
+        self.shown = progress
+        with showing(self.shown):
+            gate_(
+                self.model,
+                self.example,
+                layers,
+                families=families,
+                shape=shape,
+                droprate_init=droprate_init,
+                temperature=temperature,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            self.budget = asked.budget(Accountant(self.model, self.example), self.example, self.how)
         self.num_steps = 0
         self.progress = 0.0
         self._measured = False
@@ -167,7 +173,7 @@ class Sparsifier:
         """
         cost, kept = self.asked.of_one_shot()
         shares = self.asked.shares
-        with isolated():
+        with isolated(), showing(self.shown):
             batches = read_inputs(self.model, data, NUM_INPUTS, BATCH)
             start_in_one_shot_(self.model, self.example, cost, kept, batches, shares, seed=self.seed)
         self.budget.constraint = None
@@ -258,7 +264,8 @@ class Sparsifier:
         """Open or shut the gates nearest to the boundary until the exact cost meets the target."""
         now = torch.cat([location.detach().flatten() for location in self.gates])
         if not self.budget.met or self._met_with is None or not torch.equal(now, self._met_with):
-            self.budget.meet()
+            with showing(self.shown):
+                self.budget.meet()
             self._met_with = torch.cat([location.detach().flatten() for location in self.gates])
 
     def finish(self, batches: Iterable[Any] | None = None) -> fx.GraphModule:
@@ -274,7 +281,8 @@ class Sparsifier:
         if batches is not None:
             device = device_of(self.model)
             estimate_batch_norm_(self.model, (moved(like(self.example, b), device) for b in batches))
-        return compact(self.model, moved(self.example, device_of(self.model)))
+        with showing(self.shown):
+            return compact(self.model, moved(self.example, device_of(self.model)))
 
     def state_dict(self) -> dict[str, Any]:
         """What goes into a checkpoint beside the state of the network, which holds the gates.

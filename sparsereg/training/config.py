@@ -36,7 +36,7 @@ from sparsereg.target_settings import SHAPES, Target
 from sparsereg.temperature import Temperature
 from sparsereg.training.pick import Pick
 from sparsereg.training.schedules import SCHEDULES
-from sparsereg.training.tasks.config import FIGURES, TaskSettings
+from sparsereg.training.tasks.config import FIGURES, OwnTask, TaskSettings
 from sparsereg.zoo.config import CONFIGS as NETWORKS
 from sparsereg.zoo.kinds.googlenet import GoogleNetModel
 from sparsereg.zoo.kinds.own import OwnNetwork
@@ -522,7 +522,7 @@ class Training(Settings):
         if self.trainer.strategy != "auto" or self.trainer.devices not in (1, "1", "auto"):
             raise InputError(f"{said} is made by one process: give trainer.devices=1 and no trainer.strategy")
         if self.pick is not None:
-            Pick.read(self.pick, FIGURES)
+            Pick.read(self.pick, None if isinstance(self.task, OwnTask) else self.task.FIGURES or FIGURES)
 
     def _check_target(self) -> None:
         key = self.target_key

@@ -8,6 +8,7 @@ A size is there when its figures are, so that a run that was cut off goes on wit
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -142,7 +143,8 @@ def finished(folder: Path, task: Task, pick: Pick | None, dense: Mapping[str, An
         )
         return {**found, "picked": None, "pick_short": said}
     key = f"val_{task.figure}" if fitting[0][f"val_{task.figure}"] is not None else figure
-    best = max(fitting, key=lambda row: row[key] if task.larger_is_better else -row[key])
+    sign = -1 if task.larger_is_better else 1
+    best = min(fitting, key=lambda row: (math.isnan(row[key]), sign * row[key]))
     target = folder / "checkpoints" / "compacted.pt"
     write_atomically(target, lambda p: shutil.copyfile(place_of(folder, best["size"]) / "compacted.pt", p))
     own = {key: best[key] for key in best if key.startswith(("val_", "test_"))}

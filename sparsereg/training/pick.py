@@ -28,12 +28,12 @@ class Pick:
     bound: float
 
     @classmethod
-    def read(cls, text: str, figures: Sequence[str]) -> "Pick":
+    def read(cls, text: str, figures: Sequence[str] | None) -> "Pick":
         """Read ``latency_ms<=3``.
 
         Args:
             text: as the user gave it.
-            figures: of the task.
+            figures: of the task; None of one that is not known yet.
 
         Raises:
             InputError: it is no such thing.
@@ -45,12 +45,29 @@ class Pick:
             raise InputError(
                 f"pick={text!r}: expected a column of front.csv and its bound, such as pick='macs<=1e6'"
             ) from None
+        if figures is None:
+            return made
         known = [*COLUMNS, *(f"{part}_{figure}" for part in ("val", "test") for figure in figures)]
         if made.column not in known:
             raise InputError(
                 f"pick={text!r}: front.csv has no column {made.column!r}{did_you_mean(made.column, known)}"
             )
         return made
+
+    def check(self, measured: Mapping[str, bool]) -> None:
+        """Raise an InputError if the column will be empty, or there is nothing to choose by.
+
+        Args:
+            measured: whether anything is measured on ``val`` and on ``test`` examples.
+        """
+        said = f"pick={self.column}{self.sign}{self.bound:g}"
+        if not measured.get(self.column.partition("_")[0], True):
+            where = "validation" if self.column.startswith("val_") else "test"
+            raise InputError(f"{said}: nothing is measured on {where} examples here, pick by another column")
+        if not any(measured.values()):
+            raise InputError(
+                f"{said}: the best is picked by validation or test, and neither is measured here"
+            )
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of the front keeps to it."""

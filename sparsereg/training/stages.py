@@ -278,6 +278,12 @@ def finetuning(first: Stage, results: dict[str, Any]) -> Stage:
     return stage
 
 
+def _check_pick(pick: Pick, cfg: Training, data: RunData) -> None:
+    """Refuse a bound on what is not measured, before anything is trained."""
+    validated = data.num_val > 0 and cfg.trainer.limit_val_batches != 0
+    pick.check({"val": validated, "test": cfg.trainer.limit_test_batches != 0})
+
+
 def _front(first: Stage, dense: Mapping[str, Any]) -> dict[str, Any]:
     """Make the sizes of the front that are missing, each from the one before; return what they are.
 
@@ -355,11 +361,10 @@ def _smaller(first: Stage, net: nn.Module, size: float, may_stop: bool) -> tuple
     ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed, order=better, plain=known)
     original = original_size(net) or ranked.sizes
     left = (1 - size) * original[cfg.front_cost] / ranked.sizes[cfg.front_cost]
-    bar = cfg.trainer.enable_progress_bar
-    _, small = ranked.smaller(left, cfg.target.round_to, progress=bar)
+    _, small = ranked.smaller(left, cfg.target.round_to)
     stops = may_stop and left < STEEP and _loses_much(ranked, small)
     if stops:
-        _, small = ranked.smaller(left**0.5, cfg.target.round_to, progress=bar)
+        _, small = ranked.smaller(left**0.5, cfg.target.round_to)
     small.meta |= {ORIGINAL: original, "notes": {ORDER: ranked.order}}
     return small, not stops
 
@@ -512,6 +517,8 @@ def _assemble(
     net = trainers.synchronise(cfg, net)
     accountant = accountant or accountant_of(net, build.example_input(data, net))
     module = build.build_module(cfg, net, data, structure, teacher, before)
+    if cfg.pick is not None:
+        _check_pick(Pick.read(cfg.pick, module.task.figures), cfg, data)
     path = None if resumed is None else resumed.path
     if resumed is not None:
         callbacks, _ = callback_list.build_callbacks(

@@ -42,7 +42,7 @@ def check_answer(net: nn.Module, form: Form, said: str) -> None:
         raise InputError(f"{said}: {error}") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise InputError(f"{said}: cannot read {_read(form)}: {reason}") from error
+        raise InputError(f"{said}: cannot read {_read(form)}: {_too_long(net, form) or reason}") from error
     finally:
         net.train(training)
     if form.answer_shape is None:
@@ -81,6 +81,17 @@ def _fits(found: tuple[int, ...], expected: tuple[int, ...], task: str) -> bool:
     if task == "segmentation":
         return len(found) == len(expected) and found[:2] == expected[:2]
     return found == expected
+
+
+def _too_long(net: nn.Module, form: Form) -> str | None:
+    """Say that texts are longer than what a network of Hugging Face has positions for, if they are."""
+    positions = getattr(getattr(net, "config", None), "max_position_embeddings", None)
+    if form.vocabulary is None or not isinstance(positions, int) or positions >= form.image_shape[0]:
+        return None
+    return (
+        f"its max_position_embeddings={positions} are fewer than data.context={form.image_shape[0]}: give"
+        f" data.context={positions}, or a network with more"
+    )
 
 
 def _noun(form: Form) -> str:

@@ -153,6 +153,13 @@ def test_nothing_that_fits_is_said_and_all_is_written(run, tiny):
         (["front=[0.5]", "pick=milliseconds<=3"], "front.csv has no column 'milliseconds'"),
         (["front=[0.5]", "pick=macs=3"], "such as pick='macs<=1e6'"),
         (["pick=macs<=3"], "needs a front"),
+        (["front=[0.5]", "pick=val_bits_per_byte<=3"], "has no column 'val_bits_per_byte'"),
+        (
+            ["front=[0.5]", "pick=val_acc>=0.5", "data.val_size=0"],
+            "nothing is measured on validation examples",
+        ),
+        (["front=[0.5]", "pick=test_acc>=0.5", "trainer.limit_test_batches=0"], "measured on test examples"),
+        (["front=[0.5]", "pick=macs<=3", "data.val_size=0", "trainer.limit_test_batches=0"], "neither is"),
     ],
 )
 def test_wrong_fronts_are_refused_in_one_line(run, tiny, wrong, said):
@@ -164,6 +171,7 @@ def test_wrong_fronts_are_refused_in_one_line(run, tiny, wrong, said):
 def test_picks_are_read():
     assert Pick.read(" latency_ms <= 3e0", ["acc"]) == Pick("latency_ms", "<=", 3.0)
     assert Pick.read("test_acc>=0.9", ["acc"]).fits({"test_acc": 0.95})
+    assert Pick.read("val_mse<=0.1", None).column == "val_mse"  # of a task that is not known yet
     with pytest.raises(InputError, match="did you mean 'latency_ms'"):
         Pick.read("latency<=3", ["acc"])
 

@@ -88,6 +88,10 @@ PAIRS = [
     ("data=text model=gpt model.width=30", "model.width=30 is no multiple of model.heads=4"),
     ("model=huggingface data=text", "needs model.config=FILE.json, a local folder, or a type"),
     ("model=huggingface model.config=bert-base-uncased data=text", "names on the Hugging Face hub are not"),
+    (
+        "model=huggingface model.name=gpt2 +model.n_embd=16 +model.n_head=2 +model.n_positions=8 data=text",
+        "its max_position_embeddings=8 are fewer than data.context=128",
+    ),
 ]
 
 

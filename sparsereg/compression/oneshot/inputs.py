@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from sparsereg.checks import check_count
+from sparsereg.compression.running import evaluating, first_line
+from sparsereg.compression.units.explain import inputs_of
 from sparsereg.data.batches import LABELS
 from sparsereg.errors import InputError
 
@@ -62,7 +64,37 @@ def read_inputs(model: nn.Module, data: Any, num_inputs: int, batch_size: int) -
             break
     if not found:
         raise InputError("there are no inputs in the data: give a tensor, batches, or a DataLoader of some")
+    _check_like_the_first(model, found)
     return found
+
+
+@torch.no_grad()
+def _check_like_the_first(model: nn.Module, batches: Sequence[Any]) -> None:
+    """Raise an InputError if the network takes no batch of other shapes or types than the first one has.
+
+    The first one is the example, which is looked at by whoever reads these batches.
+    """
+    known = {_form(batches[0])}
+    for place, batch in enumerate(batches):
+        if (form := _form(batch)) in known:
+            continue
+        known.add(form)
+        args, kwargs = inputs_of(_part(batch, examples(batch), 0, 1))
+        try:
+            with evaluating(model):
+                model(*args, **kwargs)
+        except Exception as error:  # of all kinds, from the network
+            raise InputError(
+                f"data: {type(model).__name__} does not take batch {place}, whose shapes or types are not"
+                f" those of batch 0: {first_line(error)}"
+            ) from error
+
+
+def _form(batch: Any) -> tuple[Any, ...]:
+    """What a network could refuse about a batch: shapes and types but for the number of examples."""
+    leaves, structure = torch.utils._pytree.tree_flatten(batch)
+    shapes = ((tuple(x.shape[1:]), x.dtype) if isinstance(x, Tensor) else type(x) for x in leaves)
+    return (str(structure), *shapes)
 
 
 PART = 8

@@ -30,6 +30,7 @@ from sparsereg.compression.oneshot.least_squares import Sums
 from sparsereg.compression.oneshot.readers import Reader, readers
 from sparsereg.compression.units.structure import Structure
 from sparsereg.compression.walk import Route, Running
+from sparsereg.progress import bar, doing
 
 RIDGE = 1e-3
 """Added to the covariance, as a share of the mean variance of an input."""
@@ -109,15 +110,17 @@ def _order(fits: Sequence[_Fit], seen: Sequence[Sequence[int]], cost: Tensor) ->
     error[list(where)] = 0.0
     for places, score in zip(at, scores, strict=True):
         error.index_add_(0, places, score)
-    for step in range(len(where)):
-        gone = int((error / cost).nan_to_num(nan=torch.inf).argmin())
-        order[gone] = step
-        error[gone] = torch.nan
-        for t, group in where[gone]:
-            fits[t].remove(group)
-            new = fits[t].scores().to(cost.device)
-            error.index_add_(0, at[t], new - scores[t])
-            scores[t] = new
+    with bar("order of units", "unit", len(where)) as steps:
+        for step in range(len(where)):
+            gone = int((error / cost).nan_to_num(nan=torch.inf).argmin())
+            order[gone] = step
+            error[gone] = torch.nan
+            for t, group in where[gone]:
+                fits[t].remove(group)
+                new = fits[t].scores().to(cost.device)
+                error.index_add_(0, at[t], new - scores[t])
+                scores[t] = new
+            steps.update(1)
     return order
 
 
@@ -274,18 +277,20 @@ def _sums(small: fx.GraphModule, found: Sequence[Reader], batches: Sequence[Any]
     """Sums over the inputs of layers, and a constant 1, in one pass, which checks the answers, too."""
     route, generator = Route(small), torch.Generator().manual_seed(0)
     sums: list[Sums] = []
-    for place, batch in enumerate(batches):
-        walk = route.start(batch)
-        for i, reader in enumerate(found):
-            given = walk.before(reader.node, reader.source)
-            y = walk.after(reader.node)
-            chosen, _ = reader.draw(given, y, -(-ROWS // len(batches)), generator)
-            x = reader.inputs(given, y, chosen, constant=True)
-            if len(sums) == i:
-                sums.append(Sums.none(1, x.shape[2], 0, x.device))
-            with np.errstate(invalid="ignore"):  # where numbers are infinite the answer tells
-                sums[i].add_(x, x[:, :, :0])
-        check_answer(walk.answer(), place)
+    with bar("what layers read", "batch", len(batches)) as steps:
+        for place, batch in enumerate(batches):
+            walk = route.start(batch)
+            for i, reader in enumerate(found):
+                given = walk.before(reader.node, reader.source)
+                y = walk.after(reader.node)
+                chosen, _ = reader.draw(given, y, -(-ROWS // len(batches)), generator)
+                x = reader.inputs(given, y, chosen, constant=True)
+                if len(sums) == i:
+                    sums.append(Sums.none(1, x.shape[2], 0, x.device))
+                with np.errstate(invalid="ignore"):  # where numbers are infinite the answer tells
+                    sums[i].add_(x, x[:, :, :0])
+            check_answer(walk.answer(), place)
+            steps.update(1)
     return sums
 
 
@@ -303,7 +308,7 @@ def _senses(
     total: dict[Reader, Any] = dict.fromkeys(found, 0.0)
     worth: list[Tensor] = []
     weights = [] if by_gates is None else by_gates.weights
-    with _derived(weights):
+    with _derived(weights), doing("derivatives of the answers"):
         for part, draws in _parts(batches, by_gates is not None):
             with torch.enable_grad():
                 answers = torch.utils._pytree.tree_leaves(run.run(*route.arguments(part)))

@@ -21,6 +21,7 @@ from sparsereg.compression.timing.measured import latency_budget
 from sparsereg.compression.timing.runtimes import check_runtime, default_runtime
 from sparsereg.errors import nearest
 from sparsereg.penalties import hard_concretes
+from sparsereg.progress import showing
 from sparsereg.target_settings import MILLISECONDS, Parts, Share, goal, part_goals
 
 
@@ -95,14 +96,15 @@ def shrink(
         raise ValueError(
             f"importance must be one of {', '.join(known)}, got {importance!r}{nearest(importance, known)}"
         )
-    measured = _measured(cost, kept, runtime, threads, batch, shares, round_to, progress)
+    measured = _measured(cost, kept, runtime, threads, batch, shares, round_to)
     batches = read_inputs(model, data, num_inputs, BATCH)
     example = torch.utils._pytree.tree_map(_first, batches[0])
-    plain = compact(model, example) if hard_concretes(model) else model
-    whole = opened_(gate(plain, example, layers, families=families).eval())
-    counted = None if measured else cost
-    ranked = Ranked(whole, example, counted, batches, importance, seed, shares, measured=measured)
-    _, small = ranked.smaller(kept, round_to=round_to, repair=repair, progress=progress)
+    with showing(progress):
+        plain = compact(model, example) if hard_concretes(model) else model
+        whole = opened_(gate(plain, example, layers, families=families).eval())
+        counted = None if measured else cost
+        ranked = Ranked(whole, example, counted, batches, importance, seed, shares, measured=measured)
+        _, small = ranked.smaller(kept, round_to=round_to, repair=repair)
     ranked.warn(small)
     small.meta[ORIGINAL] = original_size(model) or small.meta[ORIGINAL]
     return small
@@ -121,7 +123,6 @@ def _measured(
     batch: int,
     shares: Sequence[Share],
     round_to: int,
-    progress: bool,
 ) -> Measured | None:
     """What makes the budget of a network in milliseconds; None for other budgets.
 
@@ -153,7 +154,6 @@ def _measured(
             threads=threads,
             batch=batch,
             shares=shares,
-            progress=progress,
         )
 
     return budget

@@ -24,6 +24,7 @@ from sparsereg.compression.units.explain import inputs_of
 from sparsereg.compression.units.structure import structure_of
 from sparsereg.distributions import HardConcrete, log_alpha_at, shift
 from sparsereg.penalties import hard_concretes
+from sparsereg.progress import doing
 from sparsereg.target_settings import Share
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class Ranked:
         return self._teacher.origins
 
     def smaller(
-        self, kept: float, at_once: int = 1, round_to: int = 1, repair: bool = True, progress: bool = False
+        self, kept: float, at_once: int = 1, round_to: int = 1, repair: bool = True
     ) -> tuple[nn.Module, fx.GraphModule]:
         """Shut the gates that go first until a budget is met exactly, compact, and fit what is left.
 
@@ -120,7 +121,6 @@ class Ranked:
             at_once: gates of a layer go so many at a time, see ``round_to`` of ``meet_``.
             round_to: see ``compact``.
             repair: fit what is left to what the whole network gave.
-            progress: show a bar on a terminal.
 
         Returns:
             The network in eval mode, its gates all wide open or shut, which the next call changes; and what
@@ -135,7 +135,7 @@ class Ranked:
                 found.append((reached, now, self._student(round_to, repair)))
         students = [student for *_, student in found]
         if repair:
-            self._teacher.repair_(students, self.batches, self.seed, progress)
+            self._teacher.repair_(students, self.batches, self.seed)
         reached, locations, student = found[self._nearest([s.network for s in students])]
         for g, location in zip(gates, locations, strict=True):
             _set_(g, location)
@@ -205,7 +205,8 @@ class Ranked:
             check_answers(self._teacher.network, self.batches)
         if not orders or bool(orders[0].isnan().any()):
             by_worth = "gradient" if importance == LEFTOVER else importance
-            worth = known or IMPORTANCE[by_worth](network, gates, self._few, generator)
+            with doing(f"what units are worth by {by_worth}"):
+                worth = known or IMPORTANCE[by_worth](network, gates, self._few, generator)
             ratio = torch.cat(
                 [(w / s.double().clamp(min=1e-12)).flatten() for w, s in zip(worth, slopes, strict=True)]
             )

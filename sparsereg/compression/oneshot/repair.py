@@ -26,7 +26,7 @@ from sparsereg.compression.oneshot.origins import Origins, Places
 from sparsereg.compression.oneshot.readers import Reader, readers
 from sparsereg.compression.running import Example, copied
 from sparsereg.compression.walk import Route, Walk
-from sparsereg.progress import bar
+from sparsereg.progress import bar, showing
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def repaired(
             there is a repair.
         round_to: see ``compact``.
         seed: of the places of maps and texts that are drawn where there are more than a layer needs.
-        progress: show a bar on a terminal.
+        progress: show bars on a terminal.
 
     Returns:
         What ``compact(after)`` returns, with other weights of the same shapes.
@@ -94,10 +94,11 @@ def repaired(
         >>> repaired(net, net, x[:1], [x])(x).shape
         torch.Size([32, 3])
     """
-    teacher = Teacher(before, example_input)
-    student = teacher.student(after, round_to)
-    teacher.repair_([student], list(batches), seed, progress)
-    return student.network
+    with showing(progress):
+        teacher = Teacher(before, example_input)
+        student = teacher.student(after, round_to)
+        teacher.repair_([student], list(batches), seed)
+        return student.network
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,13 @@ class Teacher:
         small = compact(after, self._example, round_to=round_to)
         return Student(small, self.origins.of(after, round_to))
 
-    def repair_(self, students: Sequence[Student], batches: list[Any], seed: int, progress: bool) -> None:
+    def repair_(self, students: Sequence[Student], batches: list[Any], seed: int) -> None:
         """Fit the layers of several students, on one way through the teacher where memory allows it.
 
         Args:
             students: changed in place.
             batches: of inputs.
             seed: of the places that are drawn, for each student the same.
-            progress: show a bar on a terminal.
         """
         if sum(examples(b) for b in batches) < FEWEST:
             log.warning("a repair needs %d inputs or more: give data, not one example", FEWEST)
@@ -175,7 +175,7 @@ class Teacher:
                 )
                 for s in students[i : i + together]
             ]
-            _run(self.network, own, inputs, progress)
+            _run(self.network, own, inputs)
 
 
 def _peak(network: fx.GraphModule, batches: Sequence[Any]) -> int:
@@ -261,12 +261,12 @@ class _Inputs:
         return functools.cache(start) if self._keeps else start
 
 
-def _run(teacher: fx.GraphModule, repairs: "Sequence[_Repair]", inputs: _Inputs, progress: bool) -> None:
+def _run(teacher: fx.GraphModule, repairs: "Sequence[_Repair]", inputs: _Inputs) -> None:
     """Repair the layers of networks, one after the other in the order in which the teacher runs them."""
     walk = inputs.through(teacher)
     targets = {target for repair in repairs for target in repair.tasks}
     order = [node for node in teacher.graph.nodes if node in targets]
-    with bar("repair", "layer", len(order), progress) as steps:
+    with bar("repair", "layer", len(order)) as steps:
         for target in order:
             started = [(repair, *repair.start(target)) for repair in repairs if target in repair.tasks]
             for i in range(len(inputs.batches)):

@@ -22,6 +22,7 @@ from sparsereg.compression.timing.runtimes import (
     default_runtime,
     torch_threads,
 )
+from sparsereg.compression.timing.times import seconds_of
 from sparsereg.files import write_atomically
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def benchmark(
             for batch in batch_sizes if ready else ():
                 own_layout = channels_last and runtime in ("eager", "compiled")
                 x = batch_of(example_input, batch, channels_last=own_layout)
-                for row in _alternate(ready, x, runtime, batch, repeats, share):
+                for row in _alternate(ready, x, runtime, batch, threads, repeats, share):
                     rows.append(row)
                     if on_row is not None:
                         on_row(row)
@@ -225,7 +226,13 @@ def _loaded(
 
 
 def _alternate(
-    ready: Mapping[str, Loaded], example: Any, runtime: str, batch: int, repeats: int, seconds: float
+    ready: Mapping[str, Loaded],
+    example: Any,
+    runtime: str,
+    batch: int,
+    threads: int,
+    repeats: int,
+    seconds: float,
 ) -> list[Timing]:
     """Run all networks in turns until the time is used up, each at least once after warming up."""
     given = {name: loaded.prepare(example) for name, loaded in ready.items()}
@@ -233,7 +240,7 @@ def _alternate(
 
     def run_all(counts: bool) -> None:
         for name, loaded in ready.items():
-            elapsed = _turn(loaded, given[name], example)
+            elapsed = _turn(loaded, given[name], example, threads)
             if counts:
                 taken[name].append(elapsed)
 
@@ -250,23 +257,27 @@ def _alternate(
     return [_timing(name, runtime, batch, own, first) for name, own in taken.items()]
 
 
-def _turn(loaded: Loaded, given: Any, example: Any) -> float:
+def _turn(loaded: Loaded, given: Any, example: Any, threads: int) -> float:
     """Median time of calls in a row, where the first one shows that there is time for several."""
-    first = _time(loaded, given, example)
+    first = _time(loaded, given, example, threads)
     if first >= _ROW:
         return first
     taken: list[float] = []
     end = time.perf_counter() + _ROW
     while not taken or (len(taken) < _CALLS and time.perf_counter() < end):
-        taken.append(_time(loaded, given, example))
+        taken.append(_time(loaded, given, example, threads))
     return statistics.median(taken)
 
 
-def _time(loaded: Loaded, given: Any, example: Any) -> float:
-    _wait(example)
+def _time(loaded: Loaded, given: Any, example: Any, threads: int) -> float:
+    """Seconds of a call: as budgets count them on a CPU, of an accelerator those of a clock."""
+    device = flat_inputs(example)[0].device
+    if device.type != "cuda":
+        return seconds_of(loaded, given, threads)
+    torch.cuda.synchronize(device)  # let it finish what it was given
     start = time.perf_counter()
     loaded.run(given)
-    _wait(example)
+    torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -277,18 +288,13 @@ def _timing(name: str, runtime: str, batch: int, taken: Sequence[float], first: 
     return Timing(name, runtime, batch, median, low, high, len(taken), statistics.median(ratios))
 
 
-def _wait(example: Any) -> None:
-    """Let an accelerator finish what it was given."""
-    device = flat_inputs(example)[0].device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _settings(example: Any, threads: int, channels_last: bool) -> str:
     device = flat_inputs(example)[0].device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     layout = ", channels_last" if channels_last else ""
     plural = "" if threads == 1 else "s"
+    clock = ", processor time" if threads == 1 and device.type != "cuda" else ""
     return (
-        f"{where}, {threads} thread{plural}, torch {torch.__version__}{layout}; medians of alternating runs"
+        f"{where}, {threads} thread{plural}{clock}, torch {torch.__version__}{layout}; medians of alternating"
+        " runs"
     )

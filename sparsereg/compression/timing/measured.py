@@ -35,7 +35,7 @@ from sparsereg.compression.timing.widths import Widths
 from sparsereg.compression.units.explain import inputs_of
 from sparsereg.distributions import HardConcrete, gate_median, log_alpha_at, shift
 from sparsereg.errors import InputError
-from sparsereg.progress import bar
+from sparsereg.progress import bar, doing
 from sparsereg.target_settings import Share
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,6 @@ class Milliseconds:
         runtime: one of ``sparsereg.compression.timing.runtimes.RUNTIMES``.
         threads: how many may compute.
         batch: examples in a call.
-        progress: show a bar on a terminal while layers are timed.
 
     Raises:
         InputError: the runtime is not installed.
@@ -88,7 +87,6 @@ class Milliseconds:
         runtime: str,
         threads: int,
         batch: int,
-        progress: bool = False,
     ) -> None:
         check_runtime(runtime)
         self.what = f"{runtime}, {threads} thread{'s' * (threads > 1)}, batch {batch}"
@@ -101,7 +99,7 @@ class Milliseconds:
         clock = Clock(runtime, threads, batch)
         self._grids = []
         layers = self._widths.layers
-        with torch_threads(threads), bar("timing layers", "layer", len(layers), progress) as steps:
+        with torch_threads(threads), bar("timing layers", "layer", len(layers)) as steps:
             for layer in layers:
                 self._grids.append(clock.grid(layer))
                 steps.update(1)
@@ -322,7 +320,6 @@ class MeasuredBudget(Budget):
         integral_gain: of the multiplier.
         shares: what parts of the network may cost.
         round_to: see ``sparsereg.compression.budget.meet_``.
-        progress: show a bar on a terminal while networks are measured.
 
     Attributes:
         reached: what was measured last by ``meet``; None before.
@@ -341,14 +338,12 @@ class MeasuredBudget(Budget):
         integral_gain: float = 0.01,
         shares: Sequence[Share] = (),
         round_to: int = 1,
-        progress: bool = False,
     ) -> None:
         self.measured, self.target, self.example_input = cost, target, example_input
-        self._progress = progress
         self.reached: float | None = None
         self._smallest = "with all gates shut"
         super().__init__(accountant, cost.key, 1.0, proportional_gain, integral_gain, shares, round_to)
-        with _plain_tensors():
+        with _plain_tensors(), doing("measuring the whole network and the smallest"):
             self._fit()
         self.kept = target / cost.full
 
@@ -406,7 +401,7 @@ class MeasuredBudget(Budget):
 
     def meet(self) -> None:
         """Set the gates so that the compacted network takes what it may: set, measure, correct, repeat."""
-        with _plain_tensors(), bar("measuring networks", "network", None, self._progress) as steps:
+        with _plain_tensors(), bar("measuring networks", "network", None) as steps:
             self._meet(steps)
 
     def _meet(self, steps: Any) -> None:
@@ -588,7 +583,6 @@ def latency_budget(
     threads: int = 1,
     batch: int = 1,
     shares: Sequence[Share] = (),
-    progress: bool = False,
 ) -> MeasuredBudget:
     """Return the budget of a network in milliseconds, for a loop of yours.
 
@@ -602,12 +596,11 @@ def latency_budget(
         threads: how many may compute.
         batch: examples in a call.
         shares: what parts of the network may cost.
-        progress: show bars on a terminal.
 
     Raises:
         InputError: the runtime is not installed, or the network cannot be that fast, or already is.
     """
     where = default_runtime() if runtime is None else runtime
-    cost = Milliseconds(accountant, example_input, where, threads, batch, progress)
+    cost = Milliseconds(accountant, example_input, where, threads, batch)
     gains = proportional_gain, integral_gain
-    return MeasuredBudget(accountant, cost, milliseconds, example_input, *gains, shares, progress=progress)
+    return MeasuredBudget(accountant, cost, milliseconds, example_input, *gains, shares)

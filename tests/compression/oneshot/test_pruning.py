@@ -334,7 +334,7 @@ def test_milliseconds_are_met_by_measuring(monkeypatch):
     monkeypatch.setattr(pruning, "latency_budget", budget)
     how = {"runtime": "eager", "threads": 2, "batch": 3}
     small = sparsereg.shrink(net(), X, target_latency_ms=0.004, **how)
-    assert told == {**how, "target": 0.004, "shares": (), "progress": True}
+    assert told == {**how, "target": 0.004, "shares": ()}
     left = 4e-6 * sum(p.numel() for p in small.parameters()) + peak_megabytes(small, X[:1])
     assert 0.96 * 0.004 <= left <= 0.004  # a unit is up to 3 % of it
     # Repaired as ever: other weights than those that the network has.
@@ -360,3 +360,11 @@ def test_inputs_that_give_no_numbers_are_named(bad):
     broken[150, 2] = bad
     with pytest.raises(InputError, match="answers NaN to batch 0 of the inputs"):
         sparsereg.shrink(net(), broken, target_macs=0.5)
+
+
+@pytest.mark.parametrize("other", [torch.randn(9, 7), {"x": X[:9]}])
+def test_a_batch_that_the_network_does_not_take_is_named(other):
+    with pytest.raises(
+        InputError, match="Sequential does not take batch 1, whose shapes or types are not those"
+    ):
+        sparsereg.shrink(net(), [X[:9], other], target_macs=0.5)

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -11,22 +13,22 @@ from sparsereg.errors import InputError
 from tests.compression.networks import make, set_gates
 
 
-class Waits(nn.Module):
-    """Takes a known time for every example."""
+class Works(nn.Module):
+    """Computes for a known time for every example."""
 
     def __init__(self, seconds):
         super().__init__()
         self.seconds = seconds
 
     def forward(self, x):
-        import time
-
-        time.sleep(self.seconds * len(x))
+        end = time.process_time() + self.seconds * len(x)
+        while time.process_time() < end:
+            pass
         return x
 
 
 def test_medians_speedups_and_order():
-    models = {"slow": Waits(0.004), "fast": Waits(0.002)}
+    models = {"slow": Works(0.004), "fast": Works(0.002)}
     found = benchmark(models, torch.zeros(1, 2), batch_sizes=(1, 3), runtimes=["eager"], repeats=5)
     assert [(r.model, r.batch) for r in found.rows] == [("slow", 1), ("fast", 1), ("slow", 3), ("fast", 3)]
     for row in found.rows:
@@ -91,7 +93,7 @@ def test_every_runtime_gives_the_answers_of_the_network(runtime):
 
 def test_rows_are_told_as_they_are_measured_and_the_time_is_kept():
     told = []
-    models = {"a": Waits(0.01), "b": Waits(0.01)}
+    models = {"a": Works(0.01), "b": Works(0.01)}
     found = benchmark(
         models, torch.zeros(1, 2), batch_sizes=(1, 2), runtimes=["eager"], seconds=0.2, on_row=told.append
     )
@@ -106,6 +108,8 @@ class FakeClock:
 
     def perf_counter(self):
         return self.now
+
+    process_time = perf_counter
 
 
 class Cold(nn.Module):
@@ -126,7 +130,8 @@ class Cold(nn.Module):
 @pytest.mark.parametrize(("seconds", "times"), [(0.001, 1), (0.1, 10)])
 def test_what_another_network_left_in_the_caches_does_not_count(monkeypatch, seconds, times):
     clock = FakeClock()
-    monkeypatch.setattr("sparsereg.compression.timing.latency.time", clock)
+    for module in ("latency", "times"):
+        monkeypatch.setattr(f"sparsereg.compression.timing.{module}.time", clock)
     models = {"large": Cold(clock, 2 * seconds), "small": Cold(clock, seconds)}
     found = benchmark(models, torch.zeros(1, 2), batch_sizes=(1,), runtimes=["eager"], repeats=3, seconds=99)
     # Of a network that takes long there is one call in a turn, and it counts.
@@ -134,8 +139,30 @@ def test_what_another_network_left_in_the_caches_does_not_count(monkeypatch, sec
     assert [r.runs for r in found.rows] == [3, 3]
 
 
+class Interrupted(nn.Module):
+    """Stands still, as where another program has the processor."""
+
+    def forward(self, x):
+        time.sleep(0.02)
+        return x
+
+
+@pytest.mark.parametrize(("threads", "counts"), [(1, False), (2, True)])
+def test_what_other_programs_take_counts_not_where_one_thread_computes(threads, counts):
+    found = benchmark(
+        {"a": Interrupted()},
+        torch.zeros(1, 2),
+        batch_sizes=(1,),
+        runtimes=["eager"],
+        threads=threads,
+        repeats=3,
+    )
+    assert (found.rows[0].seconds > 0.01) == counts
+    assert ("processor time" in found.settings) != counts
+
+
 def test_one_run_counts_however_short_the_time():
-    found = benchmark({"a": Waits(0.001)}, torch.zeros(1, 2), runtimes=["eager"], seconds=1e-9)
+    found = benchmark({"a": Works(0.001)}, torch.zeros(1, 2), runtimes=["eager"], seconds=1e-9)
     assert [row.runs for row in found.rows] == [1, 1]
 
 
@@ -157,7 +184,7 @@ def test_the_fastest_rounding_is_found_by_the_clock():
 
     def slow_unless_four(small, multiple):
         made[multiple] = sum(p.numel() for p in small.parameters())
-        return Waits(0.001 if multiple == 4 else 0.004)
+        return Works(0.001 if multiple == 4 else 0.004)
 
     best, rows = fastest_rounding(
         network, x, runtimes=["eager"], batch_sizes=(1,), seconds=0.2, make=slow_unless_four
