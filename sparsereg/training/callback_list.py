@@ -1,5 +1,6 @@
 """Which callbacks a run has, in their order, and what they found."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -115,9 +116,9 @@ def target_settings(cfg: Training, cost: str | None, kept: float | None) -> Targ
     assert epochs is not None  # checked with the target
     start = min(cfg.callbacks.penalty_warmup_epochs, epochs - 1)
     ramp_epochs = cfg.target.ramp * (epochs - start)
-    return TargetSettings(
-        **vars(cfg.target), cost=cost, kept=kept, start_epoch=start, ramp_epochs=ramp_epochs
-    )
+    proportional, integral = cfg.gains
+    how = replace(cfg.target, proportional_gain=proportional, integral_gain=integral)
+    return TargetSettings(**vars(how), cost=cost, kept=kept, start_epoch=start, ramp_epochs=ramp_epochs)
 
 
 def keeps_best(cfg: Training) -> bool:

@@ -159,6 +159,9 @@ class Distill(Settings):
     ckpt_path: str | None = setting(None, "its checkpoint, or the folder of its run")
     weight: float = setting(0.5, "of the teacher's answers; the labels get the rest", SHARE)
     temperature: float = setting(2.0, "by which logits are divided", POSITIVE)
+    only_finetuning: bool = setting(
+        False, "the stage under gates, or before a front, learns from the labels alone"
+    )
 
 
 @dataclass(frozen=True)
@@ -445,6 +448,18 @@ class Training(Settings):
         return not self.without_using_gate and not self.front
 
     @property
+    def gains(self) -> tuple[float, float]:
+        """Proportional and integral gain of the target's multiplier: as given, of a loss on labels.
+
+        A teacher's part of the loss is multiplied by the square of its temperature, and what a unit is worth
+        with it; else the gates would fall behind their target.
+        """
+        d, scale = self.distill, 1.0
+        if d.ckpt_path is not None and not d.only_finetuning:
+            scale += d.weight * (max(1.0, d.temperature**2) - 1)
+        return scale * self.target.proportional_gain, scale * self.target.integral_gain
+
+    @property
     def front_cost(self) -> str:
         """What the sizes of a front are shares of."""
         return "parameters" if self.target_macs is None else "macs"
@@ -480,6 +495,7 @@ class Training(Settings):
                 "finetune.epochs trains what gates have left, but without_using_gate=true: leave one of them"
                 " out"
             )
+        self._check_distill()
         self._check_front()
         self._check_target()
         self._check_shape()
@@ -499,6 +515,14 @@ class Training(Settings):
                 f"{self.model.said} is for task={' or '.join(model)}, {self.data.said} for task="
                 f"{' or '.join(data)}: change one of them"
             )
+
+    def _check_distill(self) -> None:
+        if not self.distill.only_finetuning:
+            return
+        if self.distill.ckpt_path is None:
+            raise InputError("distill.only_finetuning=true needs a teacher: give distill.ckpt_path")
+        if not (self.finetune.epochs or self.front):
+            raise InputError("distill.only_finetuning=true needs fine-tuning: give finetune.epochs or front")
 
     def _check_front(self) -> None:
         if not self.front:

@@ -83,7 +83,7 @@ class Stage:
         timer: takes the time of the epochs.
         loggers: take the scalars.
         folder: of the run.
-        teacher: for distillation.
+        teacher: for distillation, in this stage or in fine-tuning alone.
         resumed: what this stage goes on from; None if it starts.
         before: of fine-tuning, the stage under gates.
         gated: of a front, a copy of the network as it was built, with gates: what a trace has said of it
@@ -475,6 +475,7 @@ def finetuning_config(cfg: Training, epochs: int) -> Training:
         lambda_l0=cfg.lambda_l0 or 0.0,
         lambda_l2=0.0,
         finetune=replace(cfg.finetune, epochs=0),
+        distill=replace(cfg.distill, only_finetuning=False),
         trainer=replace(cfg.trainer, max_epochs=epochs, min_epochs=None),
         optimizer=replace(
             cfg.optimizer,
@@ -516,7 +517,8 @@ def _assemble(
 ) -> Stage:
     net = trainers.synchronise(cfg, net)
     accountant = accountant or accountant_of(net, build.example_input(data, net))
-    module = build.build_module(cfg, net, data, structure, teacher, before)
+    teaching = None if cfg.distill.only_finetuning else teacher
+    module = build.build_module(cfg, net, data, structure, teaching, before)
     if cfg.pick is not None:
         _check_pick(Pick.read(cfg.pick, module.task.figures), cfg, data)
     path = None if resumed is None else resumed.path

@@ -37,7 +37,7 @@ def measured_budget(cfg: Training, accountant: Accountant, example_input: Any) -
     Raises:
         InputError: the runtime is not installed, or the network cannot be that small, or already is.
     """
-    gains = cfg.target.proportional_gain, cfg.target.integral_gain
+    gains = cfg.gains
     if cfg.target_latency_ms is not None:
         timing: dict[str, Any] = {"runtime": cfg.runtime, "threads": cfg.threads, "batch": cfg.batch}
         timing["shares"] = cfg.target.parts

@@ -18,6 +18,8 @@ from sparsereg.distributions import shift
 from sparsereg.penalties import expected_l0, hard_concretes
 from sparsereg.target_settings import falling
 from sparsereg.training.build import unchanging
+from sparsereg.training.callback_list import target_settings
+from sparsereg.training.config import Distill, Finetune, Trainer, Training
 from sparsereg.training.distillation import Distillation
 from sparsereg.training.target import TargetSettings
 from sparsereg.zoo.networks import build
@@ -69,6 +71,19 @@ def test_multiplier_solves_a_constrained_problem():
         optimizer.step()
     assert float(x.detach()) == pytest.approx(2.0, abs=0.05)
     assert sum(found[-1000:]) / 1000 == pytest.approx(4.0, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("teaching", "scale"),
+    [({}, 1.0), ({"ckpt_path": "a.ckpt"}, 1 + 0.9 * 15), ({"ckpt_path": "a.ckpt", "temperature": 0.5}, 1.0),
+     ({"ckpt_path": "a.ckpt", "only_finetuning": True}, 1.0)],
+)  # fmt: skip
+def test_the_multiplier_goes_with_what_a_teacher_makes_of_the_loss(teaching, scale):
+    distill = Distill(**({"weight": 0.9, "temperature": 4.0} | teaching))
+    trainer, finetune = Trainer(max_epochs=3), Finetune(epochs=1)
+    cfg = Training(target_sparsity=0.9, distill=distill, trainer=trainer, finetune=finetune)
+    found = target_settings(cfg, "parameters", 0.1)
+    assert (found.proportional_gain, found.integral_gain) == pytest.approx((10 * scale, 0.01 * scale))
 
 
 @pytest.mark.costly
@@ -314,6 +329,27 @@ def test_teacher_shapes_the_pupil_and_stays_out_of_its_checkpoint(run, tiny):
     assert taught.code == 0, taught.err
     assert taught.weights().keys() == untaught.weights().keys()
     assert not torch.equal(taught.weights()["net.fc1.weight"], untaught.weights()["net.fc1.weight"])
+
+
+@pytest.mark.costly
+def test_a_teacher_of_fine_tuning_alone_leaves_the_gates_to_the_labels(run, tiny):
+    teacher = run("train", *tiny, "model=lenet300", "without_using_gate=true", "trainer.max_epochs=1")
+    command = [*tiny, *RECIPE, "target_sparsity=0.9", "finetune.epochs=1"]
+    taught = run("train", *command, f"distill.ckpt_path={teacher.last}", "distill.only_finetuning=true")
+    untaught = run("train", *command)
+    assert taught.code == 0, taught.err
+    gated = [
+        torch.load(done.last.with_name("gated.ckpt"), weights_only=True)["state_dict"]
+        for done in (taught, untaught)
+    ]
+    assert all(torch.equal(value, gated[1][key]) for key, value in gated[0].items())
+    assert not torch.equal(taught.weights()["net.fc1.weight"], untaught.weights()["net.fc1.weight"])
+    resumed = run("train", f"ckpt_path={taught.last}", "resume_training=true", "finetune.epochs=2")
+    assert resumed.code == 0, resumed.err
+    alone = run("train", *command[:-1], f"distill.ckpt_path={teacher.last}", "distill.only_finetuning=true")
+    assert "error: distill.only_finetuning=true needs fine-tuning: give finetune.epochs" in alone.err
+    untold = run("train", *command, "distill.only_finetuning=true")
+    assert "error: distill.only_finetuning=true needs a teacher: give distill.ckpt_path" in untold.err
 
 
 @pytest.mark.costly
