@@ -4,6 +4,7 @@ Nothing here imports PyTorch: the command line is checked before anything slow i
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -400,7 +401,7 @@ class Training(Settings):
     )
     front_epochs: int | None = setting(
         None,
-        "of fine-tuning at each size of the front; null: finetune.epochs, or a quarter of the epochs",
+        "of fine-tuning at each size of the front; null: finetune.epochs, or all sizes together about the run's",
         count(0),
     )
     pick: str | None = setting(
@@ -465,10 +466,18 @@ class Training(Settings):
         return "parameters" if self.target_macs is None else "macs"
 
     @property
-    def epochs_of_a_size(self) -> int:
-        """Of fine-tuning at each size of a front."""
-        quarter = max(1, round((self.trainer.max_epochs or 0) / 4))
-        return self.finetune.epochs or quarter if self.front_epochs is None else self.front_epochs
+    def epochs_of_sizes(self) -> dict[float, int]:
+        """Of fine-tuning at each size of a front.
+
+        Where nothing is said, those of a run in all for every front that ends at a twentieth, each size's in
+        proportion to the logarithm of how many times smaller it is than the one before.
+        """
+        said = self.finetune.epochs or None if self.front_epochs is None else self.front_epochs
+        if said is not None:
+            return dict.fromkeys(self.front, said)
+        rate = (self.trainer.max_epochs or 0) / math.log(20)
+        steps = itertools.pairwise((0.0, *self.front))
+        return {size: max(1, round(rate * math.log((1 - last) / (1 - size)))) for last, size in steps}
 
     @property
     def compacts(self) -> bool:

@@ -63,8 +63,11 @@ ORDER = "order"
 """Key in the notes of a size of a front: in which order its units went, where one was clearly better."""
 STEEP = 0.55
 """A size of a front that keeps a smaller share than this of the one before may be made in two steps."""
-MUCH = 0.2
+MUCH = 0.3
 """It is where one shot loses a larger share of the variance of the answers than this: docs/results.md."""
+LOST = "lost"
+"""Key in the notes of a size of a front whose half comes next: the share of the cost that stayed, and that of
+the variance of the answers that was lost."""
 ROUNDING = 1e-4
 """Largest difference of answers, as a share of their spread, that rounding explains."""
 
@@ -339,7 +342,9 @@ def _takes_over_(known: nn.Module, net: nn.Module) -> bool:
     return True
 
 
-def _smaller(first: Stage, net: nn.Module, size: float, may_stop: bool) -> tuple[fx.GraphModule, bool]:
+def _smaller(
+    first: Stage, net: nn.Module, size: float, may_stop: bool = False
+) -> tuple[fx.GraphModule, bool]:
     """Take units out of a network in one shot, until a share of what the first one cost is gone.
 
     Args:
@@ -356,16 +361,24 @@ def _smaller(first: Stage, net: nn.Module, size: float, may_stop: bool) -> tuple
     example = build.example_input(first.data, whole)
     inputs = first.data.estimation_batches(NUM_INPUTS, BATCH)
     batches = [only(move_data_to_device(x, device), example) for x in inputs]
-    better = None if net is first.net else _order(net)
     known = net if net is not first.net and isinstance(net, fx.GraphModule) else None
-    ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed, order=better, plain=known)
+    notes = _Notes() if known is None else _Notes.of(known)
+    ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed, order=notes.order, plain=known)
     original = original_size(net) or ranked.sizes
     left = (1 - size) * original[cfg.front_cost] / ranked.sizes[cfg.front_cost]
-    _, small = ranked.smaller(left, cfg.target.round_to)
-    stops = may_stop and left < STEEP and _loses_much(ranked, small)
+
+    def smaller(kept: float) -> fx.GraphModule:
+        return ranked.smaller(kept, cfg.target.round_to)[1]
+
+    stops = may_stop and left < STEEP
+    if not (stops and notes.kept >= left and notes.lost > MUCH):  # else it is known that more would be lost
+        small = smaller(left)
+        stops = stops and _loses_much(ranked, small)
     if stops:
-        _, small = ranked.smaller(left**0.5, cfg.target.round_to)
-    small.meta |= {ORIGINAL: original, "notes": {ORDER: ranked.order}}
+        small = smaller(left**0.5)
+    later = min((s for s in cfg.front if s > size), default=0.0)
+    lost = {LOST: [left, ranked.lost(small)]} if 1 - later < STEEP * (1 - size) else {}
+    small.meta |= {ORIGINAL: original, "notes": {ORDER: ranked.order, **lost}}
     return small, not stops
 
 
@@ -376,11 +389,30 @@ def _loses_much(ranked: Ranked, small: nn.Module) -> bool:
     return lost > MUCH
 
 
-def _order(net: nn.Module) -> int | None:
-    """The order in which units of a size of a front went; None where none was clearly better."""
-    notes = net.meta.get("notes") if isinstance(net, fx.GraphModule) else None
-    known = notes.get(ORDER) if isinstance(notes, dict) else None
-    return next((order for order in range(WAYS) if order == known), None)
+@dataclass(frozen=True)
+class _Notes:
+    """What a size of a front says to the next one.
+
+    Attributes:
+        order: in which its units went; None where none was clearly better.
+        kept: share of its cost that stayed of the size before.
+        lost: share of the variance of the answers that was lost; 0 where it was not looked at.
+    """
+
+    order: int | None = None
+    kept: float = 0.0
+    lost: float = 0.0
+
+    @classmethod
+    def of(cls, net: fx.GraphModule) -> "_Notes":
+        """Read those of a network; what is not as it is written is not known."""
+        found = net.meta.get("notes")
+        said = found if isinstance(found, dict) else {}
+        order = next((order for order in range(WAYS) if order == said.get(ORDER)), None)
+        match said.get(LOST):
+            case [float() as kept, float() as lost]:
+                return cls(order, kept, lost)
+        return cls(order)
 
 
 def _tuned(first: Stage, small: fx.GraphModule, epochs: int, place: Path) -> Stage:
@@ -417,12 +449,12 @@ def _size(first: Stage, size: float, net: nn.Module) -> fx.GraphModule:
         size: share of the cost that is gone.
         net: that of the size before, or the whole one, in eval mode.
     """
-    place, epochs = front.place_of(first.folder, size), first.cfg.epochs_of_a_size
+    place, epochs = front.place_of(first.folder, size), first.cfg.epochs_of_sizes[size]
     small, there = _smaller(first, net, size, may_stop=epochs > 1)
     if not there:
         between = max(1, epochs // 3)
         _tuned(first, small, between, place)
-        small, _ = _smaller(first, small.cpu().eval(), size, may_stop=False)
+        small, _ = _smaller(first, small.cpu().eval(), size)
         epochs -= between
     stage = _tuned(first, small, epochs, place)
     figures, accountant = stage.test(), stage.accountant

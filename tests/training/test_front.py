@@ -176,6 +176,34 @@ def test_picks_are_read():
         Pick.read("latency<=3", ["acc"])
 
 
+@pytest.mark.parametrize(
+    ("run_epochs", "said", "epochs"),
+    [
+        (12, {}, [3, 2, 2, 3, 3]),  # about as many as of the run
+        (100, {}, [23, 17, 14, 23, 23]),
+        (100, {"front": [0.95]}, [100]),
+        (100, {"front": [0.2, 0.5]}, [7, 16]),
+        (0, {}, [1, 1, 1, 1, 1]),
+        (12, {"finetune": {"epochs": 4}}, [4] * 5),
+        (12, {"finetune": {"epochs": 4}, "front_epochs": 0}, [0] * 5),
+    ],
+)
+def test_epochs_of_the_sizes_of_a_front(run_epochs, said, epochs):
+    plain = {"front": [0.5, 0.7, 0.8, 0.9, 0.95], "lambda_l0": None, "trainer": {"max_epochs": run_epochs}}
+    cfg = read(Training, {**plain, **said})
+    assert list(cfg.epochs_of_sizes) == list(cfg.front)
+    assert list(cfg.epochs_of_sizes.values()) == epochs
+
+
+@pytest.mark.parametrize("said", [None, "much", [0.5], [0.5, "0.3"], {"0.5": 0.3}])
+def test_notes_of_a_size_that_are_damaged_are_not_known(said):
+    network = torch.fx.symbolic_trace(torch.nn.Identity())
+    network.meta["notes"] = {stages.ORDER: 7, stages.LOST: said}
+    assert stages._Notes.of(network) == stages._Notes()
+    network.meta["notes"] = {stages.ORDER: 1, stages.LOST: [0.5, 0.25]}
+    assert stages._Notes.of(network) == stages._Notes(1, 0.5, 0.25)
+
+
 def test_a_front_takes_the_place_of_the_lambda_of_an_experiment():
     settings = read(Training, {"front": [0.5, 0.7], "lambda_l0": None})
     assert settings.front == (0.5, 0.7)
@@ -198,7 +226,7 @@ def test_what_a_trace_and_a_file_say_is_kept_for_later_sizes(run, tiny, monkeypa
 @pytest.mark.parametrize("better", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_an_order_that_was_clearly_better_serves_later_sizes(run, tiny, monkeypatch, better):
     shares = [[0.1, 0.2], [0.2, 0.1]][better]
-    monkeypatch.setattr(ranked, "unexplained", lambda *_: shares)
+    monkeypatch.setattr(ranked, "unexplained", lambda _, others, __: shares[-len(others) :])
     found, orders = [], ranked.leftover
     monkeypatch.setattr(ranked, "leftover", lambda *given: found.append(list(given[-2])) or orders(*given))
     made = run("train", *tiny, *FRONT)
@@ -215,15 +243,27 @@ def test_an_order_that_was_clearly_better_serves_later_sizes(run, tiny, monkeypa
     assert_same_weights(whole[2].state_dict(), anew.state_dict())
 
 
-@pytest.mark.parametrize(("much", "epochs"), [(0.0, [3, 3, 1, 2]), (1.1, [3, 3, 3])])
-def test_where_much_is_lost_at_once_a_size_between_is_trained(run, tiny, monkeypatch, much, epochs):
-    """Of the sizes 0.3, 0.6 and 0.8 only the last is half of the one before."""
+@pytest.mark.parametrize(
+    ("much", "known", "epochs", "shots"),
+    [(0.0, True, [3, 3, 1, 2], 4), (0.0, False, [3, 3, 1, 2], 5), (1.1, True, [3, 3, 3], 3)],
+)
+def test_where_much_is_lost_at_once_a_size_between_is_trained(
+    run, tiny, monkeypatch, much, known, epochs, shots
+):
+    """Of the sizes 0.3, 0.6 and 0.8 the last is half of the one before, which may say what will be lost."""
     monkeypatch.setattr(stages, "MUCH", much)
+    if not known:
+        monkeypatch.setattr(stages._Notes, "of", classmethod(lambda cls, net: cls()))
+    made_smaller, smaller = [], ranked.Ranked.smaller
+    monkeypatch.setattr(
+        ranked.Ranked, "smaller", lambda *a, **k: made_smaller.append(a[1]) or smaller(*a, **k)
+    )
     trained, tuned = [], stages._tuned
     monkeypatch.setattr(stages, "_tuned", lambda *given: trained.append(given) or tuned(*given))
     made = run("train", *tiny, *FRONT, "front_epochs=3")
     assert made.code == 0, made.err
     assert [given[2] for given in trained] == epochs
+    assert len(made_smaller) == shots
     found = rows(made)
     assert [row["size"] for row in found] == [0.3, 0.6, 0.8]
     assert all(row["size"] <= row["sparsity"] <= row["size"] + 0.02 for row in found)

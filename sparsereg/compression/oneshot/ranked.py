@@ -86,6 +86,7 @@ class Ranked:
         plain: fx.GraphModule | None = None,
     ) -> None:
         self.example, self.cost, self.seed, self.order = example, cost, seed, order
+        self._lost: tuple[nn.Module, float] | None = None  # by the network that was looked at last
         with evaluating(network):
             self.whole = twin(network)
         self._teacher = Teacher(self.whole, example, plain)  # what it finds out once, all copies know
@@ -145,8 +146,10 @@ class Ranked:
 
     def lost(self, small: nn.Module) -> float:
         """Share of the variance of the whole network's answers that a smaller one does not give."""
-        (share,) = unexplained(self._teacher.network, [small], together(self._few))
-        return share
+        if self._lost is None or self._lost[0] is not small:
+            (share,) = unexplained(self._teacher.network, [small], together(self._few))
+            self._lost = small, share
+        return self._lost[1]
 
     def warn(self, small: nn.Module) -> None:
         """Say so where a smaller network's answers have little to do with those of the whole one."""
@@ -187,7 +190,9 @@ class Ranked:
         log.info("shares of the answers' variance that are lost in each order: %s", shown)
         best = left.index(min(left))
         self.order = best if max(left) > CLEARLY * left[best] else None
-        return self.order or 0
+        found = self.order or 0
+        self._lost = networks[found], left[found]
+        return found
 
     def _ratios(self, importance: str, generator: torch.Generator) -> list[Tensor]:
         """In each order, what each gate's unit is worth for its cost, or when it goes; (gates,)."""

@@ -99,6 +99,7 @@ class Emitter:
             if node not in self.cut.serving:
                 continue
             if node in self.cut.passed:
+                self._at = node.meta.get(NUMBER, -1)
                 self.made[node] = self._value(self.cut.passed[node])
             elif op_name(node.target) not in _CHECKS:
                 self.made[node] = self._entered(node, self._operation(node))
@@ -157,6 +158,7 @@ class Emitter:
         return self.graph.call_function(torch.ops.aten.index_select.default, (made, axis, index))
 
     def _result(self) -> Any:
+        self._at = len(self.program.traced) - 1
         return self._unflattened([self._value(leaf) for leaf in self.program.output.args[0]])  # type: ignore[union-attr]
 
     def _unflattened(self, flat: list[Any]) -> Any:

@@ -6,7 +6,8 @@ network in another type tells one from the other, so that a smaller network can 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import collections
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.compression.running import copied
-from sparsereg.compression.units.program import NUMBER, Program, name_of
+from sparsereg.compression.units.program import NUMBER, Program, name_of, op_name
 from sparsereg.compression.units.tracing import exported_anew
 
 CASTS = ("to", "_to_copy")
@@ -54,6 +55,9 @@ def precision_of(model: nn.Module, program: Program, args: Any, kwargs: Any) -> 
     if len({p.dtype for p in weights}) != 1 or not _says(program, weights[0].dtype):
         return None
     own = weights[0].dtype
+    known = _written(model, program) if isinstance(model, fx.GraphModule) else None
+    if known is not None:
+        return Precision(own, known, {})
     other = torch.float32 if own is torch.bfloat16 else torch.bfloat16
     cast = {id(t): _in(t, own, other) for t in (*model.parameters(), *model.buffers())}
     given = torch.utils._pytree.tree_map(lambda x: _in(x, own, other), (args, dict(kwargs)))
@@ -67,6 +71,39 @@ def _says(program: Program, dtype: torch.dtype) -> bool:
     for node in program.calls:
         said += torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
     return any(leaf is dtype for leaf in said)
+
+
+def _written(network: fx.GraphModule, program: Program) -> frozenset[int] | None:
+    """Which operations follow the weights, as a compacted network has it in its code already.
+
+    Args:
+        network: that was traced.
+        program: of it.
+
+    Returns:
+        Their numbers; None where its operations are not those of the trace, one by one: another trace tells.
+    """
+    types = {n for n in network.graph.nodes if n.target is getattr and n.args[1:] == ("dtype",)}
+    ops = [n for n in network.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    say = {op_name(n.target) for n in ops if _is_told(n, types)}
+    told = {op_name(n.target) for n in program.calls if _is_told(n, ())}
+    own = [n for n in ops if op_name(n.target) in say]
+    numbers = [i for i, (name, _) in enumerate(program.traced) if name in say]
+    if not types or told - say:
+        return None
+    if [op_name(n.target) for n in own] != [program.traced[i][0] for i in numbers]:
+        return None
+    read = collections.Counter(place for _, places in program.traced for place in set(places))
+    # A cast that nothing reads in the trace is one that changed nothing there.
+    if any(len(n.users) != read[i] for n, i in zip(own, numbers, strict=True)):
+        return None
+    return frozenset(i for n, i in zip(own, numbers, strict=True) if not types.isdisjoint(n.all_input_nodes))
+
+
+def _is_told(node: fx.Node, types: Collection[fx.Node]) -> bool:
+    """Whether an operation is told a type, or reads one that is that of a weight."""
+    leaves = torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
+    return any(isinstance(leaf, torch.dtype) or leaf in types for leaf in leaves)
 
 
 def _in(x: Any, own: torch.dtype, other: torch.dtype) -> Any:
@@ -99,7 +136,7 @@ def _compared(
     following: set[int] = set()
     reads: dict[tuple[int, Place], tuple[Place, Casts]] = {}
     twice: set[tuple[int, Place]] = set()
-    for node in (n for n in graph.nodes if n.op == "call_function"):
+    for node in (n for n in graph.nodes if n.op in ("call_function", "output")):
         leaves = torch.utils._pytree.tree_leaves((node.args, dict(node.kwargs)))
         types = [leaf for leaf in leaves if isinstance(leaf, torch.dtype)]
         if number < len(traced) and traced[number][0] == name_of(node):

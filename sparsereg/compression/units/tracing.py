@@ -171,7 +171,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], map
         **(_said(model, exported.graph) if isinstance(model, fx.GraphModule) else {}),
         constants=frozenset(n for n in weights if n.name in signature.inputs_to_lifted_tensor_constants),
     )
-    for number, node in enumerate(program.calls):
+    for number, node in enumerate((*program.calls, program.output)):
         node.meta[NUMBER] = number
         read: list[fx.Node] = []
         fx.node.map_arg((node.args, dict(node.kwargs)), read.append)

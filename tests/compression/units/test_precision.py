@@ -9,7 +9,11 @@ from torch import nn
 
 import sparsereg
 from sparsereg.compression import load_compacted, save_compacted
+from sparsereg.compression.units import precision
 from sparsereg.compression.verify import difference
+from sparsereg.model.gpt import GPT
+from sparsereg.model.transformer import Shape
+from sparsereg.penalties import hard_concretes
 from tests.compression.units.test_nonzero import gated, x
 
 
@@ -75,3 +79,61 @@ def test_types_that_a_network_says_stay():
 
     Watch(smaller).run(example.bfloat16())
     assert set(kinds) == {torch.float32}
+
+
+def shut(network, example, seed):
+    """Gates of a network, a third of them shut."""
+    network = sparsereg.gate(network, example)
+    generator = torch.Generator().manual_seed(seed)
+    for gate in hard_concretes(network).values():
+        drawn = torch.rand(gate.log_alpha.shape, generator=generator)
+        gate.log_alpha.data.copy_(torch.where(drawn < 1 / 3, -5.0, 5.0))
+    return network
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_network_that_is_compacted_again_changes_its_type(seed):
+    example = x(2, 5, 6).float()
+    smaller = sparsereg.compact(gated(Decoder(), example.double()).float(), example)
+    for again in range(3):
+        smaller = sparsereg.compact(shut(smaller, example, 10 * seed + again), example)
+        wide = smaller(example)
+        half = copy.deepcopy(smaller).bfloat16()(example.bfloat16())
+        assert half.dtype == torch.bfloat16
+        assert difference(half.float(), wide) < 0.05
+
+
+class Both(nn.Module):
+    """Returns what it also reads in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.head(self.body(x).relu())
+        return y, y.float().square()
+
+
+def test_results_that_are_read_in_another_type_stay_in_their_own():
+    example = x(2, 6).float()
+    smaller = sparsereg.compact(sparsereg.gate(Both(), example), example).bfloat16()
+    assert [y.dtype for y in smaller(example.bfloat16())] == [torch.bfloat16, torch.float32]
+
+
+def test_types_of_a_compacted_network_are_read_off_its_code(monkeypatch):
+    example = torch.arange(10).view(2, 5)
+    smaller = sparsereg.compact(shut(GPT(12, 8, Shape(width=16, depth=2, heads=2)), example, 0), example)
+    codes = []
+    for written in (precision._written, lambda *_: None):
+        with monkeypatch.context() as patch:
+            patch.setattr(precision, "_written", written)
+            codes.append(sparsereg.compact(shut(smaller, example, 1), example).code)
+    assert codes[0] == codes[1]
+    assert "dtype" in codes[0]
+
+    def refuse(*_):
+        raise AssertionError("traced once more")
+
+    monkeypatch.setattr(precision, "exported_anew", refuse)
+    sparsereg.compact(shut(smaller, example, 2), example).bfloat16()(example)
