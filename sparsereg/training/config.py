@@ -401,7 +401,7 @@ class Training(Settings):
     )
     front_epochs: int | None = setting(
         None,
-        "of fine-tuning at each size of the front; null: finetune.epochs, or all sizes together about the run's",
+        "of fine-tuning at each size of the front; null: finetune.epochs, or all of them the run's epochs",
         count(0),
     )
     pick: str | None = setting(
