@@ -401,7 +401,7 @@ class Training(Settings):
     )
     front_epochs: int | None = setting(
         None,
-        "of fine-tuning at each size of the front; null: finetune.epochs, or all of them the run's epochs",
+        "of fine-tuning at each size of the front; null: finetune.epochs, or a quarter of the run's per halving",
         count(0),
     )
     pick: str | None = setting(
@@ -469,15 +469,14 @@ class Training(Settings):
     def epochs_of_sizes(self) -> dict[float, int]:
         """Of fine-tuning at each size of a front.
 
-        Where nothing is said, those of a run in all for every front that ends at a twentieth, each size's in
-        proportion to the logarithm of how many times smaller it is than the one before.
+        Where nothing is said, a quarter of the run's for each time that a size is half of the one before.
         """
         said = self.finetune.epochs or None if self.front_epochs is None else self.front_epochs
         if said is not None:
             return dict.fromkeys(self.front, said)
-        rate = (self.trainer.max_epochs or 0) / math.log(20)
+        quarter = (self.trainer.max_epochs or 0) / 4
         steps = itertools.pairwise((0.0, *self.front))
-        return {size: max(1, round(rate * math.log((1 - last) / (1 - size)))) for last, size in steps}
+        return {size: max(1, round(quarter * math.log2((1 - last) / (1 - size)))) for last, size in steps}
 
     @property
     def compacts(self) -> bool:
