@@ -401,7 +401,7 @@ class Training(Settings):
     )
     front_epochs: int | None = setting(
         None,
-        "of fine-tuning at each size of the front; null: finetune.epochs, or a quarter of the run's per halving",
+        "of fine-tuning at each size of the front; null: finetune.epochs, or a quarter of all a halving",
         count(0),
     )
     pick: str | None = setting(
