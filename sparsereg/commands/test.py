@@ -107,7 +107,7 @@ def report(folder: Path, results: dict[str, Any], handed: "HandOver", blocks: st
     write_json(folder / "results.json", results)
     print(blocks)
     print(headline(results, task))
-    print(artefacts.table(handed.artefacts, task, results["measured_on"], results["ship"]))
+    print(artefacts.table(handed.artefacts, task, results))
     return folder / "results.json"
 
 

@@ -96,7 +96,7 @@ def report(stage: "Stage", cfg: "Training", results: dict[str, Any]) -> None:
     write_page(folder / "report.html", "Training report", results, made, plain(cfg), task)
     write_json(folder / "results.json", results)
     print(headline(results, task))
-    print(artefacts.table(made, task, described, results["ship"]))
+    print(artefacts.table(made, task, results))
 
 
 def choices(arguments: list[str]) -> list[str]:

@@ -151,7 +151,7 @@ def exactly(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 def in_float64(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a network answers in float64; it and the inputs stay as they are."""
     given, named = doubled((args, dict(kwargs)))
-    with _with_float64_weights(model), Float64(), float64_by_default():  # type: ignore[no-untyped-call]
+    with _with_float64_weights(model), _with_float64_memory(model), Float64(), float64_by_default():  # type: ignore[no-untyped-call]
         return model(*given, **named)
 
 
@@ -182,6 +182,53 @@ def _with_float64_weights(model: nn.Module) -> Iterator[None]:
             parameter.data = data
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
+
+
+_OWN = frozenset(nn.Module().__dict__)
+
+
+@contextmanager
+def _with_float64_memory(model: nn.Module) -> Iterator[None]:
+    """Let what modules keep of a pass for the next one, as tables of positions, be float64 for a while.
+
+    Afterwards they hold what they held, and nothing that was made meanwhile.
+    """
+    before = [(module, _memory(module)) for module in model.modules()]
+    try:
+        for module, kept in before:
+            _remember(module, {name: doubled(value) for name, value in kept.items()})
+        yield
+    finally:
+        for module, kept in before:
+            for name in _memory(module).keys() - kept.keys():
+                del module.__dict__[name]
+            _remember(module, kept)
+
+
+def _memory(module: nn.Module) -> dict[str, Any]:
+    """Tensors that a module holds besides its parameters and buffers, alone or in lists and dictionaries."""
+    found = {}
+    for name, value in module.__dict__.items():
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif name not in _OWN and type(value) in (dict, list):
+            parts = list(value.values()) if isinstance(value, dict) else value
+            if all(isinstance(part, Tensor) for part in parts):
+                found[name] = type(value)(value)  # as it is now
+    return found
+
+
+def _remember(module: nn.Module, kept: Mapping[str, Any]) -> None:
+    """Let a module hold such tensors; its lists and dictionaries stay the same objects."""
+    for name, value in kept.items():
+        there = module.__dict__.get(name)
+        if isinstance(value, dict) and isinstance(there, dict):
+            there.clear()
+            there.update(value)
+        elif isinstance(value, list) and isinstance(there, list):
+            there[:] = value
+        else:
+            module.__dict__[name] = value
 
 
 def _supports_float64(x: Tensor) -> bool:

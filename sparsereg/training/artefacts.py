@@ -97,6 +97,20 @@ def to_ship(
     return (files[-1] if against_int8(artefacts, task) is None else files[-2]).file
 
 
+def why_none(results: Mapping[str, Any]) -> str:
+    """Say why there is no file to ship.
+
+    Args:
+        results: of a run.
+    """
+    if results.get("front"):
+        return (
+            "no size was picked, and ckpt_path of this run is the whole network: take"
+            " front/SIZE/compacted.pt, or give pick='parameters<=NUMBER'"
+        )
+    return "this run wrote no checkpoint"
+
+
 def against_int8(artefacts: Sequence[Artefact], task: Task) -> str | None:
     """Say why the file in 8-bit integers is not shipped; None if it is, or there is none."""
     rows = {a.name: a for a in artefacts}
@@ -180,15 +194,15 @@ def columns(artefacts: Sequence[Artefact]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def table(artefacts: Sequence[Artefact], task: Task, measured_on: str, ship: str | None) -> str:
+def table(artefacts: Sequence[Artefact], task: Task, results: Mapping[str, Any]) -> str:
     """Return the artefacts as text, for people.
 
     Args:
         artefacts: in order.
         task: whose main figure is shown.
-        measured_on: the examples, in words.
-        ship: the file to ship.
+        results: with the examples in words, ``measured_on``, and the file to ship.
     """
+    measured_on, ship = results["measured_on"], results["ship"]
     timed = columns(artefacts)
     word = SHARES.get(task.figure, task.figure)
     head = f"{'network':10s}{'test ' + word:>16s}{'parameters':>13s}{'MACs':>15s}{'MB':>9s}"
@@ -206,7 +220,7 @@ def table(artefacts: Sequence[Artefact], task: Task, measured_on: str, ship: str
     )
     why = against_int8(artefacts, task)
     lines += [] if why is None else [f"not int8: {why}"]
-    return "\n".join([*lines, *([] if ship is None else [f"ship: {ship}"])])
+    return "\n".join([*lines, f"ship: {ship}" if ship else f"ship: none, {why_none(results)}"])
 
 
 def _text(value: float | None, form: str, width: int) -> str:

@@ -97,6 +97,8 @@ def test_a_runtime_that_is_missing_is_said_before_training(run, tiny):
 def test_a_run_that_was_cut_off_makes_what_is_missing(run, tiny):
     part = run("train", *tiny, *FRONT)
     assert part.results["ship"] is None  # nobody has picked
+    for said in (part.out, (part.folder / "report.html").read_text()):
+        assert "no size was picked, and ckpt_path of this run is the whole network" in said
     (part.folder / "front" / "0.8" / "figures.json").unlink()  # as if it was cut off just before
     (part.folder / "results.json").unlink()
     more = run("train", f"ckpt_path={part.last}", "resume_training=true")

@@ -12,7 +12,7 @@ from sparsereg.page import page
 from sparsereg.page.page import known, number, percent, setting
 from sparsereg.page.pictures import AFTER, drawn
 from sparsereg.settings import flat
-from sparsereg.training.artefacts import NAMES, Artefact, columns
+from sparsereg.training.artefacts import NAMES, Artefact, columns, why_none
 from sparsereg.training.tasks.task import SHARES, Task
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def _values(results: Mapping[str, Any], artefacts: Sequence[Artefact], task: Tas
         "word": SHARES.get(task.figure, task.figure),
         "measured_on": results["measured_on"],
         "ship": results["ship"],
+        "why_none": why_none(results),
         "timed": timed,
         "timed_how": results.get("latency_settings", ""),
         "artefacts": [_row(a, task, timed) for a in artefacts],
