@@ -24,6 +24,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import fx, nn
 
 from sparsereg.compression import Accountant, compact, load_compacted, storage
+from sparsereg.compression.budget import check_reachable
 from sparsereg.compression.compact import ORIGINAL, original_size
 from sparsereg.compression.oneshot.inputs import BATCH
 from sparsereg.compression.oneshot.leftover import WAYS
@@ -36,7 +37,7 @@ from sparsereg.data.batches import call, only
 from sparsereg.data.own import RunData
 from sparsereg.errors import InputError
 from sparsereg.files import write_atomically
-from sparsereg.settings import plain
+from sparsereg.settings import plain, shown
 from sparsereg.training import build, callback_list, front, resume, trainers
 from sparsereg.training import callbacks as ours
 from sparsereg.training.accounting import PlainAccountant, accountant_of
@@ -169,6 +170,7 @@ def begin(cfg: Training, data: RunData, checkpoint: Checkpoint | None, outputs: 
     if cfg.front:
         check_runtime(cfg.runtime or default_runtime())
         gated = _gated(cfg, data, net)  # so that it is said before anything is trained if nothing can go
+        _check_smallest(cfg, data, gated)
         accountant = PlainAccountant(net, build.example_input(data, net))
     structure = None if checkpoint is None else checkpoint.structure
     teacher = build.build_teacher(cfg, data)
@@ -279,6 +281,15 @@ def finetuning(first: Stage, results: dict[str, Any]) -> Stage:
     stage = _assemble(cfg, first.data, net, structure, first.teacher, lambda: first.folder, before)
     stage.module.batch_norm_is_current = first.module.batch_norm_is_current
     return stage
+
+
+def _check_smallest(cfg: Training, data: RunData, gated: nn.Module) -> None:
+    """Refuse a front whose smallest size leaves less than what no unit can take."""
+    try:
+        accountant = Accountant(gated, build.example_input(data, gated))
+        check_reachable(accountant, cfg.front_cost, 1 - cfg.front[-1])
+    except InputError as error:
+        raise InputError(f"front={shown(cfg.front)}: its last size as {error}") from error
 
 
 def _check_pick(pick: Pick, cfg: Training, data: RunData) -> None:

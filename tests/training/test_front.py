@@ -147,6 +147,10 @@ def test_nothing_that_fits_is_said_and_all_is_written(run, tiny):
     ("wrong", "said"),
     [
         (["front=[0.5,1.5]"], "front="),
+        (
+            ["front=[0.5,0.99999]"],
+            "its last size as target_sparsity=0.99999 cannot be met",
+        ),
         (["front=[0.7,0.5]"], "expected shares to remove that rise"),
         (["front=[0.5,0.7]", "target_sparsity=0.9"], "ends at target_sparsity=0.7"),
         (["front=[0.5]", "target_sparsity=0.5", "target_macs=0.5"], "exclude each other"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsereg.checks import check_count
-from sparsereg.compression.budget import Budget
+from sparsereg.compression.budget import Budget, check_reachable
 from sparsereg.compression.compact import ORIGINAL, compact, original_size
 from sparsereg.compression.count import Accountant
 from sparsereg.compression.insert import Choice, gate
@@ -81,7 +81,7 @@ def shrink(
         The compacted network, as ``compact`` returns it.
 
     Raises:
-        InputError: the network cannot be traced, or there are no data.
+        InputError: the network cannot be traced, there are no data, or units alone cannot make it so small.
         ValueError: an argument is outside its range, or nothing of the network can go.
 
     Example:
@@ -103,6 +103,8 @@ def shrink(
         plain = compact(model, example) if hard_concretes(model) else model
         whole = opened_(gate(plain, example, layers, families=families).eval())
         counted = None if measured else cost
+        if counted is not None:
+            check_reachable(Accountant(whole, example), counted, kept)
         ranked = Ranked(whole, example, counted, batches, importance, seed, shares, measured=measured)
         _, small = ranked.smaller(kept, round_to=round_to, repair=repair)
     ranked.warn(small)

@@ -348,6 +348,12 @@ def test_next_to_nothing_left_is_said(caplog):
     assert "keeps little of what the network says" in caplog.text
 
 
+@pytest.mark.parametrize("asked", [{"target_macs": 0.001}, {"target_sparsity": 0.999}])
+def test_less_than_what_units_leave_is_refused(asked):
+    with pytest.raises(InputError, match="cannot be met: with every gate shut"):
+        sparsereg.shrink(net(), X, **asked)
+
+
 @pytest.mark.parametrize(("data", "said"), [([], "no inputs"), (3, "got a int"), (["a"], "got a str")])
 def test_wrong_data(data, said):
     with pytest.raises(InputError, match=said):
