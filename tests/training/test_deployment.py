@@ -239,7 +239,8 @@ def test_results_hold_what_the_contract_names(trained):
 
 
 @pytest.mark.slow
-def test_shrunk_in_one_shot(run, trained):
+def test_shrunk_in_one_shot(run, trained_once, tiny):
+    trained = trained_once(*tiny, "trainer.max_epochs=1", "lambda_l0=1", "model.gate=all")
     first = run("test", f"ckpt_path={trained.last}", "compact=true", "trainer.enable_progress_bar=false")
     before = trained.last.with_name("compacted.pt").read_bytes()
     shrunk = run("test", f"ckpt_path={trained.last}", "shrink=0.5", "trainer.enable_progress_bar=false")
