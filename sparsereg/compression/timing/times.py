@@ -78,6 +78,23 @@ class Layer:
         return self.kind == "conv" and self.groups > 1 and self.groups == self.inputs
 
     @property
+    def said(self) -> str:
+        """In words.
+
+        Example:
+            >>> Layer("conv", 16, 32, (8, 8), (3, 3), (2, 2), (1, 1)).said
+            'a 3x3 convolution of 16 to 32 channels, a map of 8x8'
+        """
+        across = " x ".join(map(str, self.size))
+        if self.kind == "linear":
+            return f"a linear layer of {self.inputs} to {self.outputs}, {across} rows"
+        kernel, across = "x".join(map(str, self.kernel)), across.replace(" ", "")
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        return (
+            f"a {kernel} convolution of {self.inputs} to {self.outputs} channels{groups}, a map of {across}"
+        )
+
+    @property
     def elements(self) -> int:
         """Numbers that one output channel of it has for one example."""
         return math.prod(self.size)
@@ -156,7 +173,7 @@ class Clock:
             logger.warning("times of layers are not kept: %s", error)
 
     def _measure(self, layer: Layer, inputs: list[int], outputs: list[int]) -> list[list[float]]:
-        logger.info("timing %s in %s", layer, self.runtime)
+        logger.info("timing %s in %s", layer.said, self.runtime)
         if layer.depthwise:
             row = [self._seconds(layer, n, n) for n in outputs]
             return [row for _ in inputs]
