@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +46,29 @@ Measured = Callable[[Accountant, Any], Budget]
 """What makes the budget of a network, given what counts it and an example on the CPU."""
 POOR = 0.5
 """Share of the answers' variance from which on its loss is said."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A way to a size.
+
+    Attributes:
+        way: number of the order.
+        reached: share of the cost that stays.
+        locations: of the gates.
+        student: what they leave.
+    """
+
+    way: int
+    reached: float
+    locations: list[Tensor]
+    student: Student
+
+
+def _clearly(left: Sequence[float], places: Sequence[int]) -> int:
+    """Which of some places has clearly least left, the first of them otherwise."""
+    best = min(places, key=left.__getitem__)
+    return best if left[places[0]] > CLEARLY * left[best] else places[0]
 
 
 class Ranked:
@@ -97,8 +121,12 @@ class Ranked:
         self._accountant = Accountant(self._met, example)
         self._measured = None if measured is None else measured(self._accountant, _on_cpu(example))
         self._parts = [held.part for held in Budget(self._accountant, cost, 1.0, 0.0, 0.0, shares).parts]
-        ratios = self._ratios(importance, torch.Generator().manual_seed(seed))
-        self._orders = [_places(ratio, self._accountant.gates) for ratio in ratios]
+        ratios, unseen = self._ratios(importance, torch.Generator().manual_seed(seed))
+        gates = self._accountant.gates
+        self._orders = [_places(ratio, gates) for ratio in ratios]
+        self._unseen = unseen.split([g.log_alpha.numel() for g in gates])
+        spared = ratios if unseen.any() and measured is None else []
+        self._sparing = [_places(torch.where(unseen, r + r.max() - r.min() + 1, r), gates) for r in spared]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -128,21 +156,20 @@ class Ranked:
             is left of it, compacted.
         """
         gates = self._accountant.gates
-        found: list[tuple[float, list[Tensor], Student]] = []
-        for places in self._orders:
+        found: list[_Found] = []
+        for way, places in self._ways():
             reached = self._meet_(places, kept, at_once)
             now = [g.log_alpha.clone() for g in gates]
-            if not any(all(map(torch.equal, now, others)) for _, others, _ in found):
-                found.append((reached, now, self._student(round_to, repair)))
-        students = [student for *_, student in found]
+            if not any(all(map(torch.equal, now, other.locations)) for other in found):
+                found.append(_Found(way, reached, now, self._student(round_to, repair)))
         if repair:
-            self._teacher.repair_(students, self.batches, self.seed)
-        reached, locations, student = found[self._nearest([s.network for s in students])]
-        for g, location in zip(gates, locations, strict=True):
+            self._teacher.repair_([f.student for f in found], self.batches, self.seed)
+        chosen = found[self._nearest(found)]
+        for g, location in zip(gates, chosen.locations, strict=True):
             _set_(g, location)
         what = "milliseconds" if self._measured else self.cost or "whole network"
-        log.info("%.1f %% of the %s stay", 100 * reached, what)
-        return self._met, student.network
+        log.info("%.1f %% of the %s stay", 100 * chosen.reached, what)
+        return self._met, chosen.student.network
 
     def lost(self, small: nn.Module) -> float:
         """Share of the variance of the whole network's answers that a smaller one does not give."""
@@ -181,21 +208,39 @@ class Ranked:
             return self._teacher.student(self._met, round_to)
         return Student(compact(self._met, self.example, round_to=round_to), {})
 
-    def _nearest(self, networks: Sequence[nn.Module]) -> int:
+    def _ways(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """The orders, by their numbers; again with units that no layer sums over last, where some went."""
+        for way, places in enumerate(self._orders):
+            yield way, places
+            shut = zip(self._accountant.gates, self._unseen, strict=True)
+            if self._sparing and any(bool((g.log_alpha.flatten() < 0)[own].any()) for g, own in shut):
+                yield way, self._sparing[way]
+
+    def _nearest(self, found: Sequence[_Found]) -> int:
         """Which of some networks answers most like the whole one, its place; the first unless clearly."""
-        if len(networks) == 1:
+        if len(found) == 1:
             return 0
+        networks = [f.student.network for f in found]
         left = unexplained(self._teacher.network, networks, together(self._few))
         shown = ", ".join(f"{share:.3g}" for share in left)
         log.info("shares of the answers' variance that are lost in each order: %s", shown)
-        best = left.index(min(left))
-        self.order = best if max(left) > CLEARLY * left[best] else None
-        found = self.order or 0
-        self._lost = networks[found], left[found]
-        return found
+        ways: dict[int, list[int]] = {}
+        for place, f in enumerate(found):
+            ways.setdefault(f.way, []).append(place)
+        best = [_clearly(left, own) for own in ways.values()]
+        if len(ways) > 1:
+            least = min(best, key=left.__getitem__)
+            self.order = best.index(least) if max(left[i] for i in best) > CLEARLY * left[least] else None
+        chosen = best[(self.order or 0) if len(ways) > 1 else 0]
+        self._lost = networks[chosen], left[chosen]
+        return chosen
 
-    def _ratios(self, importance: str, generator: torch.Generator) -> list[Tensor]:
-        """In each order, what each gate's unit is worth for its cost, or when it goes; (gates,)."""
+    def _ratios(self, importance: str, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
+        """In each order, what each gate's unit is worth for its cost, or when it goes; (gates,).
+
+        And which units have no place in the orders but by what they are worth: no layer sums over them, as
+        over blocks.
+        """
         network, gates = self._met, self._accountant.gates
         for g in gates:
             inside = (NEARLY_OPEN - g.gamma) / (g.zeta - g.gamma)
@@ -215,10 +260,13 @@ class Ranked:
             ratio = torch.cat(
                 [(w / s.double().clamp(min=1e-12)).flatten() for w, s in zip(worth, slopes, strict=True)]
             )
+            unseen = orders[0].isnan().to(ratio.device) if orders else torch.zeros_like(ratio).bool()
             orders = [_with_likes(order.to(ratio.device), ratio) for order in orders] or [ratio]
+        else:
+            unseen = torch.zeros_like(orders[0]).bool()
         for p in frozen:
             p.requires_grad_(True)
-        return orders
+        return orders, unseen
 
     def _slopes(self) -> list[Tensor]:
         """What each gate's unit costs: the slope of the expected cost by its gate."""

@@ -12,10 +12,12 @@ from sparsereg.compression import compact, count, is_compacted, load_compacted, 
 from sparsereg.compression.oneshot import pruning
 from sparsereg.compression.oneshot.inputs import AT_ONCE, NUMBERS, read_inputs, together
 from sparsereg.compression.oneshot.leftover import leftover
-from sparsereg.compression.oneshot.ranked import Ranked, opened_
+from sparsereg.compression.oneshot.ranked import Ranked, _Found, opened_
+from sparsereg.compression.oneshot.repair import Student
 from sparsereg.compression.timing.measured import MeasuredBudget, Megabytes, peak_megabytes
 from sparsereg.compression.units.structure import structure_of
 from sparsereg.errors import InputError
+from sparsereg.model.transformer import Shape
 from sparsereg.model.vit import ViT
 from sparsereg.penalties import hard_concretes
 from sparsereg.training.accounting import PlainAccountant
@@ -220,8 +222,43 @@ def test_another_order_is_taken_only_where_it_is_clearly_better(monkeypatch):
     ]
     for *left, taken, known in cases:
         monkeypatch.setattr("sparsereg.compression.oneshot.ranked.unexplained", lambda *_, left=left: [*left])
-        assert ranked._nearest([network, network]) == taken
+        assert ranked._nearest(found_by(network, 0, 1)) == taken
         assert ranked.order == known
+    spared = [
+        ((0, 0, 1, 1), (0.5, 0.48, 0.3, 0.2), 3, 1),
+        ((0, 0, 1, 1), (0.5, 0.2, 0.3, 0.28), 1, 0),
+        ((0, 0, 1), (0.5, 0.2, 0.21), 1, None),
+        ((1, 1), (0.5, 0.2), 1, None),
+    ]
+    for ways, left, taken, known in spared:
+        monkeypatch.setattr("sparsereg.compression.oneshot.ranked.unexplained", lambda *_, left=left: [*left])
+        assert ranked._nearest(found_by(network, *ways)) == taken
+        assert ranked.order == known
+
+
+def found_by(network, *ways):
+    """What was found in some orders, all of it the same network."""
+    return [_Found(way, 0.5, [], Student(network, {})) for way in ways]
+
+
+@pytest.mark.costly
+def test_units_that_no_layer_sums_over_stay_where_the_answers_say_so(monkeypatch):
+    torch.manual_seed(0)
+    model = ViT(4, (1, 8, 8), 4, Shape(width=16, depth=3, heads=2)).eval()
+    images = torch.randn(64, 1, 8, 8)
+    ranked = Ranked(opened_(sparsereg.gate(model, images[:1])), images[:1], "parameters", [images], order=0)
+    unseen = torch.cat(list(ranked._unseen))
+    assert 0 < int(unseen.sum()) < len(unseen)
+    gone = []
+    for second in (2.0, 0.5):
+        monkeypatch.setattr(
+            "sparsereg.compression.oneshot.ranked.unexplained", lambda *_, second=second: [1.0, second]
+        )
+        network, small = ranked.smaller(0.3)
+        shut = torch.cat([g.log_alpha.flatten() < 0 for g in hard_concretes(network).values()])
+        gone.append(int((shut & unseen).sum()))
+        assert sum(p.numel() for p in small.parameters()) <= 0.3 * ranked.sizes["parameters"]
+    assert gone[0] > gone[1]
 
 
 @pytest.mark.parametrize("order", [0, 1])
