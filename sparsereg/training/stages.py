@@ -62,13 +62,6 @@ UNDER_GATES = {"last.ckpt": "gated.ckpt", "best.ckpt": "gated_best.ckpt"}
 """Names that the checkpoints of the gated stage get when fine-tuning takes theirs."""
 ORDER = "order"
 """Key in the notes of a size of a front: in which order its units went, where one was clearly better."""
-STEEP = 0.55
-"""A size of a front that keeps a smaller share than this of the one before may be made in two steps."""
-MUCH = 0.3
-"""It is where one shot loses a larger share of the variance of the answers than this: docs/results.md."""
-LOST = "lost"
-"""Key in the notes of a size of a front whose half comes next: the share of the cost that stayed, and that of
-the variance of the answers that was lost."""
 ROUNDING = 1e-4
 """Largest difference of answers, as a share of their spread, that rounding explains."""
 
@@ -353,19 +346,13 @@ def _takes_over_(known: nn.Module, net: nn.Module) -> bool:
     return True
 
 
-def _smaller(
-    first: Stage, net: nn.Module, size: float, may_stop: bool = False
-) -> tuple[fx.GraphModule, bool]:
+def _smaller(first: Stage, net: nn.Module, size: float) -> fx.GraphModule:
     """Take units out of a network in one shot, until a share of what the first one cost is gone.
 
     Args:
         first: of the run.
         net: in eval mode, without gates.
         size: the share.
-        may_stop: in the middle of a way on which much of the answers would be lost.
-
-    Returns:
-        What is left, and whether that is all of the way.
     """
     cfg, device = first.cfg, first.module.device
     whole = opened_(_with_gates(first, net.cpu()).eval()).to(device)
@@ -373,75 +360,37 @@ def _smaller(
     inputs = first.data.estimation_batches(NUM_INPUTS, BATCH)
     batches = [only(move_data_to_device(x, device), example) for x in inputs]
     known = net if net is not first.net and isinstance(net, fx.GraphModule) else None
-    notes = _Notes() if known is None else _Notes.of(known)
-    ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed, order=notes.order, plain=known)
+    better = None if known is None else _order(known)
+    ranked = Ranked(whole, example, cfg.front_cost, batches, seed=cfg.seed, order=better, plain=known)
     original = original_size(net) or ranked.sizes
     left = (1 - size) * original[cfg.front_cost] / ranked.sizes[cfg.front_cost]
-
-    def smaller(kept: float) -> fx.GraphModule:
-        return ranked.smaller(kept, cfg.target.round_to)[1]
-
-    stops = may_stop and left < STEEP
-    if not (stops and notes.kept >= left and notes.lost > MUCH):  # else it is known that more would be lost
-        small = smaller(left)
-        stops = stops and _loses_much(ranked, small)
-    if stops:
-        small = smaller(left**0.5)
-    later = min((s for s in cfg.front if s > size), default=0.0)
-    lost = {LOST: [left, ranked.lost(small)]} if 1 - later < STEEP * (1 - size) else {}
-    small.meta |= {ORIGINAL: original, "notes": {ORDER: ranked.order, **lost}}
-    return small, not stops
+    _, small = ranked.smaller(left, cfg.target.round_to)
+    small.meta |= {ORIGINAL: original, "notes": {ORDER: ranked.order}}
+    return small
 
 
-def _loses_much(ranked: Ranked, small: nn.Module) -> bool:
-    """Whether a smaller network has lost much of what the one before says."""
-    lost = ranked.lost(small)
-    log.info("front: one shot loses %.3g of the variance of the answers", lost)
-    return lost > MUCH
+def _order(net: fx.GraphModule) -> int | None:
+    """The order in which units of a size of a front went; None where none was clearly better."""
+    notes = net.meta.get("notes")
+    known = notes.get(ORDER) if isinstance(notes, dict) else None
+    return next((order for order in range(WAYS) if order == known), None)
 
 
-@dataclass(frozen=True)
-class _Notes:
-    """What a size of a front says to the next one.
-
-    Attributes:
-        order: in which its units went; None where none was clearly better.
-        kept: share of its cost that stayed of the size before.
-        lost: share of the variance of the answers that was lost; 0 where it was not looked at.
-    """
-
-    order: int | None = None
-    kept: float = 0.0
-    lost: float = 0.0
-
-    @classmethod
-    def of(cls, net: fx.GraphModule) -> "_Notes":
-        """Read those of a network; what is not as it is written is not known."""
-        found = net.meta.get("notes")
-        said = found if isinstance(found, dict) else {}
-        order = next((order for order in range(WAYS) if order == said.get(ORDER)), None)
-        match said.get(LOST):
-            case [float() as kept, float() as lost]:
-                return cls(order, kept, lost)
-        return cls(order)
-
-
-def _tuned(first: Stage, small: fx.GraphModule, epochs: int, place: Path) -> Stage:
-    """Fine-tune what is left of a network; return the stage that did.
+def _tuned(first: Stage, size: float, small: fx.GraphModule) -> Stage:
+    """Fine-tune the network of a size; return the stage that did.
 
     Args:
         first: of the run.
+        size: share of the cost that is gone.
         small: on the CPU.
-        epochs: for which.
-        place: the folder of the size.
     """
-    cfg = finetuning_config(first.cfg, epochs)
+    cfg = finetuning_config(first.cfg, first.cfg.epochs_of_sizes[size])
     trainer = replace(cfg.trainer, enable_checkpointing=False)
     if not cfg.callbacks.others and trainer.check_val_every_n_epoch and not trainer.val_check_interval:
         # Nobody asks what is measured before the end.
         trainer = replace(trainer, check_val_every_n_epoch=max(1, cfg.trainer.max_epochs or 1))
     cfg = replace(cfg, trainer=trainer, logger=NoLogger())
-    net = build.in_memory_format(cfg, small).train()
+    net, place = build.in_memory_format(cfg, small).train(), front.place_of(first.folder, size)
     accountant = PlainAccountant(net, build.example_input(first.data, net))
     structure = storage.describe(small) if cfg.callbacks.others else None  # only they write checkpoints
     stage = _assemble(cfg, first.data, net, structure, first.teacher, lambda: place, accountant=accountant)
@@ -452,22 +401,13 @@ def _tuned(first: Stage, small: fx.GraphModule, epochs: int, place: Path) -> Sta
 def _size(first: Stage, size: float, net: nn.Module) -> fx.GraphModule:
     """Make, fine-tune, test and keep the network of one size; return it.
 
-    What a small network says falls steeply with what goes of it at once. Where much of it would be lost, a
-    third of the epochs is that of a size between.
-
     Args:
         first: of the run.
         size: share of the cost that is gone.
         net: that of the size before, or the whole one, in eval mode.
     """
-    place, epochs = front.place_of(first.folder, size), first.cfg.epochs_of_sizes[size]
-    small, there = _smaller(first, net, size, may_stop=epochs > 1)
-    if not there:
-        between = max(1, epochs // 3)
-        _tuned(first, small, between, place)
-        small, _ = _smaller(first, small.cpu().eval(), size)
-        epochs -= between
-    stage = _tuned(first, small, epochs, place)
+    small = _smaller(first, net, size)
+    stage = _tuned(first, size, small)
     figures, accountant = stage.test(), stage.accountant
     small.cpu().eval()
     costs = {

@@ -201,15 +201,6 @@ def test_epochs_of_the_sizes_of_a_front(run_epochs, said, epochs):
     assert list(cfg.epochs_of_sizes.values()) == epochs
 
 
-@pytest.mark.parametrize("said", [None, "much", [0.5], [0.5, "0.3"], {"0.5": 0.3}])
-def test_notes_of_a_size_that_are_damaged_are_not_known(said):
-    network = torch.fx.symbolic_trace(torch.nn.Identity())
-    network.meta["notes"] = {stages.ORDER: 7, stages.LOST: said}
-    assert stages._Notes.of(network) == stages._Notes()
-    network.meta["notes"] = {stages.ORDER: 1, stages.LOST: [0.5, 0.25]}
-    assert stages._Notes.of(network) == stages._Notes(1, 0.5, 0.25)
-
-
 def test_a_front_takes_the_place_of_the_lambda_of_an_experiment():
     settings = read(Training, {"front": [0.5, 0.7], "lambda_l0": None})
     assert settings.front == (0.5, 0.7)
@@ -247,43 +238,6 @@ def test_an_order_that_was_clearly_better_serves_later_sizes(run, tiny, monkeypa
     assert found[3:] == [[better]]  # it is known from the file
     anew = load_compacted(again.folder / "front" / "0.8" / "compacted.pt")
     assert_same_weights(whole[2].state_dict(), anew.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("much", "known", "epochs", "shots"),
-    [(0.0, True, [3, 3, 1, 2], 4), (0.0, False, [3, 3, 1, 2], 5), (1.1, True, [3, 3, 3], 3)],
-)
-def test_where_much_is_lost_at_once_a_size_between_is_trained(
-    run, tiny, monkeypatch, much, known, epochs, shots
-):
-    """Of the sizes 0.3, 0.6 and 0.8 the last is half of the one before, which may say what will be lost."""
-    monkeypatch.setattr(stages, "MUCH", much)
-    if not known:
-        monkeypatch.setattr(stages._Notes, "of", classmethod(lambda cls, net: cls()))
-    made_smaller, smaller = [], ranked.Ranked.smaller
-    monkeypatch.setattr(
-        ranked.Ranked, "smaller", lambda *a, **k: made_smaller.append(a[1]) or smaller(*a, **k)
-    )
-    trained, tuned = [], stages._tuned
-    monkeypatch.setattr(stages, "_tuned", lambda *given: trained.append(given) or tuned(*given))
-    made = run("train", *tiny, *FRONT, "front_epochs=3")
-    assert made.code == 0, made.err
-    assert [given[2] for given in trained] == epochs
-    assert len(made_smaller) == shots
-    found = rows(made)
-    assert [row["size"] for row in found] == [0.3, 0.6, 0.8]
-    assert all(row["size"] <= row["sparsity"] <= row["size"] + 0.02 for row in found)
-    sizes = [sum(p.numel() for p in given[1].parameters()) for given in trained]
-    assert sizes == sorted(sizes, reverse=True)
-    if len(epochs) > 3:
-        assert sizes[2] == pytest.approx((sizes[1] * sizes[3]) ** 0.5, rel=0.03)
-    before = load_compacted(made.folder / "front" / "0.8" / "compacted.pt").state_dict()
-    shutil.rmtree(made.folder / "front" / "0.8")  # as if it was cut off before
-    (made.folder / "results.json").unlink()
-    again = run("train", f"ckpt_path={made.last}", "resume_training=true")
-    assert again.code == 0, again.err
-    anew = load_compacted(again.folder / "front" / "0.8" / "compacted.pt")
-    assert_same_weights(before, anew.state_dict())
 
 
 class Fading(torch.nn.Module):
