@@ -185,6 +185,7 @@ def _with_float64_weights(model: nn.Module) -> Iterator[None]:
 
 
 _OWN = frozenset(nn.Module().__dict__)
+"""What every module has: its parameters, buffers, parts, hooks."""
 
 
 @contextmanager

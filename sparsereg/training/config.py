@@ -401,7 +401,8 @@ class Training(Settings):
     )
     front_epochs: int | None = setting(
         None,
-        "of fine-tuning at each size of the front; null: finetune.epochs, or a quarter of all a halving",
+        "of fine-tuning at each size of the front; null: finetune.epochs, or a quarter of the run's for each"
+        " time that a size is half of the one before",
         count(0),
     )
     pick: str | None = setting(

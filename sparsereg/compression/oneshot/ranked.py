@@ -77,6 +77,8 @@ class Ranked:
     The order is that of the Lagrangian, worth - multiplier * E[cost], whose multiplier grows: of each gate
     the worth over the slope of the expected cost. Of ``leftover`` there are two orders: at each size the
     second is taken where the answers after it are clearly nearer to the whole network's, see ``CLEARLY``.
+    Units that no layer sums over, such as blocks, have a place in them by their ``gradient`` alone: where
+    some of them go, the size is also made with them going last.
     Whoever makes more sizes, each from the one before, may keep to the one that was clearly nearer once.
 
     Args:
@@ -110,7 +112,6 @@ class Ranked:
         plain: fx.GraphModule | None = None,
     ) -> None:
         self.example, self.cost, self.seed, self.order = example, cost, seed, order
-        self._lost: tuple[nn.Module, float] | None = None  # by the network that was looked at last
         with evaluating(network):
             self.whole = twin(network)
         self._teacher = Teacher(self.whole, example, plain)  # what it finds out once, all copies know
@@ -143,7 +144,8 @@ class Ranked:
     ) -> tuple[nn.Module, fx.GraphModule]:
         """Shut the gates that go first until a budget is met exactly, compact, and fit what is left.
 
-        That is done in each order; what is returned answers most like the whole network to the inputs.
+        That is done in each order, and again with units that no layer sums over last if some of them went;
+        what is returned answers most like the whole network to the inputs.
 
         Args:
             kept: share of the cost that may stay.
@@ -171,16 +173,9 @@ class Ranked:
         log.info("%.1f %% of the %s stay", 100 * chosen.reached, what)
         return self._met, chosen.student.network
 
-    def lost(self, small: nn.Module) -> float:
-        """Share of the variance of the whole network's answers that a smaller one does not give."""
-        if self._lost is None or self._lost[0] is not small:
-            (share,) = unexplained(self._teacher.network, [small], together(self._few))
-            self._lost = small, share
-        return self._lost[1]
-
     def warn(self, small: nn.Module) -> None:
         """Say so where a smaller network's answers have little to do with those of the whole one."""
-        lost = self.lost(small)
+        (lost,) = unexplained(self._teacher.network, [small], together(self._few))
         if lost > POOR:
             log.warning(
                 "the smaller network keeps little of what the network says: %.0f %% of the variance of its"
@@ -228,12 +223,11 @@ class Ranked:
         for place, f in enumerate(found):
             ways.setdefault(f.way, []).append(place)
         best = [_clearly(left, own) for own in ways.values()]
-        if len(ways) > 1:
-            least = min(best, key=left.__getitem__)
-            self.order = best.index(least) if max(left[i] for i in best) > CLEARLY * left[least] else None
-        chosen = best[(self.order or 0) if len(ways) > 1 else 0]
-        self._lost = networks[chosen], left[chosen]
-        return chosen
+        if len(best) == 1:
+            return best[0]
+        least = min(best, key=left.__getitem__)
+        self.order = best.index(least) if max(left[i] for i in best) > CLEARLY * left[least] else None
+        return best[self.order or 0]
 
     def _ratios(self, importance: str, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
         """In each order, what each gate's unit is worth for its cost, or when it goes; (gates,).

@@ -272,12 +272,12 @@ def _turn(loaded: Loaded, given: Any, example: Any, threads: int) -> float:
 def _time(loaded: Loaded, given: Any, example: Any, threads: int) -> float:
     """Seconds of a call: as budgets count them on a CPU, of an accelerator those of a clock."""
     device = flat_inputs(example)[0].device
-    if device.type != "cuda":
+    if device.type == "cpu":
         return seconds_of(loaded, given, threads)
-    torch.cuda.synchronize(device)  # let it finish what it was given
+    torch.accelerator.synchronize(device)  # let it finish what it was given
     start = time.perf_counter()
     loaded.run(given)
-    torch.cuda.synchronize(device)
+    torch.accelerator.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -293,7 +293,7 @@ def _settings(example: Any, threads: int, channels_last: bool) -> str:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     layout = ", channels_last" if channels_last else ""
     plural = "" if threads == 1 else "s"
-    clock = ", processor time" if threads == 1 and device.type != "cuda" else ""
+    clock = ", processor time" if threads == 1 and device.type == "cpu" else ""
     return (
         f"{where}, {threads} thread{plural}{clock}, torch {torch.__version__}{layout}; medians of alternating"
         " runs"

@@ -87,10 +87,10 @@ def _written(network: fx.GraphModule, program: Program) -> frozenset[int] | None
     ops = [n for n in network.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
     say = {op_name(n.target) for n in ops if _is_told(n, types)}
     told = {op_name(n.target) for n in program.calls if _is_told(n, ())}
-    own = [n for n in ops if op_name(n.target) in say]
-    numbers = [i for i, (name, _) in enumerate(program.traced) if name in say]
     if not types or told - say:
         return None
+    own = [n for n in ops if op_name(n.target) in say]
+    numbers = [i for i, (name, _) in enumerate(program.traced) if name in say]
     if [op_name(n.target) for n in own] != [program.traced[i][0] for i in numbers]:
         return None
     read = collections.Counter(place for _, places in program.traced for place in set(places))
